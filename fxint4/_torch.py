@@ -1,0 +1,362 @@
+"""Every use of PyTorch's private API, each with what it is for.
+
+All of it was run on torch 2.11, 2.13 and 2.15 (see TESTED).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+
+logger = logging.getLogger("fxint4")
+
+#: First and last minor release that the test suite has passed on.
+TESTED = ((2, 11), (2, 15))
+
+aten = torch.ops.aten
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Log one warning when torch is outside the tested range."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not TESTED[0] <= version <= TESTED[1]:
+        low, high = (".".join(map(str, bound)) for bound in TESTED)
+        logger.warning(
+            "torch %s is outside the range fxint4 was tested on (%s to %s); "
+            "compare results with eager before relying on them",
+            torch.__version__,
+            low,
+            high,
+        )
+
+
+# --- Inductor: options and compiling -------------------------------------------------------------
+
+
+def inductor_mode_options(mode: str | None) -> Mapping[str, Any]:
+    """Inductor's config patches for a mode of torch.compile; OptionError for an unknown one."""
+    from torch._inductor import list_mode_options
+
+    from fxint4.errors import OptionError
+
+    if mode is None:
+        return {}
+    try:
+        return cast("Mapping[str, Any]", list_mode_options(mode))
+    except RuntimeError as error:
+        known = ", ".join(map(repr, list_mode_options()))
+        raise OptionError(f"unknown mode {mode!r} for backend 'int4tile': it takes {known}") from error
+
+
+@functools.cache
+def inductor_option_names() -> tuple[str, ...]:
+    """The names that torch.compile's `options` takes for Inductor."""
+    from torch._inductor import list_options
+
+    return tuple(list_options())
+
+
+#: What every compile of ours sets in Inductor's config.
+#: freezing copies each weight into each recompile, after which nothing is left to pack;
+#: shape_padding pads matmuls before the passes see them.
+CONFIG_PATCHES: Mapping[str, Any] = {"freezing": False, "shape_padding": False}
+
+#: Ops that Inductor's decompositions would take apart before the passes could see them: a matmul
+#: with M = 1 becomes mul + sum on the GPU under coordinate descent tuning, for one.
+_KEPT_WHOLE = (
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.mv.default,
+    aten.addmv.default,
+)
+
+
+def decompositions(extra: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those of matmuls, and with `extra`."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = {op: fn for op, fn in select_decomp_table().items() if op not in _KEPT_WHOLE}
+    return {**table, **extra}
+
+
+def inductor_decomposition(op: Any) -> Callable[..., Any] | None:
+    """Inductor's own decomposition of one op, or None."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return cast("Callable[..., Any] | None", select_decomp_table().get(op))
+
+
+def compile_fx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    inner_compile: Callable[..., Any],
+    config_patches: Mapping[str, Any],
+    extra_decompositions: Mapping[Any, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Inductor's whole pipeline for inference, with `inner_compile` in place of its last stage.
+
+    AOTAutograd's cache is off: it would answer with what plain Inductor compiled from the same
+    graph, which is not quantised. Inductor's own FX graph cache sees the rewritten graph and
+    stays on. no_grad forces the inference path although parameters require grad.
+    """
+    import torch._functorch.config as functorch_config
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    patches = {**config_patches, **CONFIG_PATCHES}
+    with torch.no_grad(), functorch_config.patch(enable_autograd_cache=False):
+        return cast(
+            "Callable[..., Any]",
+            inductor_compile_fx(
+                gm,
+                example_inputs,
+                inner_compile=inner_compile,
+                config_patches=patches,
+                decompositions=decompositions(extra_decompositions),
+            ),
+        )
+
+
+def compile_fx_inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Inductor's last stage: an aten graph to code. The result takes a list that it empties.
+
+    The CUDA int4 op wants contiguous operands and has no lowering that says so; ours is in force
+    only here. The cache key is tagged because Inductor's own does not cover lowerings.
+    """
+    import torch.compiler.config as compiler_config
+    from torch._inductor import lowering
+    from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
+
+    op = aten._weight_int4pack_mm.default
+    handler = lowering.fallback_handler(op, add_to_fallback_set=False)
+    with (
+        mock.patch.dict(lowering.lowerings, {op: handler}),
+        mock.patch.dict(lowering._maybe_layout_constraints, {op: lowering.require_contiguous}),
+        compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}fxint4"),
+    ):
+        return cast(
+            "Callable[[list[Any]], Sequence[Any]]",
+            inductor_compile_fx_inner(gm, example_inputs, **kwargs),
+        )
+
+
+def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:
+    """Where a graph's inputs tell the value of each size symbol.
+
+    Returns:
+        For each symbol the position of an input, and the dimension of it that is that symbol, or
+        None where the input is the symbol itself.
+    """
+    found: dict[Any, tuple[int, int | None]] = {}
+    for position, placeholder in enumerate(placeholders):
+        value = placeholder.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            found.setdefault(value.node.expr, (position, None))
+        elif isinstance(value, Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt):
+                    found.setdefault(size.node.expr, (position, dim))
+    return found
+
+
+def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int | None:
+    """A size for given values of its symbols; None where some of them are not among these."""
+    if isinstance(size, int):
+        return size
+    value = size.node.expr.subs(symbols)
+    return int(value) if value.is_number else None
+
+
+def example_size(size: int | torch.SymInt) -> int | None:
+    """The size that the compiler saw in the example inputs; None for a data-dependent one."""
+    if isinstance(size, int):
+        return size
+    return cast("int | None", size.node.hint if size.node.has_hint() else None)
+
+
+class CompileState:
+    """What a second `compile_fx_inner` of one graph needs of the state around the first.
+
+    Args:
+        config_patches: the patches of Inductor's config in force.
+    """
+
+    def __init__(self, config_patches: Mapping[str, Any]) -> None:
+        from torch._inductor.virtualized import V
+
+        self._tracing = torch._guards.TracingContext.try_get()
+        self._fake_mode = V.fake_mode
+        self._config = {**config_patches, **CONFIG_PATCHES}
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put it back while the second compile runs."""
+        from torch._inductor import config
+        from torch._inductor.virtualized import V
+
+        with (
+            torch.no_grad(),
+            config.patch(self._config),
+            V.set_fake_mode(self._fake_mode),
+            torch._guards.tracing(self._tracing),
+        ):
+            yield
+
+    @property
+    def fake_mode(self) -> Any:
+        """The FakeTensorMode of the graph's `meta["val"]`s."""
+        return self._fake_mode
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Work on real tensors inside the compiler, where FakeTensorMode is active."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with torch.no_grad(), _disable_current_modes(), torch._C._DisableAutocast():
+        yield
+
+
+def mark_boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Tell AOTAutograd that `function` takes one list of arguments and empties it."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+# --- AOTAutograd: where a placeholder comes from -------------------------------------------------
+
+
+def outer_input(placeholder: fx.Node) -> int | str | None:
+    """Where a placeholder of AOTAutograd's graph comes from.
+
+    The index of an input of Dynamo's graph; the name of a parameter of that graph's module (where
+    Dynamo does not lift parameters); None where it is only part of an input.
+    """
+    from torch._functorch._aot_autograd.descriptors import ParamAOTInput, PlainAOTInput
+
+    desc = placeholder.meta.get("desc")
+    if isinstance(desc, PlainAOTInput):
+        return desc.idx
+    return desc.target if isinstance(desc, ParamAOTInput) else None
+
+
+def inputs_mutated_by_graph() -> frozenset[int]:
+    """Dynamo inputs whose data the graph being compiled writes to."""
+    context = torch._guards.TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    if metadata is None:
+        return frozenset()
+    return frozenset(
+        index for index, info in enumerate(metadata.input_info) if info.mutates_data
+    )
+
+
+# --- Dynamo: names and modules behind the inputs -------------------------------------------------
+
+
+def source_name(placeholder: fx.Node) -> str | None:
+    """Dynamo's name of an input, such as `L['self']._modules['fc']._parameters['weight']`."""
+    grapharg = placeholder.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return None
+    name = source.name
+    return cast("str", name() if callable(name) else name)
+
+
+def frame_scope() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Local and global names of the frame that Dynamo is compiling; empty outside Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:  # no frame is being compiled
+        return {}, {}
+    return dict(output.local_scope), dict(output.global_scope)
+
+
+def frame_id() -> int | None:
+    """Dynamo's number of the frame being compiled; the same for its recompiles."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return compile_id.frame_id if compile_id is not None else None
+
+
+def graph_break_reason(gm: fx.GraphModule) -> str | None:
+    """Why Dynamo's graph ends before its function does, or None where it does not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    return cast("str", reason.reason).splitlines()[0]
+
+
+def compile_request(depth: int) -> object | None:
+    """The object that stands for one `torch.compile(...)` call, `depth` frames up; None if absent.
+
+    Graphs of one call (graph breaks, recompiles) share it, so they share a report.
+    """
+    caller = sys._getframe(depth).f_locals.get("self")
+    return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
+
+
+@contextlib.contextmanager
+def roomy_recompile_limit() -> Iterator[None]:
+    """Let one more compile of a much-compiled function happen instead of falling back to eager."""
+    import torch._dynamo.config as dynamo_config
+
+    with dynamo_config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+        yield
+
+
+def mkldnn_supports(dtype: torch.dtype) -> bool:
+    """Whether dense CPU matmuls of a 16-bit dtype run on hardware made for it."""
+    probes = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return bool(torch.backends.mkldnn.is_available() and probes[dtype]())
+
+
+# --- Tensors ------------------------------------------------------------------------------------
+
+
+class TensorState:
+    """Which data a tensor holds now: its storage, address and in-place version.
+
+    Holding a weak reference to the storage keeps its identity from being reused, so `matches` is
+    exact: it cannot be fooled by an allocator that hands out a freed address again.
+    """
+
+    __slots__ = ("_address", "_storage", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Note the state of `tensor`."""
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._address = tensor.data_ptr()
+        self._version = _version(tensor)
+
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether `tensor` still holds the same data."""
+        return (
+            tensor.untyped_storage()._cdata == self._storage.cdata
+            and tensor.data_ptr() == self._address
+            and _version(tensor) == self._version
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors have no version counter and raise when asked.
+    return 0 if tensor.is_inference() else tensor._version

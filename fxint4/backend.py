@@ -1,0 +1,233 @@
+"""The `torch.compile` backend "int4tile"."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxint4 import _torch
+from fxint4.config import Int4Config, split_options
+from fxint4.constants import Constants, Standing
+from fxint4.errors import Int4Error, TrainingError
+from fxint4.names import Inputs
+from fxint4.passes import DECOMPOSITIONS, PATTERNS, find, fold, inline_regions
+from fxint4.report import GraphReport, Report, graph_text
+from fxint4.runtime import Int4Graph, expected_rows
+
+__all__ = ["explain", "int4tile", "last_report"]
+
+#: Integer buffers hold quantised weights; a float buffer by itself may be a cache.
+_QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+
+_reports: list[tuple[weakref.ref[object], Report]] = []
+_newest: Report | None = None
+
+
+def int4tile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured; what `torch.compile(..., backend="int4tile")` calls.
+
+    Args:
+        gm: the graph, parameters among its inputs.
+        example_inputs: its inputs.
+        mode: as for `torch.compile`.
+        options: fields of `Int4Config` and, beside them, options of Inductor.
+
+    Raises:
+        OptionError: an option or mode that is not known.
+        TrainingError: a module in training mode, or an input that requires grad.
+        FoldError: a weight could not be folded.
+    """
+    config, patches = split_options(mode, options)
+    return _compile_graph(gm, example_inputs, config, patches, _report_of_caller())
+
+
+def last_report() -> Report | None:
+    """The report of the `torch.compile(..., backend="int4tile")` that compiled last, or None."""
+    return _newest
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Compile `model` with backend "int4tile", run it once on the arguments, return the report.
+
+    The model is compiled anew, whatever was compiled before, and is not changed.
+
+    Args:
+        model: a module in eval mode, or a function.
+        *args: its arguments.
+        mode: as for `torch.compile`.
+        options: as for `torch.compile(..., backend="int4tile")`.
+        **kwargs: its keyword arguments.
+
+    Raises:
+        OptionError: an option or mode that is not known.
+        TrainingError: a module in training mode.
+        FoldError: a weight could not be folded.
+    """
+    config, patches = split_options(mode, options)
+    report = Report()
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _compile_graph(gm, example_inputs, config, patches, report)
+
+    with torch.no_grad(), _torch.roomy_recompile_limit():
+        try:
+            torch.compile(model, backend=backend)(*args, **kwargs)
+        except Exception as error:
+            cause = getattr(error, "inner_exception", None)
+            if isinstance(cause, Int4Error):
+                raise cause from None
+            raise
+    return report
+
+
+def _compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Int4Config,
+    patches: Mapping[str, Any],
+    report: Report,
+) -> Callable[..., Any]:
+    """Compile one captured graph and add it to a report; see `int4tile`.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        config: what to pack.
+        patches: of Inductor's config.
+        report: grows by this graph.
+    """
+    _torch.warn_if_untested()
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = Inputs(placeholders, example_inputs)
+    _refuse_training(inputs, example_inputs)
+    graph_break = _torch.graph_break_reason(gm)
+
+    def inner_compile(
+        captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
+    ) -> Callable[..., Any]:
+        weights = _Weights(captured, gm, inputs, example_inputs)
+        state = _torch.CompileState(patches)
+        inline_regions(captured, state.fake_mode)
+        constants = Constants(captured, weights.standings)
+        found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
+        sites, records = fold(found, weights.tensors, expected_rows, config)
+        graph = Int4Graph(captured, fake_inputs, sites, weights.tensors, config, state, kwargs)
+        names = {node.name: name for node, name in weights.names.items()}
+        report.put(
+            (_torch.frame_id(), *sorted(weights.parameters)),
+            GraphReport(
+                tuple(records),
+                weights.parameters,
+                graph_text(captured, names),
+                graph_text(graph.compile_first().gm, names),
+                graph_break,
+            ),
+        )
+        global _newest
+        _newest = report
+        return graph
+
+    return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
+
+
+class _Weights:
+    """The constant placeholders of AOTAutograd's graph, and the real tensors behind them."""
+
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        dynamo_gm: fx.GraphModule,
+        inputs: Inputs,
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self.tensors: dict[fx.Node, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.standings: dict[fx.Node, Standing] = {}
+        self.parameters: dict[int, int] = {}
+        mutated = _torch.inputs_mutated_by_graph()
+        written = _written_placeholders(captured)
+        for node in captured.graph.nodes:
+            origin = _torch.outer_input(node) if node.op == "placeholder" else None
+            if origin is None:
+                continue
+            if isinstance(origin, str):
+                value, name, is_buffer = dynamo_gm.get_parameter(origin), origin, False
+            else:
+                value, name = example_inputs[origin], inputs.names[origin]
+                is_buffer = inputs.is_registered_buffer(origin)
+            if isinstance(value, nn.Parameter):
+                self.parameters[id(value)] = value.numel()
+            standing = _standing(value, is_buffer)
+            if standing is Standing.VARIES or origin in mutated or node in written:
+                continue
+            self.standings[node] = standing
+            self.tensors[node] = value
+            self.names[node] = name
+
+
+def _standing(value: object, is_buffer: bool) -> Standing:
+    if type(value) is nn.Parameter:
+        return Standing.WEIGHT
+    if type(value) is Tensor and is_buffer:
+        return Standing.WEIGHT if value.dtype in _QUANTISED_DTYPES else Standing.HELPER
+    return Standing.VARIES
+
+
+def _written_placeholders(captured: fx.GraphModule) -> set[fx.Node]:
+    """Placeholders that an op of the graph writes to."""
+    written = set()
+    for node in captured.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written.update(value if isinstance(value, (list, tuple)) else [value])
+    return written
+
+
+def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:
+    for index, value in enumerate(example_inputs):
+        name = inputs.names[index]
+        if isinstance(value, nn.Parameter):
+            owner = inputs.owner(index)
+            if owner is not None and owner.training:
+                raise TrainingError(
+                    f"the {type(owner).__name__} that owns {name} {tuple(value.shape)} is in "
+                    "training mode; backend 'int4tile' is for inference: call model.eval() first"
+                )
+        elif isinstance(value, Tensor) and torch.is_grad_enabled():
+            if value.requires_grad and value.is_leaf:
+                raise TrainingError(
+                    f"input {name} {tuple(value.shape)} requires grad; backend 'int4tile' is for "
+                    "inference and computes none: pass it detached, or call under torch.no_grad()"
+                )
+
+
+def _report_of_caller() -> Report:
+    """The report of the torch.compile call that asks; a new one for a new call."""
+    request = _torch.compile_request(depth=3)
+    _reports[:] = [(ref, report) for ref, report in _reports if ref() is not None]
+    for ref, report in _reports:
+        if request is not None and ref() is request:
+            return report
+    report = Report()
+    if request is not None:
+        _reports.append((weakref.ref(request), report))
+    return report

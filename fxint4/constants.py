@@ -1,0 +1,202 @@
+"""Which nodes of a graph are constant, and evaluating the small computation behind a weight.
+
+A graph reaches the passes with its weights as placeholders, beside a table from placeholder to
+real tensor. What can be computed from constant placeholders alone (a transpose, a cast, a
+concatenation, W + B @ A) is constant, too, and is evaluated for one weight at a time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxint4._torch import aten
+
+__all__ = ["AXES", "Constants", "Standing", "Weight"]
+
+_MATMULS = (
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.mv.default,
+    aten.addmv.default,
+)
+_TRANSPOSES = {
+    (aten.permute.default, "[1, 0]"),
+    (aten.transpose.int, "0, 1"),
+    (aten.transpose.int, "1, 0"),
+    (aten.t.default, ""),
+}
+
+#: How a weight's axes lie in the graph, and the view of it as [N, K] that everything else uses.
+AXES = {
+    "NK": lambda weight: weight,
+    "KN": lambda weight: weight.t(),
+    "*NK": lambda weight: weight[0],
+    "*KN": lambda weight: weight[0].t(),
+    "NK1": lambda weight: weight.flatten(1),
+}
+_TRANSPOSED_AXES = {"NK": "KN", "KN": "NK"}
+
+
+class Standing(IntEnum):
+    """What a node's value depends on."""
+
+    #: An activation, a shape, a random number, a cache.
+    VARIES = 0
+    #: Only on float buffers and literals: may help to make a weight, is none by itself.
+    HELPER = 1
+    #: On parameters (or integer buffers, which hold quantised weights) and helpers alone.
+    WEIGHT = 2
+
+
+class Constants:
+    """The standing of every node of one graph.
+
+    Args:
+        gm: the graph; its weights are placeholders.
+        standings: the standing of its placeholders; those not named vary.
+    """
+
+    def __init__(self, gm: fx.GraphModule, standings: Mapping[fx.Node, Standing]) -> None:
+        """Carry the placeholders' standings through the graph."""
+        self._gm = gm
+        self._standing: dict[fx.Node, Standing] = {}
+        for node in gm.graph.nodes:
+            self._standing[node] = self._judge(node, standings)
+
+    def is_weight(self, value: object) -> bool:
+        """Whether a node's value is constant and made of at least one weight."""
+        return isinstance(value, fx.Node) and self._standing.get(value) is Standing.WEIGHT
+
+    def weight(self, node: fx.Node, axes: str) -> Weight:
+        """The computation behind a constant node.
+
+        Args:
+            node: the constant operand of a matmul.
+            axes: how its axes lie, a key of `AXES`.
+        """
+        while (inner := _outermost_view(node, axes)) is not None:
+            node, axes = inner
+        steps = _ancestors(node)
+        roots = tuple(step for step in steps if step.op == "placeholder")
+        literals = {
+            step: getattr(self._gm, str(step.target)) for step in steps if step.op == "get_attr"
+        }
+        return Weight(node, axes, roots, tuple(steps), literals)
+
+    def _judge(self, node: fx.Node, standings: Mapping[fx.Node, Standing]) -> Standing:
+        if node.op == "placeholder":
+            return standings.get(node, Standing.VARIES)
+        if node.op == "get_attr":
+            value = getattr(self._gm, str(node.target), None)
+            return Standing.HELPER if isinstance(value, Tensor) else Standing.VARIES
+        if node.op != "call_function" or not _is_pure(node.target):
+            return Standing.VARIES
+        operands = [self._standing[operand] for operand in node.all_input_nodes]
+        if node.target in _MATMULS:
+            # A float buffer times a parameter is an activation (a cache, say) meeting a weight.
+            return Standing.WEIGHT if min(operands) is Standing.WEIGHT else Standing.VARIES
+        if Standing.VARIES in operands:
+            return Standing.VARIES
+        return max(operands, default=Standing.HELPER)
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A constant operand: how to compute it from its root placeholders.
+
+    Attributes:
+        node: the constant node, after leading transposes were moved into `axes`.
+        axes: how the node's axes lie, a key of `AXES`.
+        roots: the placeholders it is made of.
+        steps: the nodes to evaluate, in order, placeholders included.
+        literals: values of the graph's own constant tensors among the steps.
+    """
+
+    node: fx.Node
+    axes: str
+    roots: tuple[fx.Node, ...]
+    steps: tuple[fx.Node, ...]
+    literals: Mapping[fx.Node, Tensor]
+
+    @cached_property
+    def signature(self) -> str:
+        """The computation as text: equal for equal computations of equal roots."""
+        number = {step: f"%{index}" for index, step in enumerate(self.steps)}
+        lines = [self.axes]
+        for step in self.steps:
+            if step.op == "placeholder":
+                lines.append(f"{number[step]} = root {self.roots.index(step)}")
+            elif step.op == "get_attr":
+                lines.append(f"{number[step]} = literal {id(self.literals[step])}")
+            else:
+                arguments = fx.map_arg((step.args, step.kwargs), lambda node: number[node])
+                lines.append(f"{number[step]} = {step.target} {arguments}")
+        return "\n".join(lines)
+
+    def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
+        """The weight as [N, K], a view of the root where the computation allows.
+
+        Args:
+            roots: real tensors for `self.roots`, in that order. None of them is changed.
+        """
+        values: dict[fx.Node, Any] = dict(zip(self.roots, roots, strict=True))
+        values.update(self.literals)
+        last_use = {
+            operand: step for step in self.steps for operand in step.all_input_nodes
+        }
+        for step in self.steps:
+            if step not in values:
+                args, kwargs = fx.map_arg((step.args, step.kwargs), lambda node: values[node])
+                values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
+                del args, kwargs
+            for operand in step.all_input_nodes:
+                if last_use[operand] is step:
+                    del values[operand]
+        return AXES[self.axes](values[self.node].detach())
+
+
+def _is_pure(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+    )
+
+
+def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:
+    """Take a transpose or a leading axis off a node and put it into its axes, so that the same
+    weight reached in two ways is one weight."""
+    operand = node.args[0] if node.args else None
+    if not isinstance(operand, fx.Node):
+        return None
+    call = (node.target, ", ".join(map(str, node.args[1:])))
+    if call in _TRANSPOSES and axes in _TRANSPOSED_AXES:
+        return operand, _TRANSPOSED_AXES[axes]
+    if call == (aten.unsqueeze.default, "0") and axes.startswith("*"):
+        return operand, axes[1:]
+    return None
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        step = pending[-1]
+        missing = [operand for operand in step.all_input_nodes if operand not in found]
+        if missing:
+            pending.extend(missing)
+        else:
+            found.setdefault(pending.pop())
+    return list(found)

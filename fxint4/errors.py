@@ -1,0 +1,21 @@
+"""The exceptions fxint4 raises. Each message says what was given, what is needed and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["FoldError", "Int4Error", "OptionError", "TrainingError"]
+
+
+class Int4Error(Exception):
+    """Base of every error that fxint4 raises on purpose."""
+
+
+class OptionError(Int4Error, ValueError):
+    """An option or mode that neither fxint4 nor Inductor knows, or a value outside its range."""
+
+
+class TrainingError(Int4Error, RuntimeError):
+    """A model or an input that still wants gradients; int4 weights are for inference."""
+
+
+class FoldError(Int4Error, RuntimeError):
+    """A weight that could not be folded. Names the layer; the model is left as it was."""

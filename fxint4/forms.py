@@ -1,0 +1,73 @@
+"""On which devices packed weights run, and in which form for how many rows of activation."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from fxint4._torch import mkldnn_supports
+from fxint4.store import Dense, Form
+from fxint4.tiles import TileShape
+
+__all__ = ["DTYPES", "device_fault", "int4_form", "most_int4_rows", "rows_multiple"]
+
+#: dtypes of weight and activation that are packed. The int4 ops compute in bf16 with fp32
+#: accumulation, so fp16 and fp32 activations are cast to bf16 on the way in and back on the way
+#: out.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: The CUDA op counts elements of x and y in 32 bits.
+_CUDA_ELEMENTS = 2**31 - 1
+
+#: Rows up to which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the model:
+#: measured by benchmarks/cpu_matmul.py. Beyond, a dequantised copy is multiplied.
+_CPU_ROWS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 64}
+_UNBOUNDED = 2**62
+
+
+@cache
+def device_fault(device: torch.device) -> str | None:
+    """Why packed weights do not run on a device, or None where they do."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"device {device.type} has no int4 matmul (CPU and CUDA have)"
+    if torch.version.hip is not None:
+        return "ROCm lays its int4 tiles out differently"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        have = ".".join(map(str, capability))
+        return f"the GPU has compute capability {have}; int4 tiles need 8.0 (Ampere) or newer"
+    return None
+
+
+def rows_multiple(device: torch.device) -> int:
+    """What N is padded to: the CUDA op reads tiles of 8 rows, the CPU op blocks of 16."""
+    return 16 if device.type == "cpu" else 8
+
+
+def int4_form(device: torch.device) -> Form:
+    """The packed form that the device's int4 op reads."""
+    return "cpu" if device.type == "cpu" else "tiles"
+
+
+def most_int4_rows(device: torch.device, dtype: torch.dtype, shape: TileShape) -> int:
+    """The largest M for which the int4 op is used; a `Dense` copy serves beyond it, and M = 0.
+
+    Args:
+        device: where the matmul runs.
+        dtype: dtype of its activation.
+        shape: of its weight.
+    """
+    if device.type == "cuda":
+        return _CUDA_ELEMENTS // max(shape.n_padded, shape.k_padded)
+    if dtype is torch.float32 or mkldnn_supports(dtype):
+        return _CPU_ROWS[dtype]
+    # Without hardware for it a dense fp16 or bf16 matmul is slower than the int4 op at every M.
+    return _UNBOUNDED
+
+
+def choose(form: Form, dense: Dense, most_rows: int, rows: int | None) -> Form:
+    """The form for one matmul of `rows` rows (None: not known before the graph runs)."""
+    return form if rows is not None and 1 <= rows <= most_rows else dense

@@ -1,0 +1,125 @@
+"""Names that people recognise for the inputs of a graph, and the modules behind them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxint4._torch import frame_scope, source_name
+
+__all__ = ["Inputs", "layer_name"]
+
+_STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+#: Parts of a source that say how Dynamo reached a value, not what it is called.
+_PLUMBING = ("__closure__", "cell_contents", "__self__", "__wrapped__", "_orig_mod", *_REGISTRIES)
+
+
+class Inputs:
+    """The inputs of one Dynamo graph: their names, and the modules that own the parameters.
+
+    Args:
+        placeholders: the graph's placeholders.
+        values: the real input of each.
+    """
+
+    def __init__(self, placeholders: Sequence[fx.Node], values: Sequence[Any]) -> None:
+        """Read names off the sources that Dynamo left on the placeholders."""
+        self._sources = [source_name(node) for node in placeholders]
+        self._local, self._global = frame_scope()
+        by_identity = _names_by_identity(self._local.values(), values)
+        self._shared_root = self._only_module_root()
+        self.names = [
+            by_identity.get(id(value)) or self._readable(source) or node.name
+            for node, source, value in zip(placeholders, self._sources, values, strict=True)
+        ]
+
+    def is_registered_buffer(self, index: int) -> bool:
+        """Whether input `index` is a buffer of a module (and not, say, a KV cache in a list)."""
+        return "._buffers[" in (self._sources[index] or "")
+
+    def owner(self, index: int) -> nn.Module | None:
+        """The module whose parameter input `index` is, where it is one."""
+        source = self._sources[index] or ""
+        expression, found, _ = source.rpartition("._parameters[")
+        if not found:
+            return None
+        try:
+            # Dynamo writes its sources as expressions over these two names.
+            owner = eval(expression, {"L": self._local, "G": self._global})
+        except Exception:  # a source that only Dynamo's guards can evaluate
+            return None
+        return owner if isinstance(owner, nn.Module) else None
+
+    def _only_module_root(self) -> str | None:
+        """The one local name that holds the model, which goes without saying in names."""
+        roots = {source.split("]")[0] + "]" for source in self._sources if source}
+        modules = {
+            root
+            for root in roots
+            if root.startswith("L['") and isinstance(self._local.get(root[3:-2]), nn.Module)
+        }
+        return modules.pop() if len(modules) == 1 else None
+
+    def _readable(self, source: str | None) -> str | None:
+        if source is None:
+            return None
+        skip_root = self._shared_root is not None and source.startswith(self._shared_root)
+        steps = [step[step.lastgroup or ""] for step in _STEP.finditer(source)]
+        parts = [step for step in steps[1 if skip_root else 0 :] if not _is_plumbing(step)]
+        return ".".join(parts) or None
+
+
+def layer_name(parameter: str) -> str:
+    """The layer a parameter belongs to: `fc` for `fc.weight`, the parameter's own name elsewhere.
+
+    `fc.parametrizations.weight.original1` (torch.nn.utils.parametrize) is `fc`, too.
+    """
+    owner, found, rest = parameter.partition(".parametrizations.")
+    if found:
+        parameter = f"{owner}.{rest.split('.')[0]}"
+    layer, _, last = parameter.rpartition(".")
+    return layer if layer and last in ("weight", "weight_v", "weight_orig") else parameter
+
+
+def _names_by_identity(locals_: Any, values: Sequence[Any]) -> Mapping[int, str]:
+    """Full names of the tensors in `values` within the outermost module being called.
+
+    After a graph break Dynamo compiles an inner module's forward by itself and names its
+    parameters from there; the modules on the Python stack know the rest of the name.
+    """
+    wanted = {id(value) for value in values if isinstance(value, Tensor)}
+    names: dict[int, str] = {}
+    modules = [*_modules_on_stack(), *(value for value in locals_ if isinstance(value, nn.Module))]
+    # Innermost first, so that the outermost module has the last word.
+    for module in dict.fromkeys(reversed(modules)):
+        for named in (module.named_parameters, module.named_buffers):
+            for name, tensor in named(remove_duplicate=True):
+                if id(tensor) in wanted:
+                    names[id(tensor)] = name.removeprefix("_orig_mod.")
+    return names
+
+
+def _modules_on_stack() -> list[nn.Module]:
+    """Modules whose methods are running, outermost first."""
+    return [module for frame in _frames() if isinstance(module := frame.get("self"), nn.Module)]
+
+
+def _frames() -> Iterator[Mapping[str, Any]]:
+    frame = sys._getframe()
+    stack = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    for frame in reversed(stack):
+        # A comprehension or a C callback has no "self" of interest; reading names is cheap.
+        if "self" in frame.f_code.co_varnames:
+            yield frame.f_locals
+
+
+def _is_plumbing(step: str) -> bool:
+    return step in _PLUMBING or step.startswith("__")

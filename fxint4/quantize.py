@@ -1,0 +1,213 @@
+"""Round-to-nearest int4 with a scale and a float zero per group, and the way back.
+
+Plain tensor code for any device. A code q in 0..15 stands for ``w = (q - 8) * scale + zero``; a
+group is ``group_size`` neighbouring k of one row. Scale and zero are rounded to the bf16 numbers
+that will be stored before any code is chosen, so the codes make up for that rounding.
+
+Scratch memory is bounded by a few chunks of rows in fp32; no whole weight is ever copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CPU_CHUNK = 2**22
+GPU_CHUNK = 2**24
+"""Elements of the weight worked on at a time, each with some 16 bytes of scratch."""
+
+_MIDDLE = 8
+"""The code that stands for zero alone."""
+
+# A little inside bf16's range, and itself a bf16 number: with scales and zeros made from numbers no
+# larger than this, no step between weight and code overflows fp32, nor does any op that reads them.
+_LARGEST = 252 / 256 * 2.0**128
+_LARGEST_SCALE = torch.finfo(torch.bfloat16).max / 8
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantised weight ``[N, K]`` and what that cost.
+
+    codes: uint8 ``[N, k_padded]``, contiguous, values 0..15; 8 behind column K.
+    scale, zero: bf16 ``[N, groups]``, contiguous; 0 in groups that are all pad.
+    signal: sum of w^2 over the logical weight.
+    noise: sum of (w - dequantised w)^2 over the logical weight.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    signal: float
+    noise: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal over noise in decibels; infinite where nothing was lost."""
+        return 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
+
+
+def nonfinite_count(weight: Tensor) -> int:
+    """How many values are inf or NaN, or beyond fp32, where all arithmetic here happens.
+
+    weight: at least one axis, any float dtype and strides.
+    """
+    count = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start, stop in _row_chunks(weight):
+        rows = weight.detach()[start:stop].to(torch.float32)
+        count += torch.count_nonzero(rows - rows)  # 0 where finite, NaN elsewhere
+    return int(count.item())
+
+
+def quantize(weight: Tensor, group_size: int, k_padded: int | None = None) -> Quantized:
+    """Quantises a weight group by group, each weight to the nearest of its group's 16 values.
+
+    A group whose weights all equal one number keeps that number as exactly as two bf16 numbers
+    can hold it. A group so far from zero that rounding its zero to bf16 moves it by more than a
+    step gets a step wide enough to reach all its weights again. Weights beyond 3.35e38, a hair
+    below bf16's largest number, count as that.
+
+    weight: ``[N, K]``, any float dtype and strides, finite.
+    group_size: neighbouring k that share a scale and a zero.
+    k_padded: columns to store, at least K and a multiple of group_size; by default the least.
+
+    Raises ValueError where the weight holds inf or NaN, see `nonfinite_count`.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] == 0:
+        raise ValueError(
+            f"the weight is {weight.dtype} {tuple(weight.shape)}, "
+            "it must be a float [N, K] with at least one column"
+        )
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}, it must be positive")
+    n, k = weight.shape
+    if k_padded is None:
+        k_padded = -(-k // group_size) * group_size
+    if k_padded < k or k_padded % group_size:
+        raise ValueError(
+            f"k_padded is {k_padded}, it must be a multiple of group_size={group_size} "
+            f"and at least the weight's {k} columns"
+        )
+    weight = weight.detach()
+    device = weight.device
+    groups = k_padded // group_size
+    codes = torch.empty((n, k_padded), dtype=torch.uint8, device=device)
+    scale = torch.empty((n, groups), dtype=torch.bfloat16, device=device)
+    zero = torch.empty_like(scale)
+    signal = torch.zeros((), dtype=torch.float64, device=device)
+    noise = torch.zeros_like(signal)
+
+    chunks = list(_row_chunks(codes))
+    most_rows = chunks[0][1] if chunks else 0
+    w_scratch = torch.empty((most_rows, k_padded), dtype=torch.float32, device=device)
+    q_scratch = torch.empty_like(w_scratch)
+    for start, stop in chunks:
+        w = w_scratch[: stop - start]
+        w[:, :k].copy_(weight[start:stop])
+        w[:, k:] = w[:, k - 1 : k]  # leaves min and max of the last group as they are
+        w = w.view(-1, groups, group_size)
+        s, z = _group_parameters(w.amin(-1), w.amax(-1))
+        scale[start:stop] = s
+        zero[start:stop] = z
+
+        s, z = s.float().unsqueeze(-1), z.float().unsqueeze(-1)
+        q = q_scratch[: stop - start].view_as(w)
+        torch.sub(w, z, out=q)
+        # Where the scale is 0 the weights are within one bf16 denormal of zero: code 8.
+        q.div_(s.masked_fill(s == 0, math.inf)).round_().clamp_(-_MIDDLE, 15 - _MIDDLE)
+        signed = codes[start:stop].view(torch.int8).view_as(q)
+        signed.copy_(q).add_(_MIDDLE)
+
+        q.mul_(s).add_(z)
+        torch.sub(w, q, out=q)
+        signal += _sum_of_squares(w.view(-1, k_padded)[:, :k])
+        noise += _sum_of_squares(q.view(-1, k_padded)[:, :k])
+
+    codes[:, k:] = _MIDDLE
+    first_pad_group = -(-k // group_size)
+    scale[:, first_pad_group:] = 0
+    zero[:, first_pad_group:] = 0
+    total_signal, total_noise = torch.stack((signal, noise)).tolist()
+    if not math.isfinite(total_signal):  # finite fp32 squares cannot overflow in fp64
+        raise ValueError(
+            f"the weight holds inf or NaN in {nonfinite_count(weight)} of its {weight.numel()} "
+            "values; leave it in its own dtype"
+        )
+    return Quantized(codes, scale, zero, total_signal, total_noise)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_size: int,
+    dtype: torch.dtype,
+    k: int | None = None,
+) -> Tensor:
+    """The weight that the codes stand for: ``(code - 8) * scale + zero``.
+
+    Computed in fp32 and rounded once to dtype; a value beyond dtype's range becomes its largest.
+
+    codes: uint8 ``[N, k_padded]``, values 0..15.
+    scale, zero: ``[N, k_padded / group_size]``, any float dtype.
+    k: columns to return, by default all.
+    Returns ``[N, k]`` of dtype, contiguous.
+    """
+    n, k_padded = codes.shape
+    k = k_padded if k is None else k
+    if k_padded % group_size or scale.shape != (n, k_padded // group_size):
+        raise ValueError(
+            f"codes are {n}x{k_padded} and scale is {tuple(scale.shape)}: with group_size="
+            f"{group_size} it must be [{n}, columns / group_size]"
+        )
+    if zero.shape != scale.shape:
+        raise ValueError(
+            f"scale is {tuple(scale.shape)} and zero {tuple(zero.shape)}, they must be equal"
+        )
+    if not 0 <= k <= k_padded:
+        raise ValueError(f"k is {k}, it must be in 0..{k_padded}")
+    weight = torch.empty((n, k), dtype=dtype, device=codes.device)
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    for start, stop in _row_chunks(codes):
+        w = codes[start:stop].to(torch.float32, memory_format=torch.contiguous_format)
+        w = w.view(stop - start, -1, group_size).sub_(_MIDDLE)
+        w.mul_(scale[start:stop].float().unsqueeze(-1))
+        w.add_(zero[start:stop].float().unsqueeze(-1))
+        w.clamp_(-largest, largest)
+        weight[start:stop].copy_(w.view(-1, k_padded)[:, :k])
+    return weight
+
+
+def _group_parameters(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16 scale and zero of groups whose weights lie in low..high (fp32, any shape)."""
+    # fp64 because high - low may be beyond fp32, and because low and high may be nearly equal.
+    low, high = (end.double().clamp_(-_LARGEST, _LARGEST) for end in (low, high))
+    constant = low == high
+    step = (high - low).div_(15).clamp_(max=_LARGEST_SCALE)
+    exact_zero = low + 8 * step  # low itself in a constant group
+    stored_zero = exact_zero.to(torch.bfloat16)
+    zero = stored_zero.double()
+
+    reach = torch.maximum((high - zero) / 7, (zero - low) / 8)
+    step = torch.where((zero - exact_zero).abs_() > step, reach, step)
+    step = torch.where(constant, low - zero, step)  # code 9 is then low itself
+    return step.to(torch.bfloat16), stored_zero
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """The fp64 sum of squares of an fp32 matrix."""
+    wide = values.to(torch.float64).flatten()
+    return torch.dot(wide, wide)
+
+
+def _row_chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, stop) of successive chunks along the first axis, each of at least one row."""
+    chunk = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+    count = tensor.shape[0]
+    rows = max(1, chunk * count // max(tensor.numel(), 1))
+    for start in range(0, count, rows):
+        yield start, min(start + rows, count)

@@ -1,0 +1,321 @@
+"""What was packed, what was left alone and why: records, totals, a table, a graph diff."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import shutil
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import fx
+
+__all__ = ["GraphReport", "Record", "Report", "graph_text"]
+
+#: More rows than this are shown one line for each set of equal layers.
+_ROWS_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class Record:
+    """One matmul-like node with a constant weight.
+
+    Attributes:
+        name: full name of the layer, or of the parameter where no layer owns it.
+        op: the aten op, such as "addmm".
+        n: out features.
+        k: in features.
+        group_size: neighbouring k that share a scale and a zero; None where kept.
+        action: "packed" or "kept".
+        reason: why it was kept; for a packed one, what is cast or copied. May be empty.
+        sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB; None where not measured.
+        bytes_before: bytes of the weight as it was.
+        bytes_after: bytes of tiles and scale_and_zero, or bytes_before where kept.
+        dense_bytes: bytes of a dequantised copy held beside them for speed.
+        parameters: full names of the parameters the weight is made of.
+        weight_key: equal for matmuls that share one weight; not part of `to_dict`.
+    """
+
+    name: str
+    op: str
+    n: int
+    k: int
+    group_size: int | None
+    action: str
+    reason: str
+    sqnr_db: float | None
+    bytes_before: int
+    bytes_after: int
+    dense_bytes: int = 0
+    parameters: tuple[str, ...] = ()
+    weight_key: Hashable = field(default=None, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON can hold it; an infinite SQNR (an exact weight) is None."""
+        values = {
+            name: getattr(self, name)
+            for name in (f.name for f in dataclasses.fields(self))
+            if name != "weight_key"
+        }
+        values["parameters"] = list(self.parameters)
+        if self.sqnr_db is not None and not math.isfinite(self.sqnr_db):
+            values["sqnr_db"] = None
+        return values
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph.
+
+    Attributes:
+        records: its matmuls with constant weights, in the order they run.
+        parameters: elements of every parameter it reads, by identity.
+        before: the graph as captured, as text.
+        after: the graph as rewritten, as text.
+        graph_break: why Dynamo ended it early, or None.
+    """
+
+    records: tuple[Record, ...]
+    parameters: Mapping[int, int]
+    before: str
+    after: str
+    graph_break: str | None = None
+
+
+class Report:
+    """What one `torch.compile(...)` call, or one `fxint4.explain`, did; it grows as graphs come."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[Hashable, GraphReport] = {}
+
+    def put(self, key: Hashable, graph: GraphReport) -> None:
+        """Add a graph; a recompile of the same function replaces what it said before."""
+        self._graphs.pop(key, None)
+        self._graphs[key] = graph
+
+    @property
+    def records(self) -> list[Record]:
+        """Every matmul-like node with a constant weight, graph by graph."""
+        return [record for graph in self._graphs.values() for record in graph.records]
+
+    @property
+    def graph_diff(self) -> str:
+        """What changed in the graphs, as one unified diff."""
+        lines: list[str] = []
+        for number, graph in enumerate(self._graphs.values()):
+            lines += difflib.unified_diff(
+                graph.before.splitlines(),
+                graph.after.splitlines(),
+                f"graph {number} before",
+                f"graph {number} after",
+                lineterm="",
+                n=1,
+            )
+        return "\n".join(lines)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over all graphs; a weight that several matmuls share counts once.
+
+        Keys: matmuls, packed, kept (numbers of matmuls); weights_packed; bytes_before,
+        bytes_after, bytes_saved (of the packed weights); dense_bytes; parameters (elements of all
+        parameters that the graphs read); parameter_share (of those, the part that is packed);
+        graphs; graph_breaks.
+        """
+        records = self.records
+        packed = [record for record in records if record.action == "packed"]
+        weights = {record.weight_key or id(record): record for record in packed}.values()
+        # Several graphs may need one weight's dense copy: the largest says what is held.
+        before = sum(record.bytes_before for record in weights)
+        after = sum(record.bytes_after for record in weights)
+        parameters: dict[int, int] = {}
+        for graph in self._graphs.values():
+            parameters.update(graph.parameters)
+        elements = sum(parameters.values())
+        covered = sum(record.n * record.k for record in weights)
+        return {
+            "matmuls": len(records),
+            "packed": len(packed),
+            "kept": len(records) - len(packed),
+            "weights_packed": len(weights),
+            "bytes_before": before,
+            "bytes_after": after,
+            "bytes_saved": before - after,
+            "dense_bytes": sum(record.dense_bytes for record in weights),
+            "parameters": elements,
+            "parameter_share": min(1.0, covered / elements) if elements else 0.0,
+            "graphs": len(self._graphs),
+            "graph_breaks": sum(graph.graph_break is not None for graph in self._graphs.values()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the graph texts, as JSON can hold it."""
+        return {
+            "version": 1,
+            "totals": self.totals,
+            "records": [record.to_dict() for record in self.records],
+            "graph_breaks": [
+                graph.graph_break for graph in self._graphs.values() if graph.graph_break
+            ],
+        }
+
+    def __str__(self) -> str:
+        """The table, as wide as the terminal, and the totals below it."""
+        if not self._graphs:
+            return "fxint4: no graph was compiled"
+        return "\n".join([*self._headline(), "", self._table(), "", *self._footnotes()])
+
+    def _headline(self) -> list[str]:
+        totals = self.totals
+        breaks = totals["graph_breaks"]
+        share = f"{100 * totals['parameter_share']:.1f}% of parameters packed to int4"
+        graphs = f"{totals['graphs']} graph{'s' * (totals['graphs'] != 1)}"
+        lines = [
+            f"fxint4: {share}, {totals['packed']} of {totals['matmuls']} matmuls, "
+            f"{graphs}, {breaks} graph break{'s' * (breaks != 1)}"
+        ]
+        for graph in self._graphs.values():
+            if graph.graph_break:
+                lines.append(f"  graph break: {graph.graph_break}")
+        return lines
+
+    def _table(self) -> str:
+        rows = _merged(self.records) if len(self.records) > _ROWS_SHOWN else self.records
+        cells = [
+            [
+                row.name,
+                row.op,
+                f"{row.n}x{row.k}",
+                row.group_size or "",
+                row.action,
+                "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+                _size(row.bytes_before),
+                _size(row.bytes_after),
+                row.reason,
+            ]
+            for row in rows
+        ]
+        headers = ["layer", "op", "N x K", "group", "action", "SQNR dB", "before", "after", "why"]
+        width = shutil.get_terminal_size((120, 24)).columns
+        fixed = [max(map(len, map(str, column))) for column in zip(headers, *cells, strict=True)]
+        free = max(24, width - sum(fixed[1:-1]) - 2 * (len(headers) - 1))
+        why = min(fixed[-1], max(12, free - min(fixed[0], free // 2)))
+        layer = max(12, min(fixed[0], free - why))
+        for row_cells in cells:
+            row_cells[0] = _tail(str(row_cells[0]), layer)
+        return tabulate(
+            cells,
+            headers,
+            maxcolwidths=[None] * (len(headers) - 1) + [why],
+            disable_numparse=True,
+            colalign=("left", "left", *["right"] * 2, "left", *["right"] * 3, "left"),
+        )
+
+    def _footnotes(self) -> list[str]:
+        totals = self.totals
+        before, after = _size(totals["bytes_before"]), _size(totals["bytes_after"])
+        lines = [
+            f"packed weights: {before} -> {after}, {_size(totals['bytes_saved'])} less; "
+            "the original parameters stay in memory beside them"
+        ]
+        if totals["dense_bytes"]:
+            lines.append(
+                f"dequantised copies: {_size(totals['dense_bytes'])}, held because a dense matmul "
+                "is faster here at these numbers of rows"
+            )
+        return lines
+
+
+def graph_text(gm: fx.GraphModule, names: Mapping[str, str]) -> str:
+    """A graph in a stable, readable form, one node a line.
+
+    Args:
+        gm: the graph.
+        names: what to call its placeholders, by node name.
+    """
+    numbers: dict[fx.Node, str] = {}
+    used: dict[str, int] = {}
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            label = names.get(node.name, node.name)
+        else:
+            base = re.sub(r"(_default)?(_\d+)?$", "", node.name)
+            used[base] = used.get(base, 0) + 1
+            label = base if used[base] == 1 else f"{base}_{used[base] - 1}"
+        numbers[node] = f"%{label}"
+        if node.op == "placeholder":
+            if node.users:
+                lines.append(f"{numbers[node]}: {_shape(node)}")
+        elif node.op == "output":
+            lines.append(f"return {fx.map_arg(node.args[0], numbers.__getitem__)}")
+        else:
+            arguments = [str(fx.map_arg(arg, numbers.__getitem__)) for arg in node.args]
+            arguments += [
+                f"{key}={fx.map_arg(value, numbers.__getitem__)}"
+                for key, value in node.kwargs.items()
+            ]
+            target = str(node.target).removesuffix(".default")
+            lines.append(f"{numbers[node]} = {target}({', '.join(arguments)}): {_shape(node)}")
+    return "\n".join(lines)
+
+
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bool: "b8",
+    torch.uint8: "u8",
+}
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        dtype = _DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch.").replace("int", "i"))
+        return f"{dtype}[{', '.join(map(str, value.shape))}]"
+    return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
+
+
+def _merged(records: Iterable[Record]) -> list[Record]:
+    """One row for records that differ only in the numbers within their names, with the worst SQNR."""
+    rows: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        name = re.sub(r"\d+", "*", record.name)
+        key = (name, record.op, record.n, record.k, record.group_size, record.action, record.reason)
+        rows.setdefault(key, []).append(record)
+    merged = []
+    for (name, *_), group in rows.items():
+        if len(group) == 1:
+            merged.append(group[0])
+            continue
+        measured = [record.sqnr_db for record in group if record.sqnr_db is not None]
+        merged.append(
+            dataclasses.replace(
+                group[0],
+                name=f"{len(group)} of {name}",
+                sqnr_db=min(measured, default=None),
+                bytes_before=sum(record.bytes_before for record in group),
+                bytes_after=sum(record.bytes_after for record in group),
+            )
+        )
+    return merged
+
+
+def _tail(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

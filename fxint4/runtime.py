@@ -1,0 +1,182 @@
+"""A captured graph, compiled, with its packed weights looked up at every call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxint4 import _torch
+from fxint4.config import Int4Config
+from fxint4.forms import choose
+from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
+from fxint4.store import Form, PackedWeight, store
+
+__all__ = ["Int4Graph", "expected_rows"]
+
+
+def expected_rows(site: Site) -> int | None:
+    """M of a site in the example inputs; None where it is not known before the graph runs."""
+    return _torch.example_size(site.match.m)
+
+
+class Int4Graph:
+    """A captured graph and what it was compiled to.
+
+    The weights stay inputs: compiled code is reused for other parameters than those it was
+    compiled with, and parameters change. So each call finds the packed weights of the parameters
+    it is given. A graph is compiled once for each choice of forms that a call turns out to need.
+
+    Args:
+        captured: the graph as captured.
+        fake_inputs: its inputs as the compiler sees them.
+        sites: its matmuls that can be packed.
+        tensors: the real tensors behind its constant placeholders.
+        config: what the user asked for.
+        state: of the compiler.
+        kwargs: for Inductor's last stage.
+    """
+
+    #: AOTAutograd hands over the arguments as one list, which is emptied.
+    _boxed_call = True
+
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        fake_inputs: Sequence[Any],
+        sites: Sequence[Site],
+        tensors: Mapping[fx.Node, Tensor],
+        config: Int4Config,
+        state: _torch.CompileState,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self._captured = captured
+        self._fake_inputs = fake_inputs
+        self._sites = sites
+        self._droppable = tuple(tensors)
+        self._config = config
+        self._state = state
+        self._kwargs = kwargs
+        self._lock = threading.RLock()
+        self._variants: dict[tuple[Form | None, ...], _Variant] = {}
+        self._forms_by_sizes: dict[tuple[int, ...], tuple[Form, ...]] = {}
+        placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+        self._positions = {node: position for position, node in enumerate(placeholders)}
+        symbols = _torch.symbols_of(placeholders)
+        dynamic = any(not isinstance(site.match.m, int) for site in sites)
+        self._symbols = symbols if dynamic else {}
+
+    def compile_first(self) -> Rewritten:
+        """Compile for the sizes of the example inputs, inside the compiler."""
+        forms = self._choose(expected_rows)
+        variant = self._variants[forms] = self._compile(forms)
+        return variant.rewritten
+
+    def __call__(self, args: list[Any]) -> Sequence[Any]:
+        """Run on `args`, in the order of the captured graph's placeholders."""
+        forms: tuple[Form | None, ...] = self._forms(args)
+        while True:
+            variant = self._variants.get(forms) or self._compile_later(forms)
+            buffers: list[Tensor] = []
+            for slot in variant.slots:
+                made = slot.buffers(args, self._config)
+                if not made:
+                    # These parameters, unlike those compiled with, can't be packed.
+                    forms = self._without(slot.slot, forms)
+                    break
+                buffers.extend(made)
+            else:
+                break
+        inputs = [args[position] for position in variant.rewritten.kept_inputs]
+        inputs += buffers
+        args.clear()
+        return variant.compiled(inputs)
+
+    def _forms(self, args: Sequence[Any]) -> tuple[Form, ...]:
+        sizes = tuple(
+            args[position] if dim is None else args[position].shape[dim]
+            for position, dim in self._symbols.values()
+        )
+        forms = self._forms_by_sizes.get(sizes)
+        if forms is None:
+            values = dict(zip(self._symbols, sizes, strict=True))
+            forms = self._choose(lambda site: _torch.evaluate_size(site.match.m, values))
+            self._forms_by_sizes[sizes] = forms
+        return forms
+
+    def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Form, ...]:
+        return tuple(
+            choose(site.int4, site.dense, site.most_rows, rows(site)) for site in self._sites
+        )
+
+    def _without(self, slot: Slot, forms: tuple[Form | None, ...]) -> tuple[Form | None, ...]:
+        key = (slot.weight.roots, slot.weight.signature)
+        return tuple(
+            None if (site.weight.roots, site.weight.signature) == key else form
+            for site, form in zip(self._sites, forms, strict=True)
+        )
+
+    def _compile_later(self, forms: tuple[Form | None, ...]) -> _Variant:
+        with self._lock:
+            variant = self._variants.get(forms)
+            if variant is None:
+                with self._state.restored():
+                    variant = self._variants[forms] = self._compile(forms)
+            return variant
+
+    def _compile(self, forms: tuple[Form | None, ...]) -> _Variant:
+        rewritten = rewrite(
+            self._captured, self._sites, forms, self._droppable, self._state.fake_mode
+        )
+        placeholders = [node for node in rewritten.gm.graph.nodes if node.op == "placeholder"]
+        kept = rewritten.kept_inputs
+        packed = placeholders[len(kept) :]
+        inputs = [self._fake_inputs[position] for position in kept]
+        inputs += [node.meta["val"] for node in packed]
+        static = set(self._kwargs.get("static_input_idxs", ()))
+        static_now = [new for new, old in enumerate(kept) if old in static]
+        static_now += range(len(kept), len(inputs))
+        compiled = _torch.compile_fx_inner(
+            rewritten.gm, inputs, **{**self._kwargs, "static_input_idxs": static_now}
+        )
+        slots = [_BoundSlot(slot, self._positions) for slot in rewritten.slots]
+        return _Variant(rewritten, slots, compiled)
+
+
+class _Variant:
+    """A graph compiled for one choice of forms."""
+
+    def __init__(
+        self,
+        rewritten: Rewritten,
+        slots: Sequence[_BoundSlot],
+        compiled: Callable[[list[Any]], Sequence[Any]],
+    ) -> None:
+        self.rewritten = rewritten
+        self.slots = slots
+        self.compiled = compiled
+
+
+class _BoundSlot:
+    """A slot of a graph, with the packed weight that served it last."""
+
+    def __init__(self, slot: Slot, positions: Mapping[fx.Node, int]) -> None:
+        self.slot = slot
+        self._positions = tuple(positions[root] for root in slot.weight.roots)
+        self._packed: PackedWeight | None = None
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def buffers(self, args: Sequence[Any], config: Int4Config) -> tuple[Tensor, ...]:
+        """The packed tensors for the parameters in `args`; empty where these can't be packed."""
+        roots = [args[position] for position in self._positions]
+        packed = self._packed
+        if packed is None or not packed.is_current(roots):
+            with _torch.real_tensors():
+                packed = store.find(self.slot.weight, roots, self.slot.shape)
+                self._buffers = store.buffers(packed, self.slot.form, roots)
+            if packing_fault(packed, config):
+                self._buffers = ()
+            self._packed = packed
+        return self._buffers

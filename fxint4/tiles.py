@@ -1,0 +1,272 @@
+"""The tensor-core-tiled int4 layout: choose its shape, pack into it, unpack from it.
+
+Everything here is plain tensor code and runs on whatever device its input is on. Vocabulary: N out
+features, K in features, *group* = ``group_size`` neighbouring k of one row that share a scale and
+a zero, *codes* = the 4-bit numbers 0..15 one a byte, *tiles* = the packed int32 tensor,
+*scale_and_zero* = the tensor of both parameters. ``docs/layout.md`` explains why the layout is so.
+
+Word ``tiles[nt, ko, t, j]`` holds eight codes of row ``n = 8*nt + t//4``. With
+``b = 16*inner_k_tiles*ko + 32*j + 2*(t % 4)`` its nibbles, least significant first, are those of
+``k = b, b+8, b+16, b+24, b+1, b+9, b+17, b+25``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (32, 64, 128, 256)
+INNER_K_TILES = (2, 4, 8)
+PAD_CODE = 8
+"""The code that stands for ``zero`` alone: with a zero of 0 it dequantises to 0."""
+
+_CPU_CHUNK = 2**22
+"""Codes widened to int32 at a time by `pack_for_cpu`."""
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """What one weight looks like once packed.
+
+    n, k: the logical out and in features.
+    group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
+    inner_k_tiles: 2, 4 or 8; one tile spans ``16 * inner_k_tiles`` values of k.
+    n_padded, k_padded: the out and in features that are stored.
+    """
+
+    n: int
+    k: int
+    group_size: int
+    inner_k_tiles: int
+    n_padded: int
+    k_padded: int
+
+    @property
+    def groups(self) -> int:
+        """Groups in one row, pad included."""
+        return self.k_padded // self.group_size
+
+    @property
+    def tiles_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the int32 tiles."""
+        inner = self.inner_k_tiles
+        return (self.n_padded // 8, self.k_padded // (16 * inner), 32, inner // 2)
+
+    @property
+    def scale_and_zero_shape(self) -> tuple[int, int, int]:
+        """Shape of scale_and_zero."""
+        return (self.groups, self.n_padded, 2)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the int32 tiles and a bf16 scale_and_zero together."""
+        return self.n_padded * self.k_padded // 2 + 4 * self.groups * self.n_padded
+
+
+def choose_shape(
+    n: int, k: int, group_size: int = 128, inner_k_tiles: int = 8, n_multiple: int = 8
+) -> TileShape:
+    """The smallest legal packed shape for a weight ``[n, k]``.
+
+    group_size and inner_k_tiles are upper bounds. The group is the largest one, not above the
+    asked one, that divides k; where none divides k, the one whose packed row takes the fewest
+    bytes. Then inner_k_tiles is the largest one, not above the asked one, whose tiles divide the
+    padded k. n is padded to a multiple of n_multiple (8, or 16 where the CPU op is to read it too).
+    """
+    if n < 1 or k < 1:
+        raise ValueError(f"a weight needs at least one row and one column, got n={n}, k={k}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}, it must be one of {GROUP_SIZES}")
+    if inner_k_tiles not in INNER_K_TILES:
+        raise ValueError(f"inner_k_tiles is {inner_k_tiles}, it must be one of {INNER_K_TILES}")
+    if n_multiple < 8 or n_multiple % 8:
+        raise ValueError(f"n_multiple is {n_multiple}, it must be a positive multiple of 8")
+
+    allowed = [g for g in reversed(GROUP_SIZES) if g <= group_size]  # largest first
+
+    def row_bytes(group: int) -> int:
+        padded = _round_up(k, group)
+        return padded // 2 + 4 * padded // group
+
+    group = next((g for g in allowed if k % g == 0), None) or min(allowed, key=row_bytes)
+    k_padded = _round_up(k, group)
+    inner = max(i for i in INNER_K_TILES if i <= inner_k_tiles and k_padded % (16 * i) == 0)
+    return TileShape(n, k, group, inner, _round_up(n, n_multiple), k_padded)
+
+
+def pack(codes: Tensor, inner_k_tiles: int) -> Tensor:
+    """Packs codes into tiles.
+
+    codes: uint8 ``[..., N, K]``, every value in 0..15 (not checked: that would wait for the
+        device), N a multiple of 8, K a multiple of ``16 * inner_k_tiles``, any strides.
+    Returns int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
+    """
+    if inner_k_tiles not in INNER_K_TILES:
+        raise ValueError(f"inner_k_tiles is {inner_k_tiles}, it must be one of {INNER_K_TILES}")
+    _check_codes(codes)
+    *batch, n, k = codes.shape
+    span = 16 * inner_k_tiles
+    if n % 8 or k % span:
+        raise ValueError(
+            f"codes are {n}x{k}: inner_k_tiles={inner_k_tiles} needs the rows to be a multiple "
+            f"of 8 and the columns a multiple of {span}; pad_codes pads them"
+        )
+    # n = 8*nt + row and k = 16*inner_k_tiles*ko + 32*j + 16*high + 8*odd + 2*lane + pair
+    split = codes.reshape(*batch, n // 8, 8, k // span, inner_k_tiles // 2, 2, 2, 4, 2)
+    even, odd = split.unbind(-3)
+    octets = (odd << 4).bitwise_or_(even)  # nt, row, ko, j, high, lane, pair
+    octets = _permute_last(octets, (0, 2, 1, 5, 3, 6, 4))  # nt, ko, row, lane, j, pair, high
+    if sys.byteorder == "big":
+        octets = octets.flip((-2, -1))
+    words = octets.reshape(*batch, n // 8, k // span, 32, inner_k_tiles // 2, 4)
+    return words.contiguous().view(torch.int32).squeeze(-1)
+
+
+def unpack(tiles: Tensor) -> Tensor:
+    """The exact inverse of `pack`.
+
+    tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, any strides;
+        inner_k_tiles is read off the shape.
+    Returns uint8 codes ``[..., N, K]``, contiguous.
+    """
+    if tiles.dtype != torch.int32:
+        raise ValueError(f"tiles have dtype {tiles.dtype}, they must be torch.int32")
+    if tiles.ndim < 4 or tiles.shape[-2] != 32 or 2 * tiles.shape[-1] not in INNER_K_TILES:
+        raise ValueError(
+            f"tiles have shape {tuple(tiles.shape)}, "
+            "it must be [..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]"
+        )
+    *batch, n_tiles, k_tiles, _, words = tiles.shape
+    octets = tiles.contiguous().view(torch.uint8)
+    octets = octets.reshape(*batch, n_tiles, k_tiles, 8, 4, words, 2, 2)
+    if sys.byteorder == "big":
+        octets = octets.flip((-2, -1))
+    # nt, ko, row, lane, j, pair, high -> nt, row, ko, j, high, lane, pair
+    octets = _permute_last(octets, (0, 2, 1, 4, 6, 3, 5))
+    codes = octets.new_empty((*batch, n_tiles, 8, k_tiles, words, 2, 2, 4, 2))
+    even, odd = codes.unbind(-3)
+    torch.bitwise_and(octets, 15, out=even)
+    torch.bitwise_right_shift(octets, 4, out=odd)
+    return codes.view(*batch, n_tiles * 8, k_tiles * words * 32)
+
+
+def pack_scale_and_zero(scale: Tensor, zero: Tensor) -> Tensor:
+    """Joins scales and zeros into the one tensor that the ops read.
+
+    scale, zero: ``[..., N, groups]``, one dtype, any strides. The CUDA op reads bf16 and does not
+        check; the CPU op wants the activation's dtype.
+    Returns ``[..., groups, N, 2]`` of that dtype, contiguous: scale first, then zero.
+    """
+    if scale.shape != zero.shape or scale.dtype != zero.dtype or scale.ndim < 2:
+        raise ValueError(
+            f"scale is {scale.dtype} {tuple(scale.shape)} and zero is {zero.dtype} "
+            f"{tuple(zero.shape)}: both must be [..., N, groups] of one dtype"
+        )
+    *batch, n, groups = scale.shape
+    joined = scale.new_empty((*batch, groups, n, 2))
+    joined[..., 0].copy_(scale.transpose(-1, -2))
+    joined[..., 1].copy_(zero.transpose(-1, -2))
+    return joined
+
+
+def unpack_scale_and_zero(scale_and_zero: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact inverse of `pack_scale_and_zero`.
+
+    scale_and_zero: ``[..., groups, N, 2]``.
+    Returns scale and zero, each ``[..., N, groups]``, contiguous, of the same dtype.
+    """
+    if scale_and_zero.ndim < 3 or scale_and_zero.shape[-1] != 2:
+        raise ValueError(
+            f"scale_and_zero has shape {tuple(scale_and_zero.shape)}, "
+            "it must be [..., groups, N, 2]"
+        )
+    scale, zero = scale_and_zero.transpose(-2, -3).unbind(-1)
+    return scale.contiguous(), zero.contiguous()
+
+
+def pack_for_cpu(codes: Tensor) -> Tensor:
+    """Packs codes the way ``aten._weight_int4pack_mm_for_cpu`` reads them on this machine.
+
+    The order of the bytes depends on the instruction set of the processor that runs this (AVX-512,
+    AVX2 and others differ), and a wrong pairing gives wrong numbers without an error. So the
+    result is a cache for this machine and this process: never write it to a file.
+
+    codes: uint8 ``[N, K]`` on the CPU, every value in 0..15, N a multiple of 16, K even.
+    Returns uint8 ``[N, K/2]``.
+    """
+    _check_codes(codes)
+    if codes.ndim != 2 or codes.shape[0] % 16 or codes.shape[1] % 2:
+        raise ValueError(
+            f"codes have shape {tuple(codes.shape)}: "
+            "the CPU op needs [N, K] with N a multiple of 16 and K even"
+        )
+    if codes.device.type != "cpu":
+        raise ValueError(f"codes are on {codes.device}, the CPU op needs them on the CPU")
+    n, k = codes.shape
+    packed = codes.new_empty((n, k // 2))
+    # The op wants int32, eight times the packed size. It packs blocks of at most 64 rows that do
+    # not touch each other, so whole blocks can go through it one chunk at a time.
+    rows = max(1, _CPU_CHUNK // (64 * max(k, 1))) * 64
+    for start in range(0, n, rows):
+        chunk = codes[start : start + rows].to(torch.int32, memory_format=torch.contiguous_format)
+        packed[start : start + rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(chunk, 1)
+    return packed
+
+
+def pad_codes(codes: Tensor, shape: TileShape) -> Tensor:
+    """Pads codes to the stored shape with code 8.
+
+    codes: uint8 ``[..., N, K]``, at most ``[..., shape.n_padded, shape.k_padded]``.
+    Returns uint8 ``[..., shape.n_padded, shape.k_padded]``; codes itself if it has that shape.
+    """
+    _check_codes(codes)
+    *batch, n, k = codes.shape
+    if n > shape.n_padded or k > shape.k_padded:
+        raise ValueError(
+            f"codes are {n}x{k}, more than the {shape.n_padded}x{shape.k_padded} to be stored"
+        )
+    if (n, k) == (shape.n_padded, shape.k_padded):
+        return codes
+    padded = codes.new_empty((*batch, shape.n_padded, shape.k_padded))
+    padded[..., :n, :k] = codes
+    padded[..., n:, :] = PAD_CODE
+    padded[..., :n, k:] = PAD_CODE
+    return padded
+
+
+def pad_parameters(scale: Tensor, zero: Tensor, n_padded: int) -> tuple[Tensor, Tensor]:
+    """Appends rows of zeros, so that the rows that are not there dequantise to 0.
+
+    scale, zero: ``[..., N, groups]`` with N at most n_padded.
+    Returns both as ``[..., n_padded, groups]``; scale and zero themselves if N is n_padded.
+    """
+    n = scale.shape[-2]
+    if scale.shape != zero.shape or n > n_padded:
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)} and zero {tuple(zero.shape)}: "
+            f"both must be [..., N, groups] with N at most {n_padded}"
+        )
+    if n == n_padded:
+        return scale, zero
+    pad = (0, 0, 0, n_padded - n)
+    return torch.nn.functional.pad(scale, pad), torch.nn.functional.pad(zero, pad)
+
+
+def _permute_last(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Permutes the last axes and leaves the batch axes in front of them alone."""
+    batch = tensor.ndim - len(order)
+    return tensor.permute(*range(batch), *(batch + axis for axis in order))
+
+
+def _check_codes(codes: Tensor) -> None:
+    if codes.dtype != torch.uint8 or codes.ndim < 2:
+        raise ValueError(
+            f"codes are {codes.dtype} {tuple(codes.shape)}, they must be torch.uint8 [..., N, K]"
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,39 @@
+"""The graph passes, in the order they run.
+
+`analyse` reads a captured graph: it inlines nested regions, finds every matmul with a constant
+weight and folds those weights. `rewrite` then makes the graph that runs, once for each choice of
+forms (see `fxint4.forms`).
+"""
+
+from __future__ import annotations
+
+from fxint4.passes.bmm import BatchedMatMul
+from fxint4.passes.conv1x1 import Conv1x1
+from fxint4.passes.encoder_layer import DECOMPOSITIONS
+from fxint4.passes.find import Site, find
+from fxint4.passes.fold import fold, packing_fault
+from fxint4.passes.inline import inline_regions
+from fxint4.passes.left_alone import LeftAlone
+from fxint4.passes.mm import MatMul
+from fxint4.passes.pattern import Build, Kept, Match, Pattern
+from fxint4.passes.rewrite import Rewritten, Slot, rewrite
+
+__all__ = [
+    "DECOMPOSITIONS",
+    "PATTERNS",
+    "Build",
+    "Kept",
+    "Match",
+    "Pattern",
+    "Rewritten",
+    "Site",
+    "Slot",
+    "find",
+    "fold",
+    "inline_regions",
+    "packing_fault",
+    "rewrite",
+]
+
+#: Every form in which a constant weight is looked for. No two share an op.
+PATTERNS: tuple[Pattern, ...] = (MatMul(), BatchedMatMul(), Conv1x1(), LeftAlone())

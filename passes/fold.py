@@ -1,0 +1,106 @@
+"""Fold the weight of each site into packed tiles, or learn from its values why not to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from fxint4._torch import real_tensors
+from fxint4.config import Int4Config
+from fxint4.errors import FoldError
+from fxint4.forms import choose
+from fxint4.passes.find import Site
+from fxint4.report import Record
+from fxint4.store import Dense, PackedWeight, store
+
+__all__ = ["fold", "packing_fault"]
+
+
+def fold(
+    found: Sequence[Site | Record],
+    tensors: Mapping[fx.Node, Tensor],
+    rows: Callable[[Site], int | None],
+    config: Int4Config,
+) -> tuple[list[Site], list[Record]]:
+    """Pack the weights of all sites, one at a time.
+
+    Args:
+        found: what `find` returned.
+        tensors: the real tensor behind each constant placeholder; none of them is changed.
+        rows: the M that a site is expected to run with, None where it is not known.
+        config: what the user asked for.
+
+    Returns:
+        The sites that stay, and a record for every entry of `found`.
+
+    Raises:
+        FoldError: a weight could not be folded (out of memory, say); it names the layer.
+    """
+    sites: list[Site] = []
+    records: list[Record] = []
+    bar = tqdm(
+        found, desc="fxint4: folding weights", unit="weight", disable=not config.progress, leave=False
+    )
+    with real_tensors():
+        for entry in bar:
+            if isinstance(entry, Record):
+                records.append(entry)
+                continue
+            form = choose(entry.int4, entry.dense, entry.most_rows, rows(entry))
+            roots = [tensors[root] for root in entry.weight.roots]
+            packed = store.find(entry.weight, roots, entry.shape)
+            try:
+                store.buffers(packed, form, roots)
+            except Exception as error:
+                raise FoldError(_failure(entry, error)) from error
+            fault = packing_fault(packed, config)
+            record = dataclasses.replace(
+                entry.record, sqnr_db=None if packed.fault else packed.sqnr_db, reason=fault or ""
+            )
+            if fault is None:
+                sites.append(entry)
+                record = _packed(entry, record, isinstance(form, Dense))
+            records.append(record)
+    return sites, records
+
+
+def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
+    """Why the values of a weight keep it from being packed, or None."""
+    if packed.fault:
+        return packed.fault
+    if config.min_sqnr_db is not None and packed.sqnr_db < config.min_sqnr_db:
+        return f"SQNR {packed.sqnr_db:.1f} dB is below min_sqnr_db={config.min_sqnr_db:g}"
+    return None
+
+
+def _packed(site: Site, record: Record, dense: bool) -> Record:
+    dtype = site.dense.dtype
+    elements = site.shape.n * site.shape.k
+    return dataclasses.replace(
+        record,
+        action="packed",
+        group_size=site.shape.group_size,
+        bytes_after=site.shape.packed_bytes,
+        dense_bytes=elements * dtype.itemsize if dense else 0,
+        reason="; ".join(_remarks(site, dense)),
+    )
+
+
+def _remarks(site: Site, dense: bool) -> Iterable[str]:
+    if dense:
+        yield "multiplied as a dequantised copy"
+    elif site.dense.dtype is not torch.bfloat16:
+        yield f"activations cast from {str(site.dense.dtype).removeprefix('torch.')} to bfloat16"
+
+
+def _failure(site: Site, error: Exception) -> str:
+    record = site.record
+    return (
+        f"could not fold the weight of {record.name} ({record.n}x{record.k}, made of "
+        f"{', '.join(record.parameters)}): {type(error).__name__}: {error}. The model is as it "
+        f"was; leave this layer out with options={{'skip': [{record.name!r}]}}"
+    )

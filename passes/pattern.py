@@ -1,0 +1,208 @@
+"""What a pattern is, and the tools that its rewrite builds with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxint4._torch import aten
+from fxint4.constants import AXES, Constants
+
+__all__ = ["Build", "Kept", "Match", "Pattern", "value_of"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A matmul with a constant weight that a pattern leaves alone.
+
+    Attributes:
+        weight: the constant operand.
+        reason: why, with the offending value.
+        n: out features, 0 where the op has no such thing.
+        k: in features, likewise.
+    """
+
+    weight: fx.Node
+    reason: str
+    n: int = 0
+    k: int = 0
+
+
+@dataclass(frozen=True)
+class Match:
+    """A matmul that a pattern can rewrite: Y[M, N] = X[M, K] @ W[N, K]^T.
+
+    Attributes:
+        weight: the constant operand.
+        axes: how its axes lie, a key of `fxint4.constants.AXES`.
+        x: the other operand.
+        bias: the node added to the product, or None.
+    """
+
+    weight: fx.Node
+    axes: str
+    x: fx.Node
+    bias: fx.Node | None = None
+
+    @property
+    def n(self) -> int:
+        """Out features."""
+        return int(AXES[self.axes](value_of(self.weight)).shape[0])
+
+    @property
+    def k(self) -> int:
+        """In features."""
+        return int(AXES[self.axes](value_of(self.weight)).shape[1])
+
+    @property
+    def m(self) -> int | torch.SymInt:
+        """Rows of the activation."""
+        return value_of(self.x).numel() // self.k
+
+
+class Pattern(ABC):
+    """One form in which a matmul with a constant weight appears in a graph."""
+
+    #: The ops a match starts from.
+    ops: ClassVar[tuple[Any, ...]]
+
+    @abstractmethod
+    def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
+        """Look at one node, changing nothing.
+
+        Returns:
+            A Match; or Kept, where the weight is constant but the form can't be rewritten; or
+            None, where there is no constant weight.
+        """
+
+    @abstractmethod
+    def rewrite(
+        self, node: fx.Node, match: Match, multiply: Callable[[fx.Node], fx.Node], build: Build
+    ) -> fx.Node:
+        """Build what replaces `node`.
+
+        Args:
+            node: the matched node; it still stands in the graph.
+            match: what `match` returned, with nodes of this graph.
+            multiply: takes X as a 2-D node [M, K], returns Y as a 2-D node [M, N].
+            build: makes nodes.
+
+        Returns:
+            A node of the same shape and dtype as `node`.
+        """
+
+
+class Build:
+    """Makes nodes in front of a node, each with the metadata and fake value Inductor needs.
+
+    Args:
+        node: the node in front of which the new ones stand.
+        fake_mode: the FakeTensorMode of the graph's values.
+        like: the node whose metadata the new ones copy; `node` unless given.
+    """
+
+    def __init__(self, node: fx.Node, fake_mode: Any, like: fx.Node | None = None) -> None:
+        self._graph = node.graph
+        self._node = node
+        self._meta = {
+            key: value for key, value in (like or node).meta.items() if key in _COPIED_META
+        }
+        self._fake_mode = fake_mode
+
+    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """One call of `op`; nodes among the arguments stand for their values."""
+        with self._graph.inserting_before(self._node):
+            node = self._graph.call_function(op, args, kwargs)
+        node.meta = dict(self._meta)
+        real_args, real_kwargs = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        with self._fake_mode:
+            node.meta["val"] = op(*real_args, **real_kwargs)
+        return node
+
+    def size(self, node: fx.Node, dim: int) -> int | fx.Node:
+        """One dimension of a node: a number, or a node where it is dynamic."""
+        size = value_of(node).shape[dim]
+        return size if isinstance(size, int) else self(aten.sym_size.int, node, dim)
+
+    def contiguous(self, node: fx.Node) -> fx.Node:
+        """The node itself where it is known to be contiguous, a clone elsewhere."""
+        if is_contiguous(value_of(node)):
+            return node
+        return self(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    def rows(self, node: fx.Node) -> fx.Node:
+        """[..., K] as [M, K]."""
+        value = value_of(node)
+        if value.ndim == 2:
+            return node
+        return self(aten.view.default, self.contiguous(node), [-1, value.shape[-1]])
+
+    def like(self, node: fx.Node, original: fx.Node) -> fx.Node:
+        """A node with the strides of `original`, on which views further down may rely."""
+        value, wanted = value_of(node), value_of(original)
+        if _same_strides(value, wanted):
+            return node
+        if is_contiguous(wanted):
+            return self.contiguous(node)
+        order = sorted(range(wanted.ndim), key=lambda dim: -_hint(wanted.stride(dim)))
+        back = [order.index(dim) for dim in range(wanted.ndim)]
+        dense = self.contiguous(self(aten.permute.default, node, order))
+        return self(aten.permute.default, dense, back)
+
+    def add_scaled(
+        self, product: fx.Node, bias: fx.Node | None, beta: Any = 1, alpha: Any = 1
+    ) -> fx.Node:
+        """beta * bias + alpha * product, as addmm and baddbmm define it."""
+        if alpha != 1:
+            product = self(aten.mul.Tensor, product, alpha)
+        if bias is None or beta == 0:  # by definition a bias that beta cancels is not read
+            return product
+        if beta != 1:
+            bias = self(aten.mul.Tensor, bias, beta)
+        return self(aten.add.Tensor, product, bias)
+
+
+#: Of a replaced node's metadata what says where it came from; values and layouts are made anew.
+_COPIED_META = (
+    "stack_trace",
+    "nn_module_stack",
+    "source_fn_stack",
+    "original_aten",
+    "from_node",
+    "seq_nr",
+    "custom",
+)
+
+
+def value_of(node: fx.Node) -> Tensor:
+    """The fake tensor that a node stands for."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor), node
+    return value
+
+
+def is_contiguous(value: Tensor) -> bool:
+    """Whether a (possibly symbolic) tensor is known to be contiguous, without a guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if str(size) != "1" and str(stride) != str(expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def _same_strides(left: Tensor, right: Tensor) -> bool:
+    return all(
+        str(size) == "1" or str(a) == str(b)
+        for size, a, b in zip(left.shape, left.stride(), right.stride(), strict=True)
+    )
+
+
+def _hint(value: Any) -> int:
+    """An int, or the example value of a SymInt: enough to order strides."""
+    return value if isinstance(value, int) else int(value.node.hint or 0)

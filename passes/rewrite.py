@@ -1,0 +1,212 @@
+"""Rewrite the sites of a graph into int4 matmuls, and clean up what that leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxint4._torch import aten
+from fxint4.constants import Weight
+from fxint4.passes.find import Site
+from fxint4.passes.pattern import Build, Match, value_of
+from fxint4.store import Dense, Form
+from fxint4.tiles import TileShape
+
+__all__ = ["Rewritten", "Slot", "rewrite"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The inputs of a rewritten graph that hold one form of one packed weight.
+
+    Attributes:
+        weight: the computation behind the weight, with the placeholders of the graph as captured.
+        shape: the packed shape.
+        form: which form the inputs hold; a `Dense` takes one input, the others two.
+    """
+
+    weight: Weight
+    shape: TileShape
+    form: Form
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph whose sites read packed weights.
+
+    Attributes:
+        gm: the graph. Its placeholders are `kept_inputs`, then those of each slot in order.
+        kept_inputs: which placeholders of the captured graph it still has, by position.
+        slots: where its other inputs come from.
+    """
+
+    gm: fx.GraphModule
+    kept_inputs: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+
+def rewrite(
+    captured: fx.GraphModule,
+    sites: Sequence[Site],
+    forms: Sequence[Form | None],
+    droppable: Sequence[fx.Node],
+    fake_mode: Any,
+) -> Rewritten:
+    """Make a rewritten copy of a graph.
+
+    Args:
+        captured: the graph as captured; not changed.
+        sites: its matmuls that can be packed.
+        forms: for each of them the form to read; None leaves the matmul as it is.
+        droppable: placeholders that go where nothing reads them any more.
+        fake_mode: the FakeTensorMode of the graph's values.
+    """
+    gm, copies = _copy(captured)
+    inputs = _PackedInputs(gm.graph, fake_mode)
+    for site, form in zip(sites, forms, strict=True):
+        if form is not None:
+            _rewrite_site(site, form, copies, inputs, fake_mode)
+    gm.graph.eliminate_dead_code()
+    kept = _drop_unread(captured, copies, droppable)
+    gm.graph.lint()
+    gm.recompile()
+    return Rewritten(gm, kept, tuple(inputs.nodes))
+
+
+class _PackedInputs:
+    """Placeholders for packed weights, one set for all sites that share a weight and a form."""
+
+    def __init__(self, graph: fx.Graph, fake_mode: Any) -> None:
+        self._graph = graph
+        self._fake_mode = fake_mode
+        self._last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        self._by_key: dict[tuple[object, ...], tuple[fx.Node, ...]] = {}
+        self.nodes: dict[Slot, tuple[fx.Node, ...]] = {}
+
+    def of(self, site: Site, form: Form, device: torch.device) -> tuple[fx.Node, ...]:
+        key = (site.weight.roots, site.weight.signature, site.shape, form)
+        if key not in self._by_key:
+            slot = Slot(site.weight, site.shape, form)
+            number = len(self._by_key)
+            nodes = tuple(
+                self._placeholder(f"{part}_{number}", *spec, device)
+                for part, spec in _specs(site.shape, form).items()
+            )
+            self._by_key[key] = self.nodes[slot] = nodes
+        return self._by_key[key]
+
+    def _placeholder(
+        self,
+        name: str,
+        size: tuple[int, ...],
+        stride: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> fx.Node:
+        with self._graph.inserting_after(self._last):
+            self._last = self._graph.placeholder(name)
+        with self._fake_mode:
+            if stride is None:
+                value = torch.empty(size, dtype=dtype, device=device)
+            else:
+                value = torch.empty_strided(size, stride, dtype=dtype, device=device)
+        self._last.meta["val"] = value
+        return self._last
+
+
+def _specs(
+    shape: TileShape, form: Form
+) -> Mapping[str, tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype]]:
+    """Name, size, stride and dtype of each tensor of a form."""
+    if isinstance(form, Dense):
+        return {"dequantised": (form.size, form.stride, form.dtype)}
+    parameters = (shape.scale_and_zero_shape, None, torch.bfloat16)
+    if form == "cpu":
+        codes = ((shape.n_padded, shape.k_padded // 2), None, torch.uint8)
+        return {"cpu_tiles": codes, "scale_and_zero": parameters}
+    return {"tiles": (shape.tiles_shape, None, torch.int32), "scale_and_zero": parameters}
+
+
+def _rewrite_site(
+    site: Site,
+    form: Form,
+    copies: Mapping[fx.Node, fx.Node],
+    inputs: _PackedInputs,
+    fake_mode: Any,
+) -> None:
+    node = copies[site.node]
+    build = Build(node, fake_mode)
+    packed = inputs.of(site, form, value_of(site.match.weight).device)
+    if isinstance(form, Dense):
+        _put_dense(node, copies[site.match.weight], packed[0], build)
+        return
+    match = Match(
+        copies[site.match.weight],
+        site.match.axes,
+        copies[site.match.x],
+        None if site.match.bias is None else copies[site.match.bias],
+    )
+
+    def multiply(x: fx.Node) -> fx.Node:
+        return _int4_matmul(x, site.shape, form, packed, build)
+
+    replacement = site.pattern.rewrite(node, match, multiply, build)
+    replacement = build.like(replacement, node)
+    node.replace_all_uses_with(replacement, propagate_meta=False)
+    node.graph.erase_node(node)
+
+
+def _int4_matmul(
+    x: fx.Node, shape: TileShape, form: Form, packed: Sequence[fx.Node], build: Build
+) -> fx.Node:
+    """Y[M, N] = X[M, K] @ W^T through the device's int4 op, in X's dtype."""
+    dtype = value_of(x).dtype
+    cast = torch.ops.prims.convert_element_type.default
+    x = build.contiguous(x)
+    if dtype is not torch.bfloat16:
+        x = build(cast, x, torch.bfloat16)
+    if shape.k_padded != shape.k:
+        x = build(aten.constant_pad_nd.default, x, [0, shape.k_padded - shape.k], 0.0)
+    op = aten._weight_int4pack_mm_for_cpu if form == "cpu" else aten._weight_int4pack_mm
+    y = build(op.default, x, packed[0], shape.group_size, packed[1])
+    if shape.n_padded != shape.n:
+        y = build(aten.slice.Tensor, y, 1, 0, shape.n)
+    return y if dtype is torch.bfloat16 else build(cast, y, dtype)
+
+
+def _put_dense(node: fx.Node, weight: fx.Node, dense: fx.Node, build: Build) -> None:
+    """Let a matmul read the dequantised copy where it read the weight."""
+    for operand in node.all_input_nodes:
+        if operand is weight:
+            node.replace_input_with(operand, dense)
+        elif operand.target is aten.expand.default and operand.args[0] is weight:
+            node.replace_input_with(operand, build(operand.target, dense, *operand.args[1:]))
+
+
+def _copy(captured: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of a graph that shares its tensors, and the copy of each node."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    results = graph.graph_copy(captured.graph, copies)
+    output = graph.output(results)
+    output.meta = dict(captured.graph.output_node().meta)
+    gm = fx.GraphModule(captured, graph)
+    gm.meta.update(captured.meta)
+    return gm, copies
+
+
+def _drop_unread(
+    captured: fx.GraphModule, copies: Mapping[fx.Node, fx.Node], droppable: Sequence[fx.Node]
+) -> tuple[int, ...]:
+    kept = []
+    placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    for index, placeholder in enumerate(placeholders):
+        if placeholder in droppable and not copies[placeholder].users:
+            copies[placeholder].graph.erase_node(copies[placeholder])
+        else:
+            kept.append(index)
+    return tuple(kept)

@@ -1,0 +1,25 @@
+"""The Python in the documentation runs as it stands, block after block, in one namespace a page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["docs/layout.md"]
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert blocks, f"{page} has no Python block"
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))
+        source = "\n" * line + block.group(1)  # so that a traceback names the page's line
+        exec(compile(source, page, "exec"), namespace)
