@@ -132,18 +132,19 @@ def compile_fx_inner(
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """Inductor's last stage: an aten graph to code. The result takes a list that it empties.
 
-    The CUDA int4 op wants contiguous operands and has no lowering that says so; ours is in force
-    only here. The cache key is tagged because Inductor's own does not cover lowerings.
+    The int4 ops want contiguous operands, and Inductor's lowerings of them do not see to it; what
+    we add is in force only here. The cache key is tagged because Inductor's own does not cover it.
     """
     import torch.compiler.config as compiler_config
     from torch._inductor import lowering
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
-    op = aten._weight_int4pack_mm.default
-    handler = lowering.fallback_handler(op, add_to_fallback_set=False)
+    cuda_op, cpu_op = aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default
+    handler = lowering.fallback_handler(cuda_op, add_to_fallback_set=False)
+    contiguous = dict.fromkeys((cuda_op, cpu_op), lowering.require_contiguous)
     with (
-        mock.patch.dict(lowering.lowerings, {op: handler}),
-        mock.patch.dict(lowering._maybe_layout_constraints, {op: lowering.require_contiguous}),
+        mock.patch.dict(lowering.lowerings, {cuda_op: handler}),
+        mock.patch.dict(lowering._maybe_layout_constraints, contiguous),
         compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}fxint4"),
     ):
         return cast(

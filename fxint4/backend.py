@@ -128,7 +128,7 @@ def _compile_graph(
         found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
         sites, records = fold(found, weights.tensors, expected_rows, config)
         graph = Int4Graph(captured, fake_inputs, sites, weights.tensors, config, state, kwargs)
-        names = {node.name: name for node, name in weights.names.items()}
+        names = weights.labels
         report.put(
             (_torch.frame_id(), *sorted(weights.parameters)),
             GraphReport(
@@ -158,6 +158,7 @@ class _Weights:
     ) -> None:
         self.tensors: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, str] = {}
+        self.labels: dict[str, str] = {}
         self.standings: dict[fx.Node, Standing] = {}
         self.parameters: dict[int, int] = {}
         mutated = _torch.inputs_mutated_by_graph()
@@ -171,6 +172,7 @@ class _Weights:
             else:
                 value, name = example_inputs[origin], inputs.names[origin]
                 is_buffer = inputs.is_registered_buffer(origin)
+            self.labels[node.name] = name
             if isinstance(value, nn.Parameter):
                 self.parameters[id(value)] = value.numel()
             standing = _standing(value, is_buffer)

@@ -79,9 +79,9 @@ def layer_name(parameter: str) -> str:
 
     `fc.parametrizations.weight.original1` (torch.nn.utils.parametrize) is `fc`, too.
     """
-    owner, found, rest = parameter.partition(".parametrizations.")
+    owner, found, rest = f".{parameter}".partition(".parametrizations.")
     if found:
-        parameter = f"{owner}.{rest.split('.')[0]}"
+        parameter = f"{owner}.{rest.split('.')[0]}".removeprefix(".")
     layer, _, last = parameter.rpartition(".")
     return layer if layer and last in ("weight", "weight_v", "weight_orig") else parameter
 

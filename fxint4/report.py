@@ -253,12 +253,11 @@ def graph_text(gm: fx.GraphModule, names: Mapping[str, str]) -> str:
             if node.users:
                 lines.append(f"{numbers[node]}: {_shape(node)}")
         elif node.op == "output":
-            lines.append(f"return {fx.map_arg(node.args[0], numbers.__getitem__)}")
+            lines.append(f"return {_argument(node.args[0], numbers)}")
         else:
-            arguments = [str(fx.map_arg(arg, numbers.__getitem__)) for arg in node.args]
+            arguments = [_argument(value, numbers) for value in node.args]
             arguments += [
-                f"{key}={fx.map_arg(value, numbers.__getitem__)}"
-                for key, value in node.kwargs.items()
+                f"{key}={_argument(value, numbers)}" for key, value in node.kwargs.items()
             ]
             target = str(node.target).removesuffix(".default")
             lines.append(f"{numbers[node]} = {target}({', '.join(arguments)}): {_shape(node)}")
@@ -273,6 +272,14 @@ _DTYPES = {
     torch.bool: "b8",
     torch.uint8: "u8",
 }
+
+
+def _argument(value: Any, numbers: Mapping[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return numbers[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(item, numbers) for item in value)}]"
+    return str(value)
 
 
 def _shape(node: fx.Node) -> str:

@@ -134,7 +134,7 @@ def _specs(
 def _rewrite_site(
     site: Site,
     form: Form,
-    copies: Mapping[fx.Node, fx.Node],
+    copies: dict[fx.Node, fx.Node],
     inputs: _PackedInputs,
     fake_mode: Any,
 ) -> None:
@@ -156,8 +156,9 @@ def _rewrite_site(
 
     replacement = site.pattern.rewrite(node, match, multiply, build)
     replacement = build.like(replacement, node)
-    node.replace_all_uses_with(replacement, propagate_meta=False)
+    node.replace_all_uses_with(replacement)
     node.graph.erase_node(node)
+    copies[site.node] = replacement  # later sites may read it
 
 
 def _int4_matmul(
