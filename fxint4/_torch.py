@@ -54,7 +54,9 @@ def inductor_mode_options(mode: str | None) -> Mapping[str, Any]:
         return cast("Mapping[str, Any]", list_mode_options(mode))
     except RuntimeError as error:
         known = ", ".join(map(repr, list_mode_options()))
-        raise OptionError(f"unknown mode {mode!r} for backend 'int4tile': it takes {known}") from error
+        raise OptionError(
+            f"unknown mode {mode!r} for backend 'int4tile': it takes {known}"
+        ) from error
 
 
 @functools.cache
@@ -88,13 +90,6 @@ def decompositions(extra: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callabl
 
     table = {op: fn for op, fn in select_decomp_table().items() if op not in _KEPT_WHOLE}
     return {**table, **extra}
-
-
-def inductor_decomposition(op: Any) -> Callable[..., Any] | None:
-    """Inductor's own decomposition of one op, or None."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    return cast("Callable[..., Any] | None", select_decomp_table().get(op))
 
 
 def compile_fx(
@@ -140,12 +135,13 @@ def compile_fx_inner(
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
     cuda_op, cpu_op = aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default
-    handler = lowering.fallback_handler(cuda_op, add_to_fallback_set=False)
+    handler = lowering.fallback_handler(cuda_op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+    tag = f"{compiler_config.cache_key_tag}fxint4"
     contiguous = dict.fromkeys((cuda_op, cpu_op), lowering.require_contiguous)
     with (
         mock.patch.dict(lowering.lowerings, {cuda_op: handler}),
         mock.patch.dict(lowering._maybe_layout_constraints, contiguous),
-        compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}fxint4"),
+        compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
     ):
         return cast(
             "Callable[[list[Any]], Sequence[Any]]",
@@ -166,7 +162,8 @@ def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | No
         if isinstance(value, torch.SymInt):
             found.setdefault(value.node.expr, (position, None))
         elif isinstance(value, Tensor):
-            for dim, size in enumerate(value.shape):
+            sizes: Sequence[Any] = value.shape
+            for dim, size in enumerate(sizes):
                 if isinstance(size, torch.SymInt):
                     found.setdefault(size.node.expr, (position, dim))
     return found
@@ -174,7 +171,7 @@ def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | No
 
 def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int | None:
     """A size for given values of its symbols; None where some of them are not among these."""
-    if isinstance(size, int):
+    if not isinstance(size, torch.SymInt):
         return size
     value = size.node.expr.subs(symbols)
     return int(value) if value.is_number else None
@@ -182,7 +179,7 @@ def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int |
 
 def example_size(size: int | torch.SymInt) -> int | None:
     """The size that the compiler saw in the example inputs; None for a data-dependent one."""
-    if isinstance(size, int):
+    if not isinstance(size, torch.SymInt):
         return size
     return cast("int | None", size.node.hint if size.node.has_hint() else None)
 
@@ -259,9 +256,7 @@ def inputs_mutated_by_graph() -> frozenset[int]:
     metadata = context.fw_metadata if context is not None else None
     if metadata is None:
         return frozenset()
-    return frozenset(
-        index for index, info in enumerate(metadata.input_info) if info.mutates_data
-    )
+    return frozenset(index for index, info in enumerate(metadata.input_info) if info.mutates_data)
 
 
 # --- Dynamo: names and modules behind the inputs -------------------------------------------------
@@ -326,7 +321,8 @@ def mkldnn_supports(dtype: torch.dtype) -> bool:
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return bool(torch.backends.mkldnn.is_available() and probes[dtype]())
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and probes[dtype]())
 
 
 # --- Tensors ------------------------------------------------------------------------------------
@@ -345,7 +341,7 @@ class TensorState:
         """Note the state of `tensor`."""
         from torch.multiprocessing.reductions import StorageWeakRef
 
-        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self._address = tensor.data_ptr()
         self._version = _version(tensor)
 

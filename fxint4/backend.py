@@ -191,9 +191,9 @@ def _standing(value: object, is_buffer: bool) -> Standing:
     return Standing.VARIES
 
 
-def _written_placeholders(captured: fx.GraphModule) -> set[fx.Node]:
+def _written_placeholders(captured: fx.GraphModule) -> set[Any]:
     """Placeholders that an op of the graph writes to."""
-    written = set()
+    written: set[Any] = set()
     for node in captured.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:

@@ -8,7 +8,7 @@ concatenation, W + B @ A) is constant, too, and is evaluated for one weight at a
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -37,7 +37,7 @@ _TRANSPOSES = {
 }
 
 #: How a weight's axes lie in the graph, and the view of it as [N, K] that everything else uses.
-AXES = {
+AXES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "NK": lambda weight: weight,
     "KN": lambda weight: weight.t(),
     "*NK": lambda weight: weight[0],
@@ -151,9 +151,7 @@ class Weight:
         """
         values: dict[fx.Node, Any] = dict(zip(self.roots, roots, strict=True))
         values.update(self.literals)
-        last_use = {
-            operand: step for step in self.steps for operand in step.all_input_nodes
-        }
+        last_use = {operand: step for step in self.steps for operand in step.all_input_nodes}
         for step in self.steps:
             if step not in values:
                 args, kwargs = fx.map_arg((step.args, step.kwargs), lambda node: values[node])
@@ -176,8 +174,10 @@ def _is_pure(target: Any) -> bool:
 
 
 def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:
-    """Take a transpose or a leading axis off a node and put it into its axes, so that the same
-    weight reached in two ways is one weight."""
+    """Take a transpose or a leading axis off a node and put it into its axes.
+
+    So the same weight, reached in two ways, is one weight.
+    """
     operand = node.args[0] if node.args else None
     if not isinstance(operand, fx.Node):
         return None

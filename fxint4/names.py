@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -110,15 +111,14 @@ def _modules_on_stack() -> list[nn.Module]:
 
 
 def _frames() -> Iterator[Mapping[str, Any]]:
-    frame = sys._getframe()
     stack = []
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         stack.append(frame)
-        frame = frame.f_back  # type: ignore[assignment]
-    for frame in reversed(stack):
-        # A comprehension or a C callback has no "self" of interest; reading names is cheap.
-        if "self" in frame.f_code.co_varnames:
-            yield frame.f_locals
+        frame = frame.f_back
+    for called in reversed(stack):
+        if "self" in called.f_code.co_varnames:
+            yield called.f_locals
 
 
 def _is_plumbing(step: str) -> bool:

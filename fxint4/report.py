@@ -129,8 +129,7 @@ class Report:
         """
         records = self.records
         packed = [record for record in records if record.action == "packed"]
-        weights = {record.weight_key or id(record): record for record in packed}.values()
-        # Several graphs may need one weight's dense copy: the largest says what is held.
+        weights = {record.weight_key: record for record in packed}.values()
         before = sum(record.bytes_before for record in weights)
         after = sum(record.bytes_after for record in weights)
         parameters: dict[int, int] = {}
@@ -285,20 +284,22 @@ def _argument(value: Any, numbers: Mapping[fx.Node, str]) -> str:
 def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        dtype = _DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch.").replace("int", "i"))
+        dtype = _DTYPES.get(
+            value.dtype, str(value.dtype).removeprefix("torch.").replace("int", "i")
+        )
         return f"{dtype}[{', '.join(map(str, value.shape))}]"
     return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 def _merged(records: Iterable[Record]) -> list[Record]:
-    """One row for records that differ only in the numbers within their names, with the worst SQNR."""
+    """One row for records that differ only in numbers within their names; its SQNR is the worst."""
     rows: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        name = re.sub(r"\d+", "*", record.name)
+        name = _numberless(record.name)
         key = (name, record.op, record.n, record.k, record.group_size, record.action, record.reason)
         rows.setdefault(key, []).append(record)
     merged = []
-    for (name, *_), group in rows.items():
+    for group in rows.values():
         if len(group) == 1:
             merged.append(group[0])
             continue
@@ -306,13 +307,17 @@ def _merged(records: Iterable[Record]) -> list[Record]:
         merged.append(
             dataclasses.replace(
                 group[0],
-                name=f"{len(group)} of {name}",
+                name=f"{len(group)} of {_numberless(group[0].name)}",
                 sqnr_db=min(measured, default=None),
                 bytes_before=sum(record.bytes_before for record in group),
                 bytes_after=sum(record.bytes_after for record in group),
             )
         )
     return merged
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
 
 
 def _tail(text: str, width: int) -> str:

@@ -129,9 +129,7 @@ class PackedWeight:
                 made: tuple[Tensor, ...] = (self._dense(form, codes, scale, zero),)
             else:
                 padded = pad_codes(codes, shape)
-                tiles = (
-                    pack_for_cpu(padded) if form == "cpu" else pack(padded, shape.inner_k_tiles)
-                )
+                tiles = pack_for_cpu(padded) if form == "cpu" else pack(padded, shape.inner_k_tiles)
                 made = (tiles, pack_scale_and_zero(*pad_parameters(scale, zero, shape.n_padded)))
             self._keep(form, made)
 

@@ -43,7 +43,11 @@ def fold(
     sites: list[Site] = []
     records: list[Record] = []
     bar = tqdm(
-        found, desc="fxint4: folding weights", unit="weight", disable=not config.progress, leave=False
+        found,
+        desc="fxint4: folding weights",
+        unit="weight",
+        disable=not config.progress,
+        leave=False,
     )
     with real_tensors():
         for entry in bar:

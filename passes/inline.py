@@ -43,7 +43,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, fake_mode: Any) -> None:
             copies[node] = copy
     for user in list(call.users):
         assert user.target is operator.getitem, user
-        user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(outputs[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
 

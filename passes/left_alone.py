@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -14,7 +15,7 @@ from fxint4.passes.pattern import Build, Kept, Match, Pattern, value_of
 class LeftAlone(Pattern):
     """Ops that multiply by a weight in a form that int4 tiles don't serve."""
 
-    _REASONS = {
+    _REASONS: ClassVar[dict[Any, str]] = {
         aten.mv.default: "a matrix times a vector",
         aten.addmv.default: "a matrix times a vector",
         aten._trilinear.default: "a bilinear form, which is no single matmul",

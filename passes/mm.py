@@ -41,9 +41,8 @@ class MatMul(Pattern):
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    if node.target is aten.mm.default:
-        return (None, *node.args)
-    return node.args  # type: ignore[return-value]
+    bias = node.args[0] if node.target is aten.addmm.default else None
+    return (bias, node.args[-2], node.args[-1])
 
 
 def _factors(node: fx.Node) -> dict[str, Any]:

@@ -126,8 +126,10 @@ class Build:
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
         """One dimension of a node: a number, or a node where it is dynamic."""
-        size = value_of(node).shape[dim]
-        return size if isinstance(size, int) else self(aten.sym_size.int, node, dim)
+        size: int | torch.SymInt = value_of(node).shape[dim]
+        if isinstance(size, torch.SymInt):
+            return self(aten.sym_size.int, node, dim)
+        return size
 
     def contiguous(self, node: fx.Node) -> fx.Node:
         """The node itself where it is known to be contiguous, a clone elsewhere."""
@@ -157,7 +159,7 @@ class Build:
     def add_scaled(
         self, product: fx.Node, bias: fx.Node | None, beta: Any = 1, alpha: Any = 1
     ) -> fx.Node:
-        """beta * bias + alpha * product, as addmm and baddbmm define it."""
+        """Sum of beta * bias and alpha * product, as addmm and baddbmm define it."""
         if alpha != 1:
             product = self(aten.mul.Tensor, product, alpha)
         if bias is None or beta == 0:  # by definition a bias that beta cancels is not read

@@ -83,7 +83,7 @@ class _PackedInputs:
     def __init__(self, graph: fx.Graph, fake_mode: Any) -> None:
         self._graph = graph
         self._fake_mode = fake_mode
-        self._last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        self._last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
         self._by_key: dict[tuple[object, ...], tuple[fx.Node, ...]] = {}
         self.nodes: dict[Slot, tuple[fx.Node, ...]] = {}
 
