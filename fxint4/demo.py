@@ -62,9 +62,9 @@ SENTENCES = (
     "The leaves for black tea are left to oxidise before they are dried, while those for green tea "
     "are heated soon after picking, although both grow on one kind of bush.",
     "To make a simple soup, simmer vegetables in stock.",
-    "Soften a chopped onion in butter, add diced carrots and potatoes, cover everything with stock, "
-    "and let the soup cook gently until the vegetables are tender enough to be crushed with a "
-    "spoon.",
+    "Soften a chopped onion in butter, add diced carrots and potatoes, cover everything with "
+    "stock, and let the soup cook gently until the vegetables are tender enough to be crushed "
+    "with a spoon.",
     "A compiler translates programs.",
     "Before a program in a high-level language can run, a compiler turns its source code into "
     "instructions for the machine.",

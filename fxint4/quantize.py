@@ -179,6 +179,7 @@ def dequantize(
         w.add_(zero[start:stop].float().unsqueeze(-1))
         w.clamp_(-largest, largest)
         weight[start:stop].copy_(w.view(-1, k_padded)[:, :k])
+        del w  # before the next chunk's is made
     return weight
 
 

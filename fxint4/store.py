@@ -165,9 +165,11 @@ class Store:
         Args:
             weight: the computation.
             roots: the real tensors for `weight.roots`.
-            shape: the packed shape, which is part of the identity.
+            shape: the packed shape; like the device of the roots, part of the identity.
         """
-        key = (*map(id, roots), weight.signature, shape)
+        # A model that moves to another device keeps its parameters.
+        devices = tuple(root.device for root in roots)
+        key = (*map(id, roots), weight.signature, shape, devices)
         with self._lock:
             packed = self._packed.get(key)
             if packed is None or not packed.of(roots):

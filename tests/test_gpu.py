@@ -1,0 +1,176 @@
+"""The whole way on a CUDA GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fxint4
+from fxint4.quantize import dequantize, quantize
+from fxint4.store import store
+
+pytestmark = [
+    pytest.mark.gpu,
+    # Inductor's advice to fp32 users, and its CUDA graph trees' way of reserving a memory pool.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
+
+ROUNDOFF = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-9, torch.float32: 2.0**-9}
+
+
+def assert_linear(y: Tensor, x: Tensor, layer: nn.Linear, group: int = 128) -> None:
+    """`y` is the layer with its int4 weight, to five roundings of bf16 (see test_backend)."""
+    made = quantize(layer.weight.detach(), group, -(-layer.in_features // group) * group)
+    w = dequantize(
+        made.codes, made.scale, made.zero, group, torch.float64, layer.in_features
+    )
+    x = x.double()
+    b = torch.zeros((), device=x.device) if layer.bias is None else layer.bias.detach().double()
+    bound = 5 * ROUNDOFF[y.dtype] * (x.abs() @ w.abs().T + b.abs())
+    assert ((y.double() - (x @ w.T + b)).abs() <= bound).all()
+
+
+def layer(k: int = 512, n: int = 256, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    return nn.Linear(k, n, device="cuda", dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("k", "n"), [(512, 256), (600, 50), (4304, 72), (576, 264)])
+def test_dtypes_and_padded_shapes(dtype: torch.dtype, k: int, n: int) -> None:
+    model = layer(k, n, dtype)
+    compiled = torch.compile(model, backend="int4tile", dynamic=False)
+    with torch.no_grad():
+        for shape in [(1, k), (2, 3, k), (33, k), (0, k), (k,)]:
+            x = torch.randn(shape, device="cuda", dtype=dtype)
+            y = compiled(x)
+            assert (y.shape, y.dtype) == ((*shape[:-1], n), dtype)
+            [record] = fxint4.last_report().records  # type: ignore[union-attr]
+            assert record.action == "packed"
+            assert_linear(y.view(-1, n), x.view(-1, k), model, record.group_size)
+
+
+def test_dynamic_rows() -> None:
+    model = layer()
+    compiled = torch.compile(model, backend="int4tile", dynamic=True)
+    with torch.no_grad():
+        for rows in (2, 17, 300, 4, 0, 1):
+            x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+            assert_linear(compiled(x), x, model)
+
+
+def test_an_output_too_large_for_the_op_is_multiplied_as_a_dense_copy() -> None:
+    model = nn.Linear(64, 2**16, bias=False, device="cuda", dtype=torch.bfloat16).eval()
+    x = torch.randn(2**15 + 8, 64, device="cuda", dtype=torch.bfloat16)  # x W^T: 2^31 + 2^19
+    with torch.no_grad():
+        y = torch.compile(model, backend="int4tile")(x)
+    rows = torch.tensor([0, 2**14, 2**15 - 1, 2**15 + 7], device="cuda")
+    assert_linear(y[rows], x[rows], model, 64)
+
+
+def test_cuda_graphs_with_changing_weights() -> None:
+    model = nn.Sequential(layer(512, 512), nn.GELU(), layer(512, 512))
+    compiled = torch.compile(model, backend="int4tile", mode="reduce-overhead")
+    counters.clear()
+    with torch.no_grad():
+        for step in range(6):
+            x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+            torch.compiler.cudagraph_mark_step_begin()
+            y = compiled(x).clone()
+            hidden = torch.nn.functional.gelu(_eager(model[0], x))
+            expected = _eager(model[2], hidden)
+            error = (y - expected).float().norm() / expected.float().norm()
+            assert error < 8 * 2.0**-9, step
+            if step == 2:
+                model[0].weight.mul_(-0.5)
+            if step == 4:
+                model[2].weight = nn.Parameter(torch.randn_like(model[2].weight))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def _eager(linear: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(linear, nn.Linear)
+    made = quantize(linear.weight.detach(), 128)
+    weight = dequantize(made.codes, made.scale, made.zero, 128, torch.bfloat16)
+    return torch.nn.functional.linear(x, weight, linear.bias)
+
+
+def test_repeated_layers_under_cuda_graphs_keep_their_own_weights() -> None:
+    layers = [layer(512, 512) for _ in range(4)]
+    compiled = [torch.compile(one, backend="int4tile", mode="reduce-overhead") for one in layers]
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(4):
+            for one, fast in zip(layers, compiled, strict=True):
+                torch.compiler.cudagraph_mark_step_begin()
+                assert_linear(fast(x).clone(), x, one)
+
+
+def test_a_gpu_too_old_is_kept_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxint4.forms import device_fault
+
+    device_fault.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    model = layer()
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context():
+        fault = device_fault(x.device)
+    monkeypatch.undo()
+    assert fault == (
+        "the GPU has compute capability 7.5; int4 tiles need 8.0 (Ampere) or newer"
+    )
+    with torch.no_grad():
+        y = torch.compile(model, backend="int4tile")(x)
+    torch.testing.assert_close(y, model(x))
+    [record] = fxint4.last_report().records  # type: ignore[union-attr]
+    assert (record.action, record.reason) == ("kept", fault)
+    device_fault.cache_clear()
+
+
+def test_folding_needs_little_more_than_the_packed_weights() -> None:
+    weights = [nn.Parameter(torch.randn(8192, 8192, device="cuda").bfloat16()) for _ in range(4)]
+
+    def products(x: Tensor) -> list[Tensor]:
+        return [x @ weight.T for weight in weights]
+
+    x = torch.randn(4, 8192, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        torch.compile(products, backend="int4tile")(x)
+    report = fxint4.last_report()
+    assert report is not None
+    peak = torch.cuda.max_memory_allocated() - before
+    one_weight = weights[0].numel() * 2
+    # The packed weights stay; the scratch of a chunk is 2^24 elements at 16 bytes.
+    assert peak <= report.totals["bytes_after"] + one_weight + 2**24 * 16
+
+
+def test_moving_a_model_to_the_gpu_after_compiling() -> None:
+    model = nn.Linear(512, 256).bfloat16().eval()
+    compiled = torch.compile(model, backend="int4tile")
+    with torch.no_grad():
+        x = torch.randn(4, 512).bfloat16()
+        assert_linear(compiled(x), x, model)
+        model.cuda()
+        assert_linear(compiled(x.cuda()), x.cuda(), model)
+        model.cpu()
+        assert_linear(compiled(x), x, model)
+
+
+def test_a_copied_model_has_its_own_packed_weights() -> None:
+    model = layer()
+    twin: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.weight.neg_()
+        x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+        compiled = torch.compile(lambda m, x: m(x), backend="int4tile")
+        assert_linear(compiled(model, x), x, model)
+        assert_linear(compiled(twin, x), x, twin)
+        assert len([p for p in store._packed.values() if p.of([twin.weight])]) == 1
