@@ -38,9 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         + "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", help="one of those below; `COMMAND --help` says more")
+    parser.add_argument("command", nargs="?", help="one of those below; `COMMAND --help` says more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.error("a command is missing")
     if args.command not in COMMANDS:
         parser.error(f"unknown command {args.command!r}")
     module, _ = COMMANDS[args.command]

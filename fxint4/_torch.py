@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -135,11 +136,15 @@ def compile_fx_inner(
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
     cuda_op, cpu_op = aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default
-    handler = lowering.fallback_handler(cuda_op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+    # Inductor knows no lowering of the CUDA op, nor of mv and addmv, which it takes apart as a rule.
+    handlers = {
+        op: lowering.fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+        for op in (cuda_op, aten.mv.default, aten.addmv.default)
+    }
     tag = f"{compiler_config.cache_key_tag}fxint4"
     contiguous = dict.fromkeys((cuda_op, cpu_op), lowering.require_contiguous)
     with (
-        mock.patch.dict(lowering.lowerings, {cuda_op: handler}),
+        mock.patch.dict(lowering.lowerings, handlers),
         mock.patch.dict(lowering._maybe_layout_constraints, contiguous),
         compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
     ):
@@ -257,6 +262,17 @@ def inputs_mutated_by_graph() -> frozenset[int]:
     if metadata is None:
         return frozenset()
     return frozenset(index for index, info in enumerate(metadata.input_info) if info.mutates_data)
+
+
+def is_pure(target: Any) -> bool:
+    """Whether calling an op twice gives the same value twice, and does nothing else."""
+    if target is operator.getitem:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+    )
 
 
 # --- Dynamo: names and modules behind the inputs -------------------------------------------------

@@ -135,7 +135,7 @@ def _compile_graph(
                 tuple(records),
                 weights.parameters,
                 graph_text(captured, names),
-                graph_text(graph.compile_first().gm, names),
+                graph.compile_first(lambda rewritten: graph_text(rewritten, names)),
                 graph_break,
             ),
         )

@@ -7,17 +7,15 @@ concatenation, W + B @ A) is constant, too, and is evaluated for one weight at a
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from fxint4._torch import aten
+from fxint4._torch import aten, is_pure
 
 __all__ = ["AXES", "Constants", "Standing", "Weight"]
 
@@ -99,7 +97,7 @@ class Constants:
         if node.op == "get_attr":
             value = getattr(self._gm, str(node.target), None)
             return Standing.HELPER if isinstance(value, Tensor) else Standing.VARIES
-        if node.op != "call_function" or not _is_pure(node.target):
+        if node.op != "call_function" or not is_pure(node.target):
             return Standing.VARIES
         operands = [self._standing[operand] for operand in node.all_input_nodes]
         if node.target in _MATMULS:
@@ -161,16 +159,6 @@ class Weight:
                 if last_use[operand] is step:
                     del values[operand]
         return AXES[self.axes](values[self.node].detach())
-
-
-def _is_pure(target: Any) -> bool:
-    if target is operator.getitem:
-        return True
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and not target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in target.tags
-    )
 
 
 def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:

@@ -17,6 +17,10 @@ from fxint4.store import Form, PackedWeight, store
 __all__ = ["Int4Graph", "expected_rows"]
 
 
+#: Combinations of dynamic sizes whose choice of forms is remembered.
+_SIZES_REMEMBERED = 4096
+
+
 def expected_rows(site: Site) -> int | None:
     """M of a site in the example inputs; None where it is not known before the graph runs."""
     return _torch.example_size(site.match.m)
@@ -68,11 +72,20 @@ class Int4Graph:
         dynamic = any(not isinstance(site.match.m, int) for site in sites)
         self._symbols = symbols if dynamic else {}
 
-    def compile_first(self) -> Rewritten:
-        """Compile for the sizes of the example inputs, inside the compiler."""
+    def compile_first(self, describe: Callable[[fx.GraphModule], str]) -> str:
+        """Compile for the sizes of the example inputs, inside the compiler.
+
+        Args:
+            describe: called with the rewritten graph, before Inductor's last passes change it.
+
+        Returns:
+            What `describe` said.
+        """
         forms = self._choose(expected_rows)
-        variant = self._variants[forms] = self._compile(forms)
-        return variant.rewritten
+        rewritten = self._rewrite(forms)
+        description = describe(rewritten.gm)
+        self._variants[forms] = self._compile(rewritten)
+        return description
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run on `args`, in the order of the captured graph's placeholders."""
@@ -81,7 +94,7 @@ class Int4Graph:
             variant = self._variants.get(forms) or self._compile_later(forms)
             buffers: list[Tensor] = []
             for slot in variant.slots:
-                made = slot.buffers(args, self._config)
+                made = slot.buffers(args)
                 if not made:
                     # These parameters, unlike those compiled with, can't be packed.
                     forms = self._without(slot.slot, forms)
@@ -103,6 +116,8 @@ class Int4Graph:
         if forms is None:
             values = dict(zip(self._symbols, sizes, strict=True))
             forms = self._choose(lambda site: _torch.evaluate_size(site.match.m, values))
+            if len(self._forms_by_sizes) >= _SIZES_REMEMBERED:
+                self._forms_by_sizes.clear()
             self._forms_by_sizes[sizes] = forms
         return forms
 
@@ -123,13 +138,13 @@ class Int4Graph:
             variant = self._variants.get(forms)
             if variant is None:
                 with self._state.restored():
-                    variant = self._variants[forms] = self._compile(forms)
+                    variant = self._variants[forms] = self._compile(self._rewrite(forms))
             return variant
 
-    def _compile(self, forms: tuple[Form | None, ...]) -> _Variant:
-        rewritten = rewrite(
-            self._captured, self._sites, forms, self._droppable, self._state.fake_mode
-        )
+    def _rewrite(self, forms: tuple[Form | None, ...]) -> Rewritten:
+        return rewrite(self._captured, self._sites, forms, self._droppable, self._state.fake_mode)
+
+    def _compile(self, rewritten: Rewritten) -> _Variant:
         placeholders = [node for node in rewritten.gm.graph.nodes if node.op == "placeholder"]
         kept = rewritten.kept_inputs
         packed = placeholders[len(kept) :]
@@ -141,7 +156,7 @@ class Int4Graph:
         compiled = _torch.compile_fx_inner(
             rewritten.gm, inputs, **{**self._kwargs, "static_input_idxs": static_now}
         )
-        slots = [_BoundSlot(slot, self._positions) for slot in rewritten.slots]
+        slots = [_BoundSlot(slot, self._positions, self._config) for slot in rewritten.slots]
         return _Variant(rewritten, slots, compiled)
 
 
@@ -162,21 +177,19 @@ class _Variant:
 class _BoundSlot:
     """A slot of a graph, with the packed weight that served it last."""
 
-    def __init__(self, slot: Slot, positions: Mapping[fx.Node, int]) -> None:
+    def __init__(self, slot: Slot, positions: Mapping[fx.Node, int], config: Int4Config) -> None:
         self.slot = slot
+        self._form = slot.form
         self._positions = tuple(positions[root] for root in slot.weight.roots)
+        self._config = config
         self._packed: PackedWeight | None = None
-        self._buffers: tuple[Tensor, ...] = ()
 
-    def buffers(self, args: Sequence[Any], config: Int4Config) -> tuple[Tensor, ...]:
+    def buffers(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """The packed tensors for the parameters in `args`; empty where these can't be packed."""
         roots = [args[position] for position in self._positions]
         packed = self._packed
-        if packed is None or not packed.is_current(roots):
+        if packed is None or not packed.is_current(roots) or self._form not in packed.forms:
             with _torch.real_tensors():
-                packed = store.find(self.slot.weight, roots, self.slot.shape)
-                self._buffers = store.buffers(packed, self.slot.form, roots)
-            if packing_fault(packed, config):
-                self._buffers = ()
-            self._packed = packed
-        return self._buffers
+                self._packed = packed = store.find(self.slot.weight, roots, self.slot.shape)
+                store.fold(packed, (self._form,), roots)
+        return () if packing_fault(packed, self._config) else packed.forms[self._form]

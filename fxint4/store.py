@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,7 @@ class PackedWeight:
         shape: the packed shape.
 
     Attributes:
+        forms: the tensors of each form that was asked for; what they hold is current after `fold`.
         fault: why the weight cannot be packed, or None.
         sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB.
     """
@@ -70,14 +71,21 @@ class PackedWeight:
         self._weight = weight
         self._shape = shape
         self._roots = tuple(weakref.ref(root) for root in roots)
+        self._device = roots[0].device
         self._states: tuple[TensorState, ...] = ()
-        self._forms: dict[Form, tuple[Tensor, ...]] = {}
+        self.forms: dict[Form, tuple[Tensor, ...]] = {}
         self.fault: str | None = None
         self.sqnr_db = 0.0
 
     def of(self, roots: Sequence[Tensor]) -> bool:
-        """Whether it was made from these very tensors (whatever they hold now)."""
-        return all(ref() is root for ref, root in zip(self._roots, roots, strict=True))
+        """Whether it was made from these very tensors, on this device, whatever they hold now."""
+        return self._device == roots[0].device and all(
+            ref() is root for ref, root in zip(self._roots, roots, strict=True)
+        )
+
+    def uses(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is one of those it was made from."""
+        return any(ref() is tensor for ref in self._roots)
 
     def is_current(self, roots: Sequence[Tensor]) -> bool:
         """Whether it was made from these very tensors, and from what they hold now."""
@@ -88,20 +96,16 @@ class PackedWeight:
                 return False
         return True
 
-    def buffers(self, form: Form, roots: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The tensors of one form, made now if they are missing or out of date.
-
-        Empty where the weight has a `fault`.
-        """
+    def fold(self, forms: Collection[Form], roots: Sequence[Tensor]) -> None:
+        """See to it that these forms are there and up to date, or else that `fault` is set."""
         if not self.is_current(roots):
-            self._fold(roots, {form, *self._forms})
-        elif form not in self._forms and self.fault is None:
-            self._fold(roots, {form})
-        return () if self.fault else self._forms[form]
+            self._fold(roots, {*forms, *self.forms})
+        elif self.fault is None and not self.forms.keys() >= set(forms):
+            self._fold(roots, {*forms} - self.forms.keys())
 
     def clear(self) -> None:
         """Free what was made."""
-        self._forms.clear()
+        self.forms.clear()
         self._states = ()
 
     def _fold(self, roots: Sequence[Tensor], forms: set[Form]) -> None:
@@ -143,7 +147,7 @@ class PackedWeight:
 
     def _keep(self, form: Form, made: tuple[Tensor, ...]) -> None:
         """Keep what was made, in the memory of its forerunner: graphs know that address."""
-        old = self._forms.setdefault(form, made)
+        old = self.forms.setdefault(form, made)
         if old is not made:
             for mine, fresh in zip(old, made, strict=True):
                 mine.copy_(fresh)
@@ -154,10 +158,15 @@ class Store:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._packed: dict[tuple[object, ...], PackedWeight] = {}
+        self._packed: dict[tuple[object, ...], dict[TileShape, PackedWeight]] = {}
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return sum(map(len, self._packed.values()))
+
+    def of(self, tensor: Tensor) -> list[PackedWeight]:
+        """What was made of a parameter, alone or with others."""
+        made = (packed for family in self._packed.values() for packed in family.values())
+        return [packed for packed in made if packed.uses(tensor)]
 
     def find(self, weight: Weight, roots: Sequence[Tensor], shape: TileShape) -> PackedWeight:
         """The packed weight of `weight` computed from `roots`; a new, empty one where none is.
@@ -165,31 +174,29 @@ class Store:
         Args:
             weight: the computation.
             roots: the real tensors for `weight.roots`.
-            shape: the packed shape; like the device of the roots, part of the identity.
+            shape: the packed shape, part of the identity.
         """
-        # A model that moves to another device keeps its parameters.
-        devices = tuple(root.device for root in roots)
-        key = (*map(id, roots), weight.signature, shape, devices)
+        key = (*map(id, roots), weight.signature)
         with self._lock:
-            packed = self._packed.get(key)
-            if packed is None or not packed.of(roots):
-                packed = self._packed[key] = PackedWeight(weight, roots, shape)
+            family = self._packed.setdefault(key, {})
+            for old_shape, old in list(family.items()):
+                if not old.of(roots):  # a model that moved keeps its parameters, not their device
+                    old.clear()
+                    del family[old_shape]
+            if not family:
                 for root in roots:
                     weakref.finalize(root, self._forget, key).atexit = False
-            return packed
+            return family.setdefault(shape, PackedWeight(weight, roots, shape))
 
-    def buffers(
-        self, packed: PackedWeight, form: Form, roots: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """`packed.buffers(form, roots)`, one thread at a time."""
+    def fold(self, packed: PackedWeight, forms: Collection[Form], roots: Sequence[Tensor]) -> None:
+        """`packed.fold(forms, roots)`, one thread at a time."""
         with self._lock:
-            return packed.buffers(form, roots)
+            packed.fold(forms, roots)
 
     def _forget(self, key: tuple[object, ...]) -> None:
         # Runs in whichever thread drops the last reference, perhaps inside our own lock: no lock,
         # as popping from a dict is atomic.
-        packed = self._packed.pop(key, None)
-        if packed is not None:
+        for packed in self._packed.pop(key, {}).values():
             packed.clear()
 
 

@@ -58,7 +58,7 @@ def fold(
             roots = [tensors[root] for root in entry.weight.roots]
             packed = store.find(entry.weight, roots, entry.shape)
             try:
-                store.buffers(packed, form, roots)
+                store.fold(packed, form, roots)
             except Exception as error:
                 raise FoldError(_failure(entry, error)) from error
             fault = packing_fault(packed, config)

@@ -132,11 +132,11 @@ def test_an_update_is_folded_into_the_same_memory(x: Tensor) -> None:
     compiled = int4(model)
     with torch.no_grad():
         compiled(x)
-        [packed] = [p for p in store._packed.values() if p.of([model.weight])]
-        addresses = [t.data_ptr() for form in packed._forms.values() for t in form]
+        [packed] = store.of(model.weight)
+        addresses = [t.data_ptr() for form in packed.forms.values() for t in form]
         in_place(model)
         compiled(x)
-    assert addresses == [t.data_ptr() for form in packed._forms.values() for t in form]
+    assert addresses == [t.data_ptr() for form in packed.forms.values() for t in form]
 
 
 def test_a_weight_that_turns_nan_is_kept_and_packed_again_when_it_is_well(x: Tensor) -> None:

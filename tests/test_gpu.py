@@ -173,4 +173,4 @@ def test_a_copied_model_has_its_own_packed_weights() -> None:
         compiled = torch.compile(lambda m, x: m(x), backend="int4tile")
         assert_linear(compiled(model, x), x, model)
         assert_linear(compiled(twin, x), x, twin)
-        assert len([p for p in store._packed.values() if p.of([twin.weight])]) == 1
+        assert len(store.of(twin.weight)) == 1
