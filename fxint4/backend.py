@@ -214,12 +214,18 @@ def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:
                     f"the {type(owner).__name__} that owns {name} {tuple(value.shape)} is in "
                     "training mode; backend 'int4tile' is for inference: call model.eval() first"
                 )
-        elif isinstance(value, Tensor) and torch.is_grad_enabled():
-            if value.requires_grad and value.is_leaf:
-                raise TrainingError(
-                    f"input {name} {tuple(value.shape)} requires grad; backend 'int4tile' is for "
-                    "inference and computes none: pass it detached, or call under torch.no_grad()"
-                )
+        elif _wants_gradient(value):
+            raise TrainingError(
+                f"input {name} {tuple(value.shape)} requires grad; backend 'int4tile' is for "
+                "inference and computes none: pass it detached, or call under torch.no_grad()"
+            )
+
+
+def _wants_gradient(value: object) -> bool:
+    # An input that eager code computed from parameters requires grad, too, but is no leaf.
+    if not isinstance(value, Tensor) or not torch.is_grad_enabled():
+        return False
+    return value.requires_grad and value.is_leaf
 
 
 def _report_of_caller() -> Report:

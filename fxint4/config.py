@@ -64,7 +64,7 @@ class Int4Config:
             object.__setattr__(self, field, _patterns(field, getattr(self, field)))
         if self.min_sqnr_db is not None and not _is_number(self.min_sqnr_db):
             raise OptionError(
-                f"min_sqnr_db is {self.min_sqnr_db!r}; it takes a number in dB, or None for no bound"
+                f"min_sqnr_db is {self.min_sqnr_db!r}; it takes a number of dB, or None"
             )
         if not _is_number(self.min_features) or self.min_features != int(self.min_features):
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")

@@ -58,7 +58,8 @@ def fold(
             roots = [tensors[root] for root in entry.weight.roots]
             packed = store.find(entry.weight, roots, entry.shape)
             try:
-                store.fold(packed, form, roots)
+                # The tiles are made even where a dense copy runs: they are what is kept.
+                store.fold(packed, {entry.int4, form}, roots)
             except Exception as error:
                 raise FoldError(_failure(entry, error)) from error
             fault = packing_fault(packed, config)
