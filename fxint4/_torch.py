@@ -136,7 +136,7 @@ def compile_fx_inner(
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
     cuda_op, cpu_op = aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default
-    # Inductor knows no lowering of the CUDA op, nor of mv and addmv, which it takes apart as a rule.
+    # Inductor has no lowering of the CUDA op, nor of mv and addmv, which it usually takes apart.
     handlers = {
         op: lowering.fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
         for op in (cuda_op, aten.mv.default, aten.addmv.default)

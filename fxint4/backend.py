@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,20 @@ from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.constants import Constants, Standing
 from fxint4.errors import Int4Error, TrainingError
-from fxint4.names import Inputs
-from fxint4.passes import DECOMPOSITIONS, PATTERNS, find, fold, inline_regions
+from fxint4.names import Inputs, layer_name, names_in_call, parameters_in_call
+from fxint4.passes import (
+    DECOMPOSITIONS,
+    PATTERNS,
+    Site,
+    Slot,
+    find,
+    fold,
+    folded_record,
+    inline_regions,
+)
 from fxint4.report import GraphReport, Report, graph_text
 from fxint4.runtime import Int4Graph, expected_rows
+from fxint4.store import PackedWeight
 
 __all__ = ["explain", "int4tile", "last_report"]
 
@@ -127,13 +138,15 @@ def _compile_graph(
         constants = Constants(captured, weights.standings)
         found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
         sites, records = fold(found, weights.tensors, expected_rows, config)
-        graph = Int4Graph(captured, fake_inputs, sites, weights.tensors, config, state, kwargs)
+        key = (_torch.frame_id(), *sorted(weights.parameters))
+        met = _Meetings(report, key, sites, config)
+        graph = Int4Graph(captured, fake_inputs, sites, weights.tensors, config, state, kwargs, met)
         names = weights.labels
         report.put(
-            (_torch.frame_id(), *sorted(weights.parameters)),
+            key,
             GraphReport(
                 tuple(records),
-                weights.parameters,
+                {**weights.parameters, **parameters_in_call(weights.tensors.values())},
                 graph_text(captured, names),
                 graph.compile_first(lambda rewritten: graph_text(rewritten, names)),
                 graph_break,
@@ -144,6 +157,55 @@ def _compile_graph(
         return graph
 
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
+
+
+class _Meetings:
+    """Adds to a report the weights that a graph meets only when it runs.
+
+    Code that was compiled for one of twelve equal layers serves the other eleven.
+
+    Args:
+        report: the report.
+        key: of the graph in it.
+        sites: of the graph.
+        config: what the user asked for.
+    """
+
+    def __init__(
+        self, report: Report, key: Hashable, sites: Sequence[Site], config: Int4Config
+    ) -> None:
+        self._report = report
+        self._key = key
+        self._sites = sites
+        self._config = config
+        self._known = {site.record.weight_key for site in sites}
+
+    def __call__(self, slot: Slot, packed: PackedWeight, roots: Sequence[Tensor]) -> None:
+        """Record every matmul of the graph that reads this slot, with this weight."""
+        weight_key = (*map(id, roots), slot.weight.signature)
+        if weight_key in self._known:
+            return
+        self._known.add(weight_key)
+        by_identity = names_in_call(roots)
+        largest_first = sorted(roots, key=lambda root: -root.numel())
+        records = []
+        for site in self._sites:
+            if (site.weight.roots, site.weight.signature) == (
+                slot.weight.roots,
+                slot.weight.signature,
+            ):
+                names = tuple(
+                    by_identity.get(id(root), name)
+                    for root, name in zip(largest_first, site.record.parameters, strict=True)
+                )
+                record = folded_record(site, packed, slot.form, self._config)
+                records.append(
+                    dataclasses.replace(
+                        record, name=layer_name(names[0]), parameters=names, weight_key=weight_key
+                    )
+                )
+        elements = parameters_in_call(roots) or {id(root): root.numel() for root in roots}
+        self._report.add(self._key, records, elements)
 
 
 class _Weights:
@@ -184,7 +246,9 @@ class _Weights:
 
 
 def _standing(value: object, is_buffer: bool) -> Standing:
-    if type(value) is nn.Parameter:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return Standing.VARIES
+    if type(value) is nn.Parameter:  # a subclass has its own idea of what it holds
         return Standing.WEIGHT
     if type(value) is Tensor and is_buffer:
         return Standing.WEIGHT if value.dtype in _QUANTISED_DTYPES else Standing.HELPER

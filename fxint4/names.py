@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxint4._torch import frame_scope, source_name
 
-__all__ = ["Inputs", "layer_name"]
+__all__ = ["Inputs", "layer_name", "names_in_call", "parameters_in_call"]
 
 _STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
@@ -32,7 +32,8 @@ class Inputs:
         """Read names off the sources that Dynamo left on the placeholders."""
         self._sources = [source_name(node) for node in placeholders]
         self._local, self._global = frame_scope()
-        by_identity = _names_by_identity(self._local.values(), values)
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        by_identity = names_in_call(tensors, self._local.values())
         self._shared_root = self._only_module_root()
         self.names = [
             by_identity.get(id(value)) or self._readable(source) or node.name
@@ -87,22 +88,44 @@ def layer_name(parameter: str) -> str:
     return layer if layer and last in ("weight", "weight_v", "weight_orig") else parameter
 
 
-def _names_by_identity(locals_: Any, values: Sequence[Any]) -> Mapping[int, str]:
-    """Full names of the tensors in `values` within the outermost module being called.
+def names_in_call(tensors: Iterable[Tensor], candidates: Iterable[Any] = ()) -> Mapping[int, str]:
+    """Full names of `tensors`, by identity, within the outermost module being called.
 
     After a graph break Dynamo compiles an inner module's forward by itself and names its
     parameters from there; the modules on the Python stack know the rest of the name.
+
+    Args:
+        tensors: what to name; those that no module owns are left out.
+        candidates: modules to try beside those on the stack; other values are passed over.
     """
-    wanted = {id(value) for value in values if isinstance(value, Tensor)}
+    wanted = {id(tensor) for tensor in tensors}
     names: dict[int, str] = {}
-    modules = [*_modules_on_stack(), *(value for value in locals_ if isinstance(value, nn.Module))]
-    # Innermost first, so that the outermost module has the last word.
-    for module in dict.fromkeys(reversed(modules)):
+    for module in _modules_in_call(candidates):
         for named in (module.named_parameters, module.named_buffers):
-            for name, tensor in named(remove_duplicate=True):
+            for name, tensor in named():
                 if id(tensor) in wanted:
                     names[id(tensor)] = name.removeprefix("_orig_mod.")
     return names
+
+
+def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, int]:
+    """Elements of every parameter, by identity, of the modules being called that own `tensors`."""
+    wanted = {id(tensor) for tensor in tensors}
+    elements: dict[int, int] = {}
+    for module in _modules_in_call(()):
+        own = {id(parameter): parameter.numel() for parameter in module.parameters()}
+        if wanted & own.keys():
+            elements.update(own)
+    return elements
+
+
+def _modules_in_call(candidates: Iterable[Any]) -> list[nn.Module]:
+    """Modules whose methods are running, and candidates, innermost first."""
+    modules = [
+        *_modules_on_stack(),
+        *(value for value in candidates if isinstance(value, nn.Module)),
+    ]
+    return list(dict.fromkeys(reversed(modules)))
 
 
 def _modules_on_stack() -> list[nn.Module]:

@@ -18,7 +18,7 @@ from torch import fx
 __all__ = ["GraphReport", "Record", "Report", "graph_text"]
 
 #: More rows than this are shown one line for each set of equal layers.
-_ROWS_SHOWN = 40
+_ROWS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,15 @@ class Report:
         """Add a graph; a recompile of the same function replaces what it said before."""
         self._graphs.pop(key, None)
         self._graphs[key] = graph
+
+    def add(self, key: Hashable, records: Iterable[Record], parameters: Mapping[int, int]) -> None:
+        """Add to a graph what it does with other parameters than those it was compiled with."""
+        graph = self._graphs[key]
+        self._graphs[key] = dataclasses.replace(
+            graph,
+            records=(*graph.records, *records),
+            parameters={**graph.parameters, **parameters},
+        )
 
     @property
     def records(self) -> list[Record]:
@@ -224,8 +233,8 @@ class Report:
         ]
         if totals["dense_bytes"]:
             lines.append(
-                f"dequantised copies: {_size(totals['dense_bytes'])}, held because a dense matmul "
-                "is faster here at these numbers of rows"
+                f"dense (dequantised) copies: {_size(totals['dense_bytes'])}, held because a dense "
+                "matmul is faster than int4 here at these numbers of rows"
             )
         return lines
 

@@ -41,6 +41,8 @@ class Int4Graph:
         config: what the user asked for.
         state: of the compiler.
         kwargs: for Inductor's last stage.
+        met: told of each packed weight that a call needs for the first time, with the slot that
+            needs it and the real tensors behind it.
     """
 
     #: AOTAutograd hands over the arguments as one list, which is emptied.
@@ -55,6 +57,7 @@ class Int4Graph:
         config: Int4Config,
         state: _torch.CompileState,
         kwargs: Mapping[str, Any],
+        met: Callable[[Slot, PackedWeight, Sequence[Tensor]], None],
     ) -> None:
         self._captured = captured
         self._fake_inputs = fake_inputs
@@ -63,6 +66,7 @@ class Int4Graph:
         self._config = config
         self._state = state
         self._kwargs = kwargs
+        self._met = met
         self._lock = threading.RLock()
         self._variants: dict[tuple[Form | None, ...], _Variant] = {}
         self._forms_by_sizes: dict[tuple[int, ...], tuple[Form, ...]] = {}
@@ -156,7 +160,9 @@ class Int4Graph:
         compiled = _torch.compile_fx_inner(
             rewritten.gm, inputs, **{**self._kwargs, "static_input_idxs": static_now}
         )
-        slots = [_BoundSlot(slot, self._positions, self._config) for slot in rewritten.slots]
+        slots = [
+            _BoundSlot(slot, self._positions, self._config, self._met) for slot in rewritten.slots
+        ]
         return _Variant(rewritten, slots, compiled)
 
 
@@ -177,11 +183,18 @@ class _Variant:
 class _BoundSlot:
     """A slot of a graph, with the packed weight that served it last."""
 
-    def __init__(self, slot: Slot, positions: Mapping[fx.Node, int], config: Int4Config) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        positions: Mapping[fx.Node, int],
+        config: Int4Config,
+        met: Callable[[Slot, PackedWeight, Sequence[Tensor]], None],
+    ) -> None:
         self.slot = slot
         self._form = slot.form
         self._positions = tuple(positions[root] for root in slot.weight.roots)
         self._config = config
+        self._met = met
         self._packed: PackedWeight | None = None
 
     def buffers(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -192,4 +205,5 @@ class _BoundSlot:
             with _torch.real_tensors():
                 self._packed = packed = store.find(self.slot.weight, roots, self.slot.shape)
                 store.fold(packed, (self._form,), roots)
+            self._met(self.slot, packed, roots)
         return () if packing_fault(packed, self._config) else packed.forms[self._form]

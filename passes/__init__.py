@@ -11,7 +11,7 @@ from fxint4.passes.bmm import BatchedMatMul
 from fxint4.passes.conv1x1 import Conv1x1
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.find import Site, find
-from fxint4.passes.fold import fold, packing_fault
+from fxint4.passes.fold import fold, folded_record, packing_fault
 from fxint4.passes.inline import inline_regions
 from fxint4.passes.left_alone import LeftAlone
 from fxint4.passes.mm import MatMul
@@ -30,6 +30,7 @@ __all__ = [
     "Slot",
     "find",
     "fold",
+    "folded_record",
     "inline_regions",
     "packing_fault",
     "rewrite",

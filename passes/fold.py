@@ -15,9 +15,9 @@ from fxint4.errors import FoldError
 from fxint4.forms import choose
 from fxint4.passes.find import Site
 from fxint4.report import Record
-from fxint4.store import Dense, PackedWeight, store
+from fxint4.store import Dense, Form, PackedWeight, store
 
-__all__ = ["fold", "packing_fault"]
+__all__ = ["fold", "folded_record", "packing_fault"]
 
 
 def fold(
@@ -62,15 +62,37 @@ def fold(
                 store.fold(packed, {entry.int4, form}, roots)
             except Exception as error:
                 raise FoldError(_failure(entry, error)) from error
-            fault = packing_fault(packed, config)
-            record = dataclasses.replace(
-                entry.record, sqnr_db=None if packed.fault else packed.sqnr_db, reason=fault or ""
-            )
-            if fault is None:
-                sites.append(entry)
-                record = _packed(entry, record, isinstance(form, Dense))
+            record = folded_record(entry, packed, form, config)
             records.append(record)
+            if record.action == "packed":
+                sites.append(entry)
     return sites, records
+
+
+def folded_record(site: Site, packed: PackedWeight, form: Form, config: Int4Config) -> Record:
+    """What the report says of a site once its weight was looked at.
+
+    Args:
+        site: the site.
+        packed: what was made of its weight.
+        form: what it runs with.
+        config: what the user asked for.
+    """
+    sqnr_db = None if packed.fault else packed.sqnr_db
+    fault = packing_fault(packed, config)
+    if fault is not None:
+        return dataclasses.replace(site.record, sqnr_db=sqnr_db, reason=fault)
+    dense = isinstance(form, Dense)
+    elements = site.shape.n * site.shape.k
+    return dataclasses.replace(
+        site.record,
+        action="packed",
+        group_size=site.shape.group_size,
+        sqnr_db=sqnr_db,
+        bytes_after=site.shape.packed_bytes,
+        dense_bytes=elements * site.dense.dtype.itemsize if dense else 0,
+        reason="; ".join(_remarks(site, dense)),
+    )
 
 
 def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
@@ -82,22 +104,9 @@ def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
     return None
 
 
-def _packed(site: Site, record: Record, dense: bool) -> Record:
-    dtype = site.dense.dtype
-    elements = site.shape.n * site.shape.k
-    return dataclasses.replace(
-        record,
-        action="packed",
-        group_size=site.shape.group_size,
-        bytes_after=site.shape.packed_bytes,
-        dense_bytes=elements * dtype.itemsize if dense else 0,
-        reason="; ".join(_remarks(site, dense)),
-    )
-
-
 def _remarks(site: Site, dense: bool) -> Iterable[str]:
     if dense:
-        yield "multiplied as a dequantised copy"
+        yield "runs as a dense copy"
     elif site.dense.dtype is not torch.bfloat16:
         yield f"activations cast from {str(site.dense.dtype).removeprefix('torch.')} to bfloat16"
 

@@ -504,3 +504,65 @@ def test_the_library_prints_nothing(x: Tensor, capfd: pytest.CaptureFixture[str]
 def test_progress_shows_a_bar_when_asked(x: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
     fxint4.explain(linear(), x, options={"progress": True})
     assert "folding weights" in capfd.readouterr().err
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_layers_that_share_code_each_have_a_record(x: Tensor) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(K, K) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = Model()
+    model.layers = nn.ModuleList(Layer(K, K) for _ in range(3))
+    model.eval()
+    for layer in model.layers:
+        layer.compile(backend="int4tile")
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+    report = fxint4.last_report()
+    assert report is not None
+    assert [record.name for record in report.records] == ["layers.0", "layers.1", "layers.2"]
+    totals = report.totals
+    assert (totals["weights_packed"], totals["graphs"]) == (3, 1)
+    weights = 3 * K * K
+    assert totals["parameter_share"] == pytest.approx(weights / (weights + 3 * K))
+
+
+def test_names_are_full_after_a_graph_break_within_a_child(x: Tensor) -> None:
+    class Child(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(K, K)
+            self.two = nn.Linear(K, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x)
+            torch._dynamo.graph_break()
+            return self.two(x)
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = Child()
+            self.head = nn.Linear(K, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.child(x))
+
+    report = fxint4.explain(Parent().eval(), x)
+    assert [record.name for record in report.records] == ["child.one", "child.two", "head"]
+    assert report.totals["graph_breaks"] >= 1
+    assert "graph break" in str(report)

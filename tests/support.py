@@ -1,0 +1,384 @@
+"""What tests of the patterns share: derived bounds, one form for cases, counting ops and bytes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from reference import dequantised
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxint4
+from fxint4 import Report
+from fxint4.constants import AXES
+
+__all__ = [
+    "Case",
+    "assert_rounded",
+    "check_exact",
+    "check_rewritten",
+    "compile_and_report",
+    "dequantised",
+    "int4_matmuls",
+    "make_exact",
+    "module",
+    "ops_gone",
+    "peak_bytes",
+    "propagated",
+    "reference_model",
+    "rounding",
+    "rounding_bound",
+]
+
+BF16 = 2.0**-8
+"""Unit roundoff of bf16: half the distance from 1 to the next number."""
+FP32 = 2.0**-24
+FP16_HALF_DENORMAL = 2.0**-25
+
+
+# --- bounds --------------------------------------------------------------------------------------
+
+
+def rounding(k: int, roundings: int = 4) -> float:
+    """Most that roundings move a sum of k products, as a share of the sum of their magnitudes.
+
+    The int4 op rounds x to bf16 (where it is not already), may round each dequantised w to bf16,
+    multiplies exactly or with one fp32 rounding, adds in fp32 and rounds y to bf16; adding a bias
+    rounds a fourth time. Each rounding multiplies a term by some 1 + d: |d| <= 2^-8 for bf16 (fp16
+    and fp32 round less), |d| <= 2^-24 for each of the k fp32 additions, the product, and the two
+    steps from code to w. So every term of the sum is off by at most
+
+        (1 + 2^-8)^roundings * (1 + 2^-24)^(k + 3) - 1
+
+    of its magnitude, whatever the order of the sum.
+
+    Args:
+        k: terms.
+        roundings: to bf16, one after another: 3 for x, w and y, one more for each sum or factor
+            that follows.
+    """
+    return float((1 + BF16) ** roundings * (1 + FP32) ** (k + 3) - 1)
+
+
+def rounding_bound(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Bound on |y - (x @ w.T + bias)| for the y that int4 gives, by element; see `rounding`.
+
+    Args:
+        x: [..., K].
+        w: the dequantised weight [N, K].
+        bias: broadcast against [..., N].
+
+    Returns:
+        float64 [..., N].
+    """
+    magnitude = x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        magnitude = magnitude + bias.double().abs()
+    return rounding(w.shape[1]) * magnitude + _denormal(x.dtype, x.double().abs().sum(-1, True))
+
+
+def _denormal(dtype: torch.dtype, x_sum: Tensor | float) -> Tensor | float:
+    """What fp16 adds where w or y is so small that its roundings are absolute ones."""
+    return FP16_HALF_DENORMAL * (x_sum + 2) if dtype is torch.float16 else 0.0
+
+
+def assert_within(y: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+    """|y - expected| <= bound for every element; NaN is never within."""
+    assert y.shape == expected.shape
+    excess = (y.double() - expected).abs() - bound
+    assert bool((excess <= 0).all()), f"beyond the bound by {float(excess.max()):g}"
+
+
+# --- compiling -----------------------------------------------------------------------------------
+
+
+def compile_and_report(
+    fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None
+) -> tuple[Any, Report]:
+    """What `fn`, compiled to int4, gives on `args`, and the report."""
+    with torch.no_grad():
+        y = torch.compile(fn, backend="int4tile", options=options)(*args)
+    report = fxint4.last_report()
+    assert report is not None
+    return y, report
+
+
+_CALL = r" = aten\.(\w+)[.(]"
+
+
+def int4_matmuls(report: Report) -> int:
+    """Int4 matmuls in the rewritten graphs."""
+    added = re.findall(rf"^\+%\w+{_CALL}", report.graph_diff, re.MULTILINE)
+    return sum(op.startswith("_weight_int4pack_mm") for op in added)
+
+
+def ops_gone(report: Report) -> list[str]:
+    """Matmul-like ops of the captured graphs that the rewritten ones no longer have."""
+    gone = re.findall(rf"^-%\w+{_CALL}", report.graph_diff, re.MULTILINE)
+    return [op for op in gone if op in ("mm", "addmm", "bmm", "baddbmm", "convolution")]
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+class Calls(nn.Module):
+    """A module whose forward is a function of itself and the inputs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def module(function: Callable[..., Any], **members: Any) -> nn.Module:
+    """A module in eval mode with the given parameters, buffers and modules.
+
+    Args:
+        function: its forward, which takes the module and the inputs.
+        **members: a tuple is the shape of a random parameter; a tensor becomes a buffer.
+    """
+    made = Calls(function)
+    for name, value in members.items():
+        if isinstance(value, tuple):
+            setattr(made, name, nn.Parameter(torch.randn(value)))
+        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            made.register_buffer(name, value)
+        else:
+            setattr(made, name, value)
+    return made.eval()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model made of matmuls and sums alone, all of whose matmuls become int4 ones.
+
+    Attributes:
+        name: also of its golden graph diff.
+        model: makes it, fp32 and in eval mode.
+        inputs: makes its inputs, fp32.
+        weights: for each packed parameter how its axes lie, a key of `fxint4.constants.AXES`.
+        ops: the ops that go, in the order they run.
+        roundings: see `rounding`.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    weights: Mapping[str, str] = field(default_factory=lambda: {"w": "NK"})
+    ops: tuple[str, ...] = ("mm",)
+    roundings: int = 4
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def check_rewritten(case: Case, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Report:
+    """Compile a case; hold its ops, records, numbers and strides to what they must be.
+
+    Args:
+        case: what to compile.
+        dtype: of model and inputs.
+        **kwargs: for torch.compile.
+    """
+    torch.manual_seed(0)
+    model = case.model().to(dtype)
+    inputs = tuple(_keeping_strides(x, dtype) for x in case.inputs())
+    compiled = torch.compile(model, backend="int4tile", **kwargs)
+    with torch.no_grad():
+        y, eager = compiled(*inputs), model(*inputs)
+    report = fxint4.last_report()
+    assert report is not None
+
+    assert (y.shape, y.dtype, y.stride()) == (eager.shape, eager.dtype, eager.stride())
+    assert [record.action for record in report.records] == ["packed"] * len(case.weights)
+    assert {name for record in report.records for name in record.parameters} == set(case.weights)
+    assert [record.op for record in report.records] == list(case.ops)
+    assert ops_gone(report) == list(case.ops)
+    assert int4_matmuls(report) == len(case.ops)
+    assert_rounded(y, model, inputs, report, case.weights, case.roundings)
+    check_exact(compiled, model, inputs, case.weights)
+    return report
+
+
+def assert_rounded(
+    y: Tensor,
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    report: Report,
+    weights: Mapping[str, str],
+    roundings: int = 4,
+) -> None:
+    """`y` is what the model gives in float64 with dequantised weights, but for rounding.
+
+    A model of matmuls and sums alone, run on the magnitudes of its parameters and inputs, gives
+    the sum of magnitudes that `rounding` asks for.
+    """
+    exact = reference_model(model, report, weights)
+    wide = [x.double() for x in inputs]
+    magnitudes = copy.deepcopy(exact)
+    with torch.no_grad():
+        for parameter in magnitudes.parameters():
+            parameter.abs_()
+        expected = exact(*wide)
+        magnitude = magnitudes(*(x.abs() for x in wide))
+    k = sum(record.k for record in report.records)
+    most = max((float(x.abs().sum()) for x in wide if not x.isnan().any()), default=0.0)
+    assert_within(y, expected, rounding(k, roundings) * magnitude + _denormal(y.dtype, most))
+
+
+def reference_model(model: nn.Module, report: Report, weights: Mapping[str, str]) -> nn.Module:
+    """The model in float64, its packed weights replaced by what int4 leaves of them."""
+    made = copy.deepcopy(model).double()
+    groups = {name: r.group_size for r in report.records for name in r.parameters}
+    for name, axes in weights.items():
+        group_size = groups[name]
+        assert group_size is not None
+        matrix = AXES[axes](model.get_parameter(name).detach())
+        target = made.get_parameter(name).data
+        target.copy_(_like(dequantised(matrix, group_size, torch.float64), target, axes))
+    return made
+
+
+def check_exact(
+    compiled: Callable[..., Tensor],
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    weights: Mapping[str, str],
+) -> None:
+    """On numbers that int4 and bf16 hold exactly, compiled and eager give the same bits.
+
+    Parameters and inputs get new values in place, so nothing is compiled again.
+    """
+    make_exact(model, weights)
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.where(x.isnan(), x, _sparse_signs(x)))
+        assert torch.equal(compiled(*inputs), model(*inputs))
+
+
+def make_exact(model: nn.Module, weights: Mapping[str, str]) -> None:
+    """Give the weights integers in -8..7, both ends in every group, and the rest small ones.
+
+    The step of every group is then 1 and its zero 0, so that int4 loses nothing; and with inputs
+    in -1..1, few of them not 0, no sum goes beyond the integers that bf16 holds (256).
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint_like(parameter, -8, 8))
+        for name, axes in weights.items():
+            matrix = AXES[axes](model.get_parameter(name).data)
+            matrix = torch.randint_like(matrix, -8, 8)
+            matrix[:, 0::8] = -8
+            matrix[:, 1::8] = 7
+            target = model.get_parameter(name)
+            target.copy_(_like(matrix, target, axes))
+
+
+def _sparse_signs(x: Tensor) -> Tensor:
+    return torch.randint_like(x, -1, 2) * (torch.rand_like(x) < 0.05)
+
+
+def _like(matrix: Tensor, target: Tensor, axes: str) -> Tensor:
+    """[N, K] with the axes of `target`."""
+    return (matrix.t() if axes.endswith("KN") else matrix).reshape(target.shape)
+
+
+def _keeping_strides(x: Tensor, dtype: torch.dtype) -> Tensor:
+    made = torch.empty_strided(x.shape, x.stride(), dtype=dtype)
+    return made.copy_(x)
+
+
+# --- models that are more than matmuls and sums --------------------------------------------------
+
+
+def propagated(
+    model: nn.Module, inputs: Sequence[Tensor], monkeypatch: Any
+) -> tuple[Tensor, Tensor]:
+    """A float64 model's output, and how far rounding inside its linear layers may move it.
+
+    Each F.linear gets an error term, 0 here, of which `rounding_bound` says how large it is at
+    most. The output moves by the Jacobian towards these terms times their size, to first order in
+    2^-8. Second-order terms are that much smaller again than a bound that already adds up the
+    worst case of thousands of terms; one more 2^-8 of the bound stands for them, and for the fp32
+    roundings of everything between the layers.
+
+    Args:
+        model: in float64, packed weights dequantised; its slow path is taken.
+        inputs: in float64.
+        monkeypatch: pytest's.
+    """
+    plain = F.linear
+    bounds: list[Tensor] = []
+    errors: list[Tensor] = []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = plain(x, weight, bias)
+        if len(bounds) < calls:
+            bounds.append(rounding_bound(x.detach(), weight.detach(), bias))
+            return y
+        return y + next(remaining)
+
+    remaining = iter(errors)
+    with monkeypatch.context() as patch, slow_path():
+        calls = 1 << 30
+        patch.setattr(F, "linear", linear)
+        with torch.no_grad():
+            expected = model(*inputs)
+        calls = 0
+
+        def moved(*terms: Tensor) -> Tensor:
+            nonlocal remaining
+            remaining = iter(terms)
+            return model(*inputs)
+
+        errors = [torch.zeros_like(bound) for bound in bounds]
+        jacobian = torch.autograd.functional.jacobian(moved, tuple(errors), vectorize=True)
+    flat = sum(
+        j.reshape(expected.numel(), -1).abs() @ bound.reshape(-1)
+        for j, bound in zip(jacobian, bounds, strict=True)
+    )
+    return expected, (1 + BF16) * flat.view_as(expected)
+
+
+class slow_path:  # noqa: N801 (a context manager)
+    """Keep nn.MultiheadAttention and nn.TransformerEncoderLayer off their fast paths."""
+
+    def __enter__(self) -> None:
+        self._enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._enabled)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def peak_bytes(run: Callable[[], Any]) -> tuple[int, int]:
+    """Most bytes that `run` had from torch's CPU allocator at one time, and those it still has.
+
+    What was allocated before and is freed meanwhile counts as negative.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+        kept = run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    del kept
+    return peak, live
+
+
+once = functools.cache
+"""Run a function once and keep what it returned: tests that look at one compile share it."""

@@ -1,0 +1,456 @@
+"""Tiny models of real architectures, with random weights, against eager dequantised copies.
+
+An architecture is one entry of `ARCHITECTURES`. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from reference import dequantised_copy, matmul_parameters, relative_error
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fxint4
+
+transformers = pytest.importorskip("transformers", reason="builds its models from transformers")
+
+VOCABULARY = 99
+BATCH, PROMPT, STEPS = 2, 17, 3  # 40 rows in a forward, 2 in a decode step
+SOURCE = 11  # length of an encoder's input
+
+Inputs = dict[str, Tensor]
+
+
+def tokens(length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # Past the special ids, of which some have a meaning of their own (padding, say).
+    return torch.randint(5, VOCABULARY, (BATCH, length), generator=generator)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text() -> Inputs:
+    return {"input_ids": tokens(PROMPT + STEPS)}
+
+
+def padded_text() -> Inputs:
+    mask = torch.ones(BATCH, PROMPT + STEPS, dtype=torch.long)
+    mask[1, PROMPT:] = 0
+    return {**text(), "attention_mask": mask}
+
+
+def source_and_target(seed: int = 0) -> Inputs:
+    source = tokens(SOURCE, seed + 1)
+    return {"input_ids": source, "decoder_input_ids": tokens(PROMPT + STEPS, seed)}
+
+
+def speech_and_target(seed: int = 0) -> Inputs:
+    features = noise(BATCH, 16, 2 * SOURCE, seed=seed + 1)  # the encoder halves the length
+    return {"input_features": features, "decoder_input_ids": tokens(PROMPT + STEPS, seed)}
+
+
+def states_and_target(seed: int = 0) -> Inputs:
+    states = noise(BATCH, SOURCE, 64, seed=seed + 1)
+    return {"encoder_hidden_states": states, "input_ids": tokens(PROMPT + STEPS, seed)}
+
+
+def image() -> Inputs:
+    return {"pixel_values": noise(BATCH, 3, 16, 16)}
+
+
+def image_and_text() -> Inputs:
+    return {**image(), "input_ids": tokens(SOURCE)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to make a tiny model and what to expect of it.
+
+    config: fields of its config, which is built as `config_class`.
+    model_class: the class of the model.
+    inputs: makes the arguments of its forward; float ones are cast to the model's dtype.
+    outputs: the fields of the result that are compared.
+    kept: patterns of parameters that some matmul or convolution reads and that are not packed,
+        and for each the reason that the report gives, as a regular expression.
+    cache: the name of the forward's argument for a cache; None for a model that does not decode.
+    cache_mask: whether a decode step must be told which slots of the cache are filled.
+    small: patterns of parameters whose gain is smaller than 1, and their gain.
+    dtypes: what it runs in on the CPU.
+    """
+
+    config_class: str
+    model_class: str
+    config: Mapping[str, Any]
+    inputs: Callable[..., Inputs] = text
+    outputs: Sequence[str] = ("logits",)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    cache: str | None = None
+    cache_mask: bool = False
+    small: Mapping[str, float] = field(default_factory=dict)
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+
+    def model(self, dtype: torch.dtype, device: str) -> nn.Module:
+        config = getattr(transformers, self.config_class)(**self.config)
+        torch.manual_seed(0)
+        model = getattr(transformers, self.model_class)._from_config(config, dtype=dtype)
+        randomise(model, self.small)
+        return model.to(device).eval()
+
+    def arguments(self, dtype: torch.dtype, device: str, *args: Any) -> Inputs:
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in self.inputs(*args).items()
+        }
+
+
+def decoder(config_class: str, model_class: str, **config: Any) -> Architecture:
+    ours = {key: config.pop(key) for key in ("dtypes", "kept", "cache_mask") if key in config}
+    shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = {**shape, "max_position_embeddings": 64, **special, **config}
+    cache = config.pop("cache", "past_key_values")
+    return Architecture(config_class, model_class, config, cache=cache, **ours)
+
+
+VISION = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 64,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+PATCHES = {"*patch_embed*": r"a convolution with kernel 4x4 \(only 1x1 is packed\)"}
+
+ARCHITECTURES = {
+    "llama": decoder(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        hidden_size=64,
+        intermediate_size=176,
+        num_key_value_heads=2,
+    ),
+    "qwen2": decoder(
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        hidden_size=96,
+        intermediate_size=200,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": decoder(
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        hidden_size=80,
+        intermediate_size=200,
+        head_dim=32,
+        num_key_value_heads=2,
+        dtypes=[torch.float32],
+    ),
+    "mistral": decoder(
+        "MistralConfig",
+        "MistralForCausalLM",
+        hidden_size=64,
+        intermediate_size=136,
+        num_key_value_heads=2,
+        sliding_window=8,
+    ),
+    "gemma3": decoder(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        hidden_size=96,
+        intermediate_size=200,
+        head_dim=24,
+        num_key_value_heads=2,
+        query_pre_attn_scalar=24,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3": decoder(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        hidden_size=64,
+        intermediate_size=200,
+        num_key_value_heads=2,
+    ),
+    "gpt2": decoder(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        hidden_size=96,
+        dtypes=[torch.float32],
+    ),
+    "gpt_neox": decoder(
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        hidden_size=96,
+        intermediate_size=200,
+    ),
+    "opt": decoder(
+        "OPTConfig",
+        "OPTForCausalLM",
+        hidden_size=64,
+        ffn_dim=200,
+        word_embed_proj_dim=48,
+    ),
+    "falcon": decoder("FalconConfig", "FalconForCausalLM", hidden_size=96),
+    "bloom": decoder("BloomConfig", "BloomForCausalLM", hidden_size=96, cache_mask=True),
+    "mamba2": decoder(
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        hidden_size=64,
+        num_heads=8,
+        head_dim=16,
+        state_size=16,
+        n_groups=2,
+        chunk_size=8,
+        cache="cache_params",
+        kept={"*conv1d.weight": "a convolution with kernel 4"},
+    ),
+    "t5": Architecture(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 96,
+            "d_kv": 24,
+            "d_ff": 200,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+        },
+        inputs=source_and_target,
+        outputs=("logits", "encoder_last_hidden_state"),
+        cache="past_key_values",
+        small={"*Attention.q.weight": 24**-0.5},  # in place of a division by sqrt(d_kv)
+    ),
+    "bart": Architecture(
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 64,
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 200,
+            "decoder_ffn_dim": 200,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+        },
+        inputs=source_and_target,
+        outputs=("logits", "encoder_last_hidden_state"),
+        cache="past_key_values",
+    ),
+    "bert": Architecture(
+        "BertConfig",
+        "BertForMaskedLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 96,
+            "intermediate_size": 200,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+        inputs=padded_text,
+        dtypes=[torch.bfloat16, torch.float32],
+    ),
+    "modernbert": Architecture(
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 104,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "local_attention": 8,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 3,
+            "sep_token_id": 4,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+        inputs=padded_text,
+    ),
+    "vit": Architecture(
+        "ViTConfig",
+        "ViTForImageClassification",
+        {**VISION, "num_labels": 40},
+        inputs=image,
+        kept=PATCHES,
+        dtypes=[torch.bfloat16, torch.float32],
+    ),
+    "clip": Architecture(
+        "CLIPConfig",
+        "CLIPModel",
+        {
+            "vision_config": VISION,
+            "text_config": {
+                "vocab_size": VOCABULARY,
+                "hidden_size": 96,
+                "intermediate_size": 200,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 64,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            "projection_dim": 48,
+        },
+        inputs=image_and_text,
+        outputs=("image_embeds", "text_embeds"),
+        kept=PATCHES,
+    ),
+}
+
+
+def randomise(model: nn.Module, small: Mapping[str, float]) -> None:
+    """Weights that let every layer count: unit gain, and biases and norms that are not trivial."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            gains = [gain for p, gain in small.items() if fnmatch.fnmatch(f"{path}.{name}", p)]
+            with torch.no_grad():
+                if isinstance(module, nn.Embedding):
+                    parameter.normal_()
+                elif name == "weight" and parameter.ndim > 1:
+                    conv1d = type(module).__name__ == "Conv1D"
+                    fan_in = parameter.shape[0] if conv1d else parameter[0].numel()
+                    parameter.normal_(std=fan_in**-0.5).mul_(*gains or [1.0])
+                elif name in ("weight", "bias"):  # of a norm: Gemma's adds 1 to its weight
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+# --- what a compiled model is held to ------------------------------------------------------------
+
+
+def bound_of(near: Tensor, exact: Tensor) -> float:
+    """How far from `exact` a compiled result may be; `near` is that of eager code in bf16.
+
+    Both models hold the same weights, and `exact` comes from float64, so the distance between the
+    two is what rounding to bf16 at every op does to this output of this very model: nothing about
+    the depth or the conditioning of the model has to be assumed.
+
+    The compiled model rounds at a matmul's input and output, as eager does, and in between not
+    at all, as Inductor keeps fused ops in fp32. It rounds at one place where eager does not:
+    addmm is one op there, and here a product that is rounded before the bias is added (the same
+    goes for the input of a matmul that was fp32). So there are at most twice as many roundings,
+    of the same size, as in eager, and where all of them point the same way the error is at most
+    2 times as large. fp32 accumulation, at K 2^-24, is too small to count beside 2^-9.
+    """
+    return 2 * relative_error(near, exact)
+
+
+def yardstick(records: Sequence[fxint4.Record], dtype: torch.dtype) -> torch.dtype:
+    """The dtype to which the compiled model rounds: bf16 as soon as it uses an int4 op.
+
+    The int4 ops compute in bf16 whatever the dtype of the model (`fxint4.forms`). Only a model in
+    which every weight is multiplied as a dequantised copy stays in its own dtype throughout.
+    """
+    dense = "multiplied as a dequantised copy"
+    packed = [record for record in records if record.action == "packed"]
+    return dtype if all(record.reason == dense for record in packed) else torch.bfloat16
+
+
+def check_records(arch: Architecture, model: nn.Module, inputs: Inputs) -> None:
+    """Every matmul with a constant weight is in the report, packed or with a known reason."""
+    records = fxint4.last_report().records
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {*parameters, *dict(model.named_modules())}
+    by_parameter = {}
+    for record in records:
+        assert record.name in names, record
+        [parameter] = record.parameters  # in particular no cache, which is no parameter
+        assert record.action in ("packed", "kept")
+        assert record.reason or record.action == "packed", record
+        by_parameter[id(parameters[parameter])] = record
+
+    used = matmul_parameters(model, lambda: model(**inputs))
+    by_name = {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert set(by_parameter) == set(used)
+    assert len(used) > 4  # the model was not watched in vain
+    for name, key in by_name.items():
+        if key not in used:
+            continue
+        record = by_parameter[key]
+        reasons = [reason for p, reason in arch.kept.items() if fnmatch.fnmatch(name, p)]
+        if reasons:
+            assert record.action == "kept", record
+            assert re.fullmatch(reasons[0], record.reason), record
+        else:
+            assert record.action == "packed", record
+
+
+def context(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """What every decode step is given beside its token: what the encoder made of its input."""
+    if "encoder_hidden_states" in inputs:
+        return {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    if "decoder_input_ids" not in inputs:
+        return {}
+    source = {k: v for k, v in inputs.items() if k in ("input_ids", "input_features")}
+    return {"encoder_outputs": model.get_encoder()(**source)}
+
+
+def new_cache(model: nn.Module, inputs: Inputs) -> Any:
+    cache = transformers.StaticCache(config=model.config, max_cache_len=SLOTS)
+    if len(inputs) == 1:
+        return cache
+    cross = transformers.StaticCache(config=model.config, max_cache_len=SOURCE)
+    return transformers.EncoderDecoderCache(cache, cross)
+
+
+def decode(
+    arch: Architecture, step: nn.Module, fill: nn.Module, inputs: Inputs, cache: Any
+) -> Tensor:
+    """Logits [batch, STEPS, vocabulary] of the last tokens, fed to `step` one by one.
+
+    `fill` reads the tokens before them into a static cache, and runs the encoder where there is
+    one. Both are fed the given tokens, not their own, so that results can be compared.
+    """
+    target = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    ids = inputs[target]
+
+    def logits(model: nn.Module, start: int, stop: int) -> Tensor:
+        given = {**encoded, target: ids[:, start:stop], arch.cache: cache, "use_cache": True}
+        if arch.cache_mask:
+            filled = torch.arange(SLOTS, device=ids.device) < stop
+            given["attention_mask"] = filled.long().expand(BATCH, SLOTS).contiguous()
+        return model(**given).logits.clone()
+
+    with torch.no_grad():
+        encoded = context(fill, inputs)
+        logits(fill, 0, PROMPT)
+        return torch.cat(
+            [logits(step, at, at + 1) for at in range(PROMPT, PROMPT + STEPS)], dim=1
+        )
+
+
+def graphs_and_breaks() -> tuple[int, int]:
+    """Graphs captured and graph breaks since `counters.clear()`."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def check(arch: Architecture, dtype: torch.dtype, device: str) -> None:
+    """Forward, decode, records and graph breaks of one architecture; one compile of each graph."""
+    model = arch.model(dtype, device)
+    inputs = arch.arguments(dtype, device)
+    fast = torch.compile(model, backend="int4tile")
+    counters.clear()
+    with torch.no_grad():
+        outputs = fast(**inputs)
+        original = model(**inputs)
+        records = check_records(arch, model, inputs)
+        exact = dequantised_copy(model, records)(**arch.arguments(torch.float64, device))
+        near = twin(arch, model, records, yardstick(records, dtype), device)(**inputs)
