@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -138,7 +139,8 @@ def test_rewritten(case: Case, golden: Callable[[str, str], None]) -> None:
 
 @pytest.fixture
 def dense_from_9_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxint4.passes.find.most_int4_rows", lambda *_: 8)
+    find = importlib.import_module("fxint4.passes.find")  # `from fxint4.passes import` is a function
+    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 8)
 
 
 @pytest.mark.usefixtures("dense_from_9_rows")
@@ -170,7 +172,9 @@ def test_activations_of_any_rank(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     y, report = compile_and_report(model, x)
     eager = model(x)
-    assert (y.shape, y.stride(), y.dtype) == (eager.shape, eager.stride(), eager.dtype)
+    assert (y.shape, y.dtype) == (eager.shape, eager.dtype)
+    if y.numel():  # the strides of nothing are Inductor's affair
+        assert y.stride() == eager.stride()
     assert [record.action for record in report.records] == ["packed"]
     assert_rounded(y, model, [x], report, {"weight": "NK"})
 
@@ -200,7 +204,7 @@ def test_dynamic_batch_and_length_cross_from_int4_to_dense_and_back() -> None:
             assert y.stride() == model(x).stride()
         report = fxint4.last_report()
         assert report is not None
-        assert len(report.totals) and report.totals["graphs"] == 1
+        assert report.totals["graphs"] == 1
         assert_rounded(y, model, [x], report, {"w": "KN"})
 
 
@@ -210,12 +214,12 @@ def test_dynamic_batch_and_length_cross_from_int4_to_dense_and_back() -> None:
         lambda x: x.t(),
         lambda x: x[::2].t(),
         lambda x: x[:, :1].expand(-1, M).t(),
-        lambda x: torch.cat([x, x], 1).t()[:M],
+        lambda x: x.reshape(M, K)[:, :150],
     ],
     ids=["transposed", "every second", "expanded", "narrowed"],
 )
 def test_inputs_that_are_not_contiguous(view: Callable[[Tensor], Tensor]) -> None:
-    x = view(torch.randn(2 * K, M))[:, :K].bfloat16() if False else view(torch.randn(K, M))
+    x = view(torch.randn(K, M))
     model = nn.Linear(x.shape[-1], N).eval()
     assert not x.is_contiguous()
     y, report = compile_and_report(model, x)
@@ -232,7 +236,7 @@ def test_autocast_folds_the_cast_weight() -> None:
 
     y, report = compile_and_report(run, x)
     [record] = report.records
-    assert (record.action, record.name, record.reason) == ("packed", "model", "")
+    assert (record.action, record.name, record.reason) == ("packed", "weight", "")
     assert int4_matmuls(report) == 1
     assert y.dtype == torch.bfloat16
     w = dequantised(model.weight.bfloat16(), record.group_size or 0, torch.float64)
@@ -274,14 +278,9 @@ def kept(model: Callable[..., object], *args: Tensor, **options: object) -> list
     """Layers and reasons of a model that is left as it is, and gives what it gives in eager."""
     y, report = compile_and_report(model, *args, options=options)
     torch.testing.assert_close(y, model(*args))
-    assert int4_matmuls(report) == 0
-    assert ops_left_alone(report.graph_diff)
+    assert report.graph_diff == ""
     assert {record.action for record in report.records} <= {"kept"}
     return [(record.name, record.reason) for record in report.records]
-
-
-def ops_left_alone(diff: str) -> bool:
-    return diff == ""
 
 
 def test_refused_for_its_dtype() -> None:
