@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -146,8 +145,8 @@ def compile_fx_inner(
     contiguous = dict.fromkeys((cuda_op, cpu_op), lowering.require_contiguous)
     with (
         warnings.catch_warnings(),
-        mock.patch.dict(lowering.lowerings, handlers),
-        mock.patch.dict(lowering._maybe_layout_constraints, contiguous),
+        _overlaid(lowering.lowerings, handlers),
+        _overlaid(lowering._maybe_layout_constraints, contiguous),
         compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
     ):
         # A kernel that casts an fp16 activation to bf16 is what we want, and right.
@@ -156,6 +155,21 @@ def compile_fx_inner(
             "Callable[[list[Any]], Sequence[Any]]",
             inductor_compile_fx_inner(gm, example_inputs, **kwargs),
         )
+
+
+@contextlib.contextmanager
+def _overlaid(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
+    """Put entries into a table for a while; the rest of it is never missing (mock.patch's is)."""
+    before = {key: table[key] for key in entries if key in table}
+    table.update(entries)
+    try:
+        yield
+    finally:
+        for key in entries:
+            if key in before:
+                table[key] = before[key]
+            else:
+                del table[key]
 
 
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:
@@ -209,11 +223,13 @@ class CompileState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Put it back while the second compile runs."""
+        """Put it back while the second compile runs, and hold off Dynamo's compiles meanwhile."""
+        from torch._dynamo.convert_frame import compile_lock
         from torch._inductor import config
         from torch._inductor.virtualized import V
 
         with (
+            compile_lock,
             torch.no_grad(),
             config.patch(self._config),
             V.set_fake_mode(self._fake_mode),

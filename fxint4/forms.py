@@ -53,7 +53,7 @@ def int4_form(device: torch.device) -> Form:
 
 
 def most_int4_rows(device: torch.device, dtype: torch.dtype, shape: TileShape) -> int:
-    """The largest M for which the int4 op is used; a `Dense` copy serves beyond it, and M = 0.
+    """The largest M for which the int4 op is used; a `Dense` copy serves beyond it.
 
     Args:
         device: where the matmul runs.
@@ -68,6 +68,15 @@ def most_int4_rows(device: torch.device, dtype: torch.dtype, shape: TileShape) -
     return _UNBOUNDED
 
 
-def choose(form: Form, dense: Dense, most_rows: int, rows: int | None) -> Form:
-    """The form for one matmul of `rows` rows (None: not known before the graph runs)."""
-    return form if rows is not None and 1 <= rows <= most_rows else dense
+def choose(form: Form, dense: Dense, most_rows: int, rows: int | None) -> Form | None:
+    """The form for one matmul; None where nothing is multiplied and it may stay as it is.
+
+    Args:
+        form: the packed form of the device.
+        dense: the dequantised copy.
+        most_rows: the largest M for the packed form.
+        rows: M; None where it is not known before the graph runs.
+    """
+    if rows == 0:  # the CUDA op takes no empty input
+        return None
+    return form if rows is not None and rows <= most_rows else dense

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,9 +66,8 @@ class Int4Graph:
         self._state = state
         self._kwargs = kwargs
         self._met = met
-        self._lock = threading.RLock()
         self._variants: dict[tuple[Form | None, ...], _Variant] = {}
-        self._forms_by_sizes: dict[tuple[int, ...], tuple[Form, ...]] = {}
+        self._forms_by_sizes: dict[tuple[int, ...], tuple[Form | None, ...]] = {}
         placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
         self._positions = {node: position for position, node in enumerate(placeholders)}
         symbols = _torch.symbols_of(placeholders)
@@ -93,7 +91,7 @@ class Int4Graph:
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run on `args`, in the order of the captured graph's placeholders."""
-        forms: tuple[Form | None, ...] = self._forms(args)
+        forms = self._forms(args)
         while True:
             variant = self._variants.get(forms) or self._compile_later(forms)
             buffers: list[Tensor] = []
@@ -111,7 +109,7 @@ class Int4Graph:
         args.clear()
         return variant.compiled(inputs)
 
-    def _forms(self, args: Sequence[Any]) -> tuple[Form, ...]:
+    def _forms(self, args: Sequence[Any]) -> tuple[Form | None, ...]:
         sizes = tuple(
             args[position] if dim is None else args[position].shape[dim]
             for position, dim in self._symbols.values()
@@ -125,7 +123,7 @@ class Int4Graph:
             self._forms_by_sizes[sizes] = forms
         return forms
 
-    def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Form, ...]:
+    def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Form | None, ...]:
         return tuple(
             choose(site.int4, site.dense, site.most_rows, rows(site)) for site in self._sites
         )
@@ -138,11 +136,10 @@ class Int4Graph:
         )
 
     def _compile_later(self, forms: tuple[Form | None, ...]) -> _Variant:
-        with self._lock:
-            variant = self._variants.get(forms)
+        with self._state.restored():
+            variant = self._variants.get(forms)  # another thread may have been quicker
             if variant is None:
-                with self._state.restored():
-                    variant = self._variants[forms] = self._compile(self._rewrite(forms))
+                variant = self._variants[forms] = self._compile(self._rewrite(forms))
             return variant
 
     def _rewrite(self, forms: tuple[Form | None, ...]) -> Rewritten:

@@ -42,6 +42,7 @@ def fold(
     """
     sites: list[Site] = []
     records: list[Record] = []
+    new: list[PackedWeight] = []
     bar = tqdm(
         found,
         desc="fxint4: folding weights",
@@ -57,10 +58,14 @@ def fold(
             form = choose(entry.int4, entry.dense, entry.most_rows, rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
             packed = store.find(entry.weight, roots, entry.shape)
+            if not packed.forms:
+                new.append(packed)
             try:
                 # The tiles are made even where a dense copy runs: they are what is kept.
-                store.fold(packed, {entry.int4, form}, roots)
+                store.fold(packed, {entry.int4, form or entry.int4}, roots)
             except Exception as error:
+                for packed in new:
+                    packed.clear()
                 raise FoldError(_failure(entry, error)) from error
             record = folded_record(entry, packed, form, config)
             records.append(record)
@@ -69,7 +74,9 @@ def fold(
     return sites, records
 
 
-def folded_record(site: Site, packed: PackedWeight, form: Form, config: Int4Config) -> Record:
+def folded_record(
+    site: Site, packed: PackedWeight, form: Form | None, config: Int4Config
+) -> Record:
     """What the report says of a site once its weight was looked at.
 
     Args:

@@ -53,7 +53,10 @@ def _adopt(gm: fx.GraphModule, call: fx.Node, value: Any) -> fx.Node:
     name = f"_{call.name}_attr"
     while hasattr(gm, name):
         name += "_"
-    setattr(gm, name, value)
+    if isinstance(value, torch.Tensor):
+        gm.register_buffer(name, value)
+    else:
+        setattr(gm, name, value)
     with gm.graph.inserting_before(call):
         node = gm.graph.get_attr(name)
     if isinstance(value, torch.Tensor):
