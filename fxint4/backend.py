@@ -141,14 +141,14 @@ def _compile_graph(
         key = (_torch.frame_id(), *sorted(weights.parameters))
         met = _Meetings(report, key, sites, config)
         graph = Int4Graph(captured, fake_inputs, sites, weights.tensors, config, state, kwargs, met)
-        names = weights.labels
+        names, labels = weights.labels, dict[str, str]()
         report.put(
             key,
             GraphReport(
                 tuple(records),
                 {**weights.parameters, **parameters_in_call(weights.tensors.values())},
-                graph_text(captured, names),
-                graph.compile_first(lambda rewritten: graph_text(rewritten, names)),
+                graph_text(captured, names, labels),
+                graph.compile_first(lambda rewritten: graph_text(rewritten, names, labels)),
                 graph_break,
             ),
         )

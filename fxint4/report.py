@@ -239,23 +239,34 @@ class Report:
         return lines
 
 
-def graph_text(gm: fx.GraphModule, names: Mapping[str, str]) -> str:
+def graph_text(
+    gm: fx.GraphModule, names: Mapping[str, str], labels: dict[str, str] | None = None
+) -> str:
     """A graph in a stable, readable form, one node a line.
 
     Args:
         gm: the graph.
         names: what to call its placeholders, by node name.
+        labels: what to call its other nodes, by node name; those it lacks are added. Two versions
+            of a graph that share it differ only where something changed.
     """
+    labels = {} if labels is None else labels
+    taken = set(labels.values())
     numbers: dict[fx.Node, str] = {}
     used: dict[str, int] = {}
     lines = []
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             label = names.get(node.name, node.name)
+        elif node.name in labels:
+            label = labels[node.name]
         else:
-            base = re.sub(r"(_default)?(_\d+)?$", "", node.name)
-            used[base] = used.get(base, 0) + 1
-            label = base if used[base] == 1 else f"{base}_{used[base] - 1}"
+            label = base = re.sub(r"(_default)?(_\d+)?$", "", node.name)
+            while label in taken:
+                used[base] = used.get(base, 0) + 1
+                label = f"{base}_{used[base]}"
+            labels[node.name] = label
+            taken.add(label)
         numbers[node] = f"%{label}"
         if node.op == "placeholder":
             if node.users:

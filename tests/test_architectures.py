@@ -221,7 +221,7 @@ ARCHITECTURES = {
         n_groups=2,
         chunk_size=8,
         cache="cache_params",
-        kept={"*conv1d.weight": "a convolution with kernel 4"},
+        kept={"*conv1d.weight": r"a convolution with kernel 4 \(only 1x1 is packed\)"},
     ),
     "t5": Architecture(
         "T5Config",
@@ -616,7 +616,7 @@ def check_cross_attention(arch: Architecture, dtype: torch.dtype, device: str) -
         exact.append(reference.forward().logits[:, -STEPS:])
         bound = bound_of(near.decode(), exact[-1])
         assert relative_error(steps, exact[-1]) <= bound
-    assert relative_error(*exact) > 10 * bound  # the encoder's input matters
+    assert relative_error(*exact) > 2 * bound  # the encoder's input matters
     assert counters["stats"]["unique_graphs"] == 0  # one and the same graph throughout
 
 

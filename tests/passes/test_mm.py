@@ -16,6 +16,7 @@ from support import (
     compile_and_report,
     dequantised,
     int4_matmuls,
+    kept,
     module,
     rounding_bound,
 )
@@ -272,15 +273,6 @@ def test_one_weight_in_several_forms_is_packed_once() -> None:
 
 
 # --- left alone ----------------------------------------------------------------------------------
-
-
-def kept(model: Callable[..., object], *args: Tensor, **options: object) -> list[tuple[str, str]]:
-    """Layers and reasons of a model that is left as it is, and gives what it gives in eager."""
-    y, report = compile_and_report(model, *args, options=options)
-    torch.testing.assert_close(y, model(*args))
-    assert report.graph_diff == ""
-    assert {record.action for record in report.records} <= {"kept"}
-    return [(record.name, record.reason) for record in report.records]
 
 
 def test_refused_for_its_dtype() -> None:

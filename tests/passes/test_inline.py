@@ -1,0 +1,108 @@
+"""torch.compiler.nested_compile_region, whose body the other passes must see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import Case, assert_rounded, check_rewritten, compile_and_report, int4_matmuls, kept
+from torch import Tensor, nn
+
+import fxint4
+
+K = 72
+
+
+class Block(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.fc = nn.Linear(K, K, bias=bias)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+class TwoResults(nn.Module):
+    """A region with two results, one of them an input, and a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(K, K)
+
+    @torch.compiler.nested_compile_region
+    def region(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(x) + torch.tensor([1.0] * K), y + x
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.region(x, -x)  # two inputs: torch 2.13 errs where they are one
+        first, second = self.region(second, first)
+        return first + second
+
+
+class Outer(nn.Module):
+    """A region within a region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Block()
+        self.fc = nn.Linear(K, K, bias=False)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.inner(x)) + x
+
+
+CASES = [
+    Case(
+        "inline-repeated-block",
+        lambda: nn.Sequential(Block(), Block()).eval(),
+        lambda: (torch.randn(3, K),),
+        {"0.fc.weight": "NK", "1.fc.weight": "NK"},
+        ("addmm", "addmm"),
+        roundings=8,
+        exact=False,
+    ),
+    Case(
+        "inline-nested",
+        lambda: Outer().eval(),
+        lambda: (torch.randn(3, K),),
+        {"inner.fc.weight": "NK", "fc.weight": "NK"},
+        ("addmm", "mm"),
+        roundings=8,
+        exact=False,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rewritten(case: Case, golden: Callable[[str, str], None]) -> None:
+    report = check_rewritten(case)
+    assert "invoke_subgraph" not in report.graph_diff
+    golden(case.name, report.graph_diff)
+
+
+def test_several_results_and_a_tensor_of_its_own() -> None:
+    model, x = TwoResults().eval(), torch.randn(3, K)
+    y, report = compile_and_report(model, x)
+    assert int4_matmuls(report) == 2
+    assert report.totals["weights_packed"] == 1
+    assert_rounded(y, model, [x], report, {"fc.weight": "NK"}, roundings=8)
+
+
+def test_dynamic_shapes() -> None:
+    model = nn.Sequential(Block(), nn.ReLU()).eval()  # torch 2.13 fails for two equal regions
+    compiled = torch.compile(model, backend="int4tile", dynamic=True)
+    for rows in (3, 5, 7):
+        x = torch.randn(rows, K)
+        with torch.no_grad():
+            y = compiled(x)
+        report = fxint4.last_report()
+        assert report is not None
+        assert_rounded(y, model, [x], report, {"0.fc.weight": "NK"})
+
+
+def test_refused_inside_a_region() -> None:
+    model, x = nn.Sequential(Block(), Block()).eval(), torch.randn(3, K)
+    assert kept(model, x, skip=["*"]) == [("0.fc", "skip='*'"), ("1.fc", "skip='*'")]
