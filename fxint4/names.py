@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from fxint4._torch import frame_scope, source_name
 __all__ = ["Inputs", "layer_name", "names_in_call", "parameters_in_call"]
 
 _STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
+_LOCAL_ROOT = re.compile(r"L\['(?P<name>[^']*)'\]")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 #: Parts of a source that say how Dynamo reached a value, not what it is called.
 _PLUMBING = ("__closure__", "cell_contents", "__self__", "__wrapped__", "_orig_mod", *_REGISTRIES)
@@ -33,8 +34,8 @@ class Inputs:
         self._sources = [source_name(node) for node in placeholders]
         self._local, self._global = frame_scope()
         tensors = [value for value in values if isinstance(value, Tensor)]
-        by_identity = names_in_call(tensors, self._local.values())
-        self._shared_root = self._only_module_root()
+        self._models = self._outermost_modules()
+        by_identity = names_in_call(tensors, self._models)
         self.names = [
             by_identity.get(id(value)) or self._readable(source) or node.name
             for node, source, value in zip(placeholders, self._sources, values, strict=True)
@@ -57,22 +58,31 @@ class Inputs:
             return None
         return owner if isinstance(owner, nn.Module) else None
 
-    def _only_module_root(self) -> str | None:
-        """The one local name that holds the model, which goes without saying in names."""
-        roots = {source.split("]")[0] + "]" for source in self._sources if source}
-        modules = {
-            root
-            for root in roots
-            if root.startswith("L['") and isinstance(self._local.get(root[3:-2]), nn.Module)
-        }
-        return modules.pop() if len(modules) == 1 else None
+    def _outermost_modules(self) -> dict[str, nn.Module]:
+        """Local modules that hold some of the inputs and lie in no other local module.
+
+        The keys go before the names of their parameters: the name of the local variable, or
+        nothing for `self`, and nothing where there is only one such module.
+        """
+        local = {name: value for name, value in self._local.items() if isinstance(value, nn.Module)}
+        used = {local[root] for source in self._sources if (root := _local_root(source)) in local}
+        names: dict[nn.Module, str] = {}
+        for name, module in local.items():
+            inner = any(
+                module is not other and module in other.modules() for other in local.values()
+            )
+            if not inner and not used.isdisjoint(module.modules()):
+                names.setdefault(module, name)
+        silent = {"self", *(names.values() if len(names) == 1 else ())}
+        return {"" if name in silent else name: module for module, name in names.items()}
 
     def _readable(self, source: str | None) -> str | None:
         if source is None:
             return None
-        skip_root = self._shared_root is not None and source.startswith(self._shared_root)
+        model, root = self._models.get(""), _local_root(source)
+        is_silent = model is not None and root is not None and self._local.get(root) is model
         steps = [step[step.lastgroup or ""] for step in _STEP.finditer(source)]
-        parts = [step for step in steps[1 if skip_root else 0 :] if not _is_plumbing(step)]
+        parts = [step for step in steps[1 if is_silent else 0 :] if not _is_plumbing(step)]
         return ".".join(parts) or None
 
 
@@ -88,7 +98,9 @@ def layer_name(parameter: str) -> str:
     return layer if layer and last in ("weight", "weight_v", "weight_orig") else parameter
 
 
-def names_in_call(tensors: Iterable[Tensor], candidates: Iterable[Any] = ()) -> Mapping[int, str]:
+def names_in_call(
+    tensors: Iterable[Tensor], candidates: Mapping[str, nn.Module] = MappingProxyType({})
+) -> Mapping[int, str]:
     """Full names of `tensors`, by identity, within the outermost module being called.
 
     After a graph break Dynamo compiles an inner module's forward by itself and names its
@@ -96,15 +108,17 @@ def names_in_call(tensors: Iterable[Tensor], candidates: Iterable[Any] = ()) -> 
 
     Args:
         tensors: what to name; those that no module owns are left out.
-        candidates: modules to try beside those on the stack; other values are passed over.
+        candidates: modules to try beside those on the stack, by what to put before their names.
     """
     wanted = {id(tensor) for tensor in tensors}
     names: dict[int, str] = {}
-    for module in _modules_in_call(candidates):
+    innermost_first = [*candidates.items(), *(("", module) for module in _modules_in_call())]
+    for prefix, module in innermost_first:
         for named in (module.named_parameters, module.named_buffers):
             for name, tensor in named():
                 if id(tensor) in wanted:
-                    names[id(tensor)] = name.removeprefix("_orig_mod.")
+                    full = f"{prefix}.{name}" if prefix else name
+                    names[id(tensor)] = full.replace("_orig_mod.", "")
     return names
 
 
@@ -112,25 +126,18 @@ def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, int]:
     """Elements of every parameter, by identity, of the modules being called that own `tensors`."""
     wanted = {id(tensor) for tensor in tensors}
     elements: dict[int, int] = {}
-    for module in _modules_in_call(()):
+    for module in _modules_in_call():
         own = {id(parameter): parameter.numel() for parameter in module.parameters()}
         if wanted & own.keys():
             elements.update(own)
     return elements
 
 
-def _modules_in_call(candidates: Iterable[Any]) -> list[nn.Module]:
-    """Modules whose methods are running, and candidates, innermost first."""
-    modules = [
-        *_modules_on_stack(),
-        *(value for value in candidates if isinstance(value, nn.Module)),
-    ]
+def _modules_in_call() -> list[nn.Module]:
+    """Modules whose methods are running, innermost first."""
+    selves = [frame.get("self") for frame in _frames()]
+    modules = [value for value in selves if isinstance(value, nn.Module)]
     return list(dict.fromkeys(reversed(modules)))
-
-
-def _modules_on_stack() -> list[nn.Module]:
-    """Modules whose methods are running, outermost first."""
-    return [module for frame in _frames() if isinstance(module := frame.get("self"), nn.Module)]
 
 
 def _frames() -> Iterator[Mapping[str, Any]]:
@@ -142,6 +149,12 @@ def _frames() -> Iterator[Mapping[str, Any]]:
     for called in reversed(stack):
         if "self" in called.f_code.co_varnames:
             yield called.f_locals
+
+
+def _local_root(source: str | None) -> str | None:
+    """The local variable that a source starts from, if it is one."""
+    found = _LOCAL_ROOT.match(source or "")
+    return found["name"] if found else None
 
 
 def _is_plumbing(step: str) -> bool:

@@ -7,6 +7,7 @@ import difflib
 import math
 import re
 import shutil
+import textwrap
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ __all__ = ["GraphReport", "Record", "Report", "graph_text"]
 
 #: More rows than this are shown one line for each set of equal layers.
 _ROWS_SHOWN = 20
+#: Columns of the terminal that layers and reasons need to stand side by side; with fewer left, the
+#: reasons go below the table.
+_ROOM_FOR_REASONS = 48
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class Report:
         """
         records = self.records
         packed = [record for record in records if record.action == "packed"]
-        weights = {record.weight_key: record for record in packed}.values()
+        weights = _weights(packed)
         before = sum(record.bytes_before for record in weights)
         after = sum(record.bytes_after for record in weights)
         parameters: dict[int, int] = {}
@@ -176,7 +180,10 @@ class Report:
         """The table, as wide as the terminal, and the totals below it."""
         if not self._graphs:
             return "fxint4: no graph was compiled"
-        return "\n".join([*self._headline(), "", self._table(), "", *self._footnotes()])
+        columns = shutil.get_terminal_size((120, 24)).columns
+        table, notes = self._table(columns)
+        parts = [_wrapped(self._headline(), columns), table, _wrapped(notes, columns)]
+        return "\n\n".join([*filter(None, parts), _wrapped(self._footnotes(), columns)])
 
     def _headline(self) -> list[str]:
         totals = self.totals
@@ -192,14 +199,15 @@ class Report:
                 lines.append(f"  graph break: {graph.graph_break}")
         return lines
 
-    def _table(self) -> str:
+    def _table(self, columns: int) -> tuple[str, list[str]]:
+        """The table, and the reasons where they find no room in it."""
         rows = _merged(self.records) if len(self.records) > _ROWS_SHOWN else self.records
         cells = [
             [
                 row.name,
                 row.op,
                 f"{row.n}x{row.k}",
-                row.group_size or "",
+                str(row.group_size or ""),
                 row.action,
                 "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
                 _size(row.bytes_before),
@@ -208,21 +216,36 @@ class Report:
             ]
             for row in rows
         ]
-        headers = ["layer", "op", "N x K", "group", "action", "SQNR dB", "before", "after", "why"]
-        width = shutil.get_terminal_size((120, 24)).columns
-        fixed = [max(map(len, map(str, column))) for column in zip(headers, *cells, strict=True)]
-        free = max(24, width - sum(fixed[1:-1]) - 2 * (len(headers) - 1))
-        why = min(fixed[-1], max(12, free - min(fixed[0], free // 2)))
-        layer = max(12, min(fixed[0], free - why))
+        if not cells:
+            return "", []
+        headers = ["layer", "op", "N x K", "group", "action", "SQNR\ndB", "before", "after", "why"]
+        layer, *others, why = (
+            max(len(line) for cell in column for line in cell.split("\n"))
+            for column in zip(headers, *cells, strict=True)
+        )
+        room = columns - sum(others) - 2 * (len(headers) - 1)
+        notes: list[str] = []
+        if room < min(layer + why, _ROOM_FOR_REASONS):
+            reasons = list(dict.fromkeys(row.reason for row in rows if row.reason))
+            notes = [f"{number}: {reason}" for number, reason in enumerate(reasons, 1)]
+            for row_cells in cells:
+                row_cells[-1] = str(reasons.index(row_cells[-1]) + 1) if row_cells[-1] else ""
+            why = max(len(headers[-1]), len(str(len(reasons))))
+        else:
+            why = min(why, max(room - layer, room // 2))
+        layer = max(len(headers[0]), min(layer, room - why))
         for row_cells in cells:
-            row_cells[0] = _tail(str(row_cells[0]), layer)
-        return tabulate(
-            cells,
-            headers,
+            row_cells[0] = _tail(row_cells[0], layer)
+        # tabulate would make a column two wider than its header: here the header is a row.
+        rule = ["-" * width for width in (layer, *others, why)]
+        table = tabulate(
+            [headers, rule, *cells],
+            tablefmt="plain",
             maxcolwidths=[None] * (len(headers) - 1) + [why],
             disable_numparse=True,
             colalign=("left", "left", *["right"] * 2, "left", *["right"] * 3, "left"),
         )
+        return table, notes
 
     def _footnotes(self) -> list[str]:
         totals = self.totals
@@ -311,6 +334,16 @@ def _shape(node: fx.Node) -> str:
     return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
+def _weights(packed: Iterable[Record]) -> Iterable[Record]:
+    """One record for each weight; a dense copy that any of its matmuls reads is held."""
+    weights: dict[Hashable, Record] = {}
+    for record in packed:
+        known = weights.setdefault(record.weight_key, record)
+        if known.dense_bytes < record.dense_bytes:
+            weights[record.weight_key] = record
+    return weights.values()
+
+
 def _merged(records: Iterable[Record]) -> list[Record]:
     """One row for records that differ only in numbers within their names; its SQNR is the worst."""
     rows: dict[tuple[object, ...], list[Record]] = {}
@@ -327,7 +360,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
         merged.append(
             dataclasses.replace(
                 group[0],
-                name=f"{len(group)} of {_numberless(group[0].name)}",
+                name=f"{_numberless(group[0].name)} ({len(group)})",
                 sqnr_db=min(measured, default=None),
                 bytes_before=sum(record.bytes_before for record in group),
                 bytes_after=sum(record.bytes_after for record in group),
@@ -338,6 +371,10 @@ def _merged(records: Iterable[Record]) -> list[Record]:
 
 def _numberless(name: str) -> str:
     return re.sub(r"\d+", "*", name)
+
+
+def _wrapped(lines: Iterable[str], columns: int) -> str:
+    return "\n".join(textwrap.fill(line, columns, subsequent_indent="  ") for line in lines)
 
 
 def _tail(text: str, width: int) -> str:

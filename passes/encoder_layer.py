@@ -40,8 +40,10 @@ def encoder_layer(
 ) -> Tensor:
     """`aten._transformer_encoder_layer_fwd` in plain ops; arguments as there.
 
-    src is [batch, length, embed_dim]. Where `mask` is nonzero, attention does not look: it is
-    [length, length] for mask_type 0, [batch, length] for 1, [batch, heads, length, length] for 2.
+    src is [batch, length, embed_dim]. Where a bool `mask` is True, attention does not look; a float
+    one is added to the scores, as the documentation has it (the op itself takes every number but 0
+    for True). It is [length, length] for mask_type 0, [batch, length] for 1, [batch, heads, length,
+    length] for 2.
     """
 
     def attention(x: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def encoder_layer(
         q, k, v = F.linear(x, qkv_weight, qkv_bias).view(heads).permute(2, 0, 3, 1, 4).unbind(0)
         seen = None
         if mask is not None:
-            seen = mask.to(torch.bool).logical_not()
+            seen = mask.logical_not() if mask.dtype is torch.bool else mask.to(q.dtype)
             if mask_type == 1:
                 seen = seen[:, None, None, :]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)

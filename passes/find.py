@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -101,7 +102,7 @@ def _record(
     )
     return Record(
         name=layer_name(parameters[0]),
-        op=node.target._schema.name.removeprefix("aten::"),  # type: ignore[union-attr]
+        op=_op_name(node.target),
         n=outcome.n,
         k=outcome.k,
         group_size=None,
@@ -113,6 +114,12 @@ def _record(
         parameters=parameters,
         weight_key=(*(id(tensors[root]) for root in weight.roots), weight.signature),
     )
+
+
+def _op_name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    name: str = target.name() if schema is None else schema.name
+    return name.removeprefix("aten::")
 
 
 def _refusal(match: Match, record: Record, config: Int4Config) -> str | None:

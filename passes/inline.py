@@ -36,7 +36,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, fake_mode: Any) -> None:
         elif node.op == "output":
             outputs = fx.map_arg(node.args[0], lambda inner: copies[inner])
         elif node.op == "get_attr":
-            copies[node] = _adopt(gm, call, getattr(body, node.target))
+            copies[node] = _adopt(gm, call, getattr(body, node.target), fake_mode)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda inner: copies[inner])
             copy = Build(call, fake_mode, like=node)(node.target, *args, **kwargs)
@@ -48,7 +48,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, fake_mode: Any) -> None:
     gm.graph.erase_node(call)
 
 
-def _adopt(gm: fx.GraphModule, call: fx.Node, value: Any) -> fx.Node:
+def _adopt(gm: fx.GraphModule, call: fx.Node, value: Any, fake_mode: Any) -> fx.Node:
     """Make an attribute of the body one of the outer graph."""
     name = f"_{call.name}_attr"
     while hasattr(gm, name):
@@ -60,5 +60,5 @@ def _adopt(gm: fx.GraphModule, call: fx.Node, value: Any) -> fx.Node:
     with gm.graph.inserting_before(call):
         node = gm.graph.get_attr(name)
     if isinstance(value, torch.Tensor):
-        node.meta["val"] = value
+        node.meta["val"] = fake_mode.from_tensor(value)
     return node

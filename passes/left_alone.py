@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from fxint4._torch import aten
 from fxint4.constants import Constants
 from fxint4.passes.pattern import Build, Kept, Match, Pattern, value_of
+
+control_flow = torch.ops.higher_order
 
 
 class LeftAlone(Pattern):
@@ -23,19 +26,25 @@ class LeftAlone(Pattern):
         aten._scaled_mm.default: "already quantised: a scaled matmul",
         aten._int_mm.default: "already quantised: an integer matmul",
         aten._weight_int8pack_mm.default: "already quantised: an int8 matmul",
+        control_flow.cond: "read inside torch.cond, whose branches are not rewritten",
+        control_flow.while_loop: "read inside a while_loop, whose body is not rewritten",
+        control_flow.scan: "read inside a scan, whose body is not rewritten",
+        control_flow.map_impl: "read inside a map, whose body is not rewritten",
     }
     ops = tuple(_REASONS)
 
     def match(self, node: fx.Node, constants: Constants) -> Kept | None:
-        """The first constant operand with at least two axes, and its op's reason."""
-        operands = node.all_input_nodes
-        for operand in operands:
-            if constants.is_weight(operand) and value_of(operand).ndim >= 2:
-                if constants.is_weight(node):
-                    return None
-                *_, rows, columns = value_of(operand).shape
-                return Kept(operand, self._REASONS[node.target], int(rows), int(columns))
-        return None
+        """The largest constant operand with at least two axes, and its op's reason."""
+        weights = [
+            operand
+            for operand in node.all_input_nodes
+            if constants.is_weight(operand) and value_of(operand).ndim >= 2
+        ]
+        if not weights or constants.is_weight(node):
+            return None
+        weight = max(weights, key=lambda operand: value_of(operand).numel())
+        *_, rows, columns = value_of(weight).shape
+        return Kept(weight, self._REASONS[node.target], int(rows), int(columns))
 
     def rewrite(
         self, node: fx.Node, match: Match, multiply: Callable[[fx.Node], fx.Node], build: Build

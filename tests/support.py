@@ -99,11 +99,14 @@ def assert_within(y: Tensor, expected: Tensor, bound: Tensor | float) -> None:
 
 
 def compile_and_report(
-    fn: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None
+    fn: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, Report]:
-    """What `fn`, compiled to int4, gives on `args`, and the report."""
+    """What `fn`, compiled to int4, gives on the arguments, and the report."""
     with torch.no_grad():
-        y = torch.compile(fn, backend="int4tile", options=options)(*args)
+        y = torch.compile(fn, backend="int4tile", options=options)(*args, **kwargs)
     report = fxint4.last_report()
     assert report is not None
     return y, report

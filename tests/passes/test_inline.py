@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
 from support import Case, assert_rounded, check_rewritten, compile_and_report, int4_matmuls, kept
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 import fxint4
+from fxint4.passes import inline_regions
 
 K = 72
+aten = torch.ops.aten
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
 
 class Block(nn.Module):
@@ -25,7 +30,7 @@ class Block(nn.Module):
 
 
 class TwoResults(nn.Module):
-    """A region with two results, one of them an input, and a tensor of its own."""
+    """A region with two results, each of which the next call reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +38,7 @@ class TwoResults(nn.Module):
 
     @torch.compiler.nested_compile_region
     def region(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fc(x) + torch.tensor([1.0] * K), y + x
+        return self.fc(x), y + x
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.region(x, -x)  # two inputs: torch 2.13 errs where they are one
@@ -83,12 +88,44 @@ def test_rewritten(case: Case, golden: Callable[[str, str], None]) -> None:
     golden(case.name, report.graph_diff)
 
 
-def test_several_results_and_a_tensor_of_its_own() -> None:
+def test_several_results() -> None:
     model, x = TwoResults().eval(), torch.randn(3, K)
     y, report = compile_and_report(model, x)
     assert int4_matmuls(report) == 2
     assert report.totals["weights_packed"] == 1
     assert_rounded(y, model, [x], report, {"fc.weight": "NK"}, roundings=8)
+
+
+def test_a_tensor_of_the_region_becomes_one_of_the_graph() -> None:
+    fake_mode = FakeTensorMode()
+    constant = torch.arange(3.0)
+    with fake_mode:
+        fake = torch.empty(3)
+
+    body = fx.GraphModule({}, fx.Graph())
+    body.register_buffer("constant", constant)
+    x = body.graph.placeholder("x")
+    y = body.graph.call_function(aten.add.Tensor, (x, body.graph.get_attr("constant")))
+    body.graph.output((y,))
+
+    gm = fx.GraphModule({}, fx.Graph())
+    gm.add_submodule("region", body)
+    x = gm.graph.placeholder("x")
+    region = gm.graph.get_attr("region")
+    for _ in range(2):
+        call = gm.graph.call_function(invoke_subgraph, (region, "region", x))
+        x.meta["val"], call.meta["val"] = fake, (fake,)
+        x = gm.graph.call_function(operator.getitem, (call, 0))
+    gm.graph.output((x,))
+
+    inline_regions(gm, fake_mode)
+    gm.recompile()
+    gm.graph.lint()
+    assert torch.equal(gm(torch.ones(3))[0], 1 + 2 * constant)
+    assert [node.target for node in gm.graph.nodes if node.op == "call_function"] == [
+        aten.add.Tensor,
+        aten.add.Tensor,
+    ]
 
 
 def test_dynamic_shapes() -> None:

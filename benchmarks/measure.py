@@ -1,0 +1,255 @@
+"""What the benchmarks share: interleaved timing, facts about the machine, tables and JSON.
+
+A sample is some calls in a row, timed by the host clock. On Linux the kernel tells how long the
+threads of a process waited for a core that something else was using (`/proc/self/task/*/schedstat`).
+A sample with such a wait is thrown away and taken again, so the times are those of this code on cores
+of its own, also where the machine has other work. Contenders take turns, sample by sample, in an
+order that turns round every time, so that a slow drift of the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+#: Seconds that a sample lasts at least, where one call does not take longer: less than a scheduler's
+#: slice, so that a wait for a core stands out, and long against the clock.
+SAMPLE_S = 2e-3
+#: A sample is clean where its threads waited for a core less than this share of its time.
+CLEAN = 0.02
+#: Seconds to keep trying for clean samples, for one contender of one table cell.
+PATIENCE_S = 30.0
+
+
+@dataclass
+class Timing:
+    """Seconds a call of one contender.
+
+    Attributes:
+        samples: the clean ones; the cleanest ones where patience ran out.
+        thrown: how many samples were thrown away.
+        dirty: how many of `samples` are not clean.
+    """
+
+    samples: list[float] = field(default_factory=list)
+    thrown: int = 0
+    dirty: int = 0
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; times in microseconds."""
+        micro = sorted(1e6 * sample for sample in self.samples)
+        return {
+            "us": round(statistics.median(micro), 2),
+            "us_min": round(micro[0], 2),
+            "us_max": round(micro[-1], 2),
+            "samples": len(micro),
+            "thrown": self.thrown,
+            "dirty": self.dirty,
+        }
+
+
+class CoreWaits:
+    """Nanoseconds that the threads of this process have waited for a core."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+
+    def __call__(self) -> int:
+        try:
+            threads = os.listdir("/proc/self/task")
+        except FileNotFoundError:  # not Linux: every sample counts as clean
+            return 0
+        total = 0
+        for thread in threads:
+            try:
+                if thread not in self._files:
+                    self._files[thread] = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
+                total += int(os.pread(self._files[thread], 64, 0).split()[1])
+            except (FileNotFoundError, ProcessLookupError, IndexError):
+                self._files.pop(thread, None)
+        return total
+
+
+_core_waits = CoreWaits()
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, patience_s: float = PATIENCE_S
+) -> dict[str, Timing]:
+    """Time functions in turn.
+
+    Args:
+        contenders: what to call, by name; each is called a few times first.
+        rounds: samples of each.
+        patience_s: seconds that may go into clean samples of each contender.
+    """
+    timings = {name: Timing() for name in contenders}
+    calls = {name: _calls_a_sample(run) for name, run in contenders.items()}
+    left = dict.fromkeys(contenders, patience_s)
+    order = list(contenders)
+    for _ in range(rounds):
+        for name in order:
+            _take(contenders[name], calls[name], timings[name], left, name)
+        order.reverse()
+    return timings
+
+
+def _calls_a_sample(run: Callable[[], object]) -> int:
+    run()
+    fastest = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        fastest = min(fastest, time.perf_counter() - start)
+        if fastest > SAMPLE_S:
+            break
+    return max(1, round(SAMPLE_S / fastest))
+
+
+def _take(
+    run: Callable[[], object], calls: int, timing: Timing, left: dict[str, float], name: str
+) -> None:
+    """One sample: the first clean one, or the cleanest that patience allows."""
+    tries: list[tuple[float, float]] = []
+    while True:
+        begun = time.perf_counter()
+        run()  # wakes the threads and warms the caches
+        waited = _core_waits()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        stop = time.perf_counter()
+        wait = (_core_waits() - waited) * 1e-9
+        tries.append((wait / (stop - start), (stop - start) / calls))
+        if tries[-1][0] <= CLEAN or left[name] <= 0:
+            break
+        time.sleep(0.01 * min(len(tries), 10))  # a process that slept is served first
+        left[name] -= time.perf_counter() - begun
+    share, seconds = min(tries)
+    timing.samples.append(seconds)
+    timing.thrown += len(tries) - 1
+    timing.dirty += share > CLEAN
+
+
+def machine() -> dict[str, Any]:
+    """The facts that a figure means nothing without."""
+    import fxint4
+
+    facts: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "fp16_instructions": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "commit": _commit(Path(fxint4.__file__).parent),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def cpu_name() -> str:
+    """As the kernel says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of the code that is measured, with a + where the tree differs from it."""
+    try:
+        git = ["git", "-C", str(folder)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "."],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Arguments that every benchmark takes.
+
+    Args:
+        doc: the script's docstring.
+    """
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", type=Path, metavar="PATH", help="write the results here, too")
+    made.add_argument("--quick", action="store_true", help="a few cells only")
+    return made
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """One line about the machine."""
+    device = facts.get("gpu") or f"{facts['cpu']} ({facts['isa']}), {facts['threads']} threads"
+    return (
+        f"{device}, torch {facts['torch']}, {facts['date']}, "
+        f"commit {facts['commit']}, load {facts['load_average'][0]}"
+    )
+
+
+def show(rows: Sequence[Mapping[str, Any]], floatfmt: str = ".2f") -> None:
+    """Print rows as a table, columns named by their keys."""
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=floatfmt), flush=True)
+
+
+def write(
+    path: Path | None, facts: Mapping[str, Any], arguments: argparse.Namespace, **results: Any
+) -> None:
+    """Write the results as JSON, if a path was given.
+
+    Args:
+        path: where to, or None.
+        facts: of `machine()`, taken before the run.
+        arguments: of the command line.
+        **results: what was measured.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "machine": {**facts, "load_average_after": [round(load, 2) for load in os.getloadavg()]},
+        "arguments": {
+            name: value for name, value in vars(arguments).items() if name != "json"
+        },
+        **results,
+    }
+    text = json.dumps(content, indent=1, default=str)
+    path.write_text(text + "\n")

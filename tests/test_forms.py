@@ -1,0 +1,111 @@
+"""Which device takes packed weights, and in which form for how many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fxint4 import forms
+from fxint4.forms import choose, device_fault, int4_form, most_int4_rows, rows_multiple
+from fxint4.store import Dense
+from fxint4.tiles import choose_shape
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DENSE = Dense(torch.bfloat16, (128, 64), (64, 1), "NK")
+
+
+@pytest.fixture
+def _forgotten() -> Iterator[None]:
+    """What is known of a device is remembered, but not from one test to the next."""
+    device_fault.cache_clear()
+    yield
+    device_fault.cache_clear()
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+def test_the_cpu_is_fine() -> None:
+    assert device_fault(CPU) is None
+
+
+@pytest.mark.parametrize("kind", ["meta", "mps", "xpu"])
+def test_other_devices_have_no_int4_matmul(kind: str) -> None:
+    fault = f"device {kind} has no int4 matmul (CPU and CUDA have)"
+    assert device_fault(torch.device(kind)) == fault
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_an_ampere_gpu_and_newer_is_fine(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, capability, hip=None)
+    assert device_fault(CUDA) is None
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_an_older_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (7, 5), hip=None)
+    assert device_fault(CUDA) == (
+        "the GPU has compute capability 7.5; int4 tiles need 8.0 (Ampere) or newer"
+    )
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_rocm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 4), hip="6.2")
+    assert device_fault(CUDA) == "ROCm lays its int4 tiles out differently"
+
+
+def test_each_device_has_its_op() -> None:
+    assert (int4_form(CPU), rows_multiple(CPU)) == ("cpu", 16)
+    assert (int4_form(CUDA), rows_multiple(CUDA)) == ("tiles", 8)
+
+
+# --- how many rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (151936, 896), (100, 18944)])
+@pytest.mark.parametrize("dtype", forms.DTYPES)
+def test_the_cuda_op_is_used_as_long_as_it_can_count(n: int, k: int, dtype: torch.dtype) -> None:
+    shape = choose_shape(n, k)
+    most = most_int4_rows(CUDA, dtype, shape)
+    larger = max(shape.n_padded, shape.k_padded)
+    assert most * larger < 2**31 <= (most + 1) * larger
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_without_16_bit_matmuls_uses_the_int4_op_for_any_number_of_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: asked is not dtype)
+    most = most_int4_rows(CPU, dtype, choose_shape(64, 128))
+    assert choose("cpu", DENSE, most, 10**9) == "cpu"
+
+
+@pytest.mark.parametrize("dtype", forms.DTYPES)
+def test_a_cpu_with_fast_dense_matmuls_has_a_limit_for_every_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: True)
+    most = most_int4_rows(CPU, dtype, choose_shape(64, 128))
+    assert choose("cpu", DENSE, most, 1) == "cpu"  # decoding
+    assert choose("cpu", DENSE, most, 4096) == DENSE  # a prompt
+
+
+def test_fp32_does_not_ask_for_16_bit_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = choose_shape(64, 128)
+    before = most_int4_rows(CPU, torch.float32, shape)
+    monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: pytest.fail("asked"))
+    assert most_int4_rows(CPU, torch.float32, shape) == before
+
+
+@pytest.mark.parametrize("form", ["cpu", "tiles"])
+def test_the_form_is_chosen_by_rows(form: str) -> None:
+    chosen = {rows: choose(form, DENSE, 8, rows) for rows in (None, 0, 1, 8, 9)}
+    assert chosen == {None: DENSE, 0: None, 1: form, 8: form, 9: DENSE}
