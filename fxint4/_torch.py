@@ -75,7 +75,7 @@ CONFIG_PATCHES: Mapping[str, Any] = {"freezing": False, "shape_padding": False}
 
 #: Ops that Inductor's decompositions would take apart before the passes could see them: a matmul
 #: with M = 1 becomes mul + sum on the GPU under coordinate descent tuning, for one.
-_KEPT_WHOLE = (
+MATMULS = (
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -89,7 +89,7 @@ def decompositions(extra: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callabl
     """Inductor's decompositions without those of matmuls, and with `extra`."""
     from torch._inductor.decomposition import select_decomp_table
 
-    table = {op: fn for op, fn in select_decomp_table().items() if op not in _KEPT_WHOLE}
+    table = {op: fn for op, fn in select_decomp_table().items() if op not in MATMULS}
     return {**table, **extra}
 
 

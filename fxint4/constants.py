@@ -15,18 +15,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxint4._torch import aten, is_pure
+from fxint4._torch import MATMULS, aten, is_pure
 
 __all__ = ["AXES", "Constants", "Standing", "Weight"]
 
-_MATMULS = (
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.mv.default,
-    aten.addmv.default,
-)
 _TRANSPOSES = {
     (aten.permute.default, "[1, 0]"),
     (aten.transpose.int, "0, 1"),
@@ -100,7 +92,7 @@ class Constants:
         if node.op != "call_function" or not is_pure(node.target):
             return Standing.VARIES
         operands = [self._standing[operand] for operand in node.all_input_nodes]
-        if node.target in _MATMULS:
+        if node.target in MATMULS:
             # A float buffer times a parameter is an activation (a cache, say) meeting a weight.
             return Standing.WEIGHT if min(operands) is Standing.WEIGHT else Standing.VARIES
         if Standing.VARIES in operands:

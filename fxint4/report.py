@@ -183,7 +183,7 @@ class Report:
         columns = shutil.get_terminal_size((120, 24)).columns
         table, notes = self._table(columns)
         parts = [_wrapped(self._headline(), columns), table, _wrapped(notes, columns)]
-        return "\n\n".join([*filter(None, parts), _wrapped(self._footnotes(), columns)])
+        return "\n\n".join(filter(None, [*parts, _wrapped(self._footnotes(), columns)]))
 
     def _headline(self) -> list[str]:
         totals = self.totals
@@ -249,6 +249,8 @@ class Report:
 
     def _footnotes(self) -> list[str]:
         totals = self.totals
+        if not totals["packed"]:
+            return []
         before, after = _size(totals["bytes_before"]), _size(totals["bytes_after"])
         lines = [
             f"packed weights: {before} -> {after}, {_size(totals['bytes_saved'])} less; "
@@ -334,14 +336,14 @@ def _shape(node: fx.Node) -> str:
     return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
-def _weights(packed: Iterable[Record]) -> Iterable[Record]:
+def _weights(packed: Iterable[Record]) -> list[Record]:
     """One record for each weight; a dense copy that any of its matmuls reads is held."""
     weights: dict[Hashable, Record] = {}
     for record in packed:
         known = weights.setdefault(record.weight_key, record)
         if known.dense_bytes < record.dense_bytes:
             weights[record.weight_key] = record
-    return weights.values()
+    return list(weights.values())
 
 
 def _merged(records: Iterable[Record]) -> list[Record]:
