@@ -114,12 +114,29 @@ def names_in_call(
     names: dict[int, str] = {}
     innermost_first = [*candidates.items(), *(("", module) for module in _modules_in_call())]
     for prefix, module in innermost_first:
-        for named in (module.named_parameters, module.named_buffers):
-            for name, tensor in named():
-                if id(tensor) in wanted:
-                    full = f"{prefix}.{name}" if prefix else name
-                    names[id(tensor)] = full.replace("_orig_mod.", "")
+        for name, tensor in _named_tensors(module):
+            if id(tensor) in wanted:
+                full = f"{prefix}.{name}" if prefix else name
+                names[id(tensor)] = full.replace("_orig_mod.", "")
     return names
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters and buffers, each once, by full name.
+
+    A weight that a layer shares with an embedding goes by the layer's name: it is the layer that
+    multiplies by it, and that a user would skip.
+    """
+    seen: set[int] = set()
+    embeddings_last = sorted(
+        module.named_modules(), key=lambda named: isinstance(named[1], nn.Embedding)
+    )
+    for path, owner in embeddings_last:
+        for named in (owner.named_parameters, owner.named_buffers):
+            for name, tensor in named(recurse=False):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{path}.{name}" if path else name, tensor
 
 
 def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, int]:

@@ -48,7 +48,12 @@ class Quantized:
     @property
     def sqnr_db(self) -> float:
         """Signal over noise in decibels; infinite where nothing was lost."""
-        return 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
+        return sqnr_db(self.signal, self.noise)
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal over noise in decibels, of two sums of squares; infinite where nothing was lost."""
+    return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def nonfinite_count(weight: Tensor) -> int:
@@ -205,10 +210,19 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     return torch.dot(wide, wide)
 
 
-def _row_chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """(start, stop) of successive chunks along the first axis, each of at least one row."""
+def row_blocks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of successive blocks of rows, to bound scratch memory.
+
+    tensor: at least one axis; the first one is split.
+    multiple: every block but the last has a multiple of so many rows.
+    """
     chunk = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
     count = tensor.shape[0]
-    rows = max(1, chunk * count // max(tensor.numel(), 1))
+    rows = max(1, chunk * count // max(tensor.numel(), 1) // multiple) * multiple
     for start in range(0, count, rows):
         yield start, min(start + rows, count)
+
+
+def _row_chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Blocks of any number of rows."""
+    return row_blocks(tensor, 1)

@@ -10,6 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -303,8 +304,9 @@ def graph_text(
             arguments += [
                 f"{key}={_argument(value, numbers)}" for key, value in node.kwargs.items()
             ]
-            target = str(node.target).removesuffix(".default")
-            lines.append(f"{numbers[node]} = {target}({', '.join(arguments)}): {_shape(node)}")
+            lines.append(
+                f"{numbers[node]} = {_target(node)}({', '.join(arguments)}): {_shape(node)}"
+            )
     return "\n".join(lines)
 
 
@@ -316,6 +318,12 @@ _DTYPES = {
     torch.bool: "b8",
     torch.uint8: "u8",
 }
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, (BuiltinFunctionType, FunctionType)):
+        return node.target.__name__  # as text it would hold an address
+    return str(node.target).removesuffix(".default")
 
 
 def _argument(value: Any, numbers: Mapping[fx.Node, str]) -> str:

@@ -10,14 +10,21 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fxint4._torch import TensorState
 from fxint4.constants import AXES, Weight
-from fxint4.quantize import dequantize, nonfinite_count, quantize
+from fxint4.quantize import (
+    Quantized,
+    dequantize,
+    nonfinite_count,
+    quantize,
+    row_blocks,
+    sqnr_db,
+)
 from fxint4.tiles import (
     TileShape,
     pack,
@@ -27,7 +34,10 @@ from fxint4.tiles import (
     pad_parameters,
 )
 
-__all__ = ["Dense", "Form", "PackedWeight", "Store", "store"]
+__all__ = ["Dense", "Form", "PackedWeight", "Store", "form_specs", "store"]
+
+#: Blocks of rows that can be packed by themselves: the CPU op packs 64 rows together.
+_BLOCK_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -118,39 +128,69 @@ class PackedWeight:
             if bad:
                 self.fault = f"{bad} of the weight's {weight.numel()} values are inf or NaN"
             else:
+                self._states = ()  # what is there is not to be used while it is written over
                 self._quantize(weight, forms)
                 self.fault = None
         self._states = states
 
     def _quantize(self, weight: Tensor, forms: set[Form]) -> None:
-        shape = self._shape
-        quantized = quantize(weight, shape.group_size, shape.k_padded)
-        del weight
-        self.sqnr_db = quantized.sqnr_db
-        codes, scale, zero = quantized.codes, quantized.scale, quantized.zero
-        for form in forms:
-            if isinstance(form, Dense):
-                made: tuple[Tensor, ...] = (self._dense(form, codes, scale, zero),)
-            else:
-                padded = pad_codes(codes, shape)
-                tiles = pack_for_cpu(padded) if form == "cpu" else pack(padded, shape.inner_k_tiles)
-                made = (tiles, pack_scale_and_zero(*pad_parameters(scale, zero, shape.n_padded)))
-            self._keep(form, made)
+        """Make forms a block of rows at a time: beside them and the weight only blocks are held.
 
-    def _dense(self, form: Dense, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        shape = self._shape
-        dense = torch.empty_strided(form.size, form.stride, dtype=form.dtype, device=codes.device)
-        values = dequantize(codes, scale, zero, shape.group_size, form.dtype, shape.k)
-        target = AXES[form.axes](dense)
-        target.copy_(values.view_as(target))
-        return dense
+        A form that is there already is written over: graphs know its address.
+        """
+        made = {form: self.forms.get(form) or self._empty(form, weight.device) for form in forms}
+        signal = noise = 0.0
+        for start, stop in row_blocks(weight, _BLOCK_MULTIPLE):
+            block = quantize(weight[start:stop], self._shape.group_size, self._shape.k_padded)
+            signal += block.signal
+            noise += block.noise
+            for form, tensors in made.items():
+                if isinstance(form, Dense):
+                    self._fill_dense(form, tensors[0], block, start)
+                else:
+                    self._fill_packed(form, tensors, block, start)
+        self.sqnr_db = sqnr_db(signal, noise)
+        self.forms.update(made)
 
-    def _keep(self, form: Form, made: tuple[Tensor, ...]) -> None:
-        """Keep what was made, in the memory of its forerunner: graphs know that address."""
-        old = self.forms.setdefault(form, made)
-        if old is not made:
-            for mine, fresh in zip(old, made, strict=True):
-                mine.copy_(fresh)
+    def _empty(self, form: Form, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.empty(size, dtype=dtype, device=device)
+            if stride is None
+            else torch.empty_strided(size, stride, dtype=dtype, device=device)
+            for size, stride, dtype in form_specs(self._shape, form)
+        )
+
+    def _fill_dense(self, form: Dense, dense: Tensor, block: Quantized, start: int) -> None:
+        group, k = self._shape.group_size, self._shape.k
+        values = dequantize(block.codes, block.scale, block.zero, group, form.dtype, k)
+        AXES[form.axes](dense)[start : start + len(values)] = values
+
+    def _fill_packed(
+        self, form: Form, tensors: tuple[Tensor, ...], block: Quantized, start: int
+    ) -> None:
+        tiles, scale_and_zero = tensors
+        shape, n = self._shape, len(block.codes)
+        if start + n == shape.n:
+            n = shape.n_padded - start
+        padded = pad_codes(block.codes, replace(shape, n_padded=n))
+        if form == "cpu":
+            tiles[start : start + n] = pack_for_cpu(padded)
+        else:
+            tiles[start // 8 : (start + n) // 8] = pack(padded, shape.inner_k_tiles)
+        parameters = pad_parameters(block.scale, block.zero, n)
+        scale_and_zero[:, start : start + n] = pack_scale_and_zero(*parameters)
+
+
+def form_specs(
+    shape: TileShape, form: Form
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype], ...]:
+    """Size, stride (None: contiguous) and dtype of each tensor of a form."""
+    if isinstance(form, Dense):
+        return ((form.size, form.stride, form.dtype),)
+    parameters = (shape.scale_and_zero_shape, None, torch.bfloat16)
+    if form == "cpu":
+        return (((shape.n_padded, shape.k_padded // 2), None, torch.uint8), parameters)
+    return ((shape.tiles_shape, None, torch.int32), parameters)
 
 
 class Store:

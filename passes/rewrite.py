@@ -13,7 +13,7 @@ from fxint4._torch import aten
 from fxint4.constants import Weight
 from fxint4.passes.find import Site
 from fxint4.passes.pattern import Build, Match, value_of
-from fxint4.store import Dense, Form
+from fxint4.store import Dense, Form, form_specs
 from fxint4.tiles import TileShape
 
 __all__ = ["Rewritten", "Slot", "rewrite"]
@@ -94,7 +94,7 @@ class _PackedInputs:
             number = len(self._by_key)
             nodes = tuple(
                 self._placeholder(f"{part}_{number}", *spec, device)
-                for part, spec in _specs(site.shape, form).items()
+                for part, spec in zip(_parts(form), form_specs(site.shape, form), strict=True)
             )
             self._by_key[key] = self.nodes[slot] = nodes
         return self._by_key[key]
@@ -118,17 +118,11 @@ class _PackedInputs:
         return self._last
 
 
-def _specs(
-    shape: TileShape, form: Form
-) -> Mapping[str, tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype]]:
-    """Name, size, stride and dtype of each tensor of a form."""
+def _parts(form: Form) -> tuple[str, ...]:
+    """What the tensors of a form are called."""
     if isinstance(form, Dense):
-        return {"dequantised": (form.size, form.stride, form.dtype)}
-    parameters = (shape.scale_and_zero_shape, None, torch.bfloat16)
-    if form == "cpu":
-        codes = ((shape.n_padded, shape.k_padded // 2), None, torch.uint8)
-        return {"cpu_tiles": codes, "scale_and_zero": parameters}
-    return {"tiles": (shape.tiles_shape, None, torch.int32), "scale_and_zero": parameters}
+        return ("dequantised",)
+    return ("cpu_tiles" if form == "cpu" else "tiles", "scale_and_zero")
 
 
 def _rewrite_site(

@@ -123,7 +123,7 @@ class Architecture:
 
 def decoder(config_class: str, model_class: str, **config: Any) -> Architecture:
     ours = {key: config.pop(key) for key in ("dtypes", "kept", "cache_mask") if key in config}
-    shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 4}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = {**shape, "max_position_embeddings": 64, **special, **config}
     cache = config.pop("cache", "past_key_values")
@@ -135,7 +135,7 @@ VISION = {
     "patch_size": 4,
     "hidden_size": 64,
     "intermediate_size": 200,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
 }
 PATCHES = {"*patch_embed*": r"a convolution with kernel 4x4 \(only 1x1 is packed\)"}
@@ -144,6 +144,7 @@ ARCHITECTURES = {
     "llama": decoder(
         "LlamaConfig",
         "LlamaForCausalLM",
+        num_hidden_layers=2,
         hidden_size=64,
         intermediate_size=176,
         num_key_value_heads=2,
@@ -176,6 +177,7 @@ ARCHITECTURES = {
     "gemma3": decoder(
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
+        num_hidden_layers=2,
         hidden_size=96,
         intermediate_size=200,
         head_dim=24,
@@ -232,7 +234,7 @@ ARCHITECTURES = {
             "d_model": 96,
             "d_kv": 24,
             "d_ff": 200,
-            "num_layers": 2,
+            "num_layers": 1,
             "num_heads": 4,
             "feed_forward_proj": "gated-gelu",
         },
@@ -248,8 +250,8 @@ ARCHITECTURES = {
             "vocab_size": VOCABULARY,
             "max_position_embeddings": 64,
             "d_model": 64,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
             "encoder_ffn_dim": 200,
             "decoder_ffn_dim": 200,
             "encoder_attention_heads": 4,
@@ -310,7 +312,7 @@ ARCHITECTURES = {
                 "vocab_size": VOCABULARY,
                 "hidden_size": 96,
                 "intermediate_size": 200,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 1,
                 "num_attention_heads": 4,
                 "max_position_embeddings": 64,
                 "bos_token_id": 1,
@@ -394,7 +396,7 @@ def check_records(arch: Architecture, model: nn.Module, used: Mapping[int, str])
         else:
             assert record.action == "packed", record
     by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert len(used) > 4  # the model was not watched in vain
+    assert len(used) >= 4  # the model was not watched in vain
     assert {by_identity[key] for key in recorded} == {by_identity[key] for key in used}
 
 
@@ -562,7 +564,7 @@ CROSS_ATTENTION = {
             "num_mel_bins": 16,
             "d_model": 64,
             "encoder_layers": 1,
-            "decoder_layers": 2,
+            "decoder_layers": 1,
             "encoder_ffn_dim": 200,
             "decoder_ffn_dim": 200,
             "encoder_attention_heads": 4,

@@ -1,0 +1,502 @@
+"""Records, totals, the table in a terminal, and graphs as text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+import os
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fxint4 import Record, Report
+from fxint4.report import GraphReport, graph_text
+
+aten = torch.ops.aten
+
+CAST = "activations cast from float32 to bfloat16"
+
+
+def record(name: str = "fc", **values: Any) -> Record:
+    """A packed matmul, unless values say otherwise; a weight of its own unless given a key."""
+    defaults: dict[str, Any] = {
+        "op": "addmm",
+        "n": 64,
+        "k": 128,
+        "group_size": 128,
+        "action": "packed",
+        "reason": "",
+        "sqnr_db": 20.0,
+        "bytes_before": 16384,
+        "bytes_after": 4352,
+        "parameters": (f"{name}.weight",),
+        "weight_key": name,
+    }
+    return Record(name, **{**defaults, **values})
+
+
+def kept(
+    name: str = "fc", reason: str = "8x128 is small: min_features is 32", **values: Any
+) -> Any:
+    defaults = {"action": "kept", "group_size": None, "sqnr_db": None, "bytes_after": 16384}
+    return record(name, reason=reason, **{**defaults, **values})
+
+
+def report_of(*records: Record, **values: Any) -> Report:
+    report = Report()
+    report.put("graph", GraphReport(records, values.pop("parameters", {}), "", "", **values))
+    return report
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def resize(columns: int) -> None:
+        size = os.terminal_size((columns, 24))
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: size)
+
+    resize(120)
+    return resize
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def test_a_record_is_json() -> None:
+    made = record(parameters=("fc.weight", "fc.scale"), weight_key=object())
+    assert json.loads(json.dumps(made.to_dict())) == {
+        "name": "fc",
+        "op": "addmm",
+        "n": 64,
+        "k": 128,
+        "group_size": 128,
+        "action": "packed",
+        "reason": "",
+        "sqnr_db": 20.0,
+        "bytes_before": 16384,
+        "bytes_after": 4352,
+        "dense_bytes": 0,
+        "parameters": ["fc.weight", "fc.scale"],
+    }
+
+
+@pytest.mark.parametrize("sqnr", [math.inf, -math.inf, math.nan])
+def test_an_sqnr_that_json_cannot_hold_is_null(sqnr: float) -> None:
+    text = json.dumps(record(sqnr_db=sqnr).to_dict(), allow_nan=False)
+    assert json.loads(text)["sqnr_db"] is None
+
+
+def test_a_report_is_json() -> None:
+    report = report_of(record(sqnr_db=math.inf), kept("head"), graph_break="print() was called")
+    read = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert read["version"] == 1
+    assert [entry["name"] for entry in read["records"]] == ["fc", "head"]
+    assert read["totals"] == report.totals
+    assert read["graph_breaks"] == ["print() was called"]
+
+
+def test_the_key_of_a_weight_does_not_make_records_differ() -> None:
+    assert record(weight_key=1) == record(weight_key=2)
+
+
+# --- totals --------------------------------------------------------------------------------------
+
+
+def test_an_empty_report() -> None:
+    report = Report()
+    assert str(report) == "fxint4: no graph was compiled"
+    assert (report.records, report.graph_diff) == ([], "")
+    assert set(report.totals.values()) == {0}
+    assert json.loads(json.dumps(report.to_dict()))["records"] == []
+
+
+def test_a_graph_without_matmuls(terminal: Any) -> None:
+    assert str(report_of()).splitlines()[0] == (
+        "fxint4: 0.0% of parameters packed to int4, 0 of 0 matmuls, 1 graph, 0 graph breaks"
+    )
+
+
+def test_totals_add_up() -> None:
+    report = report_of(record("a"), kept("b"), parameters={1: 64 * 128, 2: 64 * 128, 3: 64})
+    report.put("other", GraphReport((record("c"),), {2: 64 * 128, 4: 64 * 128}, "", "", "why"))
+    assert report.totals == {
+        "matmuls": 3,
+        "packed": 2,
+        "kept": 1,
+        "weights_packed": 2,
+        "bytes_before": 2 * 16384,
+        "bytes_after": 2 * 4352,
+        "bytes_saved": 2 * (16384 - 4352),
+        "dense_bytes": 0,
+        "parameters": 3 * 64 * 128 + 64,  # number 2 is read by both graphs
+        "parameter_share": 2 * 64 * 128 / (3 * 64 * 128 + 64),
+        "graphs": 2,
+        "graph_breaks": 1,
+    }
+
+
+def test_a_shared_weight_counts_once() -> None:
+    report = report_of(
+        record("embed", weight_key="tied"),
+        record("head", weight_key="tied"),
+        parameters={1: 64 * 128},
+    )
+    totals = report.totals
+    assert (totals["matmuls"], totals["packed"], totals["weights_packed"]) == (2, 2, 1)
+    assert (totals["bytes_before"], totals["bytes_after"]) == (16384, 4352)
+    assert totals["parameter_share"] == 1.0
+
+
+@pytest.mark.parametrize("dense_bytes", [(16384, 0), (0, 16384), (16384, 16384)])
+def test_a_dense_copy_counts_whichever_matmul_of_its_weight_reads_it(
+    dense_bytes: tuple[int, int],
+) -> None:
+    matmuls = [record(weight_key="tied", dense_bytes=size) for size in dense_bytes]
+    assert report_of(*matmuls).totals["dense_bytes"] == 16384
+
+
+def test_a_weight_made_of_no_parameter_covers_none() -> None:
+    assert report_of(record()).totals["parameter_share"] == 0.0
+
+
+def test_weights_larger_than_what_they_are_made_of_cover_it_all() -> None:
+    assert report_of(record(), parameters={1: 100}).totals["parameter_share"] == 1.0
+
+
+def test_a_recompile_replaces_what_its_graph_said() -> None:
+    report = Report()
+    report.put("f", GraphReport((record("old"),), {1: 10}, "a", "b", "break"))
+    report.put("g", GraphReport((record("g"),), {2: 10}, "a", "b"))
+    report.put("f", GraphReport((record("new"),), {3: 10}, "a", "c"))
+    assert [entry.name for entry in report.records] == ["g", "new"]  # the newest last
+    totals = report.totals
+    assert (totals["graphs"], totals["graph_breaks"], totals["parameters"]) == (2, 0, 20)
+
+
+def test_what_a_graph_meets_later_is_added_to_it() -> None:
+    report = report_of(record("layers.0"), parameters={1: 64 * 128})
+    report.add("graph", [record("layers.1")], {2: 64 * 128})
+    assert [entry.name for entry in report.records] == ["layers.0", "layers.1"]
+    totals = report.totals
+    assert (totals["graphs"], totals["weights_packed"], totals["parameters"]) == (
+        1,
+        2,
+        2 * 64 * 128,
+    )
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+WIDE = [
+    record("short", reason=""),
+    record(
+        "model.decoder.layers.17.encoder_attn.k_proj",
+        op="convolution",
+        n=151936,
+        k=18944,
+        sqnr_db=math.inf,
+        bytes_before=999_900_000,
+        bytes_after=199_900_000,
+        reason=CAST,
+    ),
+    kept("model.vision_tower.vision_model.head", reason="SQNR 9.8 dB is below min_sqnr_db=20"),
+    kept("model.vision_tower.vision_model.mlp", reason="skip='" + "x" * 200 + "'"),
+]
+LONG_BREAK = "Call to `torch._dynamo.graph_break()` in a function whose name goes on and on " * 3
+
+
+@pytest.mark.parametrize("columns", [80, 81, 90, 100, 110, 120, 160, 250])
+@pytest.mark.parametrize("count", range(len(WIDE) + 1))
+def test_the_table_fits_the_terminal(columns: int, count: int, terminal: Any) -> None:
+    terminal(columns)
+    report = report_of(
+        *WIDE[:count],
+        *(record(f"model.layers.{i}.mlp.down_proj", dense_bytes=16384) for i in range(30)),
+        parameters={1: 10**9},
+        graph_break=LONG_BREAK,
+    )
+    too_wide = [line for line in str(report).splitlines() if len(line) > columns]
+    assert too_wide == []
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120, 160])
+def test_no_reason_is_lost_however_narrow_the_terminal(columns: int, terminal: Any) -> None:
+    terminal(columns)
+    shown = "".join(str(report_of(*WIDE, graph_break=LONG_BREAK)).split())
+    assert "".join(LONG_BREAK.split()) in shown
+    for row in WIDE:
+        assert "".join(row.reason.split()) in shown
+
+
+def test_a_wide_terminal_shows_names_and_reasons_in_full(terminal: Any) -> None:
+    terminal(200)
+    shown = str(report_of(*WIDE[:3])).splitlines()
+    for row in WIDE[:3]:
+        [line] = [line for line in shown if line.startswith(row.name)]
+        assert line.rstrip().endswith(row.reason)
+
+
+def test_a_narrow_terminal_cuts_names_at_the_head_and_numbers_the_reasons(terminal: Any) -> None:
+    terminal(80)
+    packed = [record(f"model.decoder.layer.block.{part}_proj", reason=CAST) for part in "qkv"]
+    report = report_of(*packed, kept("lm_head", reason="skip='lm_head'"))
+    assert str(report) == "\n".join(
+        [
+            "fxint4: 0.0% of parameters packed to int4, 3 of 4 matmuls, 1 graph, 0 graph",
+            "  breaks",
+            "",
+            "layer                  op      N x K  group  action  SQNR   before    after  why",
+            "                                                       dB",
+            "---------------------  -----  ------  -----  ------  ----  -------  -------  ---",
+            "…r.layer.block.q_proj  addmm  64x128    128  packed  20.0  16.4 kB   4.4 kB  1",
+            "…r.layer.block.k_proj  addmm  64x128    128  packed  20.0  16.4 kB   4.4 kB  1",
+            "…r.layer.block.v_proj  addmm  64x128    128  packed  20.0  16.4 kB   4.4 kB  1",
+            "lm_head                addmm  64x128         kept          16.4 kB  16.4 kB  2",
+            "",
+            "1: activations cast from float32 to bfloat16",
+            "2: skip='lm_head'",
+            "",
+            "packed weights: 49.2 kB -> 13.1 kB, 36.1 kB less; the original parameters stay",
+            "  in memory beside them",
+        ]
+    )
+
+
+def test_a_short_report_in_full(terminal: Any) -> None:
+    report = report_of(
+        record("fc", dense_bytes=16384, reason="runs as a dense copy"),
+        kept("gate", n=8, bytes_before=2048, bytes_after=2048),
+        parameters={1: 64 * 128, 2: 8 * 128, 3: 72},
+    )
+    assert str(report) == "\n".join(
+        [
+            "fxint4: 88.2% of parameters packed to int4, 1 of 2 matmuls, 1 graph, 0 graph breaks",
+            "",
+            "layer  op      N x K  group  action  SQNR   before   after  why",
+            "                                       dB",
+            "-----  -----  ------  -----  ------  ----  -------  ------  " + 34 * "-",
+            "fc     addmm  64x128    128  packed  20.0  16.4 kB  4.4 kB  runs as a dense copy",
+            "gate   addmm   8x128         kept           2.0 kB  2.0 kB  "
+            "8x128 is small: min_features is 32",
+            "",
+            "packed weights: 16.4 kB -> 4.4 kB, 12.0 kB less; "
+            "the original parameters stay in memory beside them",
+            "dense (dequantised) copies: 16.4 kB, "
+            "held because a dense matmul is faster than int4 here at these numbers of rows",
+        ]
+    )
+
+
+def test_a_report_with_nothing_packed_ends_with_the_table(terminal: Any) -> None:
+    assert str(report_of(kept("gate"))).splitlines()[-1].startswith("gate ")
+
+
+def test_graph_breaks_are_listed(terminal: Any) -> None:
+    report = report_of(record(), graph_break="print() was called")
+    assert str(report).splitlines()[:2] == [
+        "fxint4: 0.0% of parameters packed to int4, 1 of 1 matmuls, 1 graph, 1 graph break",
+        "  graph break: print() was called",
+    ]
+
+
+def rows(report: Report) -> list[str]:
+    """The lines of the table below its head, each run of spaces as one."""
+    lines = iter(str(report).splitlines())
+    table = itertools.dropwhile(lambda line: not line.startswith("-----"), lines)
+    return [" ".join(line.split()) for line in itertools.takewhile(bool, list(table)[1:])]
+
+
+def test_up_to_twenty_matmuls_have_a_row_each(terminal: Any) -> None:
+    report = report_of(*(record(f"layers.{i}.fc") for i in range(20)))
+    assert [row.split()[0] for row in rows(report)] == [f"layers.{i}.fc" for i in range(20)]
+
+
+def test_more_than_twenty_are_merged_by_equal_layers(terminal: Any) -> None:
+    terminal(160)
+    layers = [
+        layer
+        for i in range(12)
+        for layer in (
+            record(f"layers.{i}.up", sqnr_db=20.0 + i % 5, bytes_before=1000, bytes_after=300),
+            record(f"layers.{i}.down", n=128, k=64, sqnr_db=None if i % 2 else 22.0),
+        )
+    ]
+    layers[6] = record("layers.3.up", sqnr_db=19.0, reason=CAST)  # another reason is another row
+    report = report_of(*layers, kept("head"))
+    assert rows(report) == [
+        "layers.*.up (11) addmm 64x128 128 packed 20.0 11.0 kB 3.3 kB",
+        "layers.*.down (12) addmm 128x64 128 packed 22.0 196.6 kB 52.2 kB",
+        f"layers.3.up addmm 64x128 128 packed 19.0 16.4 kB 4.4 kB {CAST}",
+        "head addmm 64x128 kept 16.4 kB 16.4 kB 8x128 is small: min_features is 32",
+    ]
+    assert len(report.records) == 25
+
+
+def test_a_merged_row_without_a_figure_has_none(terminal: Any) -> None:
+    report = report_of(*(kept(f"layers.{i}.gate", reason="small") for i in range(21)))
+    assert rows(report) == ["layers.*.gate (21) addmm 64x128 kept 344.1 kB 344.1 kB small"]
+
+
+def test_a_merged_name_keeps_its_count_when_it_is_cut(terminal: Any) -> None:
+    terminal(80)
+    report = report_of(
+        *(
+            record(f"model.very.long.name.of.a.decoder.layers.{i}.fc", reason=CAST)
+            for i in range(21)
+        )
+    )
+    [row] = rows(report)
+    assert row.startswith("…")
+    assert row.split()[1] == "(21)"
+
+
+# --- graphs as text ------------------------------------------------------------------------------
+
+
+def placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    return node
+
+
+def test_a_graph_as_text() -> None:
+    graph = fx.Graph()
+    x = placeholder(graph, "x", torch.randn(4, 6))
+    w = placeholder(graph, "w", torch.randn(3, 6, dtype=torch.bfloat16))
+    placeholder(graph, "unread", torch.randn(1))
+    eye = graph.get_attr("eye")
+    eye.meta["val"] = torch.eye(3)
+    cast = call(graph, aten._to_copy.default, w, dtype=torch.float32)
+    turned = call(graph, aten.permute.default, cast, [1, 0])
+    first = call(graph, aten.mm.default, x, turned)
+    second = call(graph, aten.mm.default, first, eye)
+    wide = call(graph, aten.add.Tensor, first, second, alpha=2)
+    parts = call(graph, aten.split.Tensor, wide, 2, 1)
+    part = call(graph, operator.getitem, parts, 0)
+    mask = call(graph, aten.gt.Scalar, part, 0)
+    graph.output((part, [mask, None]))
+    holder = nn.Module()
+    holder.register_buffer("eye", torch.eye(3))
+    text = graph_text(fx.GraphModule(holder, graph), {"w": "fc.weight"})
+    assert text == "\n".join(
+        [
+            "%x: f32[4, 6]",
+            "%fc.weight: bf16[3, 6]",
+            "%eye = eye(): f32[3, 3]",
+            "%_to_copy = aten._to_copy(%fc.weight, dtype=torch.float32): f32[3, 6]",
+            "%permute = aten.permute(%_to_copy, [1, 0]): f32[6, 3]",
+            "%mm = aten.mm(%x, %permute): f32[4, 3]",
+            "%mm_1 = aten.mm(%mm, %eye): f32[4, 3]",
+            "%add_tensor = aten.add.Tensor(%mm, %mm_1, alpha=2): f32[4, 3]",
+            "%split_tensor = aten.split.Tensor(%add_tensor, 2, 1): tuple",
+            "%getitem = getitem(%split_tensor, 0): f32[4, 2]",
+            "%gt_scalar = aten.gt.Scalar(%getitem, 0): b8[4, 2]",
+            "return [%getitem, [%gt_scalar, None]]",
+        ]
+    )
+
+
+def test_dynamic_sizes_are_shown_by_their_symbols() -> None:
+    shapes = ShapeEnv()
+    rows = shapes.create_unbacked_symint()
+    with FakeTensorMode(shape_env=shapes):
+        value = torch.empty(rows, 6)
+    graph = fx.Graph()
+    x = placeholder(graph, "x", value)
+    size = graph.call_function(aten.sym_size.int, (x, 0))
+    size.meta["val"] = rows
+    doubled = graph.call_function(operator.mul, (size, 2))
+    doubled.meta["val"] = rows * 2
+    as_float = graph.call_function(torch.sym_float, (doubled,))
+    as_float.meta["val"] = torch.sym_float(rows * 2)
+    graph.output((as_float,))
+    assert graph_text(fx.GraphModule({}, graph), {}) == "\n".join(
+        [
+            "%x: f32[u0, 6]",
+            "%sym_size_int = aten.sym_size.int(%x, 0): SymInt",
+            "%mul = mul(%sym_size_int, 2): SymInt",
+            "%sym_float = sym_float(%mul): SymFloat",
+            "return [%sym_float]",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "short"),
+    [
+        (torch.float16, "f16"),
+        (torch.float64, "f64"),
+        (torch.int8, "i8"),
+        (torch.uint8, "u8"),
+        (torch.int64, "i64"),
+        (torch.float8_e4m3fn, "float8_e4m3fn"),
+    ],
+)
+def test_dtypes_are_short(dtype: torch.dtype, short: str) -> None:
+    graph = fx.Graph()
+    graph.output(placeholder(graph, "x", torch.empty(2, dtype=dtype)))
+    assert graph_text(fx.GraphModule({}, graph), {}) == f"%x: {short}[2]\nreturn %x"
+
+
+def two_versions() -> tuple[fx.GraphModule, fx.GraphModule]:
+    """relu(x) + relu(-x), and the same with the first relu taken out."""
+    versions = []
+    for has_first in (True, False):
+        graph = fx.Graph()
+        x = placeholder(graph, "x", torch.randn(2))
+        negative = call(graph, aten.neg.default, x)
+        first = call(graph, aten.relu.default, x)
+        second = call(graph, aten.relu.default, negative)
+        total = call(graph, aten.add.Tensor, first, second)
+        graph.output(total)
+        if not has_first:
+            first.replace_all_uses_with(x)
+            graph.erase_node(first)
+        versions.append(fx.GraphModule({}, graph))
+    return versions[0], versions[1]
+
+
+def test_labels_that_are_shared_leave_unchanged_lines_alone() -> None:
+    before, after = two_versions()
+    labels: dict[str, str] = {}
+    report = report_of()
+    report.put(
+        "graph",
+        GraphReport((), {}, graph_text(before, {}, labels), graph_text(after, {}, labels)),
+    )
+    assert report.graph_diff == "\n".join(
+        [
+            "--- graph 0 before",
+            "+++ graph 0 after",
+            "@@ -2,5 +2,4 @@",
+            " %neg = aten.neg(%x): f32[2]",
+            "-%relu = aten.relu(%x): f32[2]",
+            " %relu_1 = aten.relu(%neg): f32[2]",
+            "-%add_tensor = aten.add.Tensor(%relu, %relu_1): f32[2]",
+            "+%add_tensor = aten.add.Tensor(%x, %relu_1): f32[2]",
+            " return %add_tensor",
+        ]
+    )
+
+
+def test_the_diff_numbers_the_graphs_and_leaves_out_unchanged_ones() -> None:
+    report = Report()
+    report.put("f", GraphReport((), {}, "a\nb", "a\nc"))
+    report.put("g", GraphReport((), {}, "a", "a"))
+    report.put("h", GraphReport((), {}, "a", "a\nd"))
+    assert report.graph_diff.splitlines() == [
+        *("--- graph 0 before", "+++ graph 0 after", "@@ -1,2 +1,2 @@", " a", "-b", "+c"),
+        *("--- graph 2 before", "+++ graph 2 after", "@@ -1 +1,2 @@", " a", "+d"),
+    ]

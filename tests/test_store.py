@@ -1,0 +1,449 @@
+"""Packed weights by the identity of the parameters behind them, without compiling anything."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+import torch
+from support import rounding
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fxint4.store
+from fxint4.constants import AXES, Constants, Standing, Weight
+from fxint4.quantize import dequantize, quantize
+from fxint4.store import Dense, Form, PackedWeight, Store
+from fxint4.tiles import TileShape, choose_shape, unpack, unpack_scale_and_zero
+
+N, K, GROUP = 40, 100, 32  # both are padded
+SHAPE = choose_shape(N, K, GROUP, n_multiple=16)
+
+
+def weight_of(
+    function: Callable[..., Tensor], *shapes: tuple[int, ...], axes: str = "NK"
+) -> Weight:
+    """The computation `function` of parameters of these shapes, as a captured graph has it."""
+    gm = make_fx(function)(*map(torch.randn, shapes))
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    [result] = gm.graph.output_node().all_input_nodes
+    constants = Constants(gm, dict.fromkeys(placeholders, Standing.WEIGHT))
+    return constants.weight(result, axes)
+
+
+def plain() -> Weight:
+    return weight_of(lambda w: w, (N, K))
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape or (N, K), dtype=dtype))
+
+
+def dense_values(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """What int4 leaves of a weight [N, K]."""
+    made = quantize(w.detach(), GROUP)
+    return dequantize(made.codes, made.scale, made.zero, GROUP, dtype, w.shape[1])
+
+
+def assert_holds(packed: PackedWeight, w: Tensor) -> None:
+    """Every form of `packed`, dense copies and tiles, holds the weight [N, K]."""
+    made = quantize(w.detach(), GROUP)
+    n = len(w)
+    assert packed.forms
+    for form, tensors in packed.forms.items():
+        if form == "tiles":
+            codes, (scale, zero) = unpack(tensors[0]), unpack_scale_and_zero(tensors[1])
+            assert torch.equal(codes[:n], made.codes)
+            assert torch.equal(scale[:n], made.scale)
+            assert torch.equal(zero[:n], made.zero)
+            assert (codes[n:] == 8).all()
+            assert not scale[n:].any()
+            assert not zero[n:].any()
+        elif isinstance(form, Dense):
+            assert torch.equal(AXES[form.axes](tensors[0]), dense_values(w, form.dtype))
+        else:
+            pytest.fail(f"{form} can't be unpacked")
+
+
+def folded(
+    store: Store,
+    weight: Weight,
+    *roots: Tensor,
+    forms: Collection[Form] = ("tiles",),
+    shape: TileShape = SHAPE,
+) -> PackedWeight:
+    packed = store.find(weight, roots, shape)
+    store.fold(packed, forms, roots)
+    return packed
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+# --- one packed copy -----------------------------------------------------------------------------
+
+
+def test_a_weight_reached_by_two_routes_is_one(store: Store) -> None:
+    w = parameter()
+    direct = store.find(plain(), [w], SHAPE)
+    transposed = store.find(weight_of(lambda w: w.t(), (N, K), axes="KN"), [w], SHAPE)
+    batched = store.find(weight_of(lambda w: w.t().unsqueeze(0), (N, K), axes="*KN"), [w], SHAPE)
+    assert direct is transposed is batched
+    assert len(store) == 1
+
+
+def test_other_parameters_computations_and_shapes_are_others(store: Store) -> None:
+    w, v = parameter(), parameter()
+    packed = {
+        store.find(plain(), [w], SHAPE),
+        store.find(plain(), [v], SHAPE),
+        store.find(weight_of(lambda w: 2 * w, (N, K)), [w], SHAPE),
+        store.find(plain(), [w], choose_shape(N, K, GROUP, inner_k_tiles=2, n_multiple=16)),
+    }
+    assert len(packed) == len(store) == 4
+    assert {found for found in packed if found.uses(v)} == set(store.of(v))
+    assert len(store.of(w)) == 3
+
+
+def test_a_weight_made_of_several_parameters_belongs_to_each(store: Store) -> None:
+    merge = weight_of(lambda w, b, a: w + b @ a, (N, K), (N, 2), (2, K))
+    values = {"w_1": parameter(), "b_1": parameter(N, 2), "a_1": parameter(2, K)}
+    roots = [values[root.name] for root in merge.roots]
+    packed = folded(store, merge, *roots)
+    assert all(store.of(root) == [packed] for root in roots)
+    w, b, a = values.values()
+    assert_holds(packed, w + b @ a)
+    with torch.no_grad():
+        a.mul_(2)
+    assert not packed.is_current(roots)
+    store.fold(packed, ("tiles",), roots)
+    assert_holds(packed, w + b @ a)
+
+
+# --- forms ---------------------------------------------------------------------------------------
+
+
+def test_tiles_unpack_to_the_codes(store: Store) -> None:
+    w = parameter()
+    packed = folded(store, plain(), w)
+    tiles, scale_and_zero = packed.forms["tiles"]
+    assert (tiles.shape, tiles.dtype) == (SHAPE.tiles_shape, torch.int32)
+    assert scale_and_zero.shape == SHAPE.scale_and_zero_shape
+    assert_holds(packed, w)
+    assert packed.sqnr_db == quantize(w.detach(), GROUP).sqnr_db
+
+
+def test_the_cpu_form_multiplies_as_the_dequantised_weight(store: Store) -> None:
+    """x is bf16 already; w may be rounded to bf16, and y is: see `rounding`."""
+    w = parameter()
+    codes, scale_and_zero = folded(store, plain(), w, forms=("cpu",)).forms["cpu"]
+    x = torch.randn(7, K, dtype=torch.bfloat16)
+    padded = nn.functional.pad(x, (0, SHAPE.k_padded - K))
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(padded, codes, GROUP, scale_and_zero)
+    wide, exact = x.double(), dense_values(w, torch.float64)
+    bound = rounding(K, roundings=2) * (wide.abs() @ exact.abs().T)
+    assert ((y[:, :N].double() - wide @ exact.T).abs() <= bound).all()
+    assert not y[:, N:].any()  # rows that are not there
+
+
+DENSE = {
+    "NK": Dense(torch.float32, (N, K), (K, 1), "NK"),
+    "NK as columns": Dense(torch.float32, (N, K), (1, N), "NK"),
+    "KN": Dense(torch.bfloat16, (K, N), (N, 1), "KN"),
+    "KN as a view": Dense(torch.bfloat16, (K, N), (1, K), "KN"),
+    "*NK": Dense(torch.float16, (1, N, K), (N * K, K, 1), "*NK"),
+    "*KN": Dense(torch.float32, (1, K, N), (K * N, N, 1), "*KN"),
+    "NK1": Dense(torch.float32, (N, K, 1, 1), (K, 1, 1, 1), "NK1"),
+    "NK1, channels last": Dense(torch.float32, (N, K, 1, 1), (K, 1, K, K), "NK1"),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_copy_holds_what_int4_leaves_where_the_weight_lay(name: str, store: Store) -> None:
+    form, w = DENSE[name], parameter()
+    [dense] = folded(store, plain(), w, forms=(form,)).forms[form]
+    assert (dense.dtype, dense.shape, dense.stride()) == (form.dtype, form.size, form.stride)
+    values = dense_values(w, form.dtype)
+    values = values.t() if form.axes.endswith("KN") else values
+    assert torch.equal(dense, values.reshape(form.size))
+
+
+def test_dense_copies_of_every_axes_are_tested() -> None:
+    assert {form.axes for form in DENSE.values()} == set(AXES)
+
+
+def test_a_weight_that_is_folded_in_blocks_of_rows_holds_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """150 rows in blocks of 64, the smallest."""
+    n, x = 150, torch.randn(3, SHAPE.k_padded, dtype=torch.bfloat16)
+    shape = choose_shape(n, K, GROUP, n_multiple=16)
+    dense = Dense(torch.float32, (K, n), (n, 1), "KN")
+    w = parameter(n, K)
+
+    def product(packed: PackedWeight) -> Tensor:
+        codes, scale_and_zero = packed.forms.pop("cpu")
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scale_and_zero)
+
+    def fold(into: Store) -> PackedWeight:
+        weight = weight_of(lambda w: w, (n, K))
+        return folded(into, weight, w, forms=("cpu", "tiles", dense), shape=shape)
+
+    whole = fold(Store())
+    monkeypatch.setattr(fxint4.quantize, "CPU_CHUNK", 64 * K)
+    calls = counted(monkeypatch)
+    blocks = fold(store)
+    assert len(calls) == 3
+    # Sums of squares are taken in another order, in float64.
+    assert blocks.sqnr_db == pytest.approx(whole.sqnr_db, rel=n * K * 2.0**-52)
+    assert torch.equal(product(blocks), product(whole))
+    assert_holds(blocks, w)
+
+
+def test_forms_are_added_as_they_are_asked_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch)
+    w = parameter()
+    packed = folded(store, plain(), w)
+    tiles = packed.forms["tiles"]
+    store.fold(packed, ("tiles",), [w])
+    assert len(calls) == 1
+    store.fold(packed, ("tiles", DENSE["KN"]), [w])
+    assert len(calls) == 2
+    assert packed.forms["tiles"] is tiles
+    assert set(packed.forms) == {"tiles", DENSE["KN"]}
+    assert_holds(packed, w)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, seconds: float = 0) -> list[TileShape]:
+    """Grows by one whenever a weight is quantised, which takes so long."""
+    calls: list[Any] = []
+
+    def counting(*args: Any) -> Any:
+        calls.append(args)
+        time.sleep(seconds)
+        return quantize(*args)
+
+    monkeypatch.setattr(fxint4.store, "quantize", counting)
+    return calls
+
+
+# --- changes -------------------------------------------------------------------------------------
+
+
+def in_place(w: nn.Parameter) -> None:
+    with torch.no_grad():
+        w.mul_(torch.randn(N, 1))
+
+
+def data_assigned(w: nn.Parameter) -> None:
+    w.data = torch.randn(N, K)
+
+
+@pytest.mark.parametrize("change", [in_place, data_assigned])
+def test_a_change_is_seen_and_folded_into_the_same_memory(
+    change: Callable[[nn.Parameter], None], store: Store
+) -> None:
+    w = parameter()
+    packed = folded(store, plain(), w, forms=("tiles", DENSE["NK"], DENSE["KN"]))
+    tensors = [tensor for made in packed.forms.values() for tensor in made]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    for _ in range(3):
+        assert packed.is_current([w])
+        change(w)
+        assert not packed.is_current([w])
+        assert store.find(plain(), [w], SHAPE) is packed
+        store.fold(packed, (), [w])  # all the forms that graphs hold, asked for or not
+        assert_holds(packed, w)
+    now = [tensor for made in packed.forms.values() for tensor in made]
+    assert all(new is old for new, old in zip(now, tensors, strict=True))
+    assert [tensor.data_ptr() for tensor in now] == addresses
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_fault_and_its_recovery(bad: float, store: Store) -> None:
+    w = parameter()
+    packed = folded(store, plain(), w)
+    good = w.detach().clone()
+    tiles = packed.forms["tiles"]
+    with torch.no_grad():
+        w[3, 5:7] = bad
+    store.fold(packed, ("tiles",), [w])
+    assert packed.fault == f"2 of the weight's {N * K} values are inf or NaN"
+    with torch.no_grad():
+        w.copy_(good)
+    store.fold(packed, ("tiles",), [w])
+    assert packed.fault is None
+    assert packed.forms["tiles"] is tiles
+    assert_holds(packed, w)
+
+
+def test_a_weight_with_a_fault_from_the_start_takes_no_memory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = parameter()
+    w.data[0, 0] = float("nan")
+    calls = counted(monkeypatch)
+    packed = folded(store, plain(), w)
+    assert packed.fault == f"1 of the weight's {N * K} values are inf or NaN"
+    assert (packed.forms, calls) == ({}, [])
+    data_assigned(w)
+    store.fold(packed, ("tiles",), [w])
+    assert_holds(packed, w)
+
+
+def test_a_fold_that_fails_is_done_again_even_if_the_old_data_is_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = parameter()
+    copies = (DENSE["NK"], DENSE["KN"])
+    packed = folded(store, plain(), w, forms=copies)
+    old = w.data
+    data_assigned(w)
+    calls = []
+
+    def fails_at_the_second_copy(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return dequantize(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fxint4.store, "dequantize", fails_at_the_second_copy)
+        with pytest.raises(torch.OutOfMemoryError):
+            store.fold(packed, (), [w])
+    w.data = old
+    store.fold(packed, (), [w])
+    assert_holds(packed, w)
+
+
+def test_inference_tensors_can_be_folded(store: Store) -> None:
+    with torch.inference_mode():
+        w = torch.randn(N, K)
+        assert w.is_inference()
+        packed = folded(store, plain(), w)
+    assert_holds(packed, w)
+    assert packed.is_current([w])
+    tiles, scale_and_zero = packed.forms["tiles"]
+    assert not tiles.is_inference()  # which could not be updated later
+    assert not scale_and_zero.is_inference()
+
+
+def test_a_parameter_changed_outside_inference_mode_is_folded_again_outside_it(
+    store: Store,
+) -> None:
+    w = parameter()
+    with torch.inference_mode():
+        packed = folded(store, plain(), w)
+    in_place(w)
+    store.fold(packed, (), [w])
+    assert_holds(packed, w)
+
+
+def test_packed_tensors_want_no_gradient(store: Store) -> None:
+    w = parameter()
+    packed = folded(store, plain(), w, forms=("tiles", DENSE["NK"]))
+    tensors = [tensor for made in packed.forms.values() for tensor in made]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+# --- the end of a parameter ----------------------------------------------------------------------
+
+
+def test_packed_weights_die_with_their_parameter(store: Store) -> None:
+    w, other = parameter(), parameter()
+    packed = folded(store, plain(), w, forms=("cpu", "tiles", DENSE["NK"]))
+    folded(store, plain(), other)
+    made = [weakref.ref(tensor) for tensors in packed.forms.values() for tensor in tensors]
+    assert len(made) == 5
+    del w
+    gc.collect()
+    assert [ref() for ref in made] == [None] * 5
+    assert len(store) == 1
+    assert packed.forms == {}
+    assert store.of(other)
+
+
+def test_one_of_several_parameters_that_dies_takes_the_packed_weight_along(store: Store) -> None:
+    total = weight_of(lambda w, v: w + v, (N, K), (N, K))
+    w, v = parameter(), parameter()
+    packed = folded(store, total, w, v)
+    tiles = weakref.ref(packed.forms["tiles"][0])
+    del w
+    gc.collect()
+    assert (len(store), tiles()) == (0, None)
+    again = parameter()
+    assert_holds(folded(store, total, again, v), again + v)
+    del v
+    gc.collect()
+    assert len(store) == 0
+
+
+def test_the_store_keeps_no_parameter_alive(store: Store) -> None:
+    w = parameter()
+    folded(store, plain(), w, forms=("cpu", "tiles", DENSE["NK"]))
+    ref = weakref.ref(w)
+    del w
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_parameter_that_dies_and_one_at_its_address_are_two(store: Store) -> None:
+    for _ in range(20):
+        w = parameter()
+        assert_holds(folded(store, plain(), w), w)
+        del w
+    gc.collect()
+    assert len(store) == 0
+
+
+@pytest.mark.gpu
+def test_a_parameter_that_moved_is_packed_anew(store: Store) -> None:
+    layer = nn.Linear(K, N, bias=False)
+    w = layer.weight
+    on_cpu = folded(store, plain(), w)
+    layer.cuda()
+    assert layer.weight is w  # the same parameter, on another device
+    on_gpu = folded(store, plain(), w)
+    assert on_gpu is not on_cpu
+    assert (len(store), on_cpu.forms) == (1, {})
+    assert all(tensor.is_cuda for tensor in on_gpu.forms["tiles"])
+    assert_holds(on_gpu, w)
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+
+def test_threads_that_fold_one_weight_at_once_make_it_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch, seconds=0.05)  # long enough for the others to come in
+    w, count = parameter(), 4
+    start = threading.Barrier(count)
+    found: list[PackedWeight] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            start.wait(timeout=10)
+            found.append(folded(store, plain(), w, forms=("tiles", DENSE["NK"])))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert errors == []
+    assert len(found) == count
+    assert len({id(packed) for packed in found}) == len(store) == len(calls) == 1
+    assert_holds(found[0], w)
