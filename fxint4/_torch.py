@@ -295,6 +295,21 @@ def is_pure(target: Any) -> bool:
     )
 
 
+def is_elementwise(target: Any) -> bool:
+    """Whether an op's result may be written over an operand of the same layout."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def call_into(memory: Tensor | None, target: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an op; its result is written to `memory`, where that is given and the op can do so."""
+    if memory is not None:
+        try:
+            return target.overloadpacket(*args, **kwargs, out=memory)
+        except (RuntimeError, TypeError):  # no overload of it takes these arguments and `out`
+            pass
+    return target(*args, **kwargs)
+
+
 # --- Dynamo: names and modules behind the inputs -------------------------------------------------
 
 

@@ -139,22 +139,19 @@ def _compile_graph(
         found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
         sites, records = fold(found, weights.tensors, expected_rows, config)
         key = (_torch.frame_id(), *sorted(weights.parameters))
-        met = _Meetings(report, key, sites, config)
-        graph = Int4Graph(captured, fake_inputs, sites, weights.tensors, config, state, kwargs, met)
         names, labels = weights.labels, dict[str, str]()
-        report.put(
-            key,
-            GraphReport(
-                tuple(records),
-                {**weights.parameters, **parameters_in_call(weights.tensors.values())},
-                graph_text(captured, names, labels),
-                graph.compile_first(lambda rewritten: graph_text(rewritten, names, labels)),
-                graph_break,
-            ),
-        )
+        before = after = graph_text(captured, names, labels)
+        if sites:
+            met = _Meetings(report, key, sites, config)
+            graph = Int4Graph(
+                captured, fake_inputs, sites, weights.tensors, config, state, kwargs, met
+            )
+            after = graph.compile_first(lambda gm: graph_text(gm, names, labels))
+        parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
+        report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
         global _newest
         _newest = report
-        return graph
+        return graph if sites else _torch.compile_fx_inner(captured, fake_inputs, **kwargs)
 
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
 

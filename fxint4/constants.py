@@ -7,15 +7,15 @@ concatenation, W + B @ A) is constant, too, and is evaluated for one weight at a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
 
-from fxint4._torch import MATMULS, aten, is_pure
+from fxint4._torch import MATMULS, aten, call_into, is_elementwise, is_pure
 
 __all__ = ["AXES", "Constants", "Standing", "Weight"]
 
@@ -136,21 +136,56 @@ class Weight:
     def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
         """The weight as [N, K], a view of the root where the computation allows.
 
+        What a step no longer needs is freed at once, and an elementwise step writes over an operand
+        that it is the last to read: a chain of them holds one weight, not two.
+
         Args:
             roots: real tensors for `self.roots`, in that order. None of them is changed.
         """
         values: dict[fx.Node, Any] = dict(zip(self.roots, roots, strict=True))
         values.update(self.literals)
+        lasting = {_address(value) for value in values.values()}
         last_use = {operand: step for step in self.steps for operand in step.all_input_nodes}
         for step in self.steps:
+            ending = [node for node in step.all_input_nodes if last_use[node] is step]
             if step not in values:
+                memory = _reusable(step, ending, values, lasting)
                 args, kwargs = fx.map_arg((step.args, step.kwargs), lambda node: values[node])
-                values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
-                del args, kwargs
-            for operand in step.all_input_nodes:
-                if last_use[operand] is step:
-                    del values[operand]
+                values[step] = call_into(memory, step.target, *args, **kwargs)
+                del memory, args, kwargs
+            for node in ending:
+                del values[node]
         return AXES[self.axes](values[self.node].detach())
+
+
+def _reusable(
+    step: fx.Node, ending: Sequence[fx.Node], values: Mapping[fx.Node, Any], lasting: Set[int]
+) -> Tensor | None:
+    """An operand whose memory can take the step's result: like it, and nobody else's."""
+    result = step.meta.get("val")
+    if not is_elementwise(step.target) or not isinstance(result, Tensor):
+        return None
+    addresses = [
+        _address(part)
+        for value in values.values()
+        for part in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(part, Tensor)
+    ]
+    for node in ending:
+        operand = values[node]
+        alike = (operand.dtype, operand.shape, operand.stride()) == (
+            result.dtype,
+            result.shape,
+            result.stride(),
+        )
+        address = _address(operand)
+        if alike and address not in lasting and addresses.count(address) == 1:
+            return cast("Tensor", operand)
+    return None
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:

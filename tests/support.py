@@ -363,7 +363,7 @@ def propagated(
     return expected, (1 + BF16) * flat.view_as(expected)
 
 
-class slow_path:  # noqa: N801 (a context manager)
+class slow_path:
     """Keep nn.MultiheadAttention and nn.TransformerEncoderLayer off their fast paths."""
 
     def __enter__(self) -> None:

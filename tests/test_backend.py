@@ -506,6 +506,15 @@ def test_progress_shows_a_bar_when_asked(x: Tensor, capfd: pytest.CaptureFixture
     assert "folding weights" in capfd.readouterr().err
 
 
+# --- graphs of other kinds --------------------------------------------------------------------
+
+
+def test_a_graph_without_inputs_compiles() -> None:
+    with torch.no_grad():
+        assert torch.equal(int4(lambda: torch.arange(4) * 2)(), torch.arange(4) * 2)
+    assert fxint4.last_report().totals["matmuls"] == 0  # type: ignore[union-attr]
+
+
 # --- the report ----------------------------------------------------------------------------------
 
 

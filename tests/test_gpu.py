@@ -16,8 +16,7 @@ from fxint4.store import store
 
 pytestmark = [
     pytest.mark.gpu,
-    # Inductor's advice to fp32 users, and its CUDA graph trees' way of reserving a memory pool.
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    # Inductor's CUDA graph trees reserve a memory pool in this way.
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
 

@@ -133,8 +133,15 @@ def test_a_device_without_the_op_keeps_everything(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("k", "asked", "group_size"),
-    [(256, 128, 128), (256, 32, 32), (4304, 128, 128), (576, 128, 64), (2624, 256, 64), (40, 128, 64)],
-)  # fmt: skip
+    [
+        (256, 128, 128),
+        (256, 32, 32),
+        (4304, 128, 128),
+        (576, 128, 64),
+        (2624, 256, 64),
+        (40, 64, 64),
+    ],
+)
 def test_the_group_that_the_record_names_is_the_one_used(
     k: int, asked: int, group_size: int
 ) -> None:

@@ -140,7 +140,7 @@ def test_rewritten(case: Case, golden: Callable[[str, str], None]) -> None:
 
 @pytest.fixture
 def dense_from_9_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.import_module("fxint4.passes.find")  # `from fxint4.passes import` is a function
+    find = importlib.import_module("fxint4.passes.find")  # fxint4.passes.find is its function
     monkeypatch.setattr(find, "most_int4_rows", lambda *_: 8)
 
 
