@@ -11,7 +11,7 @@ from fxint4 import _torch
 from fxint4.config import Int4Config
 from fxint4.forms import choose
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
-from fxint4.store import Form, PackedWeight, store
+from fxint4.store import Form, Lookup, PackedWeight, picker, store
 
 __all__ = ["Int4Graph", "expected_rows"]
 
@@ -94,18 +94,12 @@ class Int4Graph:
         forms = self._forms(args)
         while True:
             variant = self._variants.get(forms) or self._compile_later(forms)
-            buffers: list[Tensor] = []
-            for slot in variant.slots:
-                made = slot.buffers(args)
-                if not made:
-                    # These parameters, unlike those compiled with, can't be packed.
-                    forms = self._without(slot.slot, forms)
-                    break
-                buffers.extend(made)
-            else:
+            buffers = variant.buffers(args)
+            if not isinstance(buffers, Slot):
                 break
-        inputs = [args[position] for position in variant.rewritten.kept_inputs]
-        inputs += buffers
+            # These parameters, unlike those compiled with, can't be packed.
+            forms = self._without(buffers, forms)
+        inputs = [*variant.kept(args), *buffers]
         args.clear()
         return variant.compiled(inputs)
 
@@ -175,6 +169,30 @@ class _Variant:
         self.rewritten = rewritten
         self.slots = slots
         self.compiled = compiled
+        self.kept = picker(rewritten.kept_inputs)
+        positions = dict.fromkeys(position for slot in slots for position in slot.positions)
+        self._roots = picker(tuple(positions))
+        self._lookups: dict[tuple[int, ...], Lookup] = {}
+
+    def buffers(self, args: Sequence[Any]) -> list[Tensor] | Slot:
+        """The packed tensors of all slots for the parameters in `args`.
+
+        Returns:
+            The tensors; where the parameters of a slot can't be packed, that slot.
+        """
+        roots = self._roots(args)
+        identity = tuple(map(id, roots))
+        lookup = self._lookups.get(identity)
+        if lookup is None or not lookup.is_of_now() or not lookup.holds(roots):
+            lookup = Lookup(roots)
+            for slot in self.slots:
+                found = slot.buffers(args)
+                if not found:
+                    return slot.slot
+                lookup.add(found)
+            kept = {key: old for key, old in self._lookups.items() if old.is_of_now()}
+            self._lookups = {**kept, identity: lookup}
+        return lookup.tensors()
 
 
 class _BoundSlot:
@@ -189,14 +207,14 @@ class _BoundSlot:
     ) -> None:
         self.slot = slot
         self._form = slot.form
-        self._positions = tuple(positions[root] for root in slot.weight.roots)
+        self.positions = tuple(positions[root] for root in slot.weight.roots)
         self._config = config
         self._met = met
         self._packed: PackedWeight | None = None
 
-    def buffers(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    def buffers(self, args: Sequence[Any]) -> Sequence[Tensor]:
         """The packed tensors for the parameters in `args`; empty where these can't be packed."""
-        roots = [args[position] for position in self._positions]
+        roots = [args[position] for position in self.positions]
         packed = self._packed
         if packed is None or not packed.is_current(roots) or self._form not in packed.forms:
             with _torch.real_tensors():

@@ -19,14 +19,14 @@ def inline_regions(gm: fx.GraphModule, fake_mode: Any) -> None:
         fake_mode: the FakeTensorMode of the graph's values.
     """
     region = torch.ops.higher_order.invoke_subgraph
-    while calls := [node for node in gm.graph.nodes if node.target is region]:
-        for call in calls:
-            _inline(gm, call, fake_mode)
+    for call in [node for node in gm.graph.nodes if node.target is region]:
+        body = getattr(gm, str(call.args[0].target))
+        inline_regions(body, fake_mode)
+        _inline(gm, call, body, fake_mode)
     gm.graph.eliminate_dead_code()
 
 
-def _inline(gm: fx.GraphModule, call: fx.Node, fake_mode: Any) -> None:
-    body = getattr(gm, str(call.args[0].target))  # type: ignore[union-attr]
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, fake_mode: Any) -> None:
     arguments = iter(call.args[2:])
     copies: dict[fx.Node, Any] = {}
     outputs: Any = ()

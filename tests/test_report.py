@@ -59,7 +59,7 @@ def report_of(*records: Record, **values: Any) -> Report:
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Any:
     def resize(columns: int) -> None:
         size = os.terminal_size((columns, 24))
-        monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: size)
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: size)
 
     resize(120)
     return resize

@@ -103,7 +103,7 @@ def test_gpu_tiles_are_what_the_cuda_op_reads() -> None:
 
 def test_sites_that_share_a_weight_share_its_inputs() -> None:
     w, v, x = torch.randn(K, K), torch.randn(N, K), torch.randn(M, K)
-    captured = Captured.of(lambda w, v, x: x @ w.t() @ w @ v.t(), [w, v], x)
+    captured = Captured.of(lambda w, v, x: x @ w.t() @ w.t() @ v.t(), [w, v], x)
     int4 = [site.int4 for site in captured.sites]
     rewritten = captured.rewrite(*int4)
     assert len(captured.sites) == 3
