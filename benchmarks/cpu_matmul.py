@@ -60,9 +60,7 @@ class Layers(nn.Module):
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, count: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(k, n, bias=False, dtype=dtype) for _ in range(count)
-        )
+        self.layers = nn.ModuleList(nn.Linear(k, n, bias=False, dtype=dtype) for _ in range(count))
         self.eval().requires_grad_(False)
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -168,7 +166,15 @@ def main() -> None:
                     one = cell(model, raw, dtype, rows, arguments.rounds, arguments.repeats)
                     timings = {key: value.to_dict() for key, value in one.pop("timings").items()}
                     cells.append(
-                        {"dtype": name, "n": n, "k": k, "m": rows, "layers": count, **one, **timings}
+                        {
+                            "dtype": name,
+                            "n": n,
+                            "k": k,
+                            "m": rows,
+                            "layers": count,
+                            **one,
+                            **timings,
+                        }
                     )
                 results += cells
                 chosen = most_int4_rows(torch.device("cpu"), dtype, shape)

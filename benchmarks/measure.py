@@ -83,7 +83,9 @@ class CoreWaits:
         for thread in threads:
             try:
                 if thread not in self._files:
-                    self._files[thread] = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
+                    self._files[thread] = os.open(
+                        f"/proc/self/task/{thread}/schedstat", os.O_RDONLY
+                    )
                 total += int(os.pread(self._files[thread], 64, 0).split()[1])
             except (FileNotFoundError, ProcessLookupError, IndexError):
                 self._files.pop(thread, None)
@@ -246,9 +248,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": {**facts, "load_average_after": [round(load, 2) for load in os.getloadavg()]},
-        "arguments": {
-            name: value for name, value in vars(arguments).items() if name != "json"
-        },
+        "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
         **results,
     }
     text = json.dumps(content, indent=1, default=str)

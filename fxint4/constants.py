@@ -30,8 +30,8 @@ _TRANSPOSES = {
 AXES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "NK": lambda weight: weight,
     "KN": lambda weight: weight.t(),
-    "*NK": lambda weight: weight[0],
-    "*KN": lambda weight: weight[0].t(),
+    "*NK": lambda weight: weight[(0,) * (weight.ndim - 2)],
+    "*KN": lambda weight: weight[(0,) * (weight.ndim - 2)].t(),
     "NK1": lambda weight: weight.flatten(1),
 }
 _TRANSPOSED_AXES = {"NK": "KN", "KN": "NK"}
@@ -200,7 +200,7 @@ def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:
     if call in _TRANSPOSES and axes in _TRANSPOSED_AXES:
         return operand, _TRANSPOSED_AXES[axes]
     if call == (aten.unsqueeze.default, "0") and axes.startswith("*"):
-        return operand, axes[1:]
+        return operand, axes[1:] if operand.meta["val"].ndim == 2 else axes
     return None
 
 

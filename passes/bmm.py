@@ -31,7 +31,7 @@ class BatchedMatMul(Pattern):
         else:
             weight, x, axes = left, node.args[-1], "NK"
         value = value_of(weight)
-        if value.ndim == 3:
+        if value.ndim > 2:
             axes = "*" + axes
             if value.shape[0] != 1 and value.stride(0) != 0:
                 n, k = value.shape[axes.index("N")], value.shape[axes.index("K")]
@@ -55,13 +55,23 @@ class BatchedMatMul(Pattern):
 
 
 def _unexpanded(operand: Any) -> Any:
-    """The matrix behind an `expand` over the batch, whose size may be dynamic."""
-    if isinstance(operand, fx.Node) and operand.target is aten.expand.default:
-        source = operand.args[0]
-        assert isinstance(source, fx.Node)
-        value = value_of(source)
-        if value.shape[-2:] == value_of(operand).shape[-2:] and (
-            value.ndim == 2 or value.shape[0] == 1
-        ):
-            return source
-    return operand
+    """The one matrix behind an operand that repeats it over the batch, whose size may be dynamic.
+
+    torch.matmul broadcasts with `expand`, and makes several batch axes one with `view`.
+    """
+    source = operand
+    while isinstance(source, fx.Node) and source.target in _BATCH_ONLY and _same_matrix(source):
+        source = source.args[0]
+    batch = value_of(source).shape[:-2] if isinstance(source, fx.Node) else ()
+    return source if all(str(size) == "1" for size in batch) else operand
+
+
+_BATCH_ONLY = (aten.expand.default, aten.view.default)
+
+
+def _same_matrix(node: fx.Node) -> bool:
+    """Whether a node differs from its operand in nothing but the axes before the last two."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    last = [value_of(each).shape[-2:] for each in (source, node)]
+    return str(last[0]) == str(last[1])  # as text: comparing dynamic sizes would set a guard

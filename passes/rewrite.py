@@ -135,15 +135,15 @@ def _rewrite_site(
     node = copies[site.node]
     build = Build(node, fake_mode)
     packed = inputs.of(site, form, value_of(site.match.weight).device)
-    if isinstance(form, Dense):
-        _put_dense(node, copies[site.match.weight], packed[0], build)
-        return
     match = Match(
         copies[site.match.weight],
         site.match.axes,
         copies[site.match.x],
         None if site.match.bias is None else copies[site.match.bias],
     )
+    if isinstance(form, Dense):
+        _put_dense(node, match, packed[0], build)
+        return
 
     def multiply(x: fx.Node) -> fx.Node:
         return _int4_matmul(x, site.shape, form, packed, build)
@@ -173,13 +173,16 @@ def _int4_matmul(
     return y if dtype is torch.bfloat16 else build(cast, y, dtype)
 
 
-def _put_dense(node: fx.Node, weight: fx.Node, dense: fx.Node, build: Build) -> None:
+def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> None:
     """Let a matmul read the dequantised copy where it read the weight."""
-    for operand in node.all_input_nodes:
-        if operand is weight:
-            node.replace_input_with(operand, dense)
-        elif operand.target is aten.expand.default and operand.args[0] is weight:
-            node.replace_input_with(operand, build(operand.target, dense, *operand.args[1:]))
+    if match.weight in node.all_input_nodes:
+        node.replace_input_with(match.weight, dense)
+        return
+    # A bmm that reads the weight expanded over its batch.
+    matrix = build(aten.view.default, dense, list(value_of(dense).shape[-2:]))
+    expanded = build(aten.expand.default, matrix, [build.size(match.x, 0), -1, -1])
+    on_the_right = match.axes.endswith("KN")
+    node.update_arg(len(node.args) - (1 if on_the_right else 2), expanded)
 
 
 def _copy(captured: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -19,7 +19,9 @@ from fxint4.constants import AXES
 
 __all__ = [
     "Case",
+    "assert_nearer",
     "assert_rounded",
+    "assert_within",
     "check_exact",
     "check_rewritten",
     "compile_and_report",
@@ -93,6 +95,16 @@ def assert_within(y: Tensor, expected: Tensor, bound: Tensor | float) -> None:
     assert y.shape == expected.shape
     excess = (y.double() - expected).abs() - bound
     assert bool((excess <= 0).all()), f"beyond the bound by {float(excess.max()):g}"
+
+
+def assert_nearer(y: Tensor, expected: Tensor, other: Tensor) -> None:
+    """`y` is nearer to `expected` than to `other`.
+
+    For models of several layers, whose worst-case bounds add up to more than int4 moves the result:
+    bf16 rounds far more finely than int4, so the compiled model is nearer to the one
+    with dequantised weights than to the original.
+    """
+    assert (y.double() - expected).norm() < (y.double() - other).norm()
 
 
 # --- compiling -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import (
     Case,
+    assert_nearer,
     assert_rounded,
     assert_within,
     check_rewritten,
@@ -30,6 +31,15 @@ B, M, N, K = 2, 3, 50, 200  # N and K are both padded
 
 def batch() -> tuple[Tensor]:
     return (torch.randn(B, M, K),)
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(-1, -2)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
 
 
 def transposed_batch() -> tuple[Tensor]:
@@ -89,6 +99,27 @@ CASES = [
         transposed_batch,
         ops=("bmm",),
     ),
+    # torch.matmul makes a bmm of these where the weight requires no grad.
+    Case(
+        "bmm-frozen-non-contiguous-x-w",
+        lambda: frozen(module(lambda m, x: x.transpose(1, 2) @ m.w, w=(K, N))),
+        transposed_batch,
+        {"w": "KN"},
+        ("bmm",),
+    ),
+    Case(
+        "bmm-frozen-w-x-four-axes",
+        lambda: frozen(module(lambda m, x: m.w @ x, w=(N, K))),
+        lambda: (torch.randn(2, 1, K, M),),
+        ops=("bmm",),
+    ),
+    Case(
+        "bmm-frozen-linear",
+        lambda: frozen(nn.Sequential(Transposed(), nn.Linear(K, N))).eval(),
+        lambda: (torch.randn(2, 2, K, 2),),
+        {"1.weight": "NK"},
+        ("bmm",),
+    ),
     Case(
         "baddbmm-float-factors",
         lambda: module(
@@ -134,27 +165,48 @@ def test_rewritten_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
     check_rewritten(case, dtype)
 
 
-@pytest.mark.parametrize("left", [False, True])
+DYNAMIC = {
+    "x W": (lambda m, x: torch.bmm(x, m.w.expand(x.shape[0], -1, -1)), (K, N), "b?K"),
+    "W x": (lambda m, x: torch.bmm(m.w.expand(x.shape[0], -1, -1), x), (N, K), "bK?"),
+    "x @ W": (lambda m, x: x.transpose(1, 2) @ m.w, (K, N), "bK?"),
+    "x @ W, four axes": (lambda m, x: x.transpose(2, 3) @ m.w, (K, N), "2bK?"),
+    "W @ x, four axes": (lambda m, x: m.w @ x, (N, K), "b2K?"),
+    "x @ W, both with four axes": (lambda m, x: x @ m.w, (1, 1, K, N), "2b?K"),
+}
+
+
+@pytest.mark.parametrize(("forward", "shape", "sizes"), DYNAMIC.values(), ids=DYNAMIC.keys())
 def test_dynamic_batch_of_a_broadcast_weight_crosses_to_dense_and_back(
-    left: bool, monkeypatch: pytest.MonkeyPatch
+    forward: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    sizes: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find = importlib.import_module("fxint4.passes.find")
-    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 8)
-
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        weight = m.w.expand(x.shape[0], -1, -1)
-        return torch.bmm(weight, x) if left else torch.bmm(x, weight)
-
-    model = module(forward, w=(N, K) if left else (K, N)).bfloat16()
-    weights = {"w": "NK" if left else "KN"}
+    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 12)
+    model = frozen(module(forward, w=shape)).bfloat16()
+    weights = {"w": ("*" if len(shape) > 2 else "") + ("NK" if shape == (N, K) else "KN")}
     compiled = torch.compile(model, backend="int4tile", dynamic=True, fullgraph=True)
-    for batch, rows in ((2, 3), (4, 5), (3, 2), (2, 7), (5, 0)):
-        x = torch.randn((batch, K, rows) if left else (batch, rows, K)).bfloat16()
+    for batch, rows in ((2, 3), (4, 5), (3, 2), (2, 7)):
+        known = {"b": batch, "?": rows, "K": K, "2": 2}
+        x = torch.randn([known[size] for size in sizes]).bfloat16()
         with torch.no_grad():
             y = compiled(x)
         report = fxint4.last_report()
         assert report is not None
+        assert [(r.op, r.action) for r in report.records] == [("bmm", "packed")]
         assert_rounded(y, model, [x], report, weights)
+    assert report.totals["graphs"] == 1
+
+
+def test_a_weight_that_is_broadcast_and_one_that_is_not_are_one() -> None:
+    def forward(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ m.w, x.transpose(1, 2).contiguous().transpose(1, 2) @ m.w
+
+    model = frozen(module(forward, w=(K, N)))
+    _, report = compile_and_report(model, torch.randn(B, M, K))
+    assert [record.op for record in report.records] == ["mm", "bmm"]
+    assert report.totals["weights_packed"] == 1
 
 
 def test_one_einsum_with_several_weights_is_one_matmul() -> None:
@@ -194,8 +246,10 @@ def test_multihead_attention(
     ]
     assert int4_matmuls(report) == 2
     weights = {"a.in_proj_weight": "NK", "a.out_proj.weight": "NK"}
-    reference = reference_model(model, report, weights)
-    assert_within(y, *propagated(reference, [x.double()], monkeypatch))
+    expected, bound = propagated(reference_model(model, report, weights), [x.double()], monkeypatch)
+    assert_within(y, expected, bound)
+    assert_nearer(y, expected, model.double()(x.double()))
+    model.float()
     if not batch_first:  # torch 2.11 does not copy the transposed result
         with slow_path(), torch.no_grad():
             assert y.stride() == model(x).stride()
@@ -216,9 +270,10 @@ def test_cross_attention_splits_one_parameter_into_query_and_key_value(
         ("a.out_proj", 64, 64, "packed"),
     ]
     weights = {"a.in_proj_weight": "NK", "a.out_proj.weight": "NK"}
-    reference = reference_model(model, report, weights)
-    expected = propagated(reference, [x.double(), memory.double()], monkeypatch)
-    assert_within(y, *expected)
+    wide = [x.double(), memory.double()]
+    expected, bound = propagated(reference_model(model, report, weights), wide, monkeypatch)
+    assert_within(y, expected, bound)
+    assert_nearer(y, expected, model.double()(*wide))
 
 
 # --- left alone ----------------------------------------------------------------------------------

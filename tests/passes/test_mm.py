@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import (
     Case,
+    assert_nearer,
     assert_rounded,
     assert_within,
     check_exact,
@@ -18,6 +19,7 @@ from support import (
     int4_matmuls,
     kept,
     module,
+    reference_model,
     rounding_bound,
 )
 from torch import Tensor, nn
@@ -161,6 +163,19 @@ def test_dtypes_with_awkward_k(dtype: torch.dtype, k: int) -> None:
         assert_rounded(y, model, [x], report, {"weight": "NK"})
     check_exact(compiled, model, [x], {"weight": "NK"})
     check_exact(compiled, model, [torch.randn(M, k).to(dtype)], {"weight": "NK"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_with_kernels_between_them(dtype: torch.dtype) -> None:
+    # In an fp16 model these kernels read fp16 and write bf16.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, 72), nn.GELU(), nn.LayerNorm(72), nn.Linear(72, N))
+    model, x = model.to(dtype).eval(), torch.randn(M, K).to(dtype)
+    y, report = compile_and_report(model, x)
+    assert int4_matmuls(report) == 2
+    reference = reference_model(model, report, {"0.weight": "NK", "3.weight": "NK"})
+    with torch.no_grad():
+        assert_nearer(y, reference(x.double()), model.double()(x.double()))
 
 
 @pytest.mark.parametrize(
