@@ -4,18 +4,18 @@ Rows of the table: dtype of the model, N x K of the weight, M rows of activation
 
 - inductor, int4tile: microseconds a matmul, the layers of a model compiled by `torch.compile` with
   either backend, static shapes, as a user gets it;
-- ratio: of these two. Above 1.05 the row is marked "slower", after it was measured three times over;
+- ratio: of these two. Above 1.05 the row is marked "slower", after it was measured three times;
 - runs: what int4tile chose for this M: the int4 op or a dequantised dense copy (fxint4/forms.py);
 - dense, int4 op: the two choices as raw calls of `mm` and of `aten._weight_int4pack_mm_for_cpu`,
-  the latter with the casts to and from bf16 that fp16 and fp32 activations need. The largest M up to
-  which int4 op wins is what `_CPU_ROWS` in fxint4/forms.py holds.
+  the latter with the casts to and from bf16 that fp16 and fp32 activations need. The largest M up
+  to which int4 op wins is what `_CPU_ROWS` in fxint4/forms.py holds.
 
 Floor and prediction: for M = 1 both read the weight once, so a weight that does not fit into the
 caches bounds the ratio by bytes: 0.27 for bf16 and fp16, 0.13 for fp32 (group 128). The int4 op
 dequantises each weight to fp32 and multiplies with fp32 instructions, so its time grows with M at
 the rate of fp32 arithmetic, about half the rate of bf16 instructions: a bf16 model gains for few
-rows, an fp32 model as long as dequantising costs less than sgemm loses on packing, and an fp16 model
-on a CPU without fp16 instructions (dense fp16 runs on conversions) always.
+rows, an fp32 model as long as dequantising costs less than sgemm loses on packing, and an fp16
+model on a CPU without fp16 instructions (dense fp16 runs on conversions) always.
 
 A model has as many equal layers as it takes to make its weights larger than the caches, at least 2
 and at most 16; times are per layer. So small weights are read from cache, as in a small model, and
@@ -120,7 +120,8 @@ def cell(
         plain(xs)
         check(fast(xs), raw.run_dense(xs))
         report = fxint4.last_report()
-        assert report is not None and {r.action for r in report.records} == {"packed"}
+        assert report is not None
+        assert {record.action for record in report.records} == {"packed"}
         runs = "dense copy" if report.records[0].dense_bytes else "int4 op"
         for attempt in range(repeats):
             timings = interleave(contenders, rounds)

@@ -1,10 +1,11 @@
 """What the benchmarks share: interleaved timing, facts about the machine, tables and JSON.
 
 A sample is some calls in a row, timed by the host clock. On Linux the kernel tells how long the
-threads of a process waited for a core that something else was using (`/proc/self/task/*/schedstat`).
-A sample with such a wait is thrown away and taken again, so the times are those of this code on cores
-of its own, also where the machine has other work. Contenders take turns, sample by sample, in an
-order that turns round every time, so that a slow drift of the machine meets all of them.
+threads of a process waited for a core that something else was using
+(`/proc/self/task/*/schedstat`). A sample with such a wait is thrown away and taken again, so the
+times are those of this code on cores of its own, also where the machine has other work. Contenders
+take turns, sample by sample, in an order that turns round every time, so that a slow drift of the
+machine meets all of them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from tabulate import tabulate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-#: Seconds that a sample lasts at least, where one call does not take longer: less than a scheduler's
-#: slice, so that a wait for a core stands out, and long against the clock.
+#: Seconds that a sample lasts at least, where one call does not take longer: less than a
+#: scheduler's slice, so that a wait for a core stands out, and long against the clock.
 SAMPLE_S = 2e-3
 #: A sample is clean where its threads waited for a core less than this share of its time.
 CLEAN = 0.02

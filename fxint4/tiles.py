@@ -23,7 +23,7 @@ INNER_K_TILES = (2, 4, 8)
 PAD_CODE = 8
 """The code that stands for ``zero`` alone: with a zero of 0 it dequantises to 0."""
 
-_CPU_CHUNK = 2**20
+_CPU_CHUNK = 2**19
 """Codes widened to int32 at a time by `pack_for_cpu`."""
 
 

@@ -101,7 +101,7 @@ CASES = [
     ),
     Case(
         "addmm-float-factors",
-        lambda: module(lambda m, b, x: torch.addmm(b, x, m.w, beta=0.5, alpha=2.5), w=(K, N)),
+        lambda: module(lambda m, b, x: torch.addmm(b, x, m.w, beta=2.5, alpha=0.5), w=(K, N)),
         bias_and_rows,
         {"w": "KN"},
         ("addmm",),
