@@ -1,16 +1,17 @@
-"""What does int4tile cost beside plain Inductor: compile time, and time to start each call?
+"""What does int4tile cost beside plain Inductor: time to compile, and time at each call?
 
-Compile time: the first call of a model, less a later one, in a process of its own; cold with an
-empty Inductor cache, warm in a second process with the cache that the first one left. Prediction:
-int4tile adds the folding (see folding.py) and a second look at the graph, some tenths of a second;
-when warm it adds AOTAutograd's tracing, whose cache it cannot use, to a start that takes a few
-seconds anyway.
+Compile time: the first call of a model less a later one, in a process of its own that has loaded
+Inductor before; cold with an empty Inductor cache, warm in a second process with the cache that the
+first one left. Backends take turns, medians over rounds. Prediction: int4tile adds the folding (see
+folding.py; where a model runs with many rows, dense copies are made beside the tiles) and a second
+look at the graph, some tenths of a second. When warm it adds AOTAutograd's tracing, too: that one's
+cache answers with what plain Inductor compiled, so int4tile does without it.
 
-Start of a call: the packed weights of a graph are looked up at every call. The graph has many tiny
-layers; the time is that of finding all buffers, taken from the running graph object. Prediction:
-tens of microseconds for 224 weights.
-
-    python benchmarks/compile_overhead.py [--json PATH]
+At each call the packed weights of a graph are looked up by the identity, address and version of its
+parameters. Floor: what reading these through PyTorch's Python API costs, 31 us for 224 weights; the
+identity of the storage, which makes the test exact, comes on top: 50 us predicted. Measured on
+chains of tiny layers (32 x 32, one row): the look-up alone, and whole calls under either backend.
+In "12 blocks of 7" each block is compiled by itself and Dynamo reuses one graph for all of them.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
-import measure
 import torch
-from torch import nn
+from measure import describe, interleave, machine, parser, show, write
+from torch import Tensor, nn
 
-LAYERS_LOOKED_UP = 224
 
-
-def llama() -> tuple[nn.Module, dict[str, Any]]:
-    """A Llama with four layers of hidden size 512, and a prompt of 32 tokens."""
+def llama(tokens: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A Llama with four layers of hidden size 512, and a prompt."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -45,7 +45,7 @@ def llama() -> tuple[nn.Module, dict[str, Any]]:
         vocab_size=8192,
         use_cache=False,
     )
-    return LlamaForCausalLM(config), {"input_ids": torch.arange(32)[None]}
+    return LlamaForCausalLM(config), {"input_ids": torch.arange(tokens)[None]}
 
 
 def bert() -> tuple[nn.Module, dict[str, Any]]:
@@ -58,7 +58,16 @@ def bert() -> tuple[nn.Module, dict[str, Any]]:
     return BertModel(config), {"input_ids": torch.arange(128).view(8, 16)}
 
 
-MODELS = {"llama 4x512": llama, "bert 6x384": bert}
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    "llama 4x512, 1 token": lambda: llama(1),
+    "llama 4x512, 32 tokens": lambda: llama(32),
+    "bert 6x384, 8x16 tokens": bert,
+}
+BACKENDS = ("inductor", "int4tile")
+WEIGHTS = (1, 28, 224)
+
+
+# --- compile time --------------------------------------------------------------------------------
 
 
 def compile_once(model_name: str, backend: str) -> dict[str, float]:
@@ -100,42 +109,75 @@ def in_own_process(model_name: str, backend: str, cache: str) -> dict[str, float
     """`compile_once` in a process that starts with the given Inductor cache."""
     command = [sys.executable, __file__, "--child", model_name, backend]
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def compile_times(rounds: int) -> list[dict[str, Any]]:
-    """A row for each model and state of the cache; medians over rounds, backends in turn."""
-    rows = []
-    for name in MODELS:
-        taken: dict[tuple[str, str], list[dict[str, float]]] = {}
-        for _ in range(rounds):
-            for backend in ("inductor", "int4tile"):
+    """A row for each model and state of the cache."""
+    taken: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for name in MODELS:
+            for backend in BACKENDS:
                 with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
                     for state in ("cold", "warm"):
                         result = in_own_process(name, backend, cache)
-                        taken.setdefault((backend, state), []).append(result)
+                        taken.setdefault((name, state, backend), []).append(result)
+    rows = []
+    for name in MODELS:
         for state in ("cold", "warm"):
+            runs = {backend: taken[name, state, backend] for backend in BACKENDS}
             plain, int4 = (
-                statistics.median(one["compile_s"] for one in taken[backend, state])
-                for backend in ("inductor", "int4tile")
+                [round(run["compile_s"], 3) for run in runs[backend]] for backend in BACKENDS
             )
-            folding = statistics.median(one["folding_s"] for one in taken["int4tile", state])
+            folding = [run["folding_s"] for run in runs["int4tile"]]
             rows.append(
                 {
                     "model": name,
                     "cache": state,
-                    "inductor s": plain,
-                    "int4tile s": int4,
-                    "of that folding s": folding,
+                    "inductor s": statistics.median(plain),
+                    "int4tile s": statistics.median(int4),
+                    "of that folding s": round(statistics.median(folding), 3),
+                    "all inductor s": plain,
+                    "all int4tile s": int4,
                 }
             )
     return rows
 
 
-def lookup_time() -> dict[str, Any]:
-    """Microseconds to find the packed weights of one graph with many layers."""
+# --- time at each call ---------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Tiny layers one after another."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(32, 32, bias=False, dtype=torch.bfloat16) for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def compiled_blocks(blocks: nn.ModuleList, backend: str) -> Callable[[Tensor], Tensor]:
+    """The blocks one after another, each compiled by itself."""
+    compiled = [torch.compile(block, backend=backend, dynamic=False) for block in blocks]
+
+    def run(x: Tensor) -> Tensor:
+        for block in compiled:
+            x = block(x)
+        return x
+
+    return run
+
+
+def lookup_of(run: Callable[[], object]) -> Callable[[], object]:
+    """What finds the packed weights of the one graph that `run` compiles."""
     import fxint4.backend as implementation
 
     graphs: list[Any] = []
@@ -147,33 +189,67 @@ def lookup_time() -> dict[str, Any]:
             return super().__call__(args)
 
     implementation.Int4Graph = Watched
-    layers = [nn.Linear(32, 32, bias=False) for _ in range(LAYERS_LOOKED_UP)]
-    model = nn.Sequential(*layers).eval()
-    with torch.no_grad():
-        torch.compile(model, backend="int4tile")(torch.zeros(1, 32))
-    implementation.Int4Graph = original
+    try:
+        run()
+    finally:
+        implementation.Int4Graph = original
     graph, args = graphs[-1]
-    variant = next(iter(graph._variants.values()))
-    timing = measure.interleave({"lookup": lambda: variant.buffers(args)}, rounds=15)["lookup"]
-    return {"weights": LAYERS_LOOKED_UP, "us a call": 1e6 * timing.median}
+    del Watched.__call__
+    [variant] = graph._variants.values()
+    return lambda: variant.buffers(args)
+
+
+def call_times(rounds: int) -> list[dict[str, Any]]:
+    """A row for each number of weights, and one for blocks that share a graph."""
+    cases = {str(count): [Chain(count)] for count in WEIGHTS}
+    cases["12 blocks of 7"] = [Chain(7) for _ in range(12)]
+    x = torch.randn(1, 32, dtype=torch.bfloat16)
+    rows = []
+    for name, chains in cases.items():
+        blocks = nn.ModuleList(chains).eval().requires_grad_(False)
+        torch.compiler.reset()
+        with torch.no_grad():
+            plain = compiled_blocks(blocks, "inductor")
+            plain(x)
+            fast = compiled_blocks(blocks, "int4tile")
+            lookup = lookup_of(lambda fast=fast: fast(x))
+            contenders: dict[str, Callable[[], object]] = {
+                "inductor": lambda plain=plain: plain(x),
+                "int4tile": lambda fast=fast: fast(x),
+            }
+            if len(chains) == 1:
+                contenders["lookup"] = lookup
+            for _ in range(3):
+                plain(x), fast(x)
+            timings = {key: one.to_dict() for key, one in interleave(contenders, rounds).items()}
+        rows.append(
+            {
+                "weights": name,
+                "look-up us": timings["lookup"]["us"] if "lookup" in timings else None,
+                "inductor call us": timings["inductor"]["us"],
+                "int4tile call us": timings["int4tile"]["us"],
+                "timings": timings,
+            }
+        )
+    return rows
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, write."""
     if "--child" in sys.argv:
         print(json.dumps(compile_once(*sys.argv[2:4])))
         return
-    parser = measure.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind")
-    args: argparse.Namespace = parser.parse_args()
-    facts = measure.machine()
-    print(measure.describe(facts))
-    lookup = lookup_time()
-    measure.show([lookup])
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=3, help="processes of each kind")
+    arguments: argparse.Namespace = made.parse_args()
+    facts = machine()
+    print(describe(facts), flush=True)
+    calls = call_times(rounds=15)
+    show([{key: row[key] for key in row if key != "timings"} for row in calls], ".1f")
     print()
-    rows = compile_times(1 if args.quick else args.rounds)
-    measure.show(rows)
-    measure.write(args.json, facts, args, lookup=lookup, compile=rows)
+    rows = compile_times(1 if arguments.quick else arguments.rounds)
+    show([{key: row[key] for key in row if not key.startswith("all")} for row in rows])
+    write(arguments.json, facts, arguments, calls=calls, compile=rows)
 
 
 if __name__ == "__main__":

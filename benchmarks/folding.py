@@ -1,9 +1,9 @@
 """How fast are weights folded, and how much memory does folding take beside what it makes?
 
 Each weight is folded as the backend does it, through `fxint4.store`: checked, quantised, packed,
-its error measured. Shapes are those of a Llama-3-8B layer. Columns: GB/s of the original weight; the
-time; the floor; what folding made; and on CUDA the scratch memory, the peak while folding less the
-original and what was made.
+its error measured. Shapes are those of a Llama-3-8B layer. Columns: GB/s of the original weight;
+the time; the floor; what folding made; and on CUDA the scratch memory, the peak while folding less
+the original and what was made.
 
 Floor: bytes over bandwidth, a weight read once, tiles and scale_and_zero written once, at the speed
 of a plain copy on the same device, measured in the same run. Prediction: on the CPU a tenth of the
