@@ -34,7 +34,7 @@ SAMPLE_S = 2e-3
 #: A sample is clean where its threads waited for a core less than this share of its time.
 CLEAN = 0.02
 #: Seconds to keep trying for clean samples, for one contender of one table cell.
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 
 
 @dataclass

@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -100,6 +100,7 @@ class Architecture:
     cache_mask: whether a decode step must be told which slots of the cache are filled.
     small: patterns of parameters whose gain is smaller than 1, and their gain.
     dtypes: what it runs in on the CPU.
+    broken_in: a release of torch whose own Inductor cannot run it on the CPU.
     """
 
     config_class: str
@@ -112,6 +113,7 @@ class Architecture:
     cache_mask: bool = False
     small: Mapping[str, float] = field(default_factory=dict)
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+    broken_in: str | None = None
 
     def model(self, dtype: torch.dtype, device: str) -> nn.Module:
         config = getattr(transformers, self.config_class)(**self.config)
@@ -122,12 +124,10 @@ class Architecture:
 
 
 def decoder(config_class: str, model_class: str, **config: Any) -> Architecture:
-    ours = {key: config.pop(key) for key in ("dtypes", "kept", "cache_mask") if key in config}
     shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 4}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = {**shape, "max_position_embeddings": 64, **special, **config}
-    cache = config.pop("cache", "past_key_values")
-    return Architecture(config_class, model_class, config, cache=cache, **ours)
+    return Architecture(config_class, model_class, config, cache="past_key_values")
 
 
 VISION = {
@@ -157,13 +157,15 @@ ARCHITECTURES = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
-    "qwen3": decoder(
-        "Qwen3Config",
-        "Qwen3ForCausalLM",
-        hidden_size=80,
-        intermediate_size=200,
-        head_dim=32,
-        num_key_value_heads=2,
+    "qwen3": replace(
+        decoder(
+            "Qwen3Config",
+            "Qwen3ForCausalLM",
+            hidden_size=80,
+            intermediate_size=200,
+            head_dim=32,
+            num_key_value_heads=2,
+        ),
         dtypes=[torch.float32],
     ),
     "mistral": decoder(
@@ -193,11 +195,8 @@ ARCHITECTURES = {
         intermediate_size=200,
         num_key_value_heads=2,
     ),
-    "gpt2": decoder(
-        "GPT2Config",
-        "GPT2LMHeadModel",
-        hidden_size=96,
-        dtypes=[torch.float32],
+    "gpt2": replace(
+        decoder("GPT2Config", "GPT2LMHeadModel", hidden_size=96), dtypes=[torch.float32]
     ),
     "gpt_neox": decoder(
         "GPTNeoXConfig",
@@ -213,18 +212,21 @@ ARCHITECTURES = {
         word_embed_proj_dim=48,
     ),
     "falcon": decoder("FalconConfig", "FalconForCausalLM", hidden_size=96),
-    "bloom": decoder("BloomConfig", "BloomForCausalLM", hidden_size=96, cache_mask=True),
-    "mamba2": decoder(
-        "Mamba2Config",
-        "Mamba2ForCausalLM",
-        hidden_size=64,
-        num_heads=8,
-        head_dim=16,
-        state_size=16,
-        n_groups=2,
-        chunk_size=8,
+    "bloom": replace(decoder("BloomConfig", "BloomForCausalLM", hidden_size=96), cache_mask=True),
+    "mamba2": replace(
+        decoder(
+            "Mamba2Config",
+            "Mamba2ForCausalLM",
+            hidden_size=64,
+            num_heads=8,
+            head_dim=16,
+            state_size=16,
+            n_groups=2,
+            chunk_size=8,
+        ),
         cache="cache_params",
         kept={"*conv1d.weight": r"a convolution with kernel 4 \(only 1x1 is packed\)"},
+        broken_in="2.11",  # plain Inductor, too, writes past the end of a buffer of the scan
     ),
     "t5": Architecture(
         "T5Config",
@@ -412,7 +414,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def has_cross_attention(inputs: Inputs) -> bool:
-    return len(inputs) > 1
+    return inputs.keys() != {"input_ids"}
 
 
 def new_cache(model: nn.Module, inputs: Inputs) -> Any:
@@ -546,6 +548,8 @@ def cases(dtypes: Callable[[Architecture], Sequence[torch.dtype]]) -> list[Any]:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("arch", "dtype"), cases(lambda arch: arch.dtypes))
 def test_equals_eager_with_dequantised_weights(arch: Architecture, dtype: torch.dtype) -> None:
+    if arch.broken_in and torch.__version__.startswith(f"{arch.broken_in}."):
+        pytest.skip(f"Inductor of torch {arch.broken_in} corrupts memory with it, plain as well")
     check(arch, dtype, "cpu")
 
 

@@ -82,15 +82,14 @@ def test_rewritten_in_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_dynamic_sizes_cross_from_int4_to_dense_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.import_module("fxint4.passes.find")
-    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 8)
+    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 12)
     model = nn.Conv2d(K, N, 1).bfloat16().eval()
     compiled = torch.compile(model, backend="int4tile", dynamic=True, fullgraph=True)
-    for shape in ((2, K, 2, 2), (2, K, 3, 5), (3, K, 2, 1 + 1), (2, K, 4, 1), (0, K, 2, 2)):
+    for shape in ((2, K, 2, 2), (2, K, 3, 5), (3, K, 2, 2)):
         x = torch.randn(shape).bfloat16()
         with torch.no_grad():
             y = compiled(x)
-            if y.numel():
-                assert y.stride() == model(x).stride()
+            assert y.stride() == model(x).stride()
         report = fxint4.last_report()
         assert report is not None
         assert_rounded(y, model, [x], report, {"weight": "NK1"})
