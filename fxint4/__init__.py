@@ -1,9 +1,19 @@
 """int4 weight-only inference for any PyTorch model: `torch.compile(model, backend="int4tile")`."""
 
+from fxint4 import ops as _ops  # registers torch.ops.fxint4
 from fxint4.backend import explain, last_report
 from fxint4.config import Int4Config
-from fxint4.errors import FoldError, Int4Error, OptionError, TrainingError
+from fxint4.errors import (
+    FoldError,
+    Int4Error,
+    OptionError,
+    PackedFormatError,
+    TrainingError,
+    UnsupportedOpError,
+)
+from fxint4.pack import pack_
 from fxint4.report import Record, Report
+from fxint4.tensor import Int4TileTensor, dequantizing
 
 __version__ = "0.1.0"
 
@@ -11,10 +21,15 @@ __all__ = [
     "FoldError",
     "Int4Config",
     "Int4Error",
+    "Int4TileTensor",
     "OptionError",
+    "PackedFormatError",
     "Record",
     "Report",
     "TrainingError",
+    "UnsupportedOpError",
+    "dequantizing",
     "explain",
     "last_report",
+    "pack_",
 ]

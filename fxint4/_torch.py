@@ -261,18 +261,27 @@ def mark_boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], An
 # --- AOTAutograd: where a placeholder comes from -------------------------------------------------
 
 
-def outer_input(placeholder: fx.Node) -> int | str | None:
+def outer_input(placeholder: fx.Node) -> tuple[int | str, str | None] | None:
     """Where a placeholder of AOTAutograd's graph comes from.
 
-    The index of an input of Dynamo's graph; the name of a parameter of that graph's module (where
-    Dynamo does not lift parameters); None where it is only part of an input.
+    Returns:
+        The index of an input of Dynamo's graph, or the name of a parameter of that graph's module
+        (where Dynamo does not lift parameters); and which attribute of that tensor subclass it is,
+        None where it is all of it. None for any other placeholder.
     """
-    from torch._functorch._aot_autograd.descriptors import ParamAOTInput, PlainAOTInput
+    from torch._functorch._aot_autograd.descriptors import (
+        ParamAOTInput,
+        PlainAOTInput,
+        SubclassGetAttrAOTInput,
+    )
 
-    desc = placeholder.meta.get("desc")
+    desc: Any = placeholder.meta.get("desc")
+    attribute = None
+    if isinstance(desc, SubclassGetAttrAOTInput):
+        desc, attribute = desc.base, desc.attr
     if isinstance(desc, PlainAOTInput):
-        return desc.idx
-    return desc.target if isinstance(desc, ParamAOTInput) else None
+        return desc.idx, attribute
+    return (desc.target, attribute) if isinstance(desc, ParamAOTInput) else None
 
 
 def inputs_mutated_by_graph() -> frozenset[int]:
@@ -357,6 +366,13 @@ def compile_request(depth: int) -> object | None:
     return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
 
 
+def restart_trace() -> None:
+    """Leave a backend and let Dynamo trace the frame again: what it read has changed."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    raise TensorifyScalarRestartAnalysis
+
+
 @contextlib.contextmanager
 def roomy_recompile_limit() -> Iterator[None]:
     """Let one more compile of a much-compiled function happen instead of falling back to eager."""
@@ -377,6 +393,29 @@ def mkldnn_supports(dtype: torch.dtype) -> bool:
 
 
 # --- Tensors ------------------------------------------------------------------------------------
+
+#: As `__torch_function__` of a subclass: composite functions are taken apart into aten ops.
+disabled_torch_function = torch._C._disabled_torch_function_impl
+
+
+def make_wrapper(
+    cls: type[Tensor],
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """An instance of a tensor subclass that holds no data of its own."""
+    return Tensor._make_wrapper_subclass(
+        cls, size, strides=stride, dtype=dtype, device=device, requires_grad=False
+    )
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply a function to every tensor in nested containers."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, function, tree)
 
 
 class TensorState:

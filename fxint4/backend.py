@@ -15,6 +15,7 @@ from fxint4.config import Int4Config, split_options
 from fxint4.constants import Constants, Standing
 from fxint4.errors import Int4Error, TrainingError
 from fxint4.names import Inputs, layer_name, names_in_call, parameters_in_call
+from fxint4.packing import Candidate, Owners, from_graph, from_modules, replace_parameters
 from fxint4.passes import (
     DECOMPOSITIONS,
     PATTERNS,
@@ -25,11 +26,12 @@ from fxint4.passes import (
     folded_record,
     inline_regions,
 )
-from fxint4.report import GraphReport, Report, graph_text
+from fxint4.report import GraphReport, Record, Report, graph_text
 from fxint4.runtime import Int4Graph, expected_rows
 from fxint4.store import PackedWeight
+from fxint4.tensor import Int4TileTensor
 
-__all__ = ["explain", "int4tile", "last_report"]
+__all__ = ["candidates_of", "explain", "int4tile", "last_report"]
 
 #: Integer buffers hold quantised weights; a float buffer by itself may be a cache.
 _QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -132,12 +134,12 @@ def _compile_graph(
     def inner_compile(
         captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
     ) -> Callable[..., Any]:
-        weights = _Weights(captured, gm, inputs, example_inputs)
         state = _torch.CompileState(patches)
-        inline_regions(captured, state.fake_mode)
-        constants = Constants(captured, weights.standings)
-        found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
-        sites, records = fold(found, weights.tensors, expected_rows, config)
+        analysis = _Analysis(captured, gm, inputs, example_inputs, config, state)
+        if config.free_weights and _free(analysis, inputs, config):
+            _torch.restart_trace()
+        weights = analysis.weights
+        sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
         key = (_torch.frame_id(), *sorted(weights.parameters))
         names, labels = weights.labels, dict[str, str]()
         before = after = graph_text(captured, names, labels)
@@ -154,6 +156,86 @@ def _compile_graph(
         return graph if sites else _torch.compile_fx_inner(captured, fake_inputs, **kwargs)
 
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
+
+
+def candidates_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
+) -> tuple[list[Candidate], list[Record]]:
+    """What a model's graphs multiply by, found by running it once, without compiling anything.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        config: what to pack.
+
+    Returns:
+        The parameters that may be packed, and records of the matmuls that stay as they are.
+    """
+    candidates: dict[int, Candidate] = {}
+    kept: list[Record] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        inputs = Inputs(placeholders, example_inputs)
+
+        def inner_compile(
+            captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
+        ) -> Callable[..., Any]:
+            state = _torch.CompileState({})
+            analysis = _Analysis(captured, gm, inputs, example_inputs, config, state)
+            kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
+            for candidate in analysis.candidates():
+                known = candidates.setdefault(id(candidate.parameter), candidate)
+                if known.k_axis != candidate.k_axis:
+                    known.fault = known.fault or "multiplied along different axes"
+                known.fault = known.fault or candidate.fault
+            return _torch.mark_boxed(lambda arguments: captured(*arguments))
+
+        return _torch.compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS)
+
+    with torch.no_grad(), _torch.roomy_recompile_limit():
+        torch.compile(model, backend=backend)(*args, **kwargs)
+    return list(candidates.values()), kept
+
+
+class _Analysis:
+    """What the passes found in one captured graph."""
+
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        dynamo_gm: fx.GraphModule,
+        inputs: Inputs,
+        example_inputs: Sequence[Any],
+        config: Int4Config,
+        state: _torch.CompileState,
+    ) -> None:
+        self.captured = captured
+        self.weights = _Weights(captured, dynamo_gm, inputs, example_inputs)
+        inline_regions(captured, state.fake_mode)
+        self.constants = Constants(captured, self.weights.standings)
+        tensors, names = self.weights.tensors, self.weights.names
+        self.found = find(captured, PATTERNS, self.constants, tensors, names, config)
+
+    def candidates(self) -> list[Candidate]:
+        """Parameters that could be packed in place."""
+        sites = [entry for entry in self.found if isinstance(entry, Site)]
+        with _torch.real_tensors():
+            return from_graph(self.captured, sites, self.constants, self.weights.tensors)
+
+
+def _free(analysis: _Analysis, inputs: Inputs, config: Int4Config) -> bool:
+    """Pack what this graph and the modules around it multiply by; whether there was any."""
+    owners = Owners({name: module for name, module in inputs.outermost_modules.items()})
+    found = {id(candidate.parameter): candidate for candidate in from_modules(owners, config)}
+    for candidate in analysis.candidates():
+        if id(candidate.parameter) in owners.parameters:
+            found[id(candidate.parameter)] = candidate
+    free = [candidate for candidate in found.values() if not candidate.fault]
+    with _torch.real_tensors():
+        records = replace_parameters(free, owners, config)
+    return any(record.action == "packed" for record in records)
 
 
 class _Meetings:
@@ -191,9 +273,12 @@ class _Meetings:
                 slot.weight.roots,
                 slot.weight.signature,
             ):
+                known = site.record.parameters  # one name for all buffers of a packed weight
                 names = tuple(
-                    by_identity.get(id(root), name)
-                    for root, name in zip(largest_first, site.record.parameters, strict=True)
+                    dict.fromkeys(
+                        by_identity.get(id(root), known[min(index, len(known) - 1)])
+                        for index, root in enumerate(largest_first)
+                    )
                 )
                 record = folded_record(site, packed, slot.form, self._config)
                 records.append(
@@ -223,29 +308,30 @@ class _Weights:
         mutated = _torch.inputs_mutated_by_graph()
         written = _written_placeholders(captured)
         for node in captured.graph.nodes:
-            origin = _torch.outer_input(node) if node.op == "placeholder" else None
-            if origin is None:
+            source = _torch.outer_input(node) if node.op == "placeholder" else None
+            if source is None:
                 continue
+            origin, attribute = source
             if isinstance(origin, str):
                 value, name, is_buffer = dynamo_gm.get_parameter(origin), origin, False
             else:
                 value, name = example_inputs[origin], inputs.names[origin]
                 is_buffer = inputs.is_registered_buffer(origin)
-            self.labels[node.name] = name
+            self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
             if isinstance(value, nn.Parameter):
                 self.parameters[id(value)] = value.numel()
             standing = _standing(value, is_buffer)
             if standing is Standing.VARIES or origin in mutated or node in written:
                 continue
             self.standings[node] = standing
-            self.tensors[node] = value
+            self.tensors[node] = value if attribute is None else getattr(value, attribute)
             self.names[node] = name
 
 
 def _standing(value: object, is_buffer: bool) -> Standing:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return Standing.VARIES
-    if type(value) is nn.Parameter:  # a subclass has its own idea of what it holds
+    if type(value) in (nn.Parameter, Int4TileTensor):  # others have their own idea of their values
         return Standing.WEIGHT
     if type(value) is Tensor and is_buffer:
         return Standing.WEIGHT if value.dtype in _QUANTISED_DTYPES else Standing.HELPER

@@ -41,6 +41,8 @@ class Int4Config:
             dB, than this.
         min_features: keep a matmul with fewer in or out features than this.
         progress: show a tqdm bar while weights are folded.
+        free_weights: replace the model's parameters by packed ones when it is first compiled, so
+            that the originals are freed; see `fxint4.pack_`.
 
     Raises:
         OptionError: a value is outside its range.
@@ -54,6 +56,7 @@ class Int4Config:
     min_sqnr_db: float | None = None
     min_features: int = 32
     progress: bool = False
+    free_weights: bool = False
 
     def __post_init__(self) -> None:
         """Check every field, and turn lists of patterns into tuples."""
@@ -68,8 +71,9 @@ class Int4Config:
             )
         if not _is_number(self.min_features) or self.min_features % 1 != 0:  # inf % 1 is NaN
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")
-        if not isinstance(self.progress, bool):
-            raise OptionError(f"progress is {self.progress!r}; it takes True or False")
+        for field in ("progress", "free_weights"):
+            if not isinstance(getattr(self, field), bool):
+                raise OptionError(f"{field} is {getattr(self, field)!r}; it takes True or False")
 
 
 def split_options(

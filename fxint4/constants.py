@@ -8,7 +8,7 @@ concatenation, W + B @ A) is constant, too, and is evaluated for one weight at a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Any, cast
@@ -16,25 +16,32 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from fxint4._torch import MATMULS, aten, call_into, is_elementwise, is_pure
+from fxint4.tensor import Int4TileTensor
+from fxint4.tiles import TileShape
 
-__all__ = ["AXES", "Constants", "Standing", "Weight"]
+__all__ = ["AXES", "Constants", "Given", "GivenWeight", "Standing", "Weight"]
 
 _TRANSPOSES = {
     (aten.permute.default, "[1, 0]"),
     (aten.transpose.int, "0, 1"),
     (aten.transpose.int, "1, 0"),
     (aten.t.default, ""),
+    (aten.permute.default, "[0, 2, 1]"),
+    *((aten.transpose.int, axes) for axes in ("1, 2", "2, 1", "-1, -2", "-2, -1")),
 }
 
-#: How a weight's axes lie in the graph, and the view of it as [N, K] that everything else uses.
+#: How a weight's axes lie in the graph, and the view of it as [N, K] that everything else uses;
+#: [E, N, K] where each of E experts has a matrix of its own.
 AXES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "NK": lambda weight: weight,
     "KN": lambda weight: weight.t(),
     "*NK": lambda weight: weight[(0,) * (weight.ndim - 2)],
     "*KN": lambda weight: weight[(0,) * (weight.ndim - 2)].t(),
     "NK1": lambda weight: weight.flatten(1),
+    "ENK": lambda weight: weight,
+    "EKN": lambda weight: weight.transpose(1, 2),
 }
-_TRANSPOSED_AXES = {"NK": "KN", "KN": "NK"}
+_TRANSPOSED_AXES = {"NK": "KN", "KN": "NK", "ENK": "EKN", "EKN": "ENK"}
 
 
 class Standing(IntEnum):
@@ -76,12 +83,29 @@ class Constants:
         """
         while (inner := _outermost_view(node, axes)) is not None:
             node, axes = inner
-        steps = _ancestors(node)
+        return Weight(node, axes, *self._origin(node))
+
+    def given_weight(self, tiles: fx.Node, scale_and_zero: fx.Node, given: Given) -> GivenWeight:
+        """The computation behind the constant buffers of a packed weight.
+
+        Args:
+            tiles: the node of its tiles.
+            scale_and_zero: the node of its scale_and_zero.
+            given: what they are.
+        """
+        origin = self._origin(tiles, scale_and_zero)
+        return GivenWeight(tiles, "", *origin, scale_and_zero, given)
+
+    def _origin(
+        self, *nodes: fx.Node
+    ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], Mapping[fx.Node, Tensor]]:
+        """Roots, steps and literals of a `Weight`."""
+        steps = tuple(dict.fromkeys(step for node in nodes for step in _ancestors(node)))
         roots = tuple(step for step in steps if step.op == "placeholder")
         literals = {
             step: getattr(self._gm, str(step.target)) for step in steps if step.op == "get_attr"
         }
-        return Weight(node, axes, roots, tuple(steps), literals)
+        return roots, steps, literals
 
     def _judge(self, node: fx.Node, standings: Mapping[fx.Node, Standing]) -> Standing:
         if node.op == "placeholder":
@@ -121,8 +145,11 @@ class Weight:
     @cached_property
     def signature(self) -> str:
         """The computation as text: equal for equal computations of equal roots."""
+        return f"{self.axes}\n{self._steps_text()}"
+
+    def _steps_text(self) -> str:
         number = {step: f"%{index}" for index, step in enumerate(self.steps)}
-        lines = [self.axes]
+        lines = []
         for step in self.steps:
             if step.op == "placeholder":
                 lines.append(f"{number[step]} = root {self.roots.index(step)}")
@@ -142,12 +169,21 @@ class Weight:
         Args:
             roots: real tensors for `self.roots`, in that order. None of them is changed.
         """
+        (value,) = self._values((self.node,), roots)
+        return AXES[self.axes](value.detach())
+
+    def _values(self, wanted: Sequence[fx.Node], roots: Sequence[Tensor]) -> list[Any]:
+        """The values of some of the steps."""
         values: dict[fx.Node, Any] = dict(zip(self.roots, roots, strict=True))
         values.update(self.literals)
         lasting = {_address(value) for value in values.values()}
         last_use = {operand: step for step in self.steps for operand in step.all_input_nodes}
         for step in self.steps:
-            ending = [node for node in step.all_input_nodes if last_use[node] is step]
+            ending = [
+                node
+                for node in step.all_input_nodes
+                if last_use[node] is step and node not in wanted
+            ]
             if step not in values:
                 memory = _reusable(step, ending, values, lasting)
                 args, kwargs = fx.map_arg((step.args, step.kwargs), lambda node: values[node])
@@ -155,7 +191,64 @@ class Weight:
                 del memory, args, kwargs
             for node in ending:
                 del values[node]
-        return AXES[self.axes](values[self.node].detach())
+        return [values[node] for node in wanted]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A weight that is packed already; its roots are its tiles and its scale_and_zero.
+
+    Attributes:
+        n: rows that are meant, at most those stored.
+        group_size: neighbouring k that share a scale and a zero.
+    """
+
+    n: int
+    group_size: int
+
+    @property
+    def signature(self) -> str:
+        """Equal for weights packed alike."""
+        return f"given {self.n} {self.group_size}"
+
+    def evaluate(self, roots: Sequence[Tensor]) -> Int4TileTensor:
+        """The buffers as one tensor."""
+        tiles, scale_and_zero = roots
+        k_padded = scale_and_zero.shape[-3] * self.group_size
+        axes = tuple(range(tiles.ndim - 2))
+        columns = ((0, k_padded),)
+        dtype = scale_and_zero.dtype
+        return Int4TileTensor(tiles, scale_and_zero, self.n, columns, self.group_size, dtype, axes)
+
+    def shape_of(self, roots: Sequence[Tensor], rows_multiple: int) -> TileShape:
+        """The packed shape, with rows for a form that wants a multiple of them."""
+        stored = self.evaluate(roots).stored
+        n_padded = -(-stored.n_padded // rows_multiple) * rows_multiple
+        return replace(stored, n_padded=n_padded)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenWeight(Weight):
+    """A packed weight in a graph: `node` makes its tiles.
+
+    Attributes:
+        scale_and_zero: the node that makes its scale_and_zero.
+        given: what the buffers are.
+    """
+
+    scale_and_zero: fx.Node
+    given: Given
+
+    @cached_property
+    def signature(self) -> str:
+        """Like that of the same buffers outside any graph, where no more is computed."""
+        if len(self.steps) == len(self.roots) == 2:
+            return self.given.signature
+        return f"{self._steps_text()}\n{self.given.signature}"
+
+    def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
+        """The packed weight; `roots` as in `Weight.evaluate`."""
+        return self.given.evaluate(self._values((self.node, self.scale_and_zero), roots))
 
 
 def _reusable(

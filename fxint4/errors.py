@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["FoldError", "Int4Error", "OptionError", "TrainingError"]
+__all__ = [
+    "FoldError",
+    "Int4Error",
+    "OptionError",
+    "PackedFormatError",
+    "TrainingError",
+    "UnsupportedOpError",
+]
 
 
 class Int4Error(Exception):
@@ -19,3 +26,11 @@ class TrainingError(Int4Error, RuntimeError):
 
 class FoldError(Int4Error, RuntimeError):
     """A weight that could not be folded. Names the layer; the model is left as it was."""
+
+
+class PackedFormatError(Int4Error, ValueError):
+    """Packed buffers of a wrong dtype or layout, or that disagree: a damaged file, say."""
+
+
+class UnsupportedOpError(Int4Error, NotImplementedError):
+    """An operator that packed weights don't support. Names those that they do."""

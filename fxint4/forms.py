@@ -7,10 +7,18 @@ from functools import cache
 import torch
 
 from fxint4._torch import mkldnn_supports
-from fxint4.store import Dense, Form
+from fxint4.store import Form
 from fxint4.tiles import TileShape
 
-__all__ = ["DTYPES", "device_fault", "int4_form", "most_int4_rows", "rows_multiple"]
+__all__ = [
+    "CUDA_ELEMENTS",
+    "DTYPES",
+    "UNBOUNDED",
+    "device_fault",
+    "int4_form",
+    "most_int4_rows",
+    "rows_multiple",
+]
 
 #: dtypes of weight and activation that are packed. The int4 ops compute in bf16 with fp32
 #: accumulation, so fp16 and fp32 activations are cast to bf16 on the way in and back on the way
@@ -18,12 +26,13 @@ __all__ = ["DTYPES", "device_fault", "int4_form", "most_int4_rows", "rows_multip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: The CUDA op counts elements of x and y in 32 bits.
-_CUDA_ELEMENTS = 2**31 - 1
+CUDA_ELEMENTS = 2**31 - 1
 
 #: Rows up to which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the model:
 #: measured by benchmarks/cpu_matmul.py. Beyond, a dequantised copy is multiplied.
 _CPU_ROWS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 64}
-_UNBOUNDED = 2**62
+#: A number of rows that none is above.
+UNBOUNDED = 2**62
 
 
 @cache
@@ -61,22 +70,22 @@ def most_int4_rows(device: torch.device, dtype: torch.dtype, shape: TileShape) -
         shape: of its weight.
     """
     if device.type == "cuda":
-        return _CUDA_ELEMENTS // max(shape.n_padded, shape.k_padded)
+        return CUDA_ELEMENTS // max(shape.n_padded, shape.k_padded)
     if dtype is torch.float32 or mkldnn_supports(dtype):
         return _CPU_ROWS[dtype]
     # Without hardware for it a dense fp16 or bf16 matmul is slower than the int4 op at every M.
-    return _UNBOUNDED
+    return UNBOUNDED
 
 
-def choose(form: Form, dense: Dense, most_rows: int, rows: int | None) -> Form | None:
-    """The form for one matmul; None where nothing is multiplied and it may stay as it is.
+def choose(form: Form, beyond: Form | None, most_rows: int, rows: int | None) -> Form | None:
+    """The form for one matmul; None where it stays as it is.
 
     Args:
         form: the packed form of the device.
-        dense: the dequantised copy.
+        beyond: what serves more rows than that; None where the matmul itself does.
         most_rows: the largest M for the packed form.
         rows: M; None where it is not known before the graph runs.
     """
     if rows == 0:  # the CUDA op takes no empty input
         return None
-    return form if rows is not None and rows <= most_rows else dense
+    return form if rows is not None and rows <= most_rows else beyond

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxint4._torch import frame_scope, source_name
+from fxint4.tensor import Int4TileTensor
 
 __all__ = ["Inputs", "layer_name", "names_in_call", "parameters_in_call"]
 
@@ -34,8 +35,9 @@ class Inputs:
         self._sources = [source_name(node) for node in placeholders]
         self._local, self._global = frame_scope()
         tensors = [value for value in values if isinstance(value, Tensor)]
-        self._models = self._outermost_modules()
-        by_identity = names_in_call(tensors, self._models)
+        #: Modules that hold inputs and lie in no other, by what goes before their parameters.
+        self.outermost_modules = self._outermost_modules()
+        by_identity = names_in_call(tensors, self.outermost_modules)
         self.names = [
             by_identity.get(id(value)) or self._readable(source) or node.name
             for node, source, value in zip(placeholders, self._sources, values, strict=True)
@@ -79,7 +81,7 @@ class Inputs:
     def _readable(self, source: str | None) -> str | None:
         if source is None:
             return None
-        model, root = self._models.get(""), _local_root(source)
+        model, root = self.outermost_modules.get(""), _local_root(source)
         is_silent = model is not None and root is not None and self._local.get(root) is model
         steps = [step[step.lastgroup or ""] for step in _STEP.finditer(source)]
         parts = [step for step in steps[1 if is_silent else 0 :] if not _is_plumbing(step)]
@@ -136,7 +138,11 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in named(recurse=False):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield f"{path}.{name}" if path else name, tensor
+                    full = f"{path}.{name}" if path else name
+                    yield full, tensor
+                    if isinstance(tensor, Int4TileTensor):
+                        yield full, tensor.tiles
+                        yield full, tensor.scale_and_zero
 
 
 def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, int]:

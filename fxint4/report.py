@@ -42,6 +42,8 @@ class Record:
         bytes_before: bytes of the weight as it was.
         bytes_after: bytes of tiles and scale_and_zero, or bytes_before where kept.
         dense_bytes: bytes of a dequantised copy held beside them for speed.
+        held_bytes: bytes of the parameters it was made from, which stay in memory.
+        batch: how many matrices of N x K the weight holds: its experts.
         parameters: full names of the parameters the weight is made of.
         weight_key: equal for matmuls that share one weight; not part of `to_dict`.
     """
@@ -57,6 +59,8 @@ class Record:
     bytes_before: int
     bytes_after: int
     dense_bytes: int = 0
+    held_bytes: int = 0
+    batch: int = 1
     parameters: tuple[str, ...] = ()
     weight_key: Hashable = field(default=None, compare=False, repr=False)
 
@@ -80,7 +84,7 @@ class GraphReport:
     Attributes:
         records: its matmuls with constant weights, in the order they run.
         parameters: elements of every parameter it reads, by identity.
-        before: the graph as captured, as text.
+        before: the graph as captured, as text; empty where there is none (`fxint4.pack_`).
         after: the graph as rewritten, as text.
         graph_break: why Dynamo ended it early, or None.
     """
@@ -137,9 +141,9 @@ class Report:
         """Sums over all graphs; a weight that several matmuls share counts once.
 
         Keys: matmuls, packed, kept (numbers of matmuls); weights_packed; bytes_before,
-        bytes_after, bytes_saved (of the packed weights); dense_bytes; parameters (elements of all
-        parameters that the graphs read); parameter_share (of those, the part that is packed);
-        graphs; graph_breaks.
+        bytes_after, bytes_saved (of the packed weights); dense_bytes; held_bytes (of their
+        originals); parameters (elements of all parameters that the graphs read); parameter_share
+        (of those, the part that is packed); graphs; graph_breaks.
         """
         records = self.records
         packed = [record for record in records if record.action == "packed"]
@@ -150,7 +154,7 @@ class Report:
         for graph in self._graphs.values():
             parameters.update(graph.parameters)
         elements = sum(parameters.values())
-        covered = sum(record.n * record.k for record in weights)
+        covered = sum(record.batch * record.n * record.k for record in weights)
         return {
             "matmuls": len(records),
             "packed": len(packed),
@@ -160,9 +164,10 @@ class Report:
             "bytes_after": after,
             "bytes_saved": before - after,
             "dense_bytes": sum(record.dense_bytes for record in weights),
+            "held_bytes": sum(record.held_bytes for record in weights),
             "parameters": elements,
             "parameter_share": min(1.0, covered / elements) if elements else 0.0,
-            "graphs": len(self._graphs),
+            "graphs": sum(bool(graph.before) for graph in self._graphs.values()),
             "graph_breaks": sum(graph.graph_break is not None for graph in self._graphs.values()),
         }
 
@@ -190,11 +195,11 @@ class Report:
         totals = self.totals
         breaks = totals["graph_breaks"]
         share = f"{100 * totals['parameter_share']:.1f}% of parameters packed to int4"
-        graphs = f"{totals['graphs']} graph{'s' * (totals['graphs'] != 1)}"
-        lines = [
-            f"fxint4: {share}, {totals['packed']} of {totals['matmuls']} matmuls, "
-            f"{graphs}, {breaks} graph break{'s' * (breaks != 1)}"
-        ]
+        parts = [f"fxint4: {share}, {totals['packed']} of {totals['matmuls']} matmuls"]
+        if totals["graphs"]:
+            parts.append(f"{totals['graphs']} graph{'s' * (totals['graphs'] != 1)}")
+            parts.append(f"{breaks} graph break{'s' * (breaks != 1)}")
+        lines = [", ".join(parts)]
         for graph in self._graphs.values():
             if graph.graph_break:
                 lines.append(f"  graph break: {graph.graph_break}")
@@ -207,7 +212,7 @@ class Report:
             [
                 row.name,
                 row.op,
-                f"{row.n}x{row.k}",
+                _dimensions(row),
                 str(row.group_size or ""),
                 row.action,
                 "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
@@ -253,10 +258,12 @@ class Report:
         if not totals["packed"]:
             return []
         before, after = _size(totals["bytes_before"]), _size(totals["bytes_after"])
-        lines = [
-            f"packed weights: {before} -> {after}, {_size(totals['bytes_saved'])} less; "
-            "the original parameters stay in memory beside them"
-        ]
+        lines = [f"packed weights: {before} -> {after}, {_size(totals['bytes_saved'])} less"]
+        if totals["held_bytes"]:
+            lines.append(
+                f"original parameters: {_size(totals['held_bytes'])} stay in memory beside them; "
+                "fxint4.pack_(model), or options={'free_weights': True}, releases them"
+            )
         if totals["dense_bytes"]:
             lines.append(
                 f"dense (dequantised) copies: {_size(totals['dense_bytes'])}, held because a dense "
@@ -359,7 +366,16 @@ def _merged(records: Iterable[Record]) -> list[Record]:
     rows: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         name = _numberless(record.name)
-        key = (name, record.op, record.n, record.k, record.group_size, record.action, record.reason)
+        key = (
+            name,
+            record.op,
+            record.batch,
+            record.n,
+            record.k,
+            record.group_size,
+            record.action,
+            record.reason,
+        )
         rows.setdefault(key, []).append(record)
     merged = []
     for group in rows.values():
@@ -377,6 +393,11 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             )
         )
     return merged
+
+
+def _dimensions(record: Record) -> str:
+    experts = f"{record.batch}x" if record.batch > 1 else ""
+    return f"{experts}{record.n}x{record.k}"
 
 
 def _numberless(name: str) -> str:

@@ -119,7 +119,7 @@ class Int4Graph:
 
     def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Form | None, ...]:
         return tuple(
-            choose(site.int4, site.dense, site.most_rows, rows(site)) for site in self._sites
+            choose(site.int4, site.beyond, site.most_rows, rows(site)) for site in self._sites
         )
 
     def _without(self, slot: Slot, forms: tuple[Form | None, ...]) -> tuple[Form | None, ...]:

@@ -9,38 +9,34 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from fxint4._torch import TensorState
-from fxint4.constants import AXES, Weight
-from fxint4.quantize import (
-    Quantized,
-    dequantize,
-    nonfinite_count,
-    quantize,
-    row_blocks,
-    sqnr_db,
-)
-from fxint4.tiles import (
-    TileShape,
-    pack,
-    pack_for_cpu,
-    pack_scale_and_zero,
-    pad_codes,
-    pad_parameters,
-)
+from fxint4.blocks import Block, quantized_blocks, write
+from fxint4.constants import AXES
+from fxint4.quantize import dequantize, nonfinite_count, sqnr_db
+from fxint4.tensor import Int4TileTensor
+from fxint4.tiles import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 
-__all__ = ["Dense", "Form", "Lookup", "PackedWeight", "Store", "form_specs", "picker", "store"]
-
-#: Blocks of rows that can be packed by themselves: the CPU op packs 64 rows together.
-_BLOCK_MULTIPLE = 64
+__all__ = [
+    "Computation",
+    "Dense",
+    "Form",
+    "Lookup",
+    "PackedWeight",
+    "Store",
+    "form_specs",
+    "picker",
+    "store",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,20 @@ class Dense:
 Form = str | Dense
 
 
+class Computation(Protocol):
+    """How a weight is made from its roots.
+
+    Attributes:
+        signature: equal for equal computations.
+    """
+
+    @property
+    def signature(self) -> str: ...  # noqa: D102
+
+    def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
+        """The weight: float ``[..., N, K]``, or an `Int4TileTensor` that is taken as it is."""
+
+
 class PackedWeight:
     """What was made of one weight: its forms, its error, or why it has none.
 
@@ -77,13 +87,14 @@ class PackedWeight:
     Attributes:
         forms: the tensors of each form that was asked for; what they hold is current after `fold`.
         fault: why the weight cannot be packed, or None.
-        sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB.
+        sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB; None for one that came
+            packed.
         epoch: of all packed weights: another object whenever one of them is folded or freed.
     """
 
     epoch: ClassVar[object] = object()
 
-    def __init__(self, weight: Weight, roots: Sequence[Tensor], shape: TileShape) -> None:
+    def __init__(self, weight: Computation, roots: Sequence[Tensor], shape: TileShape) -> None:
         self._weight = weight
         self._shape = shape
         self._roots = tuple(weakref.ref(root) for root in roots)
@@ -91,7 +102,7 @@ class PackedWeight:
         self._states: tuple[TensorState, ...] = ()
         self.forms: dict[Form, list[Tensor]] = {}
         self.fault: str | None = None
-        self.sqnr_db = 0.0
+        self.sqnr_db: float | None = None
 
     def of(self, roots: Sequence[Tensor]) -> bool:
         """Whether it was made from these very tensors, on this device, whatever they hold now."""
@@ -134,61 +145,70 @@ class PackedWeight:
         with torch.inference_mode(False), torch.no_grad():
             states = tuple(TensorState(root) for root in roots)
             weight = self._weight.evaluate(roots)
-            bad = nonfinite_count(weight)
+            given = isinstance(weight, Int4TileTensor)
+            bad = 0 if given else nonfinite_count(weight)
             if bad:
                 self.fault = f"{bad} of the weight's {weight.numel()} values are inf or NaN"
             else:
                 self._states = ()  # what is there is not to be used while it is written over
-                self._quantize(weight, forms)
+                made = {form: self._memory(form, weight) for form in forms}
+                if isinstance(weight, Int4TileTensor):
+                    self._take(weight, made)
+                else:
+                    self._quantize(weight, made)
+                self.forms.update(made)
                 self.fault = None
         self._states = states
 
-    def _quantize(self, weight: Tensor, forms: set[Form]) -> None:
-        """Make forms a block of rows at a time: beside them and the weight only blocks are held.
-
-        A form that is there already is written over: graphs know its address.
-        """
-        made = {form: self.forms.get(form) or self._empty(form, weight.device) for form in forms}
-        signal = noise = 0.0
-        for start, stop in row_blocks(weight, _BLOCK_MULTIPLE):
-            block = quantize(weight[start:stop], self._shape.group_size, self._shape.k_padded)
-            signal += block.signal
-            noise += block.noise
-            for form, tensors in made.items():
-                if isinstance(form, Dense):
-                    self._fill_dense(form, tensors[0], block, start)
-                else:
-                    self._fill_packed(form, tensors, block, start)
-        self.sqnr_db = sqnr_db(signal, noise)
-        self.forms.update(made)
-
-    def _empty(self, form: Form, device: torch.device) -> list[Tensor]:
-        return [
-            torch.empty(size, dtype=dtype, device=device)
+    def _memory(self, form: Form, weight: Tensor) -> list[Tensor]:
+        """Where a form goes: over what is there already, as graphs know its address."""
+        if isinstance(weight, Int4TileTensor) and form == "tiles":
+            # Aliases: holding the roots themselves would keep them alive.
+            buffers = (weight.tiles, weight.scale_and_zero)
+            return [buffer.detach().contiguous() for buffer in buffers]
+        return self.forms.get(form) or [
+            torch.empty(size, dtype=dtype, device=weight.device)
             if stride is None
-            else torch.empty_strided(size, stride, dtype=dtype, device=device)
+            else torch.empty_strided(size, stride, dtype=dtype, device=weight.device)
             for size, stride, dtype in form_specs(self._shape, form)
         ]
 
-    def _fill_dense(self, form: Dense, dense: Tensor, block: Quantized, start: int) -> None:
-        group, k = self._shape.group_size, self._shape.k
-        values = dequantize(block.codes, block.scale, block.zero, group, form.dtype, k)
-        AXES[form.axes](dense)[start : start + len(values)] = values
+    def _quantize(self, weight: Tensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
+        """Fill forms a block at a time."""
+        signal = noise = 0.0
+        for block in quantized_blocks(weight, self._shape):
+            signal += block.signal
+            noise += block.noise
+            self._fill(made, block)
+        self.sqnr_db = sqnr_db(signal, noise)
 
-    def _fill_packed(
-        self, form: Form, tensors: Sequence[Tensor], block: Quantized, start: int
-    ) -> None:
-        tiles, scale_and_zero = tensors
-        shape, n = self._shape, len(block.codes)
-        if start + n == shape.n:
-            n = shape.n_padded - start
-        padded = pad_codes(block.codes, replace(shape, n_padded=n))
-        if form == "cpu":
-            tiles[start : start + n] = pack_for_cpu(padded)
-        else:
-            tiles[start // 8 : (start + n) // 8] = pack(padded, shape.inner_k_tiles)
-        parameters = pad_parameters(block.scale, block.zero, n)
-        scale_and_zero[:, start : start + n] = pack_scale_and_zero(*parameters)
+    def _take(self, weight: Int4TileTensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
+        """Fill forms from a weight that is packed already; "tiles" is the weight itself."""
+        others = {form: tensors for form, tensors in made.items() if form != "tiles"}
+        if others:
+            codes = unpack(weight.tiles)[..., : weight.n, :]
+            parameters = weight.scale_and_zero[..., : weight.n, :]
+            self._fill(others, Block(0, codes, *unpack_scale_and_zero(parameters)))
+
+    def _fill(self, made: Mapping[Form, Sequence[Tensor]], block: Block) -> None:
+        """Write one block into forms."""
+        shape = self._shape
+        for form, tensors in made.items():
+            if isinstance(form, Dense):
+                values = dequantize(
+                    block.codes.reshape(-1, shape.k_padded),
+                    block.scale.reshape(-1, shape.groups),
+                    block.zero.reshape(-1, shape.groups),
+                    shape.group_size,
+                    form.dtype,
+                    shape.k,
+                ).view(*block.codes.shape[:-1], -1)
+                AXES[form.axes](tensors[0])[block.start : block.start + len(values)] = values
+            elif form == "cpu":
+                write(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
+            else:
+                pack_rows = partial(pack, inner_k_tiles=shape.inner_k_tiles)
+                write(tensors[0], tensors[1], block, shape, pack_rows, 8)
 
 
 def form_specs(
@@ -199,7 +219,8 @@ def form_specs(
         return ((form.size, form.stride, form.dtype),)
     parameters = (shape.scale_and_zero_shape, None, torch.bfloat16)
     if form == "cpu":
-        return (((shape.n_padded, shape.k_padded // 2), None, torch.uint8), parameters)
+        size = (*shape.batch, shape.n_padded, shape.k_padded // 2)
+        return ((size, None, torch.uint8), parameters)
     return ((shape.tiles_shape, None, torch.int32), parameters)
 
 
@@ -272,7 +293,7 @@ class Store:
         made = (packed for family in self._packed.values() for packed in family.values())
         return [packed for packed in made if packed.uses(tensor)]
 
-    def find(self, weight: Weight, roots: Sequence[Tensor], shape: TileShape) -> PackedWeight:
+    def find(self, weight: Computation, roots: Sequence[Tensor], shape: TileShape) -> PackedWeight:
         """The packed weight of `weight` computed from `roots`; a new, empty one where none is.
 
         Args:

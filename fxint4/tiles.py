@@ -12,6 +12,7 @@ Word ``tiles[nt, ko, t, j]`` holds eight codes of row ``n = 8*nt + t//4``. With
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class TileShape:
     group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
     inner_k_tiles: 2, 4 or 8; one tile spans ``16 * inner_k_tiles`` values of k.
     n_padded, k_padded: the out and in features that are stored.
+    batch: axes in front, such as the experts of a ``[E, N, K]`` weight.
     """
 
     n: int
@@ -43,6 +45,7 @@ class TileShape:
     inner_k_tiles: int
     n_padded: int
     k_padded: int
+    batch: tuple[int, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -50,24 +53,30 @@ class TileShape:
         return self.k_padded // self.group_size
 
     @property
-    def tiles_shape(self) -> tuple[int, int, int, int]:
+    def tiles_shape(self) -> tuple[int, ...]:
         """Shape of the int32 tiles."""
         inner = self.inner_k_tiles
-        return (self.n_padded // 8, self.k_padded // (16 * inner), 32, inner // 2)
+        return (*self.batch, self.n_padded // 8, self.k_padded // (16 * inner), 32, inner // 2)
 
     @property
-    def scale_and_zero_shape(self) -> tuple[int, int, int]:
+    def scale_and_zero_shape(self) -> tuple[int, ...]:
         """Shape of scale_and_zero."""
-        return (self.groups, self.n_padded, 2)
+        return (*self.batch, self.groups, self.n_padded, 2)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the int32 tiles and a bf16 scale_and_zero together."""
-        return self.n_padded * self.k_padded // 2 + 4 * self.groups * self.n_padded
+        matrix = self.n_padded * self.k_padded // 2 + 4 * self.groups * self.n_padded
+        return math.prod(self.batch) * matrix
 
 
 def choose_shape(
-    n: int, k: int, group_size: int = 128, inner_k_tiles: int = 8, n_multiple: int = 8
+    n: int,
+    k: int,
+    group_size: int = 128,
+    inner_k_tiles: int = 8,
+    n_multiple: int = 8,
+    batch: tuple[int, ...] = (),
 ) -> TileShape:
     """The smallest legal packed shape for a weight ``[n, k]``.
 
@@ -94,7 +103,7 @@ def choose_shape(
     group = next((g for g in allowed if k % g == 0), None) or min(allowed, key=row_bytes)
     k_padded = _round_up(k, group)
     inner = max(i for i in INNER_K_TILES if i <= inner_k_tiles and k_padded % (16 * i) == 0)
-    return TileShape(n, k, group, inner, _round_up(n, n_multiple), k_padded)
+    return TileShape(n, k, group, inner, _round_up(n, n_multiple), k_padded, batch)
 
 
 def pack(codes: Tensor, inner_k_tiles: int) -> Tensor:
@@ -194,17 +203,19 @@ def pack_for_cpu(codes: Tensor) -> Tensor:
     AVX2 and others differ), and a wrong pairing gives wrong numbers without an error. So the
     result is a cache for this machine and this process: never write it to a file.
 
-    codes: uint8 ``[N, K]`` on the CPU, every value in 0..15, N a multiple of 16, K even.
-    Returns uint8 ``[N, K/2]``.
+    codes: uint8 ``[..., N, K]`` on the CPU, every value in 0..15, N a multiple of 16, K even.
+    Returns uint8 ``[..., N, K/2]``; the op reads one ``[N, K/2]`` of it at a time.
     """
     _check_codes(codes)
-    if codes.ndim != 2 or codes.shape[0] % 16 or codes.shape[1] % 2:
+    if codes.shape[-2] % 16 or codes.shape[-1] % 2:
         raise ValueError(
             f"codes have shape {tuple(codes.shape)}: "
-            "the CPU op needs [N, K] with N a multiple of 16 and K even"
+            "the CPU op needs [..., N, K] with N a multiple of 16 and K even"
         )
     if codes.device.type != "cpu":
         raise ValueError(f"codes are on {codes.device}, the CPU op needs them on the CPU")
+    if codes.ndim > 2:
+        return torch.stack([pack_for_cpu(matrix) for matrix in codes])
     n, k = codes.shape
     packed = codes.new_empty((n, k // 2))
     # The op wants int32, eight times the packed size. It packs blocks of at most 64 rows that do

@@ -10,12 +10,14 @@ from __future__ import annotations
 from fxint4.passes.bmm import BatchedMatMul
 from fxint4.passes.conv1x1 import Conv1x1
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
-from fxint4.passes.find import Site, find
+from fxint4.passes.find import Site, find, refusal
 from fxint4.passes.fold import fold, folded_record, packing_fault
+from fxint4.passes.given import GivenWeight
+from fxint4.passes.grouped_mm import GroupedMatMul
 from fxint4.passes.inline import inline_regions
 from fxint4.passes.left_alone import LeftAlone
 from fxint4.passes.mm import MatMul
-from fxint4.passes.pattern import Build, Kept, Match, Pattern
+from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern
 from fxint4.passes.rewrite import Rewritten, Slot, rewrite
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Build",
     "Kept",
     "Match",
+    "Multiply",
     "Pattern",
     "Rewritten",
     "Site",
@@ -33,8 +36,16 @@ __all__ = [
     "folded_record",
     "inline_regions",
     "packing_fault",
+    "refusal",
     "rewrite",
 ]
 
 #: Every form in which a constant weight is looked for. No two share an op.
-PATTERNS: tuple[Pattern, ...] = (MatMul(), BatchedMatMul(), Conv1x1(), LeftAlone())
+PATTERNS: tuple[Pattern, ...] = (
+    MatMul(),
+    BatchedMatMul(),
+    GroupedMatMul(),
+    Conv1x1(),
+    GivenWeight(),
+    LeftAlone(),
+)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import fx
 
 from fxint4._torch import aten
 from fxint4.constants import Constants
-from fxint4.passes.pattern import Build, Kept, Match, Pattern, value_of
+from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern, value_of
 
 
 class Conv1x1(Pattern):
@@ -35,9 +33,7 @@ class Conv1x1(Pattern):
             return Match(weight, "NK1", x, bias)  # type: ignore[arg-type]
         return Kept(weight, reason, int(shape[0]), int(shape[1:].numel()))
 
-    def rewrite(
-        self, node: fx.Node, match: Match, multiply: Callable[[fx.Node], fx.Node], build: Build
-    ) -> fx.Node:
+    def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """Channels last, one matmul over all positions, channels back in front."""
         dims = value_of(match.x).ndim
         channels_last = [0, *range(2, dims), 1]

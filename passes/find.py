@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxint4.config import Int4Config, matches
 from fxint4.constants import Constants, Weight
-from fxint4.forms import DTYPES, device_fault, int4_form, most_int4_rows, rows_multiple
+from fxint4.forms import (
+    DTYPES,
+    UNBOUNDED,
+    device_fault,
+    int4_form,
+    most_int4_rows,
+    rows_multiple,
+)
 from fxint4.names import layer_name
-from fxint4.passes.pattern import Kept, Match, Pattern, value_of
+from fxint4.passes.pattern import GivenMatch, Kept, Match, Pattern, value_of
 from fxint4.report import Record
 from fxint4.store import Dense, Form
-from fxint4.tiles import TileShape, choose_shape
+from fxint4.tiles import TileShape
 
-__all__ = ["Site", "find"]
+__all__ = ["Site", "find", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,8 @@ class Site:
         weight: the computation behind the weight.
         shape: the packed shape.
         int4: the packed form that the device's int4 op reads.
-        dense: the dequantised copy, for numbers of rows that the int4 op does not serve.
+        beyond: what serves numbers of rows that the int4 op does not: a dequantised copy, int4
+            again where its op takes any, or None where the matmul stays as it is.
         most_rows: the largest M for the int4 op.
         record: what the report says of it, before its weight was looked at.
     """
@@ -42,7 +52,7 @@ class Site:
     weight: Weight
     shape: TileShape
     int4: Form
-    dense: Dense
+    beyond: Form | None
     most_rows: int
     record: Record
 
@@ -75,12 +85,21 @@ def find(
         outcome = pattern.match(node, constants) if pattern else None
         if pattern is None or outcome is None:
             continue
-        axes = outcome.axes if isinstance(outcome, Match) else "NK"
-        weight = constants.weight(outcome.weight, axes)
+        if isinstance(outcome, Kept):
+            weight = constants.weight(outcome.weight, "NK")
+            record = _record(node, outcome, weight, tensors, names)
+            found.append(replace(record, reason=outcome.reason))
+            continue
+        weight = outcome.constant(constants)
         record = _record(node, outcome, weight, tensors, names)
-        reason = outcome.reason if isinstance(outcome, Kept) else _refusal(outcome, record, config)
-        if reason or isinstance(outcome, Kept):
-            found.append(replace(record, reason=reason or ""))
+        value = value_of(outcome.weight)
+        reason = (
+            None
+            if isinstance(outcome, GivenMatch)
+            else refusal(record, value.dtype, value.device, config)
+        )
+        if reason:
+            found.append(replace(record, reason=reason))
         else:
             found.append(_site(node, pattern, outcome, weight, record, config))
     return found
@@ -94,23 +113,29 @@ def _record(
     names: Mapping[fx.Node, str],
 ) -> Record:
     roots = sorted(weight.roots, key=lambda root: -value_of(root).numel())
-    value = value_of(outcome.weight)
-    parameters = tuple(names[root] for root in roots)
-    size = min(
-        value.numel() * value.element_size(),
-        sum(value_of(root).numel() * value_of(root).element_size() for root in roots),
-    )
+    parameters = tuple(dict.fromkeys(names[root] for root in roots))
+    held = sum(value_of(root).numel() * value_of(root).element_size() for root in roots)
+    if isinstance(outcome, GivenMatch):
+        batch = math.prod(outcome.batch)
+        size = batch * outcome.n * outcome.k * value_of(outcome.x).element_size()
+        held = 0
+    else:
+        value = value_of(outcome.weight)
+        batch = outcome.batch if isinstance(outcome, Kept) else math.prod(outcome.batch)
+        size = min(value.numel() * value.element_size(), held)
     return Record(
         name=layer_name(parameters[0]),
         op=_op_name(node.target),
         n=outcome.n,
         k=outcome.k,
+        batch=batch,
         group_size=None,
         action="kept",
         reason="",
         sqnr_db=None,
         bytes_before=size,
         bytes_after=size,
+        held_bytes=held,
         parameters=parameters,
         weight_key=(*(id(tensors[root]) for root in weight.roots), weight.signature),
     )
@@ -119,22 +144,30 @@ def _record(
 def _op_name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     name: str = target.name() if schema is None else schema.name
-    return name.removeprefix("aten::")
+    return name.removeprefix("aten::").replace("::", ".")
 
 
-def _refusal(match: Match, record: Record, config: Int4Config) -> str | None:
-    """Why the config, the device or the dtype keeps this matmul as it is, or None."""
-    weight = value_of(match.weight)
+def refusal(
+    record: Record, dtype: torch.dtype, device: torch.device, config: Int4Config
+) -> str | None:
+    """Why the config, the device or the dtype keeps a weight as it is, or None.
+
+    Args:
+        record: names and sizes.
+        dtype: of the weight.
+        device: where it is to run.
+        config: what the user asked for.
+    """
     skipped = matches(record.name, record.parameters, config.skip)
     if skipped is not None:
         return f"skip={skipped!r}"
     if config.include and matches(record.name, record.parameters, config.include) is None:
         return "no pattern of include matches it"
-    fault = device_fault(weight.device)
+    fault = device_fault(device)
     if fault:
         return fault
-    if weight.dtype not in DTYPES:
-        return f"weights of dtype {weight.dtype} (bfloat16, float16 and float32 are packed)"
+    if dtype not in DTYPES:
+        return f"weights of dtype {dtype} (bfloat16, float16 and float32 are packed)"
     if min(record.n, record.k) < config.min_features:
         return f"{record.n}x{record.k} is small: min_features is {config.min_features}"
     return None
@@ -149,11 +182,17 @@ def _site(
     config: Int4Config,
 ) -> Site:
     value = value_of(match.weight)
-    shape = choose_shape(
-        record.n, record.k, config.group_size, config.inner_k_tiles, rows_multiple(value.device)
-    )
-    dense = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
-    most_rows = most_int4_rows(value.device, value.dtype, shape)
-    return Site(
-        node, pattern, match, weight, shape, int4_form(value.device), dense, most_rows, record
-    )
+    shape = match.shape(config, rows_multiple(value.device))
+    int4 = int4_form(value.device)
+    given = isinstance(match, GivenMatch)
+    beyond: Form | None
+    if shape.batch and (given or value.device.type == "cuda"):
+        beyond = int4  # the op for experts takes any number of rows
+    elif given:
+        beyond = None
+    else:
+        beyond = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
+    most_rows = UNBOUNDED if given else most_int4_rows(value.device, value.dtype, shape)
+    if value.device.type == "cuda":
+        most_rows = most_int4_rows(value.device, torch.bfloat16, shape)
+    return Site(node, pattern, match, weight, shape, int4, beyond, most_rows, record)

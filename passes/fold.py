@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from fxint4.config import Int4Config
 from fxint4.errors import FoldError
 from fxint4.forms import choose
 from fxint4.passes.find import Site
+from fxint4.passes.pattern import GivenMatch, value_of
 from fxint4.report import Record
 from fxint4.store import Dense, Form, PackedWeight, store
 
@@ -55,7 +57,7 @@ def fold(
             if isinstance(entry, Record):
                 records.append(entry)
                 continue
-            form = choose(entry.int4, entry.dense, entry.most_rows, rows(entry))
+            form = choose(entry.int4, entry.beyond, entry.most_rows, rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
             packed = store.find(entry.weight, roots, entry.shape)
             if not packed.forms:
@@ -89,15 +91,14 @@ def folded_record(
     fault = packing_fault(packed, config)
     if fault is not None:
         return dataclasses.replace(site.record, sqnr_db=sqnr_db, reason=fault)
-    dense = isinstance(form, Dense)
-    elements = site.shape.n * site.shape.k
+    dense = form if isinstance(form, Dense) else None
     return dataclasses.replace(
         site.record,
         action="packed",
         group_size=site.shape.group_size,
         sqnr_db=sqnr_db,
         bytes_after=site.shape.packed_bytes,
-        dense_bytes=elements * site.dense.dtype.itemsize if dense else 0,
+        dense_bytes=math.prod(dense.size) * dense.dtype.itemsize if dense else 0,
         reason="; ".join(_remarks(site, dense)),
     )
 
@@ -106,16 +107,20 @@ def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
     """Why the values of a weight keep it from being packed, or None."""
     if packed.fault:
         return packed.fault
-    if config.min_sqnr_db is not None and packed.sqnr_db < config.min_sqnr_db:
-        return f"SQNR {packed.sqnr_db:.1f} dB is below min_sqnr_db={config.min_sqnr_db:g}"
+    least = config.min_sqnr_db
+    if least is not None and packed.sqnr_db is not None and packed.sqnr_db < least:
+        return f"SQNR {packed.sqnr_db:.1f} dB is below min_sqnr_db={least:g}"
     return None
 
 
-def _remarks(site: Site, dense: bool) -> Iterable[str]:
+def _remarks(site: Site, dense: Dense | None) -> Iterable[str]:
+    dtype = value_of(site.match.x).dtype
+    if isinstance(site.match, GivenMatch):
+        yield "packed before"
     if dense:
         yield "runs as a dense copy"
-    elif site.dense.dtype is not torch.bfloat16:
-        yield f"activations cast from {str(site.dense.dtype).removeprefix('torch.')} to bfloat16"
+    elif dtype is not torch.bfloat16:
+        yield f"activations cast from {str(dtype).removeprefix('torch.')} to bfloat16"
 
 
 def _failure(site: Site, error: Exception) -> str:

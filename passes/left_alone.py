@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +9,7 @@ from torch import fx
 
 from fxint4._torch import aten
 from fxint4.constants import Constants
-from fxint4.passes.pattern import Build, Kept, Match, Pattern, value_of
+from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern, value_of
 
 control_flow = torch.ops.higher_order
 
@@ -22,7 +21,6 @@ class LeftAlone(Pattern):
         aten.mv.default: "a matrix times a vector",
         aten.addmv.default: "a matrix times a vector",
         aten._trilinear.default: "a bilinear form, which is no single matmul",
-        aten._grouped_mm.default: "a grouped matmul (3-D weights are not packed)",
         aten._scaled_mm.default: "already quantised: a scaled matmul",
         aten._int_mm.default: "already quantised: an integer matmul",
         aten._weight_int8pack_mm.default: "already quantised: an int8 matmul",
@@ -46,8 +44,6 @@ class LeftAlone(Pattern):
         *_, rows, columns = value_of(weight).shape
         return Kept(weight, self._REASONS[node.target], int(rows), int(columns))
 
-    def rewrite(
-        self, node: fx.Node, match: Match, multiply: Callable[[fx.Node], fx.Node], build: Build
-    ) -> fx.Node:
+    def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """Never called: nothing here matches."""
         raise NotImplementedError

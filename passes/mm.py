@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 from fxint4._torch import aten
 from fxint4.constants import Constants
-from fxint4.passes.pattern import Build, Kept, Match, Pattern
+from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern
 
 
 class MatMul(Pattern):
@@ -28,9 +27,7 @@ class MatMul(Pattern):
             return Match(weight=left, axes="NK", x=right, bias=bias)
         return None
 
-    def rewrite(
-        self, node: fx.Node, match: Match, multiply: Callable[[fx.Node], fx.Node], build: Build
-    ) -> fx.Node:
+    def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """X W^T, or (X^T W^T)^T where the weight stands on the left."""
         if match.axes == "KN":
             product = multiply(match.x)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from fxint4._torch import aten
-from fxint4.constants import AXES, Constants
+from fxint4.config import Int4Config
+from fxint4.constants import AXES, Constants, Given, Weight
+from fxint4.tiles import TileShape, choose_shape
 
-__all__ = ["Build", "Kept", "Match", "Pattern", "value_of"]
+__all__ = ["Build", "GivenMatch", "Kept", "Match", "Multiply", "Pattern", "value_of"]
 
 
 @dataclass(frozen=True)
@@ -25,51 +28,138 @@ class Kept:
         reason: why, with the offending value.
         n: out features, 0 where the op has no such thing.
         k: in features, likewise.
+        batch: how many matrices of n x k it holds.
     """
 
     weight: fx.Node
     reason: str
     n: int = 0
     k: int = 0
+    batch: int = 1
 
 
 @dataclass(frozen=True)
 class Match:
     """A matmul that a pattern can rewrite: Y[M, N] = X[M, K] @ W[N, K]^T.
 
+    Or one of E weights [E, N, K], with the rows of X told apart by `offs` or `ids`, or by a batch
+    axis of X where both are None.
+
     Attributes:
         weight: the constant operand.
         axes: how its axes lie, a key of `fxint4.constants.AXES`.
         x: the other operand.
         bias: the node added to the product, or None.
+        offs: where the rows of each weight end, [E].
+        ids: which weight each row takes, [S].
     """
 
     weight: fx.Node
     axes: str
     x: fx.Node
     bias: fx.Node | None = None
+    offs: fx.Node | None = None
+    ids: fx.Node | None = None
 
     @property
     def n(self) -> int:
         """Out features."""
-        return int(AXES[self.axes](value_of(self.weight)).shape[0])
+        return int(self._matrix.shape[-2])
 
     @property
     def k(self) -> int:
         """In features."""
-        return int(AXES[self.axes](value_of(self.weight)).shape[1])
+        return int(self._matrix.shape[-1])
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Axes of the weight in front of N and K: (E,) for experts."""
+        return tuple(map(int, self._matrix.shape[:-2]))
 
     @property
     def m(self) -> int | torch.SymInt:
-        """Rows of the activation."""
-        return value_of(self.x).numel() // self.k
+        """Rows of the activation; with several weights, how many each has on average."""
+        count = self.batch[0] if self.batch else 1
+        rows = value_of(self.x).numel() // self.k
+        return (rows + count - 1) // count
+
+    def constant(self, constants: Constants) -> Weight:
+        """The computation behind the weight."""
+        return constants.weight(self.weight, self.axes)
+
+    def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
+        """The packed shape; rows are padded to a multiple of `rows_multiple`."""
+        return choose_shape(
+            self.n, self.k, config.group_size, config.inner_k_tiles, rows_multiple, self.batch
+        )
+
+    def on(self, copies: Mapping[fx.Node, fx.Node]) -> Match:
+        """The same match in a copy of the graph."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        nodes: dict[str, Any] = {
+            name: copies[value] for name, value in values.items() if isinstance(value, fx.Node)
+        }
+        return dataclasses.replace(self, **nodes)
+
+    @property
+    def _matrix(self) -> Tensor:
+        return AXES[self.axes](value_of(self.weight))
+
+
+@dataclass(frozen=True)
+class GivenMatch(Match):
+    """A matmul by a weight that is packed already: `weight` is the node of its tiles.
+
+    Attributes:
+        scale_and_zero: the node of its scale_and_zero.
+        given: what the two are.
+    """
+
+    scale_and_zero: fx.Node = field(kw_only=True)
+    given: Given = field(kw_only=True)
+
+    @property
+    def n(self) -> int:
+        """Out features."""
+        return self.given.n
+
+    @property
+    def k(self) -> int:
+        """In features: what x has, which may be fewer than are stored."""
+        return int(value_of(self.x).shape[-1])
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Axes of the weight in front of N and K: (E,) for experts."""
+        return tuple(map(int, value_of(self.weight).shape[:-4]))
+
+    def constant(self, constants: Constants) -> Weight:
+        """The computation behind the buffers."""
+        return constants.given_weight(self.weight, self.scale_and_zero, self.given)
+
+    def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
+        """The packed shape, whatever the config asks for."""
+        buffers = (value_of(self.weight), value_of(self.scale_and_zero))
+        return self.given.shape_of(buffers, rows_multiple)
+
+
+class Multiply(Protocol):
+    """Multiplies by the packed weight of a match."""
+
+    def __call__(
+        self, x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None
+    ) -> fx.Node:
+        """X [M, K] to Y [M, N], in X's dtype.
+
+        With E weights X is [S, K] and comes with `offs` or `ids`, or is [E, M, K].
+        """
 
 
 class Pattern(ABC):
     """One form in which a matmul with a constant weight appears in a graph."""
 
     #: The ops a match starts from.
-    ops: ClassVar[tuple[Any, ...]]
+    ops: tuple[Any, ...]
 
     @abstractmethod
     def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
@@ -81,15 +171,13 @@ class Pattern(ABC):
         """
 
     @abstractmethod
-    def rewrite(
-        self, node: fx.Node, match: Match, multiply: Callable[[fx.Node], fx.Node], build: Build
-    ) -> fx.Node:
+    def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """Build what replaces `node`.
 
         Args:
             node: the matched node; it still stands in the graph.
             match: what `match` returned, with nodes of this graph.
-            multiply: takes X as a 2-D node [M, K], returns Y as a 2-D node [M, N].
+            multiply: takes X, returns Y; see `Multiply`.
             build: makes nodes.
 
         Returns:
@@ -143,6 +231,13 @@ class Build:
         if value.ndim == 2:
             return node
         return self(aten.view.default, self.contiguous(node), [-1, value.shape[-1]])
+
+    def for_each_row(self, ids: fx.Node, rows: int | fx.Node) -> fx.Node:
+        """One index for each row of [B, rows, K], from one for each of B."""
+        if rows == 1:
+            return ids
+        column = self(aten.unsqueeze.default, ids, 1)
+        return self(aten.reshape.default, self(aten.expand.default, column, [-1, rows]), [-1])
 
     def like(self, node: fx.Node, original: fx.Node) -> fx.Node:
         """A node with the strides of `original`, on which views further down may rely."""

@@ -135,17 +135,14 @@ def _rewrite_site(
     node = copies[site.node]
     build = Build(node, fake_mode)
     packed = inputs.of(site, form, value_of(site.match.weight).device)
-    match = Match(
-        copies[site.match.weight],
-        site.match.axes,
-        copies[site.match.x],
-        None if site.match.bias is None else copies[site.match.bias],
-    )
+    match = site.match.on(copies)
     if isinstance(form, Dense):
         _put_dense(node, match, packed[0], build)
         return
 
-    def multiply(x: fx.Node) -> fx.Node:
+    def multiply(x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None) -> fx.Node:
+        if site.shape.batch:
+            return _experts(x, site.shape, packed, offs, ids, build)
         return _int4_matmul(x, site.shape, form, packed, build)
 
     replacement = site.pattern.rewrite(node, match, multiply, build)
@@ -164,8 +161,9 @@ def _int4_matmul(
     x = build.contiguous(x)
     if dtype is not torch.bfloat16:
         x = build(cast, x, torch.bfloat16)
-    if shape.k_padded != shape.k:
-        x = build(aten.constant_pad_nd.default, x, [0, shape.k_padded - shape.k], 0.0)
+    missing = shape.k_padded - value_of(x).shape[-1]
+    if missing:
+        x = build(aten.constant_pad_nd.default, x, [0, missing], 0.0)
     op = aten._weight_int4pack_mm_for_cpu if form == "cpu" else aten._weight_int4pack_mm
     y = build(op.default, x, packed[0], shape.group_size, packed[1])
     if shape.n_padded != shape.n:
@@ -173,16 +171,38 @@ def _int4_matmul(
     return y if dtype is torch.bfloat16 else build(cast, y, dtype)
 
 
+def _experts(
+    x: fx.Node,
+    shape: TileShape,
+    packed: Sequence[fx.Node],
+    offs: fx.Node | None,
+    ids: fx.Node | None,
+    build: Build,
+) -> fx.Node:
+    """One of several weights for each row of X, or for each member of its batch; see `Multiply`."""
+    ours = torch.ops.fxint4
+    if offs is not None:
+        return build(ours.grouped_mm.default, x, *packed, offs, shape.group_size, shape.n)
+    if ids is not None:
+        return build(ours.indexed_mm.default, x, *packed, ids, shape.group_size, shape.n)
+    return build(ours.bmm.default, x, *packed, shape.group_size, shape.n)
+
+
 def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> None:
     """Let a matmul read the dequantised copy where it read the weight."""
     if match.weight in node.all_input_nodes:
         node.replace_input_with(match.weight, dense)
         return
-    # A bmm that reads the weight expanded over its batch.
-    matrix = build(aten.view.default, dense, list(value_of(dense).shape[-2:]))
-    expanded = build(aten.expand.default, matrix, [build.size(match.x, 0), -1, -1])
-    on_the_right = match.axes.endswith("KN")
-    node.update_arg(len(node.args) - (1 if on_the_right else 2), expanded)
+    weight_on_right = node.args[-2] is match.x
+    position = len(node.args) - (1 if weight_on_right else 2)
+    if match.ids is not None:
+        operand = build(aten.index.Tensor, dense, [match.ids])
+        if match.axes.endswith("KN") != weight_on_right:
+            operand = build(aten.permute.default, operand, [0, 2, 1])
+    else:  # the weight is expanded over the batch
+        operand = build(aten.view.default, dense, list(value_of(dense).shape[-2:]))
+        operand = build(aten.expand.default, operand, [build.size(match.x, 0), -1, -1])
+    node.update_arg(position, operand)
 
 
 def _copy(captured: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -36,6 +36,7 @@ def record(name: str = "fc", **values: Any) -> Record:
         "sqnr_db": 20.0,
         "bytes_before": 16384,
         "bytes_after": 4352,
+        "held_bytes": 16384,
         "parameters": (f"{name}.weight",),
         "weight_key": name,
     }
@@ -51,7 +52,7 @@ def kept(
 
 def report_of(*records: Record, **values: Any) -> Report:
     report = Report()
-    report.put("graph", GraphReport(records, values.pop("parameters", {}), "", "", **values))
+    report.put("graph", GraphReport(records, values.pop("parameters", {}), "g", "g", **values))
     return report
 
 
@@ -82,6 +83,8 @@ def test_a_record_is_json() -> None:
         "bytes_before": 16384,
         "bytes_after": 4352,
         "dense_bytes": 0,
+        "held_bytes": 16384,
+        "batch": 1,
         "parameters": ["fc.weight", "fc.scale"],
     }
 
@@ -124,7 +127,7 @@ def test_a_graph_without_matmuls(terminal: Any) -> None:
 
 def test_totals_add_up() -> None:
     report = report_of(record("a"), kept("b"), parameters={1: 64 * 128, 2: 64 * 128, 3: 64})
-    report.put("other", GraphReport((record("c"),), {2: 64 * 128, 4: 64 * 128}, "", "", "why"))
+    report.put("other", GraphReport((record("c"),), {2: 64 * 128, 4: 64 * 128}, "g", "g", "why"))
     assert report.totals == {
         "matmuls": 3,
         "packed": 2,
@@ -134,6 +137,7 @@ def test_totals_add_up() -> None:
         "bytes_after": 2 * 4352,
         "bytes_saved": 2 * (16384 - 4352),
         "dense_bytes": 0,
+        "held_bytes": 2 * 16384,
         "parameters": 3 * 64 * 128 + 64,  # number 2 is read by both graphs
         "parameter_share": 2 * 64 * 128 / (3 * 64 * 128 + 64),
         "graphs": 2,
@@ -262,8 +266,9 @@ def test_a_narrow_terminal_cuts_names_at_the_head_and_numbers_the_reasons(termin
             "1: activations cast from float32 to bfloat16",
             "2: skip='lm_head'",
             "",
-            "packed weights: 49.2 kB -> 13.1 kB, 36.1 kB less; the original parameters stay",
-            "  in memory beside them",
+            "packed weights: 49.2 kB -> 13.1 kB, 36.1 kB less",
+            "original parameters: 49.2 kB stay in memory beside them; fxint4.pack_(model), or",
+            "  options={'free_weights': True}, releases them",
         ]
     )
 
@@ -285,8 +290,10 @@ def test_a_short_report_in_full(terminal: Any) -> None:
             "gate   addmm   8x128         kept           2.0 kB  2.0 kB  "
             "8x128 is small: min_features is 32",
             "",
-            "packed weights: 16.4 kB -> 4.4 kB, 12.0 kB less; "
-            "the original parameters stay in memory beside them",
+            "packed weights: 16.4 kB -> 4.4 kB, 12.0 kB less",
+            "original parameters: 16.4 kB stay in memory beside them; fxint4.pack_(model), or "
+            "options={'free_weights': True},",
+            "  releases them",
             "dense (dequantised) copies: 16.4 kB, "
             "held because a dense matmul is faster than int4 here at these numbers of rows",
         ]

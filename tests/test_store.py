@@ -15,8 +15,10 @@ from support import rounding
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fxint4.blocks
 import fxint4.store
-from fxint4.constants import AXES, Constants, Standing, Weight
+from fxint4 import Int4Config, Int4TileTensor
+from fxint4.constants import AXES, Constants, Given, Standing, Weight
 from fxint4.quantize import dequantize, quantize
 from fxint4.store import Dense, Form, PackedWeight, Store
 from fxint4.tiles import TileShape, choose_shape, unpack, unpack_scale_and_zero
@@ -176,7 +178,93 @@ def test_a_dense_copy_holds_what_int4_leaves_where_the_weight_lay(name: str, sto
 
 
 def test_dense_copies_of_every_axes_are_tested() -> None:
-    assert {form.axes for form in DENSE.values()} == set(AXES)
+    assert {form.axes for form in [*DENSE.values(), *DENSE_EXPERTS]} == set(AXES)
+
+
+# --- experts -------------------------------------------------------------------------------------
+
+E = 3
+EXPERTS = choose_shape(N, K, GROUP, n_multiple=16, batch=(E,))
+DENSE_EXPERTS = (
+    Dense(torch.float32, (E, N, K), (N * K, K, 1), "ENK"),
+    Dense(torch.bfloat16, (E, K, N), (N * K, 1, K), "EKN"),
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 2 * N * K, 2**19])
+def test_each_expert_holds_what_it_would_hold_alone(
+    chunk: int, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many experts are folded at a time."""
+    monkeypatch.setattr(fxint4.quantize, "CPU_CHUNK", chunk)
+    w = parameter(E, N, K)
+    weight = weight_of(lambda w: w, (E, N, K), axes="ENK")
+    forms: tuple[Form, ...] = ("tiles", "cpu", *DENSE_EXPERTS)
+    packed = folded(store, weight, w, forms=forms, shape=EXPERTS)
+    matrices = [parameter(N, K) for _ in range(E)]
+    alone = []
+    for matrix, expert in zip(matrices, w, strict=True):
+        matrix.data.copy_(expert)
+        alone.append(folded(store, plain(), matrix, forms=("tiles", "cpu")))
+    for form in ("tiles", "cpu"):
+        for part, buffer in enumerate(packed.forms[form]):
+            assert torch.equal(buffer, torch.stack([one.forms[form][part] for one in alone]))
+    for form in DENSE_EXPERTS:
+        [dense] = packed.forms[form]
+        assert (dense.shape, dense.stride()) == (form.size, form.stride)
+        expected = torch.stack([dense_values(expert, form.dtype) for expert in w])
+        assert torch.equal(AXES[form.axes](dense), expected)
+    assert packed.sqnr_db == pytest.approx(quantize(w.detach().view(-1, K), GROUP).sqnr_db)
+
+
+# --- weights that are packed already -------------------------------------------------------------
+
+
+def given() -> tuple[Int4TileTensor, Given, list[Tensor]]:
+    packed = Int4TileTensor.from_float(torch.randn(N, K), Int4Config(group_size=GROUP))
+    return packed, Given(packed.n, GROUP), [packed.tiles, packed.scale_and_zero]
+
+
+def test_tiles_that_are_given_are_not_copied(store: Store) -> None:
+    packed, computation, roots = given()
+    found = store.find(computation, roots, computation.shape_of(roots, 8))
+    store.fold(found, ("tiles",), roots)
+    assert [t.data_ptr() for t in found.forms["tiles"]] == [t.data_ptr() for t in roots]
+    assert found.sqnr_db is None
+
+
+def test_the_cpu_form_of_given_tiles_is_that_of_the_weight_they_were_made_from(
+    store: Store,
+) -> None:
+    w = parameter()
+    packed = Int4TileTensor.from_float(w, Int4Config(group_size=GROUP))
+    computation, roots = Given(packed.n, GROUP), [packed.tiles, packed.scale_and_zero]
+    found = store.find(computation, roots, computation.shape_of(roots, 16))
+    store.fold(found, ("cpu",), roots)
+    shape = choose_shape(N, K, GROUP, n_multiple=16)
+    direct = folded(store, plain(), w, forms=("cpu",), shape=shape)
+    for one, other in zip(found.forms["cpu"], direct.forms["cpu"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_given_tiles_that_change_are_packed_again(store: Store) -> None:
+    packed, computation, roots = given()
+    found = store.find(computation, roots, computation.shape_of(roots, 16))
+    store.fold(found, ("cpu",), roots)
+    before = [buffer.clone() for buffer in found.forms["cpu"]]
+    packed.copy_(torch.randn(N, K))
+    assert not found.is_current(roots)
+    store.fold(found, ("cpu",), roots)
+    assert not torch.equal(before[0], found.forms["cpu"][0])
+
+
+def test_given_tiles_are_not_kept_alive(store: Store) -> None:
+    packed, computation, roots = given()
+    found = store.find(computation, roots, computation.shape_of(roots, 16))
+    store.fold(found, ("tiles", "cpu"), roots)
+    assert len(store) == 1
+    del packed, roots
+    assert len(store) == 0
 
 
 def test_a_weight_that_is_folded_in_blocks_of_rows_holds_the_same(
@@ -232,7 +320,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, seconds: float = 0) -> list[TileSha
         time.sleep(seconds)
         return quantize(*args)
 
-    monkeypatch.setattr(fxint4.store, "quantize", counting)
+    monkeypatch.setattr(fxint4.blocks, "quantize", counting)
     return calls
 
 

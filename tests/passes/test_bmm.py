@@ -279,34 +279,6 @@ def test_cross_attention_splits_one_parameter_into_query_and_key_value(
 # --- left alone ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda m, x: torch.bmm(x, m.w),
-        lambda m, x: torch.bmm(x, m.w.transpose(1, 2).contiguous().transpose(1, 2)),
-        lambda m, x: torch.baddbmm(m.bias, x, m.w),
-        lambda m, x: x @ m.w,
-    ],
-    ids=["bmm", "permuted", "baddbmm", "matmul"],
-)
-def test_refused_for_a_batch_of_weights(forward: Callable[..., Tensor]) -> None:
-    model = module(forward, w=(3, K, N), bias=(3, 1, N)).bfloat16()
-    reason = "a batch of 3 weights (3-D weights are not packed)"
-    assert kept(model, torch.randn(3, M, K).bfloat16()) == [("w", reason)]
-
-
-def test_refused_for_a_batch_of_weights_on_the_left() -> None:
-    model = module(lambda m, x: torch.bmm(m.w, x), w=(3, N, K)).bfloat16()
-    [record] = compile_and_report(model, torch.randn(3, K, M).bfloat16())[1].records
-    assert (record.n, record.k) == (N, K)
-    assert record.reason == "a batch of 3 weights (3-D weights are not packed)"
-
-
-def test_experts_gathered_by_the_input_are_no_weight() -> None:
-    model = module(lambda m, x, ids: torch.bmm(x, m.w[ids]), w=(4, K, N)).bfloat16()
-    assert kept(model, torch.randn(3, M, K).bfloat16(), torch.tensor([0, 3, 3])) == []
-
-
 def test_refused_by_name() -> None:
     model = module(lambda m, x: torch.bmm(x, m.w), w=(1, K, N)).bfloat16()
     x = torch.randn(1, M, K).bfloat16()

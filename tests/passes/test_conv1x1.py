@@ -64,7 +64,6 @@ CASES = [
     case("2d-channels-last-weight", 2, (2, K, 2, 2), last="w"),
     case("2d-unbatched", 2, (K, 2, 3)),
     case("3d", 3, (2, K, 1, 3, 2)),
-    case("3d-channels-last", 3, (2, K, 1, 3, 2), last="xw", bias=False),
     case("1d-unbatched", 1, (K, 3)),
 ]
 
@@ -72,6 +71,11 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rewritten(case: Case, golden: Callable[[str, str], None]) -> None:
     golden(case.name, check_rewritten(case).graph_diff)
+
+
+def test_a_3d_convolution_in_channels_last_format() -> None:
+    """No golden diff: its strides depend on how many threads torch has."""
+    check_rewritten(case("3d-channels-last", 3, (2, K, 1, 3, 2), last="xw", bias=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

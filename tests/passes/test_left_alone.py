@@ -46,7 +46,6 @@ def test_two_constant_operands_are_part_of_a_weight() -> None:
 @pytest.mark.parametrize(
     ("op", "reason"),
     [
-        (aten._grouped_mm.default, "a grouped matmul (3-D weights are not packed)"),
         (aten._scaled_mm.default, "already quantised: a scaled matmul"),
         (aten._int_mm.default, "already quantised: an integer matmul"),
         (aten._weight_int8pack_mm.default, "already quantised: an int8 matmul"),

@@ -64,7 +64,7 @@ def ops(gm: fx.GraphModule) -> list[object]:
 
 
 def forms_of(site: Site) -> list[Form | None]:
-    return [site.int4, site.dense, None]
+    return [site.int4, site.beyond, None]
 
 
 def test_each_form_gives_the_same_product_and_leaves_the_captured_graph_alone() -> None:
@@ -122,7 +122,7 @@ def test_one_weight_may_be_int4_in_one_place_and_dense_in_another() -> None:
     w, x, y = torch.randn(N, K), torch.randn(M, K), torch.randn(2, M, K)
     captured = Captured.of(lambda w, x, y: (x @ w.t(), y @ w.t()), [w], x, y)
     first, second = captured.sites
-    rewritten = captured.rewrite(first.int4, second.dense)
+    rewritten = captured.rewrite(first.int4, second.beyond)
     assert [type(slot.form) for slot in rewritten.slots] == [str, Dense]
     exact = dequantised(w, 128, torch.float64)
     for result, rows in zip(captured.run(rewritten, x, y), (x, y), strict=True):
@@ -145,7 +145,7 @@ def test_an_input_that_nothing_reads_stays_unless_it_is_a_weight() -> None:
     assert captured.rewrite(captured.sites[0].int4).kept_inputs == (1, 2)
 
 
-@pytest.mark.parametrize("form", ["int4", "dense"])
+@pytest.mark.parametrize("form", ["int4", "beyond"])
 @pytest.mark.parametrize(
     ("function", "shape"),
     [

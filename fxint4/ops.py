@@ -1,0 +1,204 @@
+"""The ops that multiply by packed weights: `linear`, `bmm`, `grouped_mm`, `indexed_mm`.
+
+They are `torch.ops.fxint4.*`, opaque to every compiler. Each takes x in bfloat16, float16 or
+float32 and returns that dtype, with bfloat16 products and fp32 sums in between. x may have fewer
+columns than are stored; the rest count as zeros. Buffers may be views. On the GPU none of them
+waits for the device.
+
+tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``; on the CPU they may also be
+    uint8 ``[..., N, K/2]`` as `fxint4.tiles.pack_for_cpu` packs them.
+scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
+n: rows of the weight that are meant, at most N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxint4._torch import aten
+from fxint4.constants import Given
+from fxint4.forms import CUDA_ELEMENTS
+from fxint4.kernels import experts
+from fxint4.store import store
+
+__all__: list[str] = []
+
+_WEIGHT = "Tensor tiles, Tensor scale_and_zero"
+_SCHEMAS = (
+    f"linear(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
+    f"bmm(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
+    f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
+    f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
+)
+_library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _linear_cuda(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
+) -> Tensor:
+    """``[..., K]`` times one weight: ``[..., n]``."""
+    tiles, scale_and_zero = tiles.contiguous(), scale_and_zero.contiguous()
+    k_padded = scale_and_zero.shape[-3] * group_size
+    rows = _rows(x, k_padded)
+    # The op takes no empty input, and counts the elements of x and y in 32 bits.
+    most = CUDA_ELEMENTS // max(k_padded, scale_and_zero.shape[-2])
+    y = x.new_empty((len(rows), n))
+    for start in range(0, len(rows), most):
+        part = rows[start : start + most]
+        product = aten._weight_int4pack_mm(part, tiles, group_size, scale_and_zero)
+        y[start : start + most] = product[:, :n]
+    return y.view(*x.shape[:-1], n)
+
+
+def _linear_cpu(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
+) -> Tensor:
+    tiles, scale_and_zero = _cpu_form(tiles, scale_and_zero, group_size, n)
+    rows = _rows(x, scale_and_zero.shape[-3] * group_size)
+    return _times_cpu(rows, tiles, scale_and_zero, group_size, n, x.dtype).view(*x.shape[:-1], n)
+
+
+def _bmm_cuda(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> Tensor:
+    """``[E, M, K]`` times ``E`` weights: ``[E, M, n]``."""
+    count, rows, k = x.shape
+    offs = torch.arange(1, count + 1, dtype=torch.int32, device=x.device) * rows
+    y = _grouped_cuda(x.reshape(-1, k), tiles, scale_and_zero, offs, group_size, n)
+    return y.view(count, rows, n)
+
+
+def _bmm_cpu(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> Tensor:
+    count, rows, k = x.shape
+    spans = [(e, slice(e * rows, (e + 1) * rows)) for e in range(count)]
+    y = _by_expert(x.reshape(-1, k), tiles, scale_and_zero, spans, group_size, n)
+    return y.view(count, rows, n)
+
+
+def _grouped_cuda(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, n: int
+) -> Tensor:
+    """Rows ``offs[e-1]`` to ``offs[e]`` of ``[S, K]`` times weight e: ``[S, n]``, else 0.
+
+    offs: int32 ``[E]``, as `torch.nn.functional.grouped_mm` takes them.
+    """
+    y = experts.grouped_mm(
+        _rows(x, x.shape[-1]),
+        tiles.contiguous(),
+        scale_and_zero.contiguous(),
+        offs.to(torch.int32),
+        group_size,
+        n,
+    )
+    return y.to(x.dtype)
+
+
+def _grouped_cpu(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, n: int
+) -> Tensor:
+    ends = [0, *offs.tolist()]
+    spans = [(e, slice(ends[e], ends[e + 1])) for e in range(len(ends) - 1)]
+    return _by_expert(x, tiles, scale_and_zero, spans, group_size, n)
+
+
+def _indexed_cuda(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, ids: Tensor, group_size: int, n: int
+) -> Tensor:
+    """Row s of ``[S, K]`` times weight ``ids[s]``: ``[S, n]``.
+
+    ids: int32 or int64 ``[S]``; negative ones count from the end. One beyond the weights raises
+        IndexError on the CPU, and gives a row of NaN on the GPU, which does not wait to look.
+    """
+    y = experts.indexed_mm(
+        _rows(x, x.shape[-1]),
+        tiles.contiguous(),
+        scale_and_zero.contiguous(),
+        torch.where(ids < 0, ids + len(tiles), ids),
+        group_size,
+        n,
+    )
+    return y.to(x.dtype)
+
+
+def _indexed_cpu(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, ids: Tensor, group_size: int, n: int
+) -> Tensor:
+    count = len(tiles)
+    ids = torch.where(ids < 0, ids + count, ids)
+    used = torch.unique(ids).tolist()
+    if used and not 0 <= used[0] <= used[-1] < count:
+        raise IndexError(f"ids go from {used[0]} to {used[-1]}; there are {count} weights")
+    spans = [(e, (ids == e).nonzero().flatten()) for e in used]
+    return _by_expert(x, tiles, scale_and_zero, spans, group_size, n)
+
+
+def _by_expert(
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    spans: list[tuple[int, Any]],
+    group_size: int,
+    n: int,
+) -> Tensor:
+    """Each span of rows times its weight."""
+    tiles, scale_and_zero = _cpu_form(tiles, scale_and_zero, group_size, n)
+    rows = _rows(x, scale_and_zero.shape[-3] * group_size)
+    y = x.new_zeros((len(rows), n))
+    for e, span in spans:
+        part = rows[span]
+        if len(part):
+            y[span] = _times_cpu(part, tiles[e], scale_and_zero[e], group_size, n, x.dtype)
+    return y
+
+
+def _times_cpu(
+    rows: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int, dtype: torch.dtype
+) -> Tensor:
+    if not len(rows):
+        return rows.new_empty((0, n), dtype=dtype)
+    y = aten._weight_int4pack_mm_for_cpu(rows, tiles, group_size, scale_and_zero)
+    return y[:, :n].to(dtype)  # type: ignore[no-any-return]
+
+
+def _cpu_form(
+    tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
+) -> tuple[Tensor, Tensor]:
+    """The bytes that this machine's CPU op reads, made once for a pair of buffers."""
+    if tiles.dtype is torch.uint8:
+        return tiles, scale_and_zero
+    given = Given(n, group_size)
+    roots = (tiles, scale_and_zero)
+    packed = store.find(given, roots, given.shape_of(roots, 16))
+    store.fold(packed, ("cpu",), roots)
+    cpu_tiles, parameters = packed.forms["cpu"]
+    return cpu_tiles, parameters
+
+
+def _rows(x: Tensor, k_padded: int) -> Tensor:
+    """``[..., K]`` as contiguous bfloat16 ``[M, k_padded]``, zeros behind column K."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.bfloat16)
+    if rows.shape[-1] < k_padded:
+        rows = F.pad(rows, (0, k_padded - rows.shape[-1]))
+    return rows.contiguous()
+
+
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], arguments[-1]))
+
+
+def _implementations() -> Iterator[tuple[str, Any, Any]]:
+    yield "linear", _linear_cpu, _linear_cuda
+    yield "bmm", _bmm_cpu, _bmm_cuda
+    yield "grouped_mm", _grouped_cpu, _grouped_cuda
+    yield "indexed_mm", _indexed_cpu, _indexed_cuda
+
+
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _cpu, _cuda in _implementations():
+    _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"fxint4::{_name}", _fake, lib=_library)

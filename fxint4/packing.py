@@ -1,0 +1,358 @@
+"""Put packed weights in the place of a model's parameters, so that the originals go away."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from fxint4._torch import aten, example_size
+from fxint4.config import Int4Config
+from fxint4.constants import Constants
+from fxint4.errors import FoldError
+from fxint4.names import layer_name
+from fxint4.passes import Site, refusal
+from fxint4.quantize import nonfinite_count
+from fxint4.report import Record
+from fxint4.tensor import Int4TileTensor
+from fxint4.tensor.core import NEW_AXIS
+from fxint4.tiles import choose_shape
+
+__all__ = ["Candidate", "Owners", "from_graph", "from_modules", "replace_parameters"]
+
+
+class Owners:
+    """Where the parameters of some modules are, shared ones in several places.
+
+    Args:
+        modules: the outermost ones, by what to put before the names of their parameters.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._places: dict[int, list[tuple[nn.Module, str, str]]] = {}
+        self.parameters: dict[int, nn.Parameter] = {}
+        for prefix, outer in modules.items():
+            for path, module in outer.named_modules(prefix=prefix):
+                for name, parameter in module.named_parameters(recurse=False):
+                    full = f"{path}.{name}" if path else name
+                    places = self._places.setdefault(id(parameter), [])
+                    if not any(owner is module and own == name for owner, own, _ in places):
+                        places.append((module, name, full))
+                    self.parameters[id(parameter)] = parameter
+
+    def of(self, parameter: nn.Parameter) -> list[nn.Module]:
+        """The modules that hold a parameter."""
+        return [module for module, _, _ in self._places.get(id(parameter), [])]
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """Its name; by the layer that multiplies by it, where an embedding shares it."""
+        places = self._places[id(parameter)]
+        names = [name for module, _, name in places if not isinstance(module, nn.Embedding)]
+        return names[0] if names else places[0][2]
+
+    def replace(self, parameter: nn.Parameter, new: nn.Parameter) -> None:
+        """Put another parameter in its place, wherever it is, and let go of it."""
+        for module, name, _ in self._places.pop(id(parameter)):
+            setattr(module, name, new)
+        del self.parameters[id(parameter)]
+
+
+@dataclass
+class Candidate:
+    """A parameter that may be packed.
+
+    Attributes:
+        parameter: the parameter.
+        op: what multiplies by it.
+        k_axis: its axis that is K: -1 or -2; 1 for a convolution.
+        fault: why it stays as it is.
+    """
+
+    parameter: nn.Parameter
+    op: str
+    k_axis: int
+    fault: str = ""
+    tried: set[int] = field(default_factory=set)
+
+    @property
+    def as_stored(self) -> Tensor:
+        """The parameter as ``[..., N, K]``."""
+        values = self.parameter.detach()
+        if self.k_axis == 1 and values.ndim > 2:
+            return values.flatten(1)
+        return values if self.k_axis == -1 else values.transpose(-1, -2)
+
+    def logical(self, packed: Int4TileTensor) -> Int4TileTensor:
+        """A packed ``[..., N, K]`` with the axes of the parameter."""
+        axes = list(range(packed.ndim))
+        if self.k_axis == 1 and self.parameter.ndim > 2:
+            axes += [NEW_AXIS] * (self.parameter.ndim - 2)
+        elif self.k_axis == -2:
+            axes[-2:] = axes[:-3:-1]
+        return packed.like(axes=tuple(axes))
+
+
+# --- what to pack: by module ---------------------------------------------------------------------
+
+
+def from_modules(owners: Owners, config: Int4Config) -> list[Candidate]:
+    """Parameters of the modules whose use is known: Linear, Conv1D, attention, experts."""
+    found = []
+    for parameter in owners.parameters.values():
+        if not _is_plain(parameter) or parameter.ndim < 2:
+            continue
+        candidate = _known_use(parameter, owners)
+        if candidate is not None:
+            found.append(candidate)
+    return found
+
+
+def _known_use(parameter: nn.Parameter, owners: Owners) -> Candidate | None:
+    uses = [_use(module, parameter) for module in owners.of(parameter)]
+    known = [use for use in uses if use is not None]
+    if not known:
+        return None
+    op, k_axis = known[0]
+    fault = ""
+    if any(isinstance(module, nn.Embedding) for module in owners.of(parameter)):
+        fault = _EMBEDDED
+    elif len(known) < len(uses) or any(use != known[0] for use in known):
+        fault = "shared by modules that use it in different ways"
+    return Candidate(parameter, op, k_axis, fault)
+
+
+_EMBEDDED = "also read by an embedding, whose rows would become int4 too"
+
+
+def _use(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None:
+    """Which op a module multiplies a parameter with, and which of its axes is K."""
+    if isinstance(module, nn.Linear) and parameter is module.weight:
+        return "linear", -1
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        ways_in = [getattr(module, name) for name in names]
+        return ("linear", -1) if any(parameter is way for way in ways_in) else None
+    if parameter.ndim != 2:
+        # transformers' experts say how their weights lie; of others nothing is known.
+        transposed = getattr(module, "is_transposed", None)
+        if parameter.ndim == 3 and isinstance(transposed, bool):
+            return "experts", -2 if transposed else -1
+        return None
+    if type(module).__name__ == "Conv1D":  # transformers': x @ weight
+        return "addmm", -2
+    return None
+
+
+# --- what to pack: by graph ----------------------------------------------------------------------
+
+
+def from_graph(
+    gm: fx.GraphModule,
+    sites: Iterable[Site],
+    constants: Constants,
+    tensors: Mapping[fx.Node, Tensor],
+) -> list[Candidate]:
+    """Parameters that matmuls of a captured graph multiply by, and whether they may be packed.
+
+    Whether all that the graph does with a parameter works with a packed one is tried out, on
+    tensors without data.
+
+    Args:
+        gm: the graph.
+        sites: its matmuls that can be packed.
+        constants: the standing of its nodes.
+        tensors: the real tensor behind each constant placeholder.
+    """
+    candidates: dict[fx.Node, Candidate] = {}
+    for site in sites:
+        for root in site.weight.roots:
+            parameter = tensors[root]
+            if isinstance(parameter, nn.Parameter) and _is_plain(parameter) and parameter.ndim > 1:
+                direct = site.weight.node is root
+                k_axis = _K_AXES.get(site.weight.axes, -1) if direct else -1
+                candidates.setdefault(root, Candidate(parameter, site.record.op, k_axis))
+    trying = dict(candidates)
+    while trying:
+        failed = _try(gm, trying)
+        if failed is None:
+            break
+        roots, reason = failed
+        for root in roots:
+            candidate = trying[root]
+            candidate.tried.add(candidate.k_axis)
+            other = {-1: -2, -2: -1}.get(candidate.k_axis)
+            if other is None or other in candidate.tried:
+                candidate.fault = reason
+                del trying[root]
+            else:
+                candidate.k_axis = other
+    return list(candidates.values())
+
+
+_K_AXES = {"KN": -2, "*KN": -2, "EKN": -2, "NK1": 1}
+
+
+def _try(
+    gm: fx.GraphModule, candidates: Mapping[fx.Node, Candidate]
+) -> tuple[set[fx.Node], str] | None:
+    """Run what reads the candidates without data.
+
+    Returns:
+        None where all of it works; else the candidates that a node needs which does not, and why.
+    """
+    packed: dict[fx.Node, Any] = {}
+    origins: dict[fx.Node, set[fx.Node]] = {}
+    for root, candidate in candidates.items():
+        packed[root] = _without_data(candidate)
+        origins[root] = {root}
+    for node in gm.graph.nodes:
+        reads = [operand for operand in node.all_input_nodes if operand in packed]
+        if not reads or node in candidates:
+            continue
+        origin = set().union(*(origins[operand] for operand in reads))
+        if node.op == "output":
+            return origin, "the model returns it"
+        if node.target is aten.embedding.default:
+            return origin, _EMBEDDED
+        try:
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs),
+                lambda operand: packed[operand] if operand in packed else _meta(operand),
+            )
+            result = node.target(*args, **kwargs)
+        except Exception as error:
+            name = str(node.target).removeprefix("aten.").removesuffix(".default")
+            detail = "" if isinstance(error, NotImplementedError) else f" ({error})"
+            return origin, f"read by {name}, which packed weights don't support{detail}"
+        parts = result if isinstance(result, (list, tuple)) else [result]
+        if any(isinstance(part, Int4TileTensor) for part in parts):
+            packed[node], origins[node] = result, origin
+    return None
+
+
+def _without_data(candidate: Candidate) -> Int4TileTensor:
+    *batch, n, k = candidate.as_stored.shape
+    shape = choose_shape(n, k, 32, 2, batch=tuple(batch))
+    dtype = candidate.parameter.dtype
+    return candidate.logical(Int4TileTensor.empty(shape, dtype, torch.device("meta")))
+
+
+def _meta(node: fx.Node) -> Any:
+    """What a node stands for, without data and with sizes that are numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            sizes = [example_size(size) or 1 for size in value.shape]
+            return torch.empty(sizes, dtype=value.dtype, device="meta")
+        if isinstance(value, torch.SymInt):
+            return example_size(value) or 1
+        return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(node.meta["val"])
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def replace_parameters(
+    candidates: list[Candidate],
+    owners: Owners,
+    config: Int4Config,
+    device: torch.device | None = None,
+) -> list[Record]:
+    """Pack parameters one at a time, each freed before the next is packed.
+
+    Args:
+        candidates: what to pack; the list is emptied, so that nothing holds on to a parameter.
+        owners: where they are.
+        config: what the user asked for.
+        device: where packed weights go; where each parameter is if None.
+
+    Returns:
+        A record for every candidate.
+
+    Raises:
+        FoldError: a weight could not be packed. What was packed before it stays packed; it and
+            the rest are as they were.
+    """
+    records = []
+    with tqdm(
+        total=sum(candidate.parameter.numel() for candidate in candidates),
+        desc="fxint4: packing weights",
+        unit="param",
+        unit_scale=True,
+        disable=not config.progress,
+        leave=False,
+    ) as bar:
+        while candidates:
+            candidate = candidates.pop(0)
+            bar.update(candidate.parameter.numel())
+            records.append(_replace(candidate, owners, config, device))
+            del candidate
+    return records
+
+
+def _replace(
+    candidate: Candidate, owners: Owners, config: Int4Config, device: torch.device | None
+) -> Record:
+    parameter, stored = candidate.parameter, candidate.as_stored
+    name = owners.name(parameter)
+    *batch, n, k = stored.shape
+    size = parameter.numel() * parameter.element_size()
+    record = Record(
+        name=layer_name(name),
+        op=candidate.op,
+        n=n,
+        k=k,
+        group_size=None,
+        action="kept",
+        reason="",
+        sqnr_db=None,
+        bytes_before=size,
+        bytes_after=size,
+        held_bytes=size,
+        batch=batch[0] if batch else 1,
+        parameters=(name,),
+        weight_key=id(parameter),
+    )
+    fault = candidate.fault or refusal(record, stored.dtype, device or stored.device, config)
+    if fault:
+        return dataclasses.replace(record, reason=fault)
+    try:
+        with torch.no_grad():
+            moved = stored if device is None else stored.to(device, non_blocking=True)
+            bad = nonfinite_count(moved)
+            if bad:
+                reason = f"{bad} of the weight's {moved.numel()} values are inf or NaN"
+                return dataclasses.replace(record, reason=reason)
+            packed, sqnr_db = Int4TileTensor.quantized(moved, config)
+            del moved
+    except Exception as error:
+        raise FoldError(
+            f"could not pack {record.name} ({n}x{k}, {name}): {type(error).__name__}: {error}. "
+            "The weights before it are packed, it and the rest are as they were; "
+            f"leave it out with options={{'skip': [{record.name!r}]}}"
+        ) from error
+    if config.min_sqnr_db is not None and sqnr_db < config.min_sqnr_db:
+        reason = f"SQNR {sqnr_db:.1f} dB is below min_sqnr_db={config.min_sqnr_db:g}"
+        return dataclasses.replace(record, reason=reason, sqnr_db=sqnr_db)
+    new = nn.Parameter(candidate.logical(packed), requires_grad=False)
+    owners.replace(parameter, new)
+    return dataclasses.replace(
+        record,
+        action="packed",
+        group_size=packed.group_size,
+        sqnr_db=sqnr_db,
+        bytes_after=packed.packed_bytes,
+        held_bytes=0,
+        weight_key=id(new),
+    )
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter and not parameter.is_meta

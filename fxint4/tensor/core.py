@@ -1,0 +1,683 @@
+"""The class, and the ways into it and out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxint4._torch import disabled_torch_function, make_wrapper, map_tensors
+from fxint4.blocks import quantized_blocks, write
+from fxint4.config import Int4Config
+from fxint4.errors import PackedFormatError, UnsupportedOpError
+from fxint4.quantize import dequantize, sqnr_db
+from fxint4.tiles import (
+    GROUP_SIZES,
+    INNER_K_TILES,
+    TileShape,
+    choose_shape,
+    pack,
+    pack_scale_and_zero,
+    pad_codes,
+    pad_parameters,
+    unpack,
+    unpack_scale_and_zero,
+)
+
+__all__ = ["NEW_AXIS", "Int4TileTensor", "dequantizing", "implements"]
+
+#: Stands in `Int4TileTensor.axes` for an axis of size 1 that the stored weight does not have.
+NEW_AXIS = -1
+
+#: (start, stop) of runs of stored columns.
+Columns = tuple[tuple[int, int], ...]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+_dequantizing: ContextVar[bool] = ContextVar("fxint4_dequantizing", default=False)
+
+
+def implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function what `Int4TileTensor` does for these aten ops."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _IMPLEMENTATIONS.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+@contextlib.contextmanager
+def dequantizing() -> Iterator[None]:
+    """Within it, an operator that packed weights don't support gets them dequantised instead.
+
+    Each such call makes a whole weight in its logical dtype. Holds for the current thread.
+    """
+    token = _dequantizing.set(True)
+    try:
+        yield
+    finally:
+        _dequantizing.reset(token)
+
+
+class Int4TileTensor(Tensor):
+    """An int4 weight in tensor-core tiles, with the shape and dtype of the weight it stands for.
+
+    The stored weight is ``[N, K]``, or ``[E, N, K]`` with further axes in front; the logical one
+    may be a part of it, and its axes may lie in another order, without anything being copied.
+    Its value is ``(code - 8) * scale + zero``, see docs/layout.md.
+
+    Make one with `from_float`, `from_plain` or `from_tiles`. Inference only: it never requires
+    grad.
+
+    Args:
+        tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
+        scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
+        n: rows, counted from the first stored one.
+        columns: (start, stop) of the runs of stored columns that are the logical ones, in order.
+        group_size: neighbouring stored columns that share a scale and a zero.
+        dtype: what it dequantises to: bfloat16, float16 or float32.
+        axes: for each logical axis the stored axis that it is, or `NEW_AXIS`.
+        is_part: whether what is stored beside the logical part belongs to another tensor.
+    """
+
+    tiles: Tensor
+    scale_and_zero: Tensor
+    n: int
+    columns: Columns
+    group_size: int
+    axes: tuple[int, ...]
+    is_part: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        tiles: Tensor,
+        scale_and_zero: Tensor,
+        n: int,
+        columns: Columns,
+        group_size: int,
+        dtype: torch.dtype,
+        axes: tuple[int, ...],
+        is_part: bool = False,
+    ) -> Int4TileTensor:
+        """Wrap buffers that are known to be right; `from_tiles` checks them."""
+        stored = (*tiles.shape[:-4], n, sum(stop - start for start, stop in columns))
+        strides = [math.prod(stored[axis + 1 :]) for axis in range(len(stored))]
+        size = [1 if axis == NEW_AXIS else stored[axis] for axis in axes]
+        stride = [1 if axis == NEW_AXIS else strides[axis] for axis in axes]
+        return cast("Int4TileTensor", make_wrapper(cls, size, stride, dtype, tiles.device))
+
+    def __init__(
+        self,
+        tiles: Tensor,
+        scale_and_zero: Tensor,
+        n: int,
+        columns: Columns,
+        group_size: int,
+        dtype: torch.dtype,
+        axes: tuple[int, ...],
+        is_part: bool = False,
+    ) -> None:
+        self.tiles = tiles
+        self.scale_and_zero = scale_and_zero
+        self.n = n
+        self.columns = columns
+        self.group_size = group_size
+        self.axes = axes
+        self.is_part = is_part
+
+    # --- ways in ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_float(cls, weight: Tensor, config: Int4Config | None = None) -> Int4TileTensor:
+        """Quantise a weight, round to nearest.
+
+        Args:
+            weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides, finite.
+            config: group_size, inner_k_tiles and method; the defaults where None.
+
+        Raises:
+            ValueError: the weight has another dtype or fewer than two axes, or holds inf or NaN.
+        """
+        return cls.quantized(weight, config)[0]
+
+    @classmethod
+    def from_plain(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        *,
+        group_size: int | None = None,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        inner_k_tiles: int = 8,
+    ) -> Int4TileTensor:
+        """Pack codes and group parameters that were chosen elsewhere, as they are.
+
+        Args:
+            codes: uint8 ``[..., N, K]``, values 0..15.
+            scale: ``[..., N, groups]``, any float dtype; stored rounded to bfloat16.
+            zero: like scale. Of a float dtype, the float zero of ``(code - 8) * scale + zero``;
+                of an integer dtype, the zero point of ``(code - zero_point) * scale``.
+            group_size: 32, 64, 128 or 256; where None, K / groups.
+            shape: logical shape, where codes, scale and zero are padded beyond it.
+            dtype: logical dtype.
+            inner_k_tiles: 2, 4 or 8, an upper bound.
+
+        Raises:
+            ValueError: shapes, dtypes or values that do not fit together.
+        """
+        _check_plain(codes, scale, zero)
+        _check_dtype(dtype)
+        if inner_k_tiles not in INNER_K_TILES:
+            raise ValueError(f"inner_k_tiles is {inner_k_tiles}; it must be one of {INNER_K_TILES}")
+        k_given, groups = codes.shape[-1], scale.shape[-1]
+        if group_size is None:
+            group_size = k_given // max(groups, 1)
+        if group_size not in GROUP_SIZES or -(-k_given // group_size) != groups:
+            raise ValueError(
+                f"codes have {k_given} columns and scale has {groups} groups: with group_size="
+                f"{group_size} (one of {GROUP_SIZES}) there must be columns / group_size of them"
+            )
+        logical = tuple(codes.shape if shape is None else shape)
+        if len(logical) != codes.ndim or logical[:-2] != codes.shape[:-2]:
+            raise ValueError(
+                f"shape is {logical}, codes are {tuple(codes.shape)}: other batch axes"
+            )
+        if not all(0 < want <= have for want, have in zip(logical, codes.shape, strict=True)):
+            raise ValueError(f"shape is {logical}, codes {tuple(codes.shape)} cannot hold it")
+        if not zero.is_floating_point():
+            zero = (8 - zero.to(torch.float32)) * scale.to(torch.float32)
+        scale, zero = scale.to(torch.bfloat16), zero.to(torch.bfloat16)
+        if not bool((scale.isfinite() & zero.isfinite()).all()):
+            raise ValueError("scale or zero holds inf or NaN, or numbers beyond bfloat16")
+        made = cls.of_codes(codes, scale, zero, group_size, inner_k_tiles, dtype)
+        return made.like(n=logical[-2], columns=((0, logical[-1]),))
+
+    @classmethod
+    def from_tiles(
+        cls,
+        tiles: Tensor,
+        scale_and_zero: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Int4TileTensor:
+        """Take buffers in the layout of ``aten._weight_int4pack_mm``, without a copy.
+
+        Args:
+            tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
+            scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``, contiguous, on the same device.
+            shape: logical shape ``[..., N, K]``.
+            dtype: logical dtype.
+
+        Raises:
+            PackedFormatError: buffers of another dtype or layout, or that disagree with each other
+                or with the shape. The op itself would return garbage.
+        """
+        shape = tuple(shape)
+        if len(shape) < 2 or tiles.ndim < 4 or tiles.shape[:-4] != shape[:-2]:
+            raise PackedFormatError(
+                f"shape is {shape} and tiles are {tuple(tiles.shape)}; they must be [..., N, K] "
+                "and [..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]"
+            )
+        groups = scale_and_zero.shape[-3] if scale_and_zero.ndim >= 3 else 0
+        k_padded = tiles.shape[-3] * 32 * tiles.shape[-1]
+        group_size = k_padded // groups if groups else 0
+        metadata = (dtype, shape[-2], ((0, shape[-1]),), group_size, tuple(range(len(shape))), False)
+        return _checked(tiles, scale_and_zero, metadata)
+
+    # --- ways out --------------------------------------------------------------------------------
+
+    def get_plain(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The codes and group parameters, exactly as stored, of the logical part.
+
+        The inverse of `from_plain`, with a float zero.
+
+        Returns:
+            codes: uint8 ``[..., N, K]`` in the order of the stored axes (not transposed).
+            scale, zero: bfloat16 ``[..., N, ceil(K/g)]``. g is `group_size`, except where the
+            logical columns start or are joined in the middle of a group: there it is the largest
+            number that divides every such place, and parameters are repeated.
+        """
+        codes = unpack(self.tiles)[..., : self.n, :]
+        scale, zero = unpack_scale_and_zero(self.scale_and_zero[..., : self.n, :])
+        group = self.plain_group
+        picked = []
+        for part, step, width in ((codes, 1, 1), (scale, group, None), (zero, group, None)):
+            if width is None and group != self.group_size:
+                part = part.repeat_interleave(self.group_size // group, -1)
+            runs = [part[..., start // step : -(-stop // step)] for start, stop in self.columns]
+            picked.append(runs[0].contiguous() if len(runs) == 1 else torch.cat(runs, -1))
+        return picked[0], picked[1], picked[2]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight it stands for, as an ordinary tensor.
+
+        Computed in fp32 and rounded once.
+
+        Args:
+            dtype: of the result; the logical dtype where None.
+
+        Returns:
+            A tensor of the logical shape.
+        """
+        scale, zero = unpack_scale_and_zero(self.scale_and_zero)
+        codes = unpack(self.tiles)
+        # All rows below each other: blocks of them bound the scratch memory.
+        weight = dequantize(
+            codes.flatten(0, -2),
+            scale.flatten(0, -2),
+            zero.flatten(0, -2),
+            self.group_size,
+            dtype or self.dtype,
+            self.columns[-1][1] if len(self.columns) == 1 else None,
+        ).view(*codes.shape[:-1], -1)
+        weight = weight[..., : self.n, :]
+        runs = [weight[..., start:stop] for start, stop in self.columns]
+        weight = runs[0] if len(runs) == 1 else torch.cat(runs, -1)
+        kept = [axis for axis in self.axes if axis != NEW_AXIS]
+        weight = weight.permute(kept)
+        for position, axis in enumerate(self.axes):
+            if axis == NEW_AXIS:
+                weight = weight.unsqueeze(position)
+        return weight.contiguous()
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    @property
+    def inner_k_tiles(self) -> int:
+        """16-wide k tiles that one thread's words hold: 2, 4 or 8."""
+        return 2 * self.tiles.shape[-1]
+
+    @property
+    def batch_axes(self) -> int:
+        """Stored axes in front of N and K."""
+        return self.tiles.ndim - 4
+
+    @property
+    def stored(self) -> TileShape:
+        """The stored shape; its k is the logical number of columns."""
+        *batch, n_tiles, k_tiles, _, words = self.tiles.shape
+        k = sum(stop - start for start, stop in self.columns)
+        padded = (n_tiles * 8, k_tiles * words * 32)
+        return TileShape(self.n, k, self.group_size, 2 * words, *padded, tuple(batch))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the logical columns are one run from the first stored one."""
+        return len(self.columns) == 1 and self.columns[0][0] == 0
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of tiles and scale_and_zero together."""
+        return self.tiles.nbytes + self.scale_and_zero.nbytes
+
+    @property
+    def block_size(self) -> tuple[int, ...]:
+        """How many values along each logical axis share a scale and a zero."""
+        k_axis = self.batch_axes + 1
+        return tuple(self.group_size if axis == k_axis else 1 for axis in self.axes)
+
+    def check(self) -> None:
+        """Raise PackedFormatError where the buffers are not what the ops read."""
+        tiles, parameters, stored = self.tiles, self.scale_and_zero, self.stored
+        if tiles.dtype is not torch.int32 or parameters.dtype is not torch.bfloat16:
+            raise PackedFormatError(
+                f"tiles are {tiles.dtype} and scale_and_zero is {parameters.dtype}; they must be "
+                "torch.int32 and torch.bfloat16"
+            )
+        if not (tiles.is_contiguous() and parameters.is_contiguous()):
+            raise PackedFormatError(
+                "tiles and scale_and_zero must be contiguous; call .contiguous() on them first"
+            )
+        if tiles.device != parameters.device:
+            raise PackedFormatError(
+                f"tiles are on {tiles.device} and scale_and_zero is on {parameters.device}"
+            )
+        if tiles.ndim < 4 or tiles.shape[-2] != 32 or stored.inner_k_tiles not in INNER_K_TILES:
+            raise PackedFormatError(
+                f"tiles have shape {tuple(tiles.shape)}; it must be "
+                "[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]"
+            )
+        wanted = stored.scale_and_zero_shape if self.group_size else ()
+        if (
+            self.group_size not in GROUP_SIZES
+            or stored.k_padded % self.group_size
+            or tuple(parameters.shape) != wanted
+        ):
+            raise PackedFormatError(
+                f"scale_and_zero has shape {tuple(parameters.shape)}; tiles {tuple(tiles.shape)} "
+                f"hold {stored.n_padded} rows of {stored.k_padded} columns, so it must be "
+                f"[..., {stored.k_padded} / group_size, {stored.n_padded}, 2] with group_size one "
+                f"of {GROUP_SIZES}"
+            )
+        edges = [edge for run in self.columns for edge in run]
+        rising = all(a < b for a, b in self.columns) and edges == sorted(edges)
+        inside = bool(edges) and edges[0] >= 0 and edges[-1] <= stored.k_padded
+        if not (0 < stored.n <= stored.n_padded and rising and inside):
+            raise PackedFormatError(
+                f"{stored.n} rows and columns {self.columns} were asked for; the tiles hold "
+                f"{stored.n_padded} rows and {stored.k_padded} columns"
+            )
+        if sorted(axis for axis in self.axes if axis != NEW_AXIS) != list(range(tiles.ndim - 2)):
+            raise PackedFormatError(f"axes {self.axes} are no order of {tiles.ndim - 2} axes")
+        if self.dtype not in _DTYPES:
+            raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {_DTYPES}")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape, group and bytes."""
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device='{self.device}', group_size={self.group_size}, "
+            f"inner_k_tiles={self.inner_k_tiles}, {self.packed_bytes} bytes)"
+        )
+
+    # --- for the views and matmuls ---------------------------------------------------------------
+
+    def like(self, **changes: Any) -> Int4TileTensor:
+        """One that differs in the arguments named."""
+        values = {
+            "tiles": self.tiles,
+            "scale_and_zero": self.scale_and_zero,
+            "n": self.n,
+            "columns": self.columns,
+            "group_size": self.group_size,
+            "dtype": self.dtype,
+            "axes": self.axes,
+            "is_part": self.is_part,
+        }
+        return Int4TileTensor(**{**values, **changes})
+
+    def on_buffers(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Int4TileTensor:
+        """One with a function of the tiles and of scale_and_zero in their place."""
+        return self.like(
+            tiles=function(self.tiles), scale_and_zero=function(self.scale_and_zero), **changes
+        )
+
+    @classmethod
+    def quantized(
+        cls, weight: Tensor, config: Int4Config | None = None
+    ) -> tuple[Int4TileTensor, float]:
+        """`from_float`, and the signal-to-quantisation-noise ratio in dB."""
+        config = config or Int4Config()
+        _check_dtype(weight.dtype)
+        if weight.ndim < 2 or not weight.numel():
+            raise ValueError(
+                f"the weight is {tuple(weight.shape)}; it must be [..., N, K], no axis of it empty"
+            )
+        *batch, n, k = weight.shape
+        shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
+        made = cls.empty(shape, weight.dtype, weight.device)
+        return made, made._quantize(weight)
+
+    @classmethod
+    def empty(cls, shape: TileShape, dtype: torch.dtype, device: torch.device) -> Int4TileTensor:
+        """One whose buffers hold anything."""
+        tiles = torch.empty(shape.tiles_shape, dtype=torch.int32, device=device)
+        parameters = torch.empty(shape.scale_and_zero_shape, dtype=torch.bfloat16, device=device)
+        axes = tuple(range(len(shape.batch) + 2))
+        return cls(tiles, parameters, shape.n, ((0, shape.k),), shape.group_size, dtype, axes)
+
+    def _quantize(self, weight: Tensor) -> float:
+        """Write over contiguous buffers; the signal-to-quantisation-noise ratio in dB.
+
+        weight: float ``[..., N, K]`` in the order of the stored axes.
+        """
+        shape = self.stored
+        tiles, parameters, weight = self.tiles, self.scale_and_zero, weight.detach()
+        if shape.batch:
+            weight = weight.reshape(-1, *weight.shape[-2:])
+            tiles = tiles.view(-1, *tiles.shape[-4:])
+            parameters = parameters.view(-1, *parameters.shape[-3:])
+        signal = noise = 0.0
+        for block in quantized_blocks(weight, shape):
+            write(
+                tiles, parameters, block, shape, partial(pack, inner_k_tiles=shape.inner_k_tiles), 8
+            )
+            signal += block.signal
+            noise += block.noise
+        return sqnr_db(signal, noise)
+
+    @classmethod
+    def of_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        group_size: int,
+        inner_k_tiles: int,
+        dtype: torch.dtype,
+    ) -> Int4TileTensor:
+        """`from_plain` with a float zero, of arguments that are known to be right."""
+        *batch, n, k = codes.shape
+        k_padded = scale.shape[-1] * group_size
+        inner = max(i for i in INNER_K_TILES if i <= inner_k_tiles and k_padded % (16 * i) == 0)
+        shape = TileShape(n, k, group_size, inner, -(-n // 8) * 8, k_padded, tuple(batch))
+        return cls(
+            pack(pad_codes(codes, shape), inner),
+            pack_scale_and_zero(*pad_parameters(scale, zero, shape.n_padded)),
+            n,
+            ((0, k),),
+            group_size,
+            dtype,
+            tuple(range(codes.ndim)),
+        )
+
+    def copy_from(self, other: Tensor) -> None:
+        """`copy_`: the same values in the same buffers; a float tensor is quantised again.
+
+        Raises:
+            ValueError: shapes differ, both are packed but differently, or `other` holds inf or NaN
+                or no floats. Then nothing is changed.
+        """
+        if other.shape != self.shape:
+            raise ValueError(
+                f"cannot copy {other.dtype} {tuple(other.shape)} into {self!r}: shapes differ"
+            )
+        packed = isinstance(other, Int4TileTensor)
+        if not (packed or other.is_floating_point()):
+            raise ValueError(f"cannot copy {other.dtype} {tuple(other.shape)} into {self!r}")
+        stored = self.stored
+        exact = (stored.n, stored.k) == (stored.n_padded, stored.k_padded)
+        if self.is_part and not exact:
+            raise ValueError(
+                f"cannot copy {other.dtype} {tuple(other.shape)} into a part of a packed weight, "
+                f"{self!r}: the tiles at its edge hold more than it; copy into the whole weight, "
+                "or into a clone of the part"
+            )
+        if isinstance(other, Int4TileTensor):
+            if other.metadata[1:-1] != self.metadata[1:-1] or other.stored != stored:
+                raise ValueError(
+                    f"cannot copy {other!r} into {self!r}: they are packed differently; copy "
+                    "other.dequantize() to quantise it again, or assign the tensor itself"
+                )
+            self.tiles.copy_(other.tiles)
+            self.scale_and_zero.copy_(other.scale_and_zero)
+            return
+        if not self.is_whole:
+            raise ValueError(
+                f"cannot quantise {other.dtype} {tuple(other.shape)} into {self!r}, whose columns "
+                "lie apart; assign Int4TileTensor.from_float(other) instead"
+            )
+        for position in reversed([p for p, axis in enumerate(self.axes) if axis == NEW_AXIS]):
+            other = other.squeeze(position)
+        kept = [axis for axis in self.axes if axis != NEW_AXIS]
+        other = other.permute([kept.index(axis) for axis in range(len(kept))])
+        # Made in full before anything is written: the last block may hold the only NaN.
+        made = Int4TileTensor.empty(stored, self.dtype, other.device)
+        made._quantize(other)
+        self.tiles.copy_(made.tiles)
+        self.scale_and_zero.copy_(made.scale_and_zero)
+
+    @property
+    def plain_group(self) -> int:
+        """Columns that share parameters in `get_plain`, which see."""
+        places = [start for start, _ in self.columns]
+        places += [stop for _, stop in self.columns[:-1]]
+        return math.gcd(self.group_size, *places)
+
+    # --- for PyTorch -----------------------------------------------------------------------------
+
+    @property
+    def metadata(self) -> tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]:
+        """What it is beside its buffers: dtype, n, columns, group_size, axes, is_part."""
+        return (self.dtype, self.n, self.columns, self.group_size, self.axes, self.is_part)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """For torch.compile and torch.export."""
+        return ["tiles", "scale_and_zero"], self.metadata
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], metadata: Any, outer_size: Any, outer_stride: Any
+    ) -> Int4TileTensor:
+        """The inverse of `__tensor_flatten__`."""
+        dtype, n, columns, group_size, axes, is_part = metadata
+        return Int4TileTensor(
+            inner["tiles"], inner["scale_and_zero"], n, columns, group_size, dtype, axes, is_part
+        )
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled code may depend on, for AOTAutograd's cache."""
+        described = (self.metadata, tuple(self.tiles.shape), str(self.device))
+        return hashlib.sha256(repr(described).encode()).hexdigest()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For torch.save and pickle."""
+        is_parameter = isinstance(self, nn.Parameter)
+        # Contiguous, as `check` wants them of a file; a part of a weight may not be.
+        buffers = (self.tiles.contiguous(), self.scale_and_zero.contiguous())
+        return _rebuild, (*buffers, self.metadata, is_parameter)
+
+    def requires_grad_(self, mode: bool = True) -> Int4TileTensor:
+        """Do nothing: there is no gradient for an int4 weight.
+
+        Not an error, as `nn.Parameter(weight)` and ``load_state_dict(..., assign=True)`` ask for
+        one without meaning it.
+        """
+        return self
+
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an aten op: see `implements`."""
+        kwargs = kwargs or {}
+        function = _IMPLEMENTATIONS.get(func)
+        if function is not None:
+            result = function(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if not _dequantizing.get() or _writes_packed(func, args, kwargs):
+            raise UnsupportedOpError(_unsupported(func, (args, kwargs)))
+        args, kwargs = map_tensors(
+            lambda value: value.dequantize() if isinstance(value, Int4TileTensor) else value,
+            (args, kwargs),
+        )
+        return func(*args, **kwargs)
+
+
+def _checked(tiles: Tensor, scale_and_zero: Tensor, metadata: Any) -> Int4TileTensor:
+    """One of buffers and metadata that may be anything; PackedFormatError where they are wrong."""
+    try:
+        dtype, n, columns, group_size, axes, is_part = metadata
+        made = Int4TileTensor(
+            tiles,
+            scale_and_zero,
+            int(n),
+            tuple((int(start), int(stop)) for start, stop in columns),
+            int(group_size),
+            dtype,
+            tuple(int(axis) for axis in axes),
+            bool(is_part),
+        )
+        made.check()
+    except PackedFormatError:
+        raise
+    except Exception as error:
+        raise PackedFormatError(
+            f"this is no packed weight: {type(error).__name__}: {error}"
+        ) from error
+    return made
+
+
+def _rebuild(
+    tiles: Tensor, scale_and_zero: Tensor, metadata: Any, is_parameter: bool
+) -> Int4TileTensor:
+    """What `torch.load` calls; it trusts nothing in the file."""
+    made = _checked(tiles, scale_and_zero, metadata)
+    return nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+
+def _writes_packed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an op writes to a packed weight: into a dequantised copy, that would be lost."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    given.update(kwargs)
+    return any(
+        _packed_in(given.get(argument.name))
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _packed_in(tree: Any) -> list[Int4TileTensor]:
+    return [value for value in _tensors_in(tree) if isinstance(value, Int4TileTensor)]
+
+
+def _tensors_in(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(found.append, tree)
+    return found
+
+
+def _unsupported(func: Any, operands: Any) -> str:
+    shapes = ", ".join(
+        f"{'packed ' * isinstance(value, Int4TileTensor)}{value.dtype} {tuple(value.shape)}"
+        for value in _tensors_in(operands)
+    )
+    known = sorted({op.overloadpacket.__name__ for op in _IMPLEMENTATIONS})
+    return (
+        f"{func} is not supported for packed int4 weights (here {shapes}). Supported: "
+        f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within "
+        "`with fxint4.dequantizing():` where it does not write to the weight"
+    )
+
+
+def _check_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}; it must be one of {_DTYPES}")
+    return dtype
+
+
+def _check_plain(codes: Tensor, scale: Tensor, zero: Tensor) -> None:
+    if codes.dtype is not torch.uint8 or codes.ndim < 2 or 0 in codes.shape:
+        raise ValueError(
+            f"codes are {codes.dtype} {tuple(codes.shape)}; they must be torch.uint8 [..., N, K]"
+        )
+    if not scale.is_floating_point() or scale.shape[:-1] != codes.shape[:-1]:
+        raise ValueError(
+            f"scale is {scale.dtype} {tuple(scale.shape)} and codes are {tuple(codes.shape)}; "
+            "scale must be float [..., N, groups]"
+        )
+    if zero.shape != scale.shape:
+        raise ValueError(f"scale is {tuple(scale.shape)} and zero {tuple(zero.shape)}")
+    if not codes.device == scale.device == zero.device:
+        raise ValueError(
+            f"codes, scale and zero are on {codes.device}, {scale.device} and {zero.device}"
+        )
+    if int(codes.max()) > 15:
+        raise ValueError(f"codes go up to {int(codes.max())}; they must be in 0..15")

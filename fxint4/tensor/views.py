@@ -1,0 +1,600 @@
+"""Operators that keep a weight packed: parts of it, its axes, its dtype and its device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import functional as F
+
+from fxint4._torch import aten
+from fxint4.tensor.core import NEW_AXIS, Columns, Int4TileTensor, implements
+from fxint4.tiles import PAD_CODE, pack, unpack
+
+__all__: list[str] = []
+
+#: A word of tiles that holds eight `PAD_CODE`s, as a signed number.
+_PAD_WORD = sum(PAD_CODE << 4 * place for place in range(8)) - 2**32
+
+
+def _wrapped(dim: int, ndim: int) -> int:
+    """An axis counted from the front; IndexError where there is none."""
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"axis {dim} is none of the weight's {ndim}")
+    return dim % ndim
+
+
+# --- copies and conversions ----------------------------------------------------------------------
+
+
+@implements(aten.detach.default, aten.alias.default)
+def _alias(weight: Int4TileTensor) -> Int4TileTensor:
+    return weight.on_buffers(Tensor.detach)
+
+
+@implements(aten.clone.default)
+def _clone(weight: Int4TileTensor, *, memory_format: Any = None) -> Int4TileTensor:
+    return weight.on_buffers(lambda buffer: buffer.clone(memory_format=torch.contiguous_format), is_part=False)
+
+
+@implements(aten.empty_like.default)
+def _empty_like(
+    weight: Int4TileTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    layout: Any = None,
+    pin_memory: bool | None = None,
+    memory_format: Any = None,
+) -> Any:
+    if dtype not in (None, weight.dtype):
+        return NotImplemented
+    return weight.on_buffers(lambda buffer: torch.empty_like(buffer, device=device), is_part=False)
+
+
+@implements(aten.copy_.default)
+def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(target, Int4TileTensor):
+        return NotImplemented
+    target.copy_from(source)
+    # Below autograd, where this runs, in-place ops leave the version as it is; what is made of
+    # these buffers (the CPU op's bytes) is known by it.
+    buffers = (target.tiles, target.scale_and_zero)
+    increment_version([buffer for buffer in buffers if not buffer.is_inference()])
+    return target
+
+
+@implements(aten._to_copy.default)
+def _to_copy(
+    weight: Int4TileTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: Any = None,
+) -> Any:
+    dtype = dtype or weight.dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return NotImplemented
+    # The tiles are the same on every device; only what a CPU op reads is made on the machine.
+    return weight.on_buffers(
+        lambda buffer: buffer.to(device, non_blocking=non_blocking, copy=True), dtype=dtype, is_part=False
+    )
+
+
+@implements(aten.equal.default)
+def _equal(left: Any, right: Any) -> Any:
+    if not (isinstance(left, Int4TileTensor) and isinstance(right, Int4TileTensor)):
+        return NotImplemented
+    same = (left.shape, left.dtype, left.axes) == (right.shape, right.dtype, right.axes)
+    if not same or left.plain_group != right.plain_group:
+        return NotImplemented
+    return all(torch.equal(a, b) for a, b in zip(left.get_plain(), right.get_plain(), strict=True))
+
+
+# --- axes ----------------------------------------------------------------------------------------
+
+
+@implements(aten.t.default)
+def _t(weight: Int4TileTensor) -> Int4TileTensor:
+    if weight.ndim > 2:
+        raise ValueError(f"t() takes a matrix, the packed weight is {tuple(weight.shape)}")
+    return weight.like(axes=weight.axes[::-1])
+
+
+@implements(aten.transpose.int)
+def _transpose(weight: Int4TileTensor, first: int, second: int) -> Int4TileTensor:
+    axes = list(weight.axes)
+    axes[first], axes[second] = axes[second], axes[first]
+    return weight.like(axes=tuple(axes))
+
+
+@implements(aten.permute.default)
+def _permute(weight: Int4TileTensor, order: Sequence[int]) -> Int4TileTensor:
+    order = [_wrapped(dim, weight.ndim) for dim in order]
+    if sorted(order) != list(range(weight.ndim)):
+        raise ValueError(f"{order} is no order of the axes of {tuple(weight.shape)}")
+    return weight.like(axes=tuple(weight.axes[axis] for axis in order))
+
+
+@implements(aten.unsqueeze.default)
+def _unsqueeze(weight: Int4TileTensor, dim: int) -> Int4TileTensor:
+    dim = _wrapped(dim, weight.ndim + 1)
+    return weight.like(axes=(*weight.axes[:dim], NEW_AXIS, *weight.axes[dim:]))
+
+
+@implements(aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(weight: Int4TileTensor, dims: int | Sequence[int]) -> Any:
+    chosen = {_wrapped(dim, weight.ndim) for dim in ([dims] if isinstance(dims, int) else dims)}
+    return _view(weight, [n for dim, n in enumerate(weight.shape) if n != 1 or dim not in chosen])
+
+
+@implements(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+def _view(weight: Int4TileTensor, size: Sequence[int]) -> Any:
+    """Axes of size 1 come and go, axes in front of N and K are split and joined.
+
+    Where these are joined with N, the rows of all matrices are put below each other, a copy.
+    """
+    wanted = list(size)
+    if wanted.count(-1) == 1:
+        wanted[wanted.index(-1)] = weight.numel() // -math.prod(wanted)
+    if math.prod(wanted) != weight.numel():
+        raise ValueError(f"shape {list(size)} is invalid for a weight of {tuple(weight.shape)}")
+    weight = _with_batch_in_order(weight)
+    # Between N and K, which stay as they are, lie runs of other axes: match run by run.
+    batch: dict[int, Sequence[int]] = dict.fromkeys(range(weight.batch_axes), ())
+    axes: list[int] = []
+    at = 0
+    for run, matrix_axis in _runs(weight):
+        count = math.prod(weight.shape[dim] for dim in run)
+        start = at
+        if matrix_axis is None:
+            at = len(wanted)
+        else:
+            n = weight.shape[matrix_axis]
+            while at < len(wanted) and (math.prod(wanted[start:at]), wanted[at]) != (count, n):
+                at += 1
+        if at == len(wanted) and (matrix_axis is not None or math.prod(wanted[start:]) != count):
+            return _view_of_joined_rows(weight, wanted)
+        stored = [weight.axes[dim] for dim in run if weight.axes[dim] != NEW_AXIS]
+        if stored:
+            batch[stored[0]] = wanted[start:at]
+        # Numbered below, once it is known how many stored axes there are.
+        axes += [stored[0] if stored else NEW_AXIS] * (at - start)
+        if matrix_axis is not None:
+            axes.append(weight.axes[matrix_axis])
+            at += 1
+    return _with_batch(weight, [batch[axis] for axis in sorted(batch)], axes)
+
+
+def _runs(weight: Int4TileTensor) -> list[tuple[list[int], int | None]]:
+    """Logical axes other than N and K up to each of these two, and those behind the last."""
+    runs: list[tuple[list[int], int | None]] = []
+    run: list[int] = []
+    for dim, axis in enumerate(weight.axes):
+        if axis < weight.batch_axes:
+            run.append(dim)
+        else:
+            runs.append((run, dim))
+            run = []
+    return [*runs, (run, None)]
+
+
+def _with_batch_in_order(weight: Int4TileTensor) -> Int4TileTensor:
+    """The same with the batch axes stored in the order that they have in the logical shape."""
+    order = [axis for axis in weight.axes if 0 <= axis < weight.batch_axes]
+    axes = [order.index(axis) if axis in order else axis for axis in weight.axes]
+    return weight.on_buffers(
+        lambda buffer: buffer.permute(*order, *range(len(order), buffer.ndim)), axes=tuple(axes)
+    )
+
+
+def _with_batch(
+    weight: Int4TileTensor, sizes: Sequence[Sequence[int]], axes: Sequence[int]
+) -> Int4TileTensor:
+    """Stored batch axes split or joined.
+
+    Args:
+        weight: what has them.
+        sizes: for each stored batch axis what it becomes; nothing where it joins the one before.
+        axes: for each logical axis the old number of its stored one, repeated where that is split.
+    """
+    new = [n for axis in sizes for n in axis]
+    firsts = [sum(map(len, sizes[:axis])) for axis in range(len(sizes) + 1)]
+    shift = len(new) - len(sizes)
+    renumbered = []
+    seen: dict[int, int] = {}
+    for axis in axes:
+        if axis == NEW_AXIS:
+            renumbered.append(axis)
+        elif axis >= len(sizes):
+            renumbered.append(axis + shift)
+        else:
+            renumbered.append(firsts[axis] + seen.get(axis, 0))
+            seen[axis] = seen.get(axis, 0) + 1
+    ndim = len(sizes)
+    return weight.on_buffers(
+        lambda buffer: buffer.reshape(*new, *buffer.shape[ndim:]), axes=tuple(renumbered)
+    )
+
+
+def _view_of_joined_rows(weight: Int4TileTensor, size: Sequence[int]) -> Any:
+    """A view of ``[E*N, K]`` for that of ``[E, N, K]``, where N follows E."""
+    stored = [axis for axis in weight.axes if axis != NEW_AXIS]
+    if weight.batch_axes != 1 or stored.index(0) + 1 != stored.index(1):
+        return NotImplemented
+    dim = weight.axes.index(0)
+    joined = _cat_rows([_select(weight, dim, index) for index in range(weight.shape[dim])])
+    return _view(joined, size)
+
+
+@implements(aten.expand.default)
+def _expand(weight: Int4TileTensor, size: Sequence[int], *, implicit: bool = False) -> Any:
+    """Repeat along axes of size 1 that are not N or K; they are stored with stride 0."""
+    while weight.ndim < len(size):
+        weight = _unsqueeze(weight, 0)
+    for dim, n in reversed(list(enumerate(size))):
+        if n in (-1, weight.shape[dim]):
+            continue
+        if weight.axes[dim] == NEW_AXIS:
+            weight = _with_new_axis_stored(weight, dim)
+        axis = weight.axes[dim]
+        if axis >= weight.batch_axes or weight.shape[dim] != 1:
+            return NotImplemented
+        sizes = [n if a == axis else -1 for a in range(weight.batch_axes)]
+        weight = weight.like(
+            tiles=weight.tiles.expand(*sizes, -1, -1, -1, -1),
+            scale_and_zero=weight.scale_and_zero.expand(*sizes, -1, -1, -1),
+        )
+    return weight.like()
+
+
+def _with_new_axis_stored(weight: Int4TileTensor, dim: int) -> Int4TileTensor:
+    """The same with a `NEW_AXIS` as the first stored one."""
+    axes = [axis if axis == NEW_AXIS else axis + 1 for axis in weight.axes]
+    axes[dim] = 0
+    return weight.on_buffers(lambda buffer: buffer.unsqueeze(0), axes=tuple(axes))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+@implements(aten.slice.Tensor)
+def _slice(
+    weight: Int4TileTensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Any:
+    dim = _wrapped(dim, weight.ndim)
+    size = weight.shape[dim]
+    start, end, step = slice(start, end, step).indices(size)
+    if start >= end:
+        return NotImplemented
+    if (start, end, step) == (0, size, 1):
+        return _alias(weight)
+    axis = weight.axes[dim]
+    if axis == NEW_AXIS:
+        return NotImplemented
+    if axis < weight.batch_axes:
+        return weight.on_buffers(lambda buffer: aten.slice(buffer, axis, start, end, step))
+    if not _is_n(weight, dim):
+        return _slice_columns(weight, start, end) if step == 1 else NotImplemented
+    if step == 1 and start % 8 == 0:
+        return _slice_rows(weight, start, end)
+    return _rows(weight, torch.arange(start, end, step))
+
+
+def _is_n(weight: Int4TileTensor, dim: int) -> bool:
+    return weight.axes[dim] == weight.batch_axes
+
+
+def _slice_rows(weight: Int4TileTensor, start: int, end: int) -> Int4TileTensor:
+    """A view of the tiles that hold the rows; start is a multiple of 8."""
+    stop = -(-end // 8) * 8
+    return weight.like(
+        tiles=weight.tiles[..., start // 8 : stop // 8, :, :, :],
+        scale_and_zero=weight.scale_and_zero[..., start:stop, :],
+        n=end - start,
+        is_part=True,
+    )
+
+
+def _rows(weight: Int4TileTensor, rows: Tensor) -> Any:
+    """Rows in any order, a copy. Only theirs of the words are read.
+
+    rows: int32 or int64 ``[R]``, none negative; one beyond the end raises, as in index_select.
+    """
+    if not len(rows):
+        return NotImplemented
+    rows = rows.to(weight.device)
+    # First, as it looks whether there are such rows.
+    parameters = weight.scale_and_zero[..., : weight.n, :].index_select(-2, rows)
+    tile = rows // 8
+    return _of_words(weight, _words(weight)[..., tile, rows - 8 * tile, :, :, :], parameters)
+
+
+def _words(weight: Int4TileTensor) -> Tensor:
+    """A view of the tiles by row: ``[..., N/8, 8, K/(16*inner_k_tiles), 4, inner_k_tiles/2]``.
+
+    Word t of a tile belongs to row t // 4, see `fxint4.tiles`.
+    """
+    *lead, _, per_word = weight.tiles.shape
+    return weight.tiles.view(*lead, 8, 4, per_word).transpose(-4, -3)
+
+
+def _of_words(weight: Int4TileTensor, words: Tensor, scale_and_zero: Tensor) -> Int4TileTensor:
+    """A weight like this one with other rows: the inverse of `_words`, any number of rows.
+
+    words: int32 ``[..., N, K/(16*inner_k_tiles), 4, inner_k_tiles/2]``.
+    scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
+    """
+    n = words.shape[-4]
+    more = -n % 8
+    words = F.pad(words, (0, 0, 0, 0, 0, 0, 0, more), value=_PAD_WORD)
+    *batch, rows, k_tiles, _, per_word = words.shape
+    tiles = words.reshape(*batch, rows // 8, 8, k_tiles, 4, per_word).transpose(-4, -3)
+    parameters = F.pad(scale_and_zero, (0, 0, 0, more))
+    return weight.like(tiles=tiles.flatten(-3, -2), scale_and_zero=parameters.contiguous(), n=n, is_part=False)
+
+
+def _slice_columns(weight: Int4TileTensor, start: int, end: int) -> Int4TileTensor:
+    """A view of the tiles and groups that hold the columns."""
+    columns: list[tuple[int, int]] = []
+    seen = 0
+    for first, last in weight.columns:
+        low, high = max(start - seen, 0), min(end - seen, last - first)
+        if low < high:
+            columns.append((first + low, first + high))
+        seen += last - first
+    return _trimmed(weight, tuple(columns))
+
+
+def _trimmed(weight: Int4TileTensor, columns: Columns) -> Int4TileTensor:
+    """Only the tiles and groups that hold these columns."""
+    span = 16 * weight.inner_k_tiles
+    unit = math.lcm(span, weight.group_size)
+    low = columns[0][0] // unit * unit
+    high = -(-columns[-1][1] // unit) * unit
+    return weight.like(
+        tiles=weight.tiles[..., low // span : high // span, :, :],
+        scale_and_zero=weight.scale_and_zero[
+            ..., low // weight.group_size : high // weight.group_size, :, :
+        ],
+        columns=tuple((start - low, stop - low) for start, stop in columns),
+        is_part=True,
+    )
+
+
+@implements(aten.select.int)
+def _select(weight: Int4TileTensor, dim: int, index: int) -> Any:
+    dim = _wrapped(dim, weight.ndim)
+    size = weight.shape[dim]
+    if not -size <= index < size:
+        raise IndexError(f"index {index} is beyond axis {dim} of size {size}")
+    axis = weight.axes[dim]
+    axes = tuple(a - (a > axis >= 0) for d, a in enumerate(weight.axes) if d != dim)
+    if axis == NEW_AXIS:
+        return weight.like(axes=axes)
+    if axis < weight.batch_axes:
+        return weight.on_buffers(lambda buffer: buffer.select(axis, index), axes=axes)
+    # A single row or column has no tiles.
+    index = index % size
+    return _slice(weight, dim, index, index + 1).dequantize().squeeze(dim)
+
+
+@implements(aten.unbind.int)
+def _unbind(weight: Int4TileTensor, dim: int = 0) -> list[Any]:
+    return [_select(weight, dim, index) for index in range(weight.shape[dim])]
+
+
+@implements(aten.split.Tensor)
+def _split(weight: Int4TileTensor, size: int, dim: int = 0) -> list[Any]:
+    whole = weight.shape[dim]
+    return [_slice(weight, dim, start, start + size) for start in range(0, whole, size)]
+
+
+@implements(aten.split_with_sizes.default)
+def _split_with_sizes(weight: Int4TileTensor, sizes: Sequence[int], dim: int = 0) -> Any:
+    if min(sizes) < 0 or sum(sizes) != weight.shape[dim]:
+        raise ValueError(f"{list(sizes)} do not add up to axis {dim} of {tuple(weight.shape)}")
+    if 0 in sizes:
+        return NotImplemented
+    ends = [sum(sizes[: count + 1]) for count in range(len(sizes))]
+    return [_slice(weight, dim, start, end) for start, end in pairwise([0, *ends])]
+
+
+@implements(aten.index_select.default)
+def _index_select(weight: Int4TileTensor, dim: int, index: Tensor) -> Any:
+    axis = weight.axes[dim]
+    if axis == NEW_AXIS or index.ndim != 1:
+        return NotImplemented
+    if axis < weight.batch_axes:
+        return weight.on_buffers(lambda buffer: buffer.index_select(axis, index))
+    return _rows(weight, index) if _is_n(weight, dim) else NotImplemented
+
+
+@implements(aten.index.Tensor)
+def _index(weight: Int4TileTensor, indices: Sequence[Tensor | None]) -> Any:
+    chosen = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(chosen) != 1:
+        return NotImplemented
+    dim, index = chosen[0]
+    axis = weight.axes[dim]
+    size = weight.shape[dim]
+    if axis == NEW_AXIS or index.dtype not in (torch.bool, torch.int32, torch.int64):
+        return NotImplemented
+    if index.dtype is torch.bool:
+        if index.ndim != 1:
+            return NotImplemented
+        if len(index) != size:
+            raise IndexError(f"a mask of {len(index)} values for axis {dim} of size {size}")
+        index = index.nonzero().flatten()
+    if index.ndim == 0:
+        picked = _index(weight, [*[None] * dim, index.reshape(1)])
+        return picked if picked is NotImplemented else _select(picked, dim, 0)
+    if axis < weight.batch_axes:
+        # One gather of each buffer: an index beyond the end raises as it does for any tensor.
+        where = [None] * axis + [index.flatten()]
+        picked = weight.on_buffers(lambda buffer: aten.index.Tensor(buffer, where))
+        shape = (*weight.shape[:dim], *index.shape, *weight.shape[dim + 1 :])
+        return picked if index.ndim == 1 else _view(picked, shape)
+    if not _is_n(weight, dim) or index.ndim > 1:
+        return NotImplemented
+    return _rows(weight, torch.where(index < 0, index + size, index))
+
+
+@implements(aten.embedding.default)
+def _embedding(
+    weight: Int4TileTensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """The rows looked up, dequantised: no others are."""
+    if weight.axes != (0, 1):
+        return NotImplemented
+    if not indices.numel():
+        return indices.new_empty((*indices.shape, weight.shape[1]), dtype=weight.dtype)
+    return _rows(weight, indices.flatten()).dequantize().view(*indices.shape, -1)
+
+
+# --- joining -------------------------------------------------------------------------------------
+
+
+@implements(aten.cat.default)
+def _cat(weights: Sequence[Tensor], dim: int = 0) -> Any:
+    packed = [weight for weight in weights if isinstance(weight, Int4TileTensor)]
+    if len(packed) != len(weights):
+        return NotImplemented
+    first = packed[0]
+    dim = _wrapped(dim, first.ndim)
+    if any(weight.axes != first.axes for weight in packed):
+        return NotImplemented
+    for weight in packed[1:]:
+        if len(weight.shape) != len(first.shape) or any(
+            have != want
+            for d, (have, want) in enumerate(zip(weight.shape, first.shape, strict=True))
+            if d != dim
+        ):
+            shapes = ", ".join(str(tuple(weight.shape)) for weight in packed)
+            raise ValueError(f"cannot join {shapes} along axis {dim}: other axes differ")
+    if len({weight.dtype for weight in packed}) > 1:
+        return NotImplemented
+    if first.axes[dim] == NEW_AXIS:
+        packed = [_with_new_axis_stored(weight, dim) for weight in packed]
+    axis = packed[0].axes[dim]
+    # More rows of pad than tiles need would differ from one weight to the next.
+    packed = [_slice_rows(weight, 0, weight.n) for weight in packed]
+    if axis == packed[0].batch_axes + 1:
+        return _cat_columns(packed)
+    packed = _with_equal_columns(packed)
+    if not packed:
+        return NotImplemented
+    return _cat_rows(packed) if axis == packed[0].batch_axes else _cat_batch(packed, axis)
+
+
+@implements(aten.stack.default)
+def _stack(weights: Sequence[Tensor], dim: int = 0) -> Any:
+    if not all(isinstance(weight, Int4TileTensor) for weight in weights):
+        return NotImplemented
+    return _cat([weight.unsqueeze(dim) for weight in weights], dim)
+
+
+def _cat_columns(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
+    """Stored columns side by side, pads included: which of them are meant, `columns` says."""
+    packed = _with_equal_units(packed)
+    columns: list[tuple[int, int]] = []
+    before = 0
+    for weight in packed:
+        for start, stop in weight.columns:
+            if columns and columns[-1][1] == before + start:
+                columns[-1] = (columns[-1][0], before + stop)
+            else:
+                columns.append((before + start, before + stop))
+        before += weight.stored.k_padded
+    return packed[0].like(
+        tiles=torch.cat([weight.tiles for weight in packed], -3),
+        scale_and_zero=torch.cat([weight.scale_and_zero for weight in packed], -3),
+        columns=tuple(columns),
+        is_part=False,
+    )
+
+
+def _cat_rows(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
+    """Rows below each other, of weights whose columns are stored at the same places."""
+    parts = [weight.scale_and_zero[..., : weight.n, :] for weight in packed]
+    words = [_words(weight).flatten(-5, -4)[..., : weight.n, :, :, :] for weight in packed]
+    return _of_words(packed[0], torch.cat(words, -4), torch.cat(parts, -2))
+
+
+def _cat_batch(packed: Sequence[Int4TileTensor], axis: int) -> Int4TileTensor:
+    return packed[0].like(
+        tiles=torch.cat([weight.tiles for weight in packed], axis),
+        scale_and_zero=torch.cat([weight.scale_and_zero for weight in packed], axis),
+        is_part=False,
+    )
+
+
+def _with_equal_units(packed: Sequence[Int4TileTensor]) -> list[Int4TileTensor]:
+    """The same values with one group_size and inner_k_tiles for all: the largest that serves."""
+    group = math.gcd(*(weight.group_size for weight in packed))
+    inner = min(weight.inner_k_tiles for weight in packed)
+    made = []
+    for weight in packed:
+        if weight.group_size != group:
+            times = weight.group_size // group
+            repeated = weight.scale_and_zero.repeat_interleave(times, -3)
+            weight = weight.like(scale_and_zero=repeated, group_size=group)
+        if weight.inner_k_tiles != inner:
+            weight = weight.like(tiles=pack(unpack(weight.tiles), inner))
+        made.append(weight)
+    return made
+
+
+def _with_equal_columns(packed: Sequence[Int4TileTensor]) -> list[Int4TileTensor]:
+    """The same values, their columns stored at the same places; empty where no group allows it."""
+    packed = _with_equal_units(packed)
+    stored = {(weight.columns, weight.stored.k_padded) for weight in packed}
+    if len(stored) == 1:
+        return packed
+    compacted = [_compacted(weight) for weight in packed]
+    packed = _with_equal_units([weight for weight in compacted if weight is not None])
+    if len(packed) < len(compacted):
+        return []
+    widest = max(weight.stored.k_padded for weight in packed)
+    return [_widened(weight, widest) for weight in packed]
+
+
+def _compacted(weight: Int4TileTensor) -> Int4TileTensor | None:
+    """The same values with the logical columns stored as one run from 0, where groups allow it."""
+    if weight.is_whole:
+        return weight
+    group = weight.plain_group
+    if group < 32:
+        return None
+    plain = weight.get_plain()
+    made = Int4TileTensor.of_codes(*plain, group, weight.inner_k_tiles, weight.dtype)
+    return made.like(axes=weight.axes)
+
+
+def _widened(weight: Int4TileTensor, k_padded: int) -> Int4TileTensor:
+    """The same values with more stored columns, all of them pad."""
+    more = k_padded - weight.stored.k_padded
+    if not more:
+        return weight
+    codes = F.pad(unpack(weight.tiles), (0, more), value=PAD_CODE)
+    groups = more // weight.group_size
+    return weight.like(
+        tiles=pack(codes, weight.inner_k_tiles),
+        scale_and_zero=F.pad(weight.scale_and_zero, (0, 0, 0, 0, 0, groups)),
+    )
