@@ -1,6 +1,6 @@
 """int4 weight-only inference for any PyTorch model: `torch.compile(model, backend="int4tile")`."""
 
-from fxint4 import ops as _ops  # registers torch.ops.fxint4
+from fxint4 import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
 from fxint4.backend import explain, last_report
 from fxint4.config import Int4Config
 from fxint4.errors import (
@@ -13,6 +13,7 @@ from fxint4.errors import (
 )
 from fxint4.pack import pack_
 from fxint4.report import Record, Report
+from fxint4.saving import load_file, save_file
 from fxint4.tensor import Int4TileTensor, dequantizing
 
 __version__ = "0.1.0"
@@ -31,5 +32,7 @@ __all__ = [
     "dequantizing",
     "explain",
     "last_report",
+    "load_file",
     "pack_",
+    "save_file",
 ]

@@ -14,7 +14,13 @@ from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.constants import Constants, Standing
 from fxint4.errors import Int4Error, TrainingError
-from fxint4.names import Inputs, layer_name, names_in_call, parameters_in_call
+from fxint4.names import (
+    Inputs,
+    layer_name,
+    names_in_call,
+    outermost_in_call,
+    parameters_in_call,
+)
 from fxint4.packing import Candidate, Owners, from_graph, from_modules, replace_parameters
 from fxint4.passes import (
     DECOMPOSITIONS,
@@ -227,7 +233,9 @@ class _Analysis:
 
 def _free(analysis: _Analysis, inputs: Inputs, config: Int4Config) -> bool:
     """Pack what this graph and the modules around it multiply by; whether there was any."""
-    owners = Owners({name: module for name, module in inputs.outermost_modules.items()})
+    modules = outermost_in_call(inputs.outermost_modules.values())
+    names = {id(module): name for name, module in inputs.outermost_modules.items()}
+    owners = Owners((names.get(id(module), ""), module) for module in modules)
     found = {id(candidate.parameter): candidate for candidate in from_modules(owners, config)}
     for candidate in analysis.candidates():
         if id(candidate.parameter) in owners.parameters:

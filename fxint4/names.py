@@ -13,7 +13,13 @@ from torch import Tensor, fx, nn
 from fxint4._torch import frame_scope, source_name
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["Inputs", "layer_name", "names_in_call", "parameters_in_call"]
+__all__ = [
+    "Inputs",
+    "layer_name",
+    "names_in_call",
+    "outermost_in_call",
+    "parameters_in_call",
+]
 
 _STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
 _LOCAL_ROOT = re.compile(r"L\['(?P<name>[^']*)'\]")
@@ -161,6 +167,13 @@ def _modules_in_call() -> list[nn.Module]:
     selves = [frame.get("self") for frame in _frames()]
     modules = [value for value in selves if isinstance(value, nn.Module)]
     return list(dict.fromkeys(reversed(modules)))
+
+
+def outermost_in_call(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Of these and of the modules being called around them, those that lie in no other."""
+    known = list(dict.fromkeys([*modules, *_modules_in_call()]))
+    inner = {part for module in known for part in module.modules() if part is not module}
+    return [module for module in known if module not in inner]
 
 
 def _frames() -> Iterator[Mapping[str, Any]]:

@@ -110,13 +110,22 @@ def _indexed_cuda(
     """Row s of ``[S, K]`` times weight ``ids[s]``: ``[S, n]``.
 
     ids: int32 or int64 ``[S]``; negative ones count from the end. One beyond the weights raises
-        IndexError on the CPU, and gives a row of NaN on the GPU, which does not wait to look.
+        IndexError on the CPU; the GPU, which does not wait to look, gives a row of NaN or of zeros.
     """
+    ids = torch.where(ids < 0, ids + len(tiles), ids)
+    if 2 * len(ids) > len(tiles):
+        # So many rows share experts: in order, each expert is read once and not once a row.
+        ordered, order = ids.sort()
+        offs = torch.searchsorted(
+            ordered, torch.arange(len(tiles), device=ids.device, dtype=ids.dtype), right=True
+        )
+        y = _grouped_cuda(x[order], tiles, scale_and_zero, offs, group_size, n)
+        return torch.empty_like(y).index_copy_(0, order, y)
     y = experts.indexed_mm(
         _rows(x, x.shape[-1]),
         tiles.contiguous(),
         scale_and_zero.contiguous(),
-        torch.where(ids < 0, ids + len(tiles), ids),
+        ids,
         group_size,
         n,
     )
@@ -160,7 +169,7 @@ def _times_cpu(
     if not len(rows):
         return rows.new_empty((0, n), dtype=dtype)
     y = aten._weight_int4pack_mm_for_cpu(rows, tiles, group_size, scale_and_zero)
-    return y[:, :n].to(dtype)  # type: ignore[no-any-return]
+    return y[:, :n].to(dtype).contiguous()  # type: ignore[no-any-return]
 
 
 def _cpu_form(

@@ -55,7 +55,7 @@ def pack_(
     config, patches = split_options(None, options)
     if patches:
         raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
-    owners = Owners({"": model})
+    owners = Owners([("", model)])
     kept: list[Record] = []
     if example_args or example_kwargs:
         found, kept = candidates_of(model, example_args, example_kwargs or {}, config)

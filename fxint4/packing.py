@@ -30,13 +30,13 @@ class Owners:
     """Where the parameters of some modules are, shared ones in several places.
 
     Args:
-        modules: the outermost ones, by what to put before the names of their parameters.
+        modules: the outermost ones, each after what to put before the names of its parameters.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self._places: dict[int, list[tuple[nn.Module, str, str]]] = {}
         self.parameters: dict[int, nn.Parameter] = {}
-        for prefix, outer in modules.items():
+        for prefix, outer in modules:
             for path, module in outer.named_modules(prefix=prefix):
                 for name, parameter in module.named_parameters(recurse=False):
                     full = f"{path}.{name}" if path else name
@@ -101,7 +101,7 @@ class Candidate:
 
 
 def from_modules(owners: Owners, config: Int4Config) -> list[Candidate]:
-    """Parameters of the modules whose use is known: Linear, Conv1D, attention, experts."""
+    """Parameters of modules whose use is known: Linear, Conv1D, 1x1 Conv, attention, experts."""
     found = []
     for parameter in owners.parameters.values():
         if not _is_plain(parameter) or parameter.ndim < 2:
@@ -137,6 +137,9 @@ def _use(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None:
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         ways_in = [getattr(module, name) for name in names]
         return ("linear", -1) if any(parameter is way for way in ways_in) else None
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and parameter is module.weight:
+        plain = {*module.kernel_size, *module.stride} == {1} and module.groups == 1
+        return ("convolution", 1) if plain and not any(module.padding) else None
     if parameter.ndim != 2:
         # transformers' experts say how their weights lie; of others nothing is known.
         transposed = getattr(module, "is_transposed", None)

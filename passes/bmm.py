@@ -57,9 +57,7 @@ class BatchedMatMul(Pattern):
         return build.add_scaled(product, match.bias, **factors)
 
 
-def _picked(
-    operand: Any, constants: Constants
-) -> tuple[fx.Node, fx.Node | None, bool] | None:
+def _picked(operand: Any, constants: Constants) -> tuple[fx.Node, fx.Node | None, bool] | None:
     """The constant weight behind an operand.
 
     Returns:

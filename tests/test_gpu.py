@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fxint4
+from fxint4 import Int4TileTensor
 from fxint4.quantize import dequantize, quantize
 from fxint4.store import store
 
@@ -170,3 +171,61 @@ def test_a_copied_model_has_its_own_packed_weights() -> None:
         assert_linear(compiled(model, x), x, model)
         assert_linear(compiled(twin, x), x, twin)
         assert len(store.of(twin.weight)) == 1
+
+
+# --- packed tensors ------------------------------------------------------------------------------
+
+
+def assert_product(y: Tensor, x: Tensor, w: Tensor) -> None:
+    """`y` is x @ w.T for w in float64, to the rounding of bf16."""
+    x = x.double()
+    assert ((y.double() - x @ w.mT).abs() <= ROUNDING * (x.abs() @ w.abs().mT)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(256, 512), (50, 600), (72, 4304)])
+def test_packed_tensors_multiply(dtype: torch.dtype, n: int, k: int) -> None:
+    torch.manual_seed(0)
+    packed = Int4TileTensor.from_float(torch.randn(n, k, device="cuda", dtype=dtype))
+    w = packed.dequantize(torch.float64)
+    for rows in (1, 3, 200, 0):
+        x = torch.randn(rows, k, device="cuda", dtype=dtype)
+        assert_product(nn.functional.linear(x, packed), x, w)
+        assert_product((packed @ x.t()).t(), x, w)
+    x = torch.randn(5, k, device="cuda", dtype=dtype)
+    assert_product(x[:, : k - 72] @ packed[8:, 72:].t(), x[:, : k - 72], w[8:, 72:])
+    assert_product(x[:, 9:40] @ packed[3:33, 9:40].t(), x[:, 9:40], w[3:33, 9:40])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "k", "inner"), [(256, 512, 8), (50, 600, 2), (72, 320, 4)])
+def test_packed_experts_multiply(dtype: torch.dtype, n: int, k: int, inner: int) -> None:
+    torch.manual_seed(0)
+    experts = 6
+    config = fxint4.Int4Config(inner_k_tiles=inner)
+    weight = torch.randn(experts, n, k, device="cuda", dtype=dtype)
+    packed = Int4TileTensor.from_float(weight, config)
+    w = packed.dequantize(torch.float64)
+    x = torch.randn(experts, 5, k, device="cuda", dtype=dtype)
+    assert_product(x @ packed.mT, x, w)
+    rows = torch.randn(40, k, device="cuda", dtype=dtype)
+    ids = torch.randint(experts, (40,), device="cuda")
+    buffers = (packed.tiles, packed.scale_and_zero)
+    y = torch.ops.fxint4.indexed_mm(rows, *buffers, ids, packed.group_size, n)
+    assert_product(y[:, None], rows[:, None], w[ids])
+    y = torch.bmm(packed[ids], rows[..., None])[..., 0]
+    assert_product(y[:, None], rows[:, None], w[ids])
+    ids = ids.sort().values
+    offs = torch.bincount(ids, minlength=experts).cumsum(0).int()
+    y = torch.ops.fxint4.grouped_mm(rows, *buffers, offs, packed.group_size, n)
+    assert_product(y[:, None], rows[:, None], w[ids])
+
+
+def test_packed_buffers_beyond_32_bits_of_offsets() -> None:
+    """x and y of more than 2**31 elements go through the op in parts."""
+    n, k, rows = 64, 65536, 40000
+    packed = Int4TileTensor.from_float(torch.randn(n, k, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+    y = nn.functional.linear(x, packed)
+    for part in (slice(0, 3), slice(32766, 32770), slice(rows - 3, rows)):
+        assert torch.equal(y[part], nn.functional.linear(x[part], packed))

@@ -31,7 +31,7 @@ from fxint4.tiles import (
     unpack_scale_and_zero,
 )
 
-__all__ = ["NEW_AXIS", "Int4TileTensor", "dequantizing", "implements"]
+__all__ = ["NEW_AXIS", "Int4TileTensor", "checked", "dequantizing", "implements"]
 
 #: Stands in `Int4TileTensor.axes` for an axis of size 1 that the stored weight does not have.
 NEW_AXIS = -1
@@ -232,8 +232,15 @@ class Int4TileTensor(Tensor):
         groups = scale_and_zero.shape[-3] if scale_and_zero.ndim >= 3 else 0
         k_padded = tiles.shape[-3] * 32 * tiles.shape[-1]
         group_size = k_padded // groups if groups else 0
-        metadata = (dtype, shape[-2], ((0, shape[-1]),), group_size, tuple(range(len(shape))), False)
-        return _checked(tiles, scale_and_zero, metadata)
+        metadata = (
+            dtype,
+            shape[-2],
+            ((0, shape[-1]),),
+            group_size,
+            tuple(range(len(shape))),
+            False,
+        )
+        return checked(tiles, scale_and_zero, metadata)
 
     # --- ways out --------------------------------------------------------------------------------
 
@@ -575,10 +582,13 @@ class Int4TileTensor(Tensor):
         """Run an aten op: see `implements`."""
         kwargs = kwargs or {}
         function = _IMPLEMENTATIONS.get(func)
-        if function is not None:
-            result = function(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        # In inference mode composite functions come here whole.
+        for attempt in (function, func.decompose):
+            if attempt is not None:
+                with _views_of_normal_tensors(func):
+                    result = attempt(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
         if not _dequantizing.get() or _writes_packed(func, args, kwargs):
             raise UnsupportedOpError(_unsupported(func, (args, kwargs)))
         args, kwargs = map_tensors(
@@ -588,7 +598,17 @@ class Int4TileTensor(Tensor):
         return func(*args, **kwargs)
 
 
-def _checked(tiles: Tensor, scale_and_zero: Tensor, metadata: Any) -> Int4TileTensor:
+@contextlib.contextmanager
+def _views_of_normal_tensors(func: Any) -> Iterator[None]:
+    """Leave inference mode for a view op: a view of a normal tensor has to be one, too."""
+    if not (torch.is_inference_mode_enabled() and func.is_view):
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def checked(tiles: Tensor, scale_and_zero: Tensor, metadata: Any) -> Int4TileTensor:
     """One of buffers and metadata that may be anything; PackedFormatError where they are wrong."""
     try:
         dtype, n, columns, group_size, axes, is_part = metadata
@@ -616,7 +636,7 @@ def _rebuild(
     tiles: Tensor, scale_and_zero: Tensor, metadata: Any, is_parameter: bool
 ) -> Int4TileTensor:
     """What `torch.load` calls; it trusts nothing in the file."""
-    made = _checked(tiles, scale_and_zero, metadata)
+    made = checked(tiles, scale_and_zero, metadata)
     return nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
 
 

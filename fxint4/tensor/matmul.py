@@ -84,26 +84,6 @@ def _baddbmm(
     return _added(_bmm(left, right), bias, beta, alpha)
 
 
-@implements(aten.matmul.default)
-def _matmul(left: Tensor, right: Tensor) -> Any:
-    """What torch.matmul does, for the cases that it does not take apart itself."""
-    if isinstance(right, Int4TileTensor) and right.ndim == 2 and left.ndim >= 2:
-        y = _mm(left.reshape(-1, left.shape[-1]), right)
-        return y if y is NotImplemented else y.view(*left.shape[:-1], y.shape[-1])
-    if isinstance(right, Int4TileTensor) and right.ndim == 2 and left.ndim == 1:
-        return _mv(right.t(), left)
-    if isinstance(left, Int4TileTensor) and left.ndim == 2:
-        if right.ndim == 1:
-            return _mv(left, right)
-        x = right.transpose(-1, -2)
-        y = _matmul(x, left.t())
-        return y if y is NotImplemented else y.transpose(-1, -2)
-    if left.ndim == right.ndim == 3:
-        batch = max(left.shape[0], right.shape[0])
-        return _bmm(left.expand(batch, -1, -1), right.expand(batch, -1, -1))
-    return NotImplemented
-
-
 @implements(aten._grouped_mm.default)
 def _grouped_mm(
     left: Tensor,

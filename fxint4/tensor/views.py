@@ -39,7 +39,9 @@ def _alias(weight: Int4TileTensor) -> Int4TileTensor:
 
 @implements(aten.clone.default)
 def _clone(weight: Int4TileTensor, *, memory_format: Any = None) -> Int4TileTensor:
-    return weight.on_buffers(lambda buffer: buffer.clone(memory_format=torch.contiguous_format), is_part=False)
+    return weight.on_buffers(
+        lambda buffer: buffer.clone(memory_format=torch.contiguous_format), is_part=False
+    )
 
 
 @implements(aten.empty_like.default)
@@ -69,6 +71,11 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
     return target
 
 
+@implements(torch.ops.prims.convert_element_type.default)
+def _convert_element_type(weight: Int4TileTensor, dtype: torch.dtype) -> Any:
+    return _to_copy(weight, dtype=dtype)
+
+
 @implements(aten._to_copy.default)
 def _to_copy(
     weight: Int4TileTensor,
@@ -85,7 +92,9 @@ def _to_copy(
         return NotImplemented
     # The tiles are the same on every device; only what a CPU op reads is made on the machine.
     return weight.on_buffers(
-        lambda buffer: buffer.to(device, non_blocking=non_blocking, copy=True), dtype=dtype, is_part=False
+        lambda buffer: buffer.to(device, non_blocking=non_blocking, copy=True),
+        dtype=dtype,
+        is_part=False,
     )
 
 
@@ -136,7 +145,7 @@ def _squeeze(weight: Int4TileTensor, dims: int | Sequence[int]) -> Any:
     return _view(weight, [n for dim, n in enumerate(weight.shape) if n != 1 or dim not in chosen])
 
 
-@implements(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+@implements(aten.view.default, aten._unsafe_view.default)
 def _view(weight: Int4TileTensor, size: Sequence[int]) -> Any:
     """Axes of size 1 come and go, axes in front of N and K are split and joined.
 
@@ -343,7 +352,9 @@ def _of_words(weight: Int4TileTensor, words: Tensor, scale_and_zero: Tensor) -> 
     *batch, rows, k_tiles, _, per_word = words.shape
     tiles = words.reshape(*batch, rows // 8, 8, k_tiles, 4, per_word).transpose(-4, -3)
     parameters = F.pad(scale_and_zero, (0, 0, 0, more))
-    return weight.like(tiles=tiles.flatten(-3, -2), scale_and_zero=parameters.contiguous(), n=n, is_part=False)
+    return weight.like(
+        tiles=tiles.flatten(-3, -2), scale_and_zero=parameters.contiguous(), n=n, is_part=False
+    )
 
 
 def _slice_columns(weight: Int4TileTensor, start: int, end: int) -> Int4TileTensor:

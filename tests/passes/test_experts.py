@@ -74,7 +74,12 @@ FORMS = {
         back=lambda y: transpose(y).reshape(-1, y.shape[1]),
     ),
     "grouped": Form(
-        lambda m, x, offs: grouped_mm(x, m.w, offs=offs), True, (9, K), (OFFS,), GROUPS, "grouped_mm"
+        lambda m, x, offs: grouped_mm(x, m.w, offs=offs),
+        True,
+        (9, K),
+        (OFFS,),
+        GROUPS,
+        "grouped_mm",
     ),
     "grouped-permuted": Form(
         lambda m, x, offs: grouped_mm(x, m.w.transpose(-2, -1), offs=offs),
@@ -106,11 +111,16 @@ FORMS = {
 }
 
 
-def made(form: Form, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def made(
+    form: Form, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[nn.Module, Tensor, tuple[Tensor, ...]]:
+    """A model of this form, x, and its other inputs."""
     torch.manual_seed(0)
     n = WIDE if form.becomes == "grouped_mm" else N
     shape = (E, K, n) if form.transposed else (E, n, K)
-    return module(form.function, w=shape).to(dtype), torch.randn(form.x).to(dtype)
+    model = module(form.function, w=shape).to(device, dtype)
+    x = torch.randn(form.x).to(device, dtype)
+    return model, x, tuple(other.to(device) for other in form.others)
 
 
 def experts_of(model: nn.Module, form: Form, group_size: int) -> list[Tensor]:
@@ -150,13 +160,23 @@ def cases() -> list[tuple[str, torch.dtype]]:
 
 @pytest.mark.parametrize(("name", "dtype"), cases(), ids=str)
 def test_rewritten(name: str, dtype: torch.dtype) -> None:
+    check_rewritten(name, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype"), cases(), ids=str)
+def test_rewritten_on_the_gpu(name: str, dtype: torch.dtype) -> None:
+    check_rewritten(name, dtype, "cuda")
+
+
+def check_rewritten(name: str, dtype: torch.dtype, device: str) -> None:
     form = FORMS[name]
-    model, x = made(form, dtype)
-    y, report = compile_and_report(model, x, *form.others)
+    model, x, others = made(form, dtype, device)
+    y, report = compile_and_report(model, x, *others)
     [record] = report.records
     assert (record.action, record.batch, record.n, record.k) == ("packed", E, n_of(model, form), K)
     assert ours(report) == [form.becomes]
-    assert (y.shape, y.dtype) == (model(x, *form.others).shape, dtype)
+    assert (y.shape, y.dtype) == (model(x, *others).shape, dtype)
     assert_right(y, x, form, experts_of(model, form, record.group_size))
     assert report.totals["parameter_share"] == 1.0
 
@@ -164,13 +184,12 @@ def test_rewritten(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_many_rows_are_multiplied_by_a_dense_copy_on_the_cpu(name: str) -> None:
     form = FORMS[name]
-    model, x = made(form, torch.bfloat16)
+    model, x, others = made(form, torch.bfloat16)
     times = 200
-    others = form.others
     if name.startswith("grouped"):
-        x, others = x.repeat_interleave(times, 0), (OFFS * times,)
+        x, others = x.repeat_interleave(times, 0), (others[0] * times,)
     elif name.startswith("indexed"):
-        x, others = x.repeat_interleave(times, 0), (form.others[0].repeat_interleave(times),)
+        x, others = x.repeat_interleave(times, 0), (others[0].repeat_interleave(times),)
     elif name == "bmm-left":
         x = x.repeat_interleave(times, 2)
     else:
@@ -187,17 +206,27 @@ def test_many_rows_are_multiplied_by_a_dense_copy_on_the_cpu(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_packed_before_it_is_compiled(name: str) -> None:
+    check_packed_before(name, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMS)
+def test_packed_before_it_is_compiled_on_the_gpu(name: str) -> None:
+    check_packed_before(name, "cuda")
+
+
+def check_packed_before(name: str, device: str) -> None:
     """The same numbers from a model whose experts were packed in place."""
     form = FORMS[name]
-    model, x = made(form, torch.bfloat16)
+    model, x, others = made(form, torch.bfloat16, device)
     experts = experts_of(model, form, 32)
-    expected, _ = compile_and_report(model, x, *form.others, options={"group_size": 32})
-    [record] = pack_(model, (x, *form.others), {"group_size": 32}).records
+    expected, _ = compile_and_report(model, x, *others, options={"group_size": 32})
+    [record] = pack_(model, (x, *others), {"group_size": 32}).records
     assert (record.action, record.batch, record.n, record.k) == ("packed", E, n_of(model, form), K)
     assert isinstance(model.get_parameter("w"), Int4TileTensor)
-    assert_right(model(x, *form.others), x, form, experts)
+    assert_right(model(x, *others), x, form, experts)
     torch._dynamo.reset()
-    y, report = compile_and_report(model, x, *form.others)
+    y, report = compile_and_report(model, x, *others)
     assert torch.equal(y, expected)
     assert [record.reason for record in report.records] == ["packed before"]
     assert ours(report) == [form.becomes]
@@ -205,14 +234,14 @@ def test_packed_before_it_is_compiled(name: str) -> None:
 
 def test_rows_behind_the_last_group_do_not_reach_the_others() -> None:
     form = FORMS["grouped"]
-    model, x = made(form, torch.bfloat16)
+    model, x, _ = made(form, torch.bfloat16)
     y, report = compile_and_report(model, torch.cat([x, x]), OFFS)
     experts = experts_of(model, form, report.records[0].group_size)
     assert_right(y[: len(x)], x, form, experts)
 
 
 def test_no_rows_at_all() -> None:
-    model, x = made(FORMS["grouped"], torch.bfloat16)
+    model, x, _ = made(FORMS["grouped"], torch.bfloat16)
     compiled = torch.compile(model, backend="int4tile", dynamic=True)
     with torch.no_grad():
         compiled(x, OFFS)
@@ -220,7 +249,7 @@ def test_no_rows_at_all() -> None:
 
 
 def test_groups_that_change_from_call_to_call_follow_one_compile() -> None:
-    model, x = made(FORMS["grouped"], torch.bfloat16)
+    model, x, _ = made(FORMS["grouped"], torch.bfloat16)
     compiled = torch.compile(model, backend="int4tile")
     others = torch.tensor([0, 5, 5, 9], dtype=torch.int32)
     with torch.no_grad():
@@ -234,7 +263,7 @@ def test_groups_that_change_from_call_to_call_follow_one_compile() -> None:
 
 
 def test_an_index_beyond_the_experts_is_an_error() -> None:
-    model, x = made(FORMS["indexed"], torch.bfloat16)
+    model, x, _ = made(FORMS["indexed"], torch.bfloat16)
     compiled = torch.compile(model, backend="int4tile")
     with torch.no_grad():
         compiled(x, IDS)
@@ -244,7 +273,7 @@ def test_an_index_beyond_the_experts_is_an_error() -> None:
 
 def test_refused_by_name() -> None:
     form = FORMS["indexed"]
-    model, x = made(form, torch.bfloat16)
+    model, x, _ = made(form, torch.bfloat16)
     assert kept(model, x, IDS, skip=["w"]) == [("w", "skip='w'")]
 
 

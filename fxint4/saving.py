@@ -1,0 +1,137 @@
+"""Packed weights in safetensors files: no pickle, and nothing of a file is believed unchecked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxint4.errors import PackedFormatError
+from fxint4.tensor import Int4TileTensor
+from fxint4.tensor.core import checked
+
+__all__ = ["load_file", "save_file"]
+
+#: The entry of a file's header that says which tensors are packed, and how.
+_HEADER = "fxint4"
+_VERSION = 1
+_PARTS = ("tiles", "scale_and_zero")
+
+
+def save_file(
+    state_dict: Mapping[str, Tensor],
+    path: str | PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a state dict that may hold packed weights.
+
+    A packed weight `name` becomes two ordinary tensors, `name.tiles` and `name.scale_and_zero`, and
+    an entry of the header. Weights that share memory (tied ones) are written once.
+
+    Args:
+        state_dict: what `model.state_dict()` returns.
+        path: of the file.
+        metadata: further entries of the header.
+
+    Raises:
+        ValueError: an entry that is no tensor, or one named like a part of a packed weight.
+    """
+    from safetensors.torch import save_file as save
+
+    plain: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
+    shared: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; safetensors holds only tensors")
+        key = _identity(value)
+        if key in first:
+            shared[name] = first[key]
+            continue
+        first[key] = name
+        if isinstance(value, Int4TileTensor):
+            packed[name] = _described(value)
+            parts = {f"{name}.{part}": getattr(value, part) for part in _PARTS}
+        else:
+            parts = {name: value.detach()}
+        taken = sorted(parts.keys() & plain.keys())
+        if taken:
+            raise ValueError(f"{taken[0]} is both a tensor and a part of a packed weight")
+        plain.update({key: part.contiguous() for key, part in parts.items()})
+    # Views of one storage are no tied weights: each is written by itself.
+    plain = {name: value.clone() if _is_part(value) else value for name, value in plain.items()}
+    header = {"version": _VERSION, "packed": packed, "shared": shared}
+    save(plain, path, metadata={**(metadata or {}), "format": "pt", _HEADER: json.dumps(header)})
+
+
+def load_file(
+    path: str | PathLike[str], device: torch.device | str | int = "cpu"
+) -> dict[str, Tensor]:
+    """Read a state dict that `save_file` wrote, or any other safetensors file.
+
+    Give it to `model.load_state_dict(..., assign=True)`, or without `assign` to a model that is
+    packed alike. On the CPU the file is memory-mapped.
+
+    Args:
+        path: of the file.
+        device: where the tensors go.
+
+    Raises:
+        PackedFormatError: what the header says does not fit the tensors of the file, or the file
+            is no safetensors file, or was cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise PackedFormatError(f"{path} can't be read: {error}") from error
+    if header and header.get("version") != _VERSION:
+        raise PackedFormatError(
+            f"{path} is of version {header.get('version')}; this fxint4 reads {_VERSION}"
+        )
+    for name, described in header.get("packed", {}).items():
+        values[name] = _assembled(path, name, described, values)
+    for name, original in header.get("shared", {}).items():
+        if original not in values:
+            raise PackedFormatError(f"{path}: {name} shares the memory of {original}, not there")
+        values[name] = values[original]
+    return values
+
+
+def _described(weight: Int4TileTensor) -> list[Any]:
+    dtype, *rest = weight.metadata
+    return [str(dtype).removeprefix("torch."), *rest]
+
+
+def _assembled(
+    path: object, name: str, described: Any, values: dict[str, Tensor]
+) -> Int4TileTensor:
+    try:
+        tiles, scale_and_zero = (values.pop(f"{name}.{part}") for part in _PARTS)
+        dtype, *rest = described
+        return checked(tiles, scale_and_zero, (getattr(torch, dtype), *rest))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackedFormatError(
+            f"{path}: the packed weight {name} is damaged: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _identity(value: Tensor) -> object:
+    """Equal for tensors that are the same view of the same memory."""
+    if isinstance(value, Int4TileTensor):
+        return (_identity(value.tiles), _identity(value.scale_and_zero), value.metadata)
+    if value.numel() == 0:
+        return id(value)
+    return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+
+
+def _is_part(value: Tensor) -> bool:
+    return value.nbytes != value.untyped_storage().nbytes()

@@ -1,0 +1,551 @@
+"""`fxint4.pack_` and `free_weights`: packed weights in the place of a model's parameters."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from reference import dequantised
+from support import assert_within, module, rounding_bound
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxint4
+from fxint4 import FoldError, Int4TileTensor, OptionError, Report, pack_
+
+K, N = 100, 72  # K is padded
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if isinstance(parameter, Int4TileTensor)}
+
+
+def reasons(report: Report) -> dict[str, str]:
+    return {
+        record.parameters[0]: record.reason for record in report.records if record.action == "kept"
+    }
+
+
+# --- by module -----------------------------------------------------------------------------------
+
+
+def test_linear_layers_are_packed_and_give_what_int4_leaves() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(K, N, dtype=torch.bfloat16).eval()
+    exact = dequantised(model.weight, 32, torch.float64)
+    [record] = pack_(model, options={"group_size": 32}).records
+    assert (record.name, record.action, record.n, record.k) == ("weight", "packed", N, K)
+    assert (record.bytes_before, record.held_bytes) == (2 * N * K, 0)
+    assert isinstance(model.weight, Int4TileTensor)
+    assert isinstance(model.weight, nn.Parameter)
+    assert record.bytes_after == model.weight.packed_bytes
+    assert torch.equal(model.weight.dequantize(torch.float64), exact)
+    x = torch.randn(5, K, dtype=torch.bfloat16)
+    expected = x.double() @ exact.T + model.bias.double()
+    for backend in (None, "int4tile", "inductor", "aot_eager", "eager"):
+        run = model if backend is None else torch.compile(model, backend=backend)
+        with torch.no_grad():
+            assert_within(run(x), expected, rounding_bound(x, exact, model.bias))
+        torch._dynamo.reset()
+
+
+def test_the_original_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    originals = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    real = Int4TileTensor.from_float.__func__  # type: ignore[attr-defined]
+    quantized = Int4TileTensor.quantized.__func__  # type: ignore[attr-defined]
+
+    def counting(cls: Any, *args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in originals))
+        return quantized(cls, *args)
+
+    monkeypatch.setattr(Int4TileTensor, "quantized", classmethod(counting))
+    pack_(model)
+    assert real is not None
+    assert alive == [3, 2, 1]
+    gc.collect()
+    assert [ref() for ref in originals] == [None] * 3
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_pointwise_convolutions_are_packed(layer: Callable[..., nn.Module]) -> None:
+    dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[layer]  # type: ignore[index]
+    model = layer(K, N, 1).eval()
+    exact = dequantised(model.weight.flatten(1), 128, torch.float64)  # type: ignore[operator]
+    [record] = pack_(model).records
+    assert record.action == "packed"
+    x = torch.randn(2, K, *[3] * dims)
+    with torch.no_grad():
+        y = model(x)
+    rows = x.movedim(1, -1)
+    expected = rows.double() @ exact.T + model.bias.double()  # type: ignore[union-attr]
+    assert_within(y.movedim(1, -1), expected, rounding_bound(rows, exact, model.bias))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Conv2d(64, 64, 3),
+        nn.Conv2d(64, 64, 1, stride=2),
+        nn.Conv2d(64, 64, 1, padding=1),
+        nn.Conv2d(64, 64, 1, groups=2),
+        nn.ConvTranspose2d(64, 64, 1),
+        nn.Embedding(64, 64),
+        nn.LSTM(64, 64),
+        nn.Bilinear(64, 64, 64),
+        nn.LayerNorm((64, 64)),
+        module(lambda m, x: x @ m.w, w=(64, 64)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_modules_whose_use_of_a_parameter_is_not_known_are_left_alone(model: nn.Module) -> None:
+    assert pack_(model).records == []
+    assert not packed_names(model)
+
+
+def test_attention_and_its_fast_path() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
+    x = torch.randn(2, 5, 64)
+    packed = {"self_attn.in_proj_weight", "self_attn.out_proj.weight"}
+    packed |= {"linear1.weight", "linear2.weight"}
+    reference = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
+    reference.load_state_dict(model.state_dict())
+    pack_(model)
+    assert packed_names(model) == packed
+    with torch.no_grad():
+        for name in packed:
+            value = model.get_parameter(name).dequantize()  # type: ignore[operator]
+            reference.get_parameter(name).copy_(value)
+        exact = reference.double()(x.double())
+        y = model(x)
+        assert torch.backends.mha.get_fastpath_enabled()
+        # x, y and what is between them are rounded to bf16 a few times; int4 moved far more.
+        assert (y - exact).norm() / exact.norm() < 2.0**-6
+        attention = model.self_attn
+        wanted = reference.self_attn(x.double(), x.double(), x.double())
+        for have, want in zip(attention(x, x, x), wanted, strict=True):
+            assert (have - want).norm() / want.norm() < 2.0**-6
+
+
+def test_tied_layers_share_one_packed_weight() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    report = pack_(model)
+    assert len(report.records) == 1
+    assert model[0].weight is model[1].weight
+    assert isinstance(model[0].weight, Int4TileTensor)
+
+
+def test_a_weight_that_an_embedding_reads_too_is_kept() -> None:
+    model = nn.Sequential(nn.Embedding(64, 96), nn.Linear(96, 64, bias=False)).eval()
+    model[1].weight = model[0].weight
+    why = "also read by an embedding, whose rows would become int4 too"
+    assert reasons(pack_(model)) == {"1.weight": why}
+    assert reasons(pack_(model, (torch.arange(3),))) == {"1.weight": why}
+    assert not packed_names(model)
+
+
+def test_transformers_conv1d() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.pytorch_utils.Conv1D(N, K)
+    exact = dequantised(model.weight.t(), 128, torch.float64)
+    [record] = pack_(model).records
+    assert (record.n, record.k, model.weight.shape) == (N, K, (K, N))
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        expected = x.double() @ exact.T + model.bias.double()
+        assert_within(model(x), expected, rounding_bound(x, exact, model.bias))
+
+
+def test_options_keep_weights_as_they_are() -> None:
+    def model() -> nn.Module:
+        made = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 16))
+        made[1].weight.data[3, 5] = float("nan")
+        return made
+
+    made = model()
+    assert reasons(pack_(made, options={"skip": ["0"]})) == {
+        "0.weight": "skip='0'",
+        "1.weight": "1 of the weight's 4096 values are inf or NaN",
+        "2.weight": "16x64 is small: min_features is 32",
+    }
+    assert not packed_names(made)
+    made = model()
+    report = pack_(made, options={"include": ["2"], "min_features": 8, "min_sqnr_db": 60})
+    assert reasons(report)["0.weight"] == "no pattern of include matches it"
+    assert reasons(report)["2.weight"].endswith("dB is below min_sqnr_db=60")
+    assert not packed_names(made)
+
+
+def test_options_that_it_does_not_take() -> None:
+    with pytest.raises(OptionError, match="group_sise"):
+        pack_(nn.Linear(64, 64), options={"group_sise": 32})
+    with pytest.raises(OptionError, match="compiles nothing and takes no option 'max_autotune'"):
+        pack_(nn.Linear(64, 64), options={"max_autotune": True})
+
+
+def test_a_weight_that_cannot_be_packed_is_named_and_the_rest_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    quantized, calls = Int4TileTensor.quantized.__func__, []  # type: ignore[attr-defined]
+
+    def second_fails(cls: Any, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return quantized(cls, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Int4TileTensor, "quantized", classmethod(second_fails))
+        with pytest.raises(FoldError, match=r"could not pack 1 \(64x64, 1\.weight\): .*no memory"):
+            pack_(model)
+    assert packed_names(model) == {"0.weight"}
+    pack_(model)  # goes on
+    assert packed_names(model) == {"0.weight", "1.weight", "2.weight"}
+
+
+def test_packing_twice_changes_nothing() -> None:
+    model = nn.Linear(64, 64)
+    pack_(model)
+    weight = model.weight
+    assert pack_(model).records == []
+    assert model.weight is weight
+
+
+def test_dtypes_that_are_not_packed() -> None:
+    model = nn.Linear(64, 64, dtype=torch.float64)
+    assert "float64" in reasons(pack_(model))["weight"]
+
+
+# --- by graph ------------------------------------------------------------------------------------
+
+
+def shapes_of(**shapes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return shapes
+
+
+GRAPHS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], tuple[int, ...]]] = {
+    "linear": (lambda m, x: F.linear(x, m.w), shapes_of(w=(N, K)), (3, K)),
+    "matmul": (lambda m, x: x @ m.w, shapes_of(w=(K, N)), (2, 3, K)),
+    "left": (lambda m, x: m.w @ x, shapes_of(w=(N, K)), (K, 3)),
+    "einsum": (lambda m, x: torch.einsum("bk,nk->bn", x, m.w), shapes_of(w=(N, K)), (3, K)),
+    "einsum-kn": (lambda m, x: torch.einsum("bk,kn->nb", x, m.w), shapes_of(w=(K, N)), (3, K)),
+    "cat-n": (
+        lambda m, x: F.linear(x, torch.cat([m.w, m.v])),
+        shapes_of(w=(N, K), v=(40, K)),
+        (3, K),
+    ),
+    "cat-k": (
+        lambda m, x: F.linear(x, torch.cat([m.w, m.v], 1)),
+        shapes_of(w=(N, K), v=(N, 60)),
+        (3, K + 60),
+    ),
+    "chunks": (
+        lambda m, x: torch.cat([F.linear(x, part) for part in m.w.chunk(3)], -1),
+        shapes_of(w=(3 * 44, K)),
+        (3, K),
+    ),
+    "slice": (lambda m, x: F.linear(x, m.w[:, 7:71]), shapes_of(w=(N, K)), (3, 64)),
+    "cast": (lambda m, x: F.linear(x.half(), m.w.half()).float(), shapes_of(w=(N, K)), (3, K)),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_use_that_packed_weights_support(name: str) -> None:
+    """Eager and compiled give what the model gives with dequantised weights."""
+    torch.manual_seed(0)
+    function, shapes, inputs = GRAPHS[name]
+    model = module(function, **shapes)
+    x = torch.randn(inputs)
+    report = pack_(model, (x,))
+    assert packed_names(model) == set(shapes)
+    assert {record.action for record in report.records} == {"packed"}
+    exact = module(function, **shapes).double()
+    magnitudes = module(function, **shapes).double()
+    with torch.no_grad():
+        for parameter in shapes:
+            value = model.get_parameter(parameter).dequantize(torch.float64)  # type: ignore[call-arg, operator]
+            exact.get_parameter(parameter).copy_(value)
+            magnitudes.get_parameter(parameter).copy_(value.abs())
+        # Three roundings to bf16 or to fp16, which is finer.
+        bound = ((1 + 2.0**-8) ** 3 * (1 + 2.0**-24) ** 200 - 1) * magnitudes(x.double().abs())
+        if name == "cast":  # what the model itself rounds to fp16
+            expected = exact(x.half().double())
+            bound += 2.0**-11 * expected.abs()
+        else:
+            expected = exact(x.double())
+        assert_within(model(x), expected, bound)
+        compiled = torch.compile(model, backend="int4tile")
+        assert_within(compiled(x), expected, bound)
+
+
+KEPT: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], str]] = {
+    "computed": (
+        lambda m, x: F.linear(x, m.w * m.g),
+        shapes_of(w=(N, K), g=(N, 1)),
+        "read by mul.Tensor, which packed weights don't support",
+    ),
+    "merged": (
+        lambda m, x: F.linear(x, m.w + m.b @ m.a),
+        shapes_of(w=(N, K), b=(N, 4), a=(4, K)),
+        "read by add.Tensor, which packed weights don't support",
+    ),
+    "used elsewhere": (
+        lambda m, x: F.linear(x, m.w).sum() + m.w.norm(),
+        shapes_of(w=(N, K)),
+        "read by",
+    ),
+    "along both axes": (
+        lambda m, x: F.linear(F.linear(x, m.w), m.w.t()),
+        shapes_of(w=(N, K)),
+        "read by",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_uses_that_packed_weights_do_not_support_keep_the_parameter(name: str) -> None:
+    function, shapes, reason = KEPT[name]
+    model = module(function, **shapes)
+    x = torch.randn(3, K)
+    before = model(x)
+    report = pack_(model, (x,))
+    assert not packed_names(model)
+    assert reasons(report)["w"].startswith(reason)
+    assert torch.equal(model(x), before)
+
+
+def test_what_the_graph_does_not_read_is_left_alone() -> None:
+    model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    pack_(model, (torch.randn(2, 64),))
+    assert packed_names(model) == {"0.weight"}
+
+
+def test_graph_breaks_and_keyword_arguments() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor, *, twice: bool) -> Tensor:
+            y = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(y) * (2 if twice else 1)
+
+    model = Broken().eval()
+    pack_(model, (torch.randn(2, 64),), example_kwargs={"twice": True})
+    assert packed_names(model) == {"a.weight", "b.weight"}
+
+
+def test_nothing_is_compiled_to_find_the_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles(*_: Any, **__: Any) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr("fxint4._torch.compile_fx_inner", compiles)
+    model = nn.Linear(64, 64).eval()
+    pack_(model, (torch.randn(2, 64),))
+    assert packed_names(model) == {"weight"}
+
+
+# --- on first compile ----------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x)
+
+
+class Layers(nn.Module):
+    """Equal layers and a weight that no module's kind tells the use of."""
+
+    def __init__(self, count: int = 12) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(count)])
+        self.w = nn.Parameter(torch.randn(64, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x @ self.w
+
+
+FREE = {"free_weights": True}
+
+
+def test_free_weights_packs_when_it_first_compiles() -> None:
+    torch.manual_seed(0)
+    model = Layers().eval()
+    x = torch.randn(3, 64)
+    originals = [weakref.ref(parameter) for parameter in model.parameters() if parameter.ndim > 1]
+    with torch.no_grad():
+        expected = torch.compile(model, backend="int4tile")(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="int4tile", options=FREE)
+        assert torch.equal(compiled(x), expected)
+        assert packed_names(model) == {"w", *(f"layers.{i}.fc.weight" for i in range(12))}
+        gc.collect()
+        assert [ref() for ref in originals] == [None] * 13
+        assert torch.equal(compiled(x), expected)
+        assert_near(model(x), expected)
+    report = fxint4.last_report()
+    assert report is not None
+    assert (report.totals["packed"], report.totals["held_bytes"]) == (13, 0)
+    assert "stay in memory" not in str(report)
+
+
+def assert_near(y: Tensor, expected: Tensor) -> None:
+    """Equal but for where bf16 rounding happened."""
+    assert (y - expected).norm() / expected.norm() < 2.0**-6
+
+
+def test_layers_compiled_one_by_one_are_all_freed_and_share_one_compile() -> None:
+    torch.manual_seed(0)
+    model = Layers().eval()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = x
+        for layer in model.layers:
+            weight = dequantised(layer.fc.weight, 128, torch.float32)
+            expected = expected + F.linear(expected, weight, layer.fc.bias)
+    for layer in model.layers:
+        layer.compile(backend="int4tile", options=FREE)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        y = model(x)
+        model(x)
+    assert {f"layers.{i}.fc.weight" for i in range(12)} <= packed_names(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    weight = model.w.dequantize() if isinstance(model.w, Int4TileTensor) else model.w
+    assert_near(y, expected @ weight)
+
+
+def test_by_default_the_report_says_what_is_held_and_how_to_free_it() -> None:
+    model = nn.Linear(64, 64, bias=False).eval()
+    with torch.no_grad():
+        torch.compile(model, backend="int4tile")(torch.randn(2, 64))
+    report = fxint4.last_report()
+    assert report is not None
+    assert report.totals["held_bytes"] == 4 * 64 * 64
+    assert "16.4 kB stay in memory" in str(report)
+    assert "fxint4.pack_(model)" in str(report)
+    assert not packed_names(model)
+
+
+# --- a packed model goes on ----------------------------------------------------------------------
+
+
+def compiled_results(model: nn.Module, xs: Sequence[Tensor]) -> list[Tensor]:
+    compiled = torch.compile(model, backend="int4tile")
+    with torch.no_grad():
+        return [compiled(x) for x in xs]
+
+
+def test_state_dicts_of_a_packed_model_load_into_compiled_code() -> None:
+    """Compiled code sees weights that `load_state_dict` and `copy_` change in place."""
+    torch.manual_seed(0)
+    model, other = nn.Linear(64, 48).eval(), nn.Linear(64, 48).eval()
+    floats = {name: value.clone() for name, value in other.state_dict().items()}
+    x = torch.randn(3, 64)
+    pack_(model)
+    pack_(other)
+    compiled = torch.compile(model, backend="int4tile")
+    with torch.no_grad():
+        before, wanted = compiled(x), torch.compile(other, backend="int4tile")(x)
+        original = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(compiled(x), wanted)
+        model.load_state_dict(original)
+        assert torch.equal(compiled(x), before)
+        model.load_state_dict(floats)
+        assert torch.equal(compiled(x), wanted)
+
+
+def test_rows_that_vary_run_through_one_compile() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(K, N, bias=False).eval()
+    exact = dequantised(model.weight, 128, torch.float64)
+    pack_(model)
+    compiled = torch.compile(model, backend="int4tile", dynamic=True)
+    with torch.no_grad():
+        for rows in (2, 9, 300, 0, 1):
+            x = torch.randn(rows, K)
+            y = compiled(x)
+            assert y.shape == (rows, N)
+            assert_within(y, x.double() @ exact.T, rounding_bound(x, exact))
+
+
+# --- on the GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_from_the_cpu_to_the_gpu_and_back(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N), nn.LayerNorm(N), nn.Linear(N, 40)).to(dtype).eval()
+    model.register_buffer("b", torch.ones(3))
+    twin = nn.Sequential(nn.Linear(K, N), nn.LayerNorm(N), nn.Linear(N, 40)).to(dtype).eval()
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if k != "b"})
+    pack_(model, device="cuda")
+    pack_(twin)
+    devices = {value.device.type for value in (*model.parameters(), *model.buffers())}
+    assert devices == {"cuda"}
+    for index in (0, 2):
+        here, there = twin[index].weight, model[index].weight
+        assert torch.equal(there.tiles.cpu(), here.tiles)
+        assert torch.equal(there.cpu().dequantize(), here.dequantize())
+        assert torch.equal(here.cuda().dequantize().cpu(), here.dequantize())
+    x = torch.randn(4, K, dtype=dtype)
+    with torch.no_grad():
+        expected = twin(x)
+        for run in (model, torch.compile(model, backend="int4tile")):
+            y = run(x.cuda()).cpu()
+            assert (y - expected).norm() / expected.norm() < 2.0**-5
+        model.to("cpu")
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_cuda_graphs_read_the_packed_weights() -> None:
+    torch.manual_seed(0)
+    model = Layers().bfloat16().cuda().eval()
+    x = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = torch.compile(model, backend="int4tile")(x).clone()
+        pack_(model, (x,))
+        assert len(packed_names(model)) == 13
+        compiled = torch.compile(model, backend="int4tile", mode="reduce-overhead")
+        for _ in range(4):
+            assert torch.equal(compiled(x), plain)
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_packing_in_place() -> None:
+    """At most the original and two of its largest weights; at the end only what is packed.
+
+    The scratch memory is 0.3 GB however large a weight is: this is for models of some size.
+    """
+    model = nn.Sequential(*(nn.Linear(8192, 16384, bias=False, dtype=torch.bfloat16) for _ in "ab"))
+    model.to("cuda").eval()
+    gc.collect()
+    largest = model[0].weight.nbytes
+    others = torch.cuda.memory_allocated() - 2 * largest
+    torch.cuda.reset_peak_memory_stats()
+    report = pack_(model)
+    gc.collect()
+    assert torch.cuda.max_memory_allocated() - others <= 4 * largest
+    assert torch.cuda.memory_allocated() - others <= 1.05 * report.totals["bytes_after"]

@@ -1,0 +1,168 @@
+"""Whole packed models in safetensors files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxint4
+from fxint4 import Int4TileTensor, PackedFormatError
+
+pytest.importorskip("safetensors")
+
+
+class Model(nn.Module):
+    """A tied weight, a ragged one, a transposed one, experts, a plain parameter and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(100, 50, dtype=torch.bfloat16)
+        self.b = nn.Linear(100, 50, bias=False, dtype=torch.bfloat16)
+        self.b.weight = self.a.weight
+        self.c = nn.Parameter(torch.randn(96, 64, dtype=torch.bfloat16))
+        self.experts = nn.Parameter(torch.randn(3, 40, 64, dtype=torch.bfloat16))
+        self.norm = nn.LayerNorm(50, dtype=torch.bfloat16)
+        self.register_buffer("positions", torch.arange(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x) + self.b(x))
+        z = torch.einsum("mk,kn->mn", x[:, :96], self.c)
+        return y.sum(-1) + torch.bmm(z.expand(3, -1, -1), self.experts.mT).sum((0, -1))
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(5, 100, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def packed(inputs: Tensor) -> nn.Module:
+    model = Model().eval()
+    fxint4.pack_(model, (inputs,))
+    assert sum(isinstance(p, Int4TileTensor) for p in model.parameters()) == 3
+    return model
+
+
+def test_a_packed_model_comes_back(packed: nn.Module, inputs: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    fxint4.save_file(packed.state_dict(), path, {"made by": "a test"})
+    loaded = Model().eval()
+    values = fxint4.load_file(path)
+    assert sorted(values) == sorted(packed.state_dict())
+    loaded.load_state_dict(values, assign=True, strict=True)
+    assert loaded.a.weight is loaded.b.weight or torch.equal(loaded.a.weight, loaded.b.weight)
+    for name, value in packed.state_dict().items():
+        other = loaded.state_dict()[name]
+        assert type(other) is type(value)
+        assert torch.equal(other, value), name
+        if isinstance(value, Int4TileTensor):
+            assert other.metadata == value.metadata
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs), packed(inputs))
+
+
+def test_into_a_model_that_is_packed_alike(
+    packed: nn.Module, inputs: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    fxint4.save_file(packed.state_dict(), path)
+    other = Model().eval()
+    fxint4.pack_(other, (inputs,))
+    with torch.no_grad():
+        assert not torch.equal(other(inputs), packed(inputs))
+        other.load_state_dict(fxint4.load_file(path))
+        assert torch.equal(other(inputs), packed(inputs))
+
+
+def test_tied_weights_are_written_once(packed: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    fxint4.save_file(packed.state_dict(), path)
+    size = sum(
+        p.packed_bytes if isinstance(p, Int4TileTensor) else p.nbytes for p in packed.parameters()
+    )
+    assert path.stat().st_size < size + 8 * 7 + 2500  # the buffer and the header
+    values = fxint4.load_file(path)
+    assert values["a.weight"] is values["b.weight"]
+
+
+def test_a_part_of_a_weight_is_written_by_itself(tmp_path: Path) -> None:
+    whole = Int4TileTensor.from_float(torch.randn(64, 256))
+    parts = {"top": whole[:32], "left": whole[:, 10:150], "rows": torch.ones(4, 4)[1:]}
+    fxint4.save_file(parts, tmp_path / "parts.safetensors")
+    for name, value in fxint4.load_file(tmp_path / "parts.safetensors").items():
+        assert torch.equal(value, parts[name])
+    size = parts["top"].packed_bytes + parts["left"].packed_bytes + parts["rows"].nbytes
+    assert (tmp_path / "parts.safetensors").stat().st_size < size + 1000
+
+
+def test_other_files_are_read_as_they_are(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(3)}, tmp_path / "plain.safetensors")
+    values = fxint4.load_file(tmp_path / "plain.safetensors")
+    assert torch.equal(values["w"], torch.ones(3))
+
+
+def test_only_tensors_are_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="step is a int; safetensors holds only tensors"):
+        fxint4.save_file({"step": 3}, tmp_path / "x")  # type: ignore[dict-item]
+
+
+def test_names_that_collide(tmp_path: Path) -> None:
+    weight = Int4TileTensor.from_float(torch.randn(32, 64))
+    with pytest.raises(ValueError, match=r"w\.tiles is both a tensor and a part"):
+        fxint4.save_file({"w.tiles": torch.ones(2), "w": weight}, tmp_path / "x")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header that fxint4 wrote, and nothing else."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    ours = json.loads(header["__metadata__"]["fxint4"])
+    change(ours)
+    header["__metadata__"]["fxint4"] = json.dumps(ours)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "more rows than there are": lambda h: h["packed"]["w"].__setitem__(1, 4096),
+    "another group size": lambda h: h["packed"]["w"].__setitem__(3, 32),
+    "columns that are not there": lambda h: h["packed"]["w"].__setitem__(2, [[0, 9999]]),
+    "no dtype": lambda h: h["packed"]["w"].__setitem__(0, "nn"),
+    "an integer dtype": lambda h: h["packed"]["w"].__setitem__(0, "int32"),
+    "axes that are none": lambda h: h["packed"]["w"].__setitem__(4, [0, 0]),
+    "nothing said": lambda h: h["packed"].__setitem__("w", None),
+    "a weight that is not there": lambda h: h["packed"].__setitem__("v", h["packed"]["w"]),
+    "a tie to nothing": lambda h: h["shared"].__setitem__("v", "u"),
+    "a later version": lambda h: h.__setitem__("version", 2),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_header_that_was_tampered_with(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    fxint4.save_file({"w": Int4TileTensor.from_float(torch.randn(64, 256))}, path)
+    rewritten(path, lambda header: None)
+    assert "w" in fxint4.load_file(path)
+    rewritten(path, DAMAGE[name])
+    with pytest.raises(PackedFormatError, match=r"w\.safetensors"):
+        fxint4.load_file(path)
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, 5000])
+def test_a_file_that_was_cut_short(left: int, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    fxint4.save_file({"w": Int4TileTensor.from_float(torch.randn(64, 256))}, path)
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(PackedFormatError, match="can't be read"):
+        fxint4.load_file(path)
