@@ -21,6 +21,8 @@ __all__ = ["GraphReport", "Record", "Report", "graph_text"]
 
 #: More rows than this are shown one line for each set of equal layers.
 _ROWS_SHOWN = 20
+#: Kept weights with less of the parameters than this are not singled out.
+_SHARE_SHOWN = 0.01
 #: Columns of the terminal that layers and reasons need to stand side by side; with fewer left, the
 #: reasons go below the table.
 _ROOM_FOR_REASONS = 48
@@ -203,7 +205,21 @@ class Report:
         for graph in self._graphs.values():
             if graph.graph_break:
                 lines.append(f"  graph break: {graph.graph_break}")
+        for record, part in self._largest_kept():
+            lines.append(f"  not packed: {record.name}, {100 * part:.1f}% of parameters")
         return lines
+
+    def _largest_kept(self) -> list[tuple[Record, float]]:
+        """The largest weights that are kept, and their share of the parameters."""
+        elements = self.totals["parameters"]
+        packed = {record.weight_key for record in self.records if record.action == "packed"}
+        kept = {
+            record.weight_key: (record, record.batch * record.n * record.k / elements)
+            for record in self.records
+            if elements and record.action == "kept" and record.weight_key not in packed
+        }
+        largest = sorted(kept.values(), key=lambda entry: -entry[1])
+        return [(record, share) for record, share in largest if share >= _SHARE_SHOWN][:3]
 
     def _table(self, columns: int) -> tuple[str, list[str]]:
         """The table, and the reasons where they find no room in it."""

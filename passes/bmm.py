@@ -13,7 +13,7 @@ from torch import fx
 
 from fxint4._torch import aten
 from fxint4.constants import Constants
-from fxint4.passes.pattern import Build, Match, Multiply, Pattern, value_of
+from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern, kept_pick, value_of
 
 
 class BatchedMatMul(Pattern):
@@ -21,13 +21,13 @@ class BatchedMatMul(Pattern):
 
     ops = (aten.bmm.default, aten.baddbmm.default)
 
-    def match(self, node: fx.Node, constants: Constants) -> Match | None:
+    def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
         """A weight on either side."""
         bias = node.args[0] if node.target is aten.baddbmm.default else None
         left, right = (_unexpanded(operand) for operand in node.args[-2:])
         found = [_picked(operand, constants) for operand in (left, right)]
         if (found[0] is None) == (found[1] is None):
-            return None
+            return kept_pick((left, right), constants) if found[0] is None else None
         weight, ids, swapped = found[1] or found[0]  # type: ignore[misc]
         on_the_right = found[1] is not None
         x = node.args[-2 if on_the_right else -1]

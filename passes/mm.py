@@ -8,7 +8,7 @@ from torch import fx
 
 from fxint4._torch import aten
 from fxint4.constants import Constants
-from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern
+from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern, kept_pick
 
 
 class MatMul(Pattern):
@@ -25,7 +25,7 @@ class MatMul(Pattern):
             return Match(weight=right, axes="KN", x=left, bias=bias)
         if constants.is_weight(left):
             return Match(weight=left, axes="NK", x=right, bias=bias)
-        return None
+        return kept_pick((left, right), constants)
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """X W^T, or (X^T W^T)^T where the weight stands on the left."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +17,16 @@ from fxint4.config import Int4Config
 from fxint4.constants import AXES, Constants, Given, Weight
 from fxint4.tiles import TileShape, choose_shape
 
-__all__ = ["Build", "GivenMatch", "Kept", "Match", "Multiply", "Pattern", "value_of"]
+__all__ = [
+    "Build",
+    "GivenMatch",
+    "Kept",
+    "Match",
+    "Multiply",
+    "Pattern",
+    "kept_pick",
+    "value_of",
+]
 
 
 @dataclass(frozen=True)
@@ -183,6 +193,38 @@ class Pattern(ABC):
         Returns:
             A node of the same shape and dtype as `node`.
         """
+
+
+_PICKS = (
+    aten.select.int,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.slice.Tensor,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.clone.default,
+)
+
+
+def kept_pick(operands: Iterable[Any], constants: Constants) -> Kept | None:
+    """A constant weight of several matrices of which an operand is a part that varies."""
+    for operand in operands:
+        node = operand
+        while isinstance(node, fx.Node) and node.target in _PICKS:
+            node = node.args[0]
+            if constants.is_weight(node) and value_of(node).ndim > 2:  # type: ignore[arg-type]
+                *batch, rows, columns = value_of(node).shape  # type: ignore[arg-type]
+                count = math.prod(map(int, batch))
+                reason = f"picked out of {count} matrices in a form that is not packed"
+                return Kept(node, reason, int(rows), int(columns), count)  # type: ignore[arg-type]
+    return None
 
 
 class Build:

@@ -282,6 +282,7 @@ def test_a_short_report_in_full(terminal: Any) -> None:
     assert str(report) == "\n".join(
         [
             "fxint4: 88.2% of parameters packed to int4, 1 of 2 matmuls, 1 graph, 0 graph breaks",
+            "  not packed: gate, 11.0% of parameters",
             "",
             "layer  op      N x K  group  action  SQNR   before   after  why",
             "                                       dB",
@@ -298,6 +299,19 @@ def test_a_short_report_in_full(terminal: Any) -> None:
             "held because a dense matmul is faster than int4 here at these numbers of rows",
         ]
     )
+
+
+def test_the_largest_kept_weights_come_first(terminal: Any) -> None:
+    sizes = {"a": 64, "b": 640, "c": 128, "d": 320, "tied": 512}
+    layers = [kept(name, n=n, k=100, weight_key=name) for name, n in sizes.items()]
+    packed = record("head", n=512, k=100, weight_key="tied")
+    report = report_of(*layers, packed, parameters={1: 100 * sum(sizes.values())})
+    assert str(report).splitlines()[1:5] == [
+        "  not packed: b, 38.5% of parameters",
+        "  not packed: d, 19.2% of parameters",
+        "  not packed: c, 7.7% of parameters",
+        "",
+    ]
 
 
 def test_a_report_with_nothing_packed_ends_with_the_table(terminal: Any) -> None:

@@ -645,13 +645,11 @@ torch.serialization.add_safe_globals([_rebuild])
 
 def _writes_packed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an op writes to a packed weight: into a dequantised copy, that would be lost."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-    given.update(kwargs)
-    return any(
-        _packed_in(given.get(argument.name))
-        for argument in func._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
+    # By name: Dynamo, which may look into this, cannot read an op's schema.
+    written = [value for name, value in kwargs.items() if name.startswith("out")]
+    if func.overloadpacket.__name__.endswith("_"):
+        written.append(args[0])
+    return bool(_packed_in(written))
 
 
 def _packed_in(tree: Any) -> list[Int4TileTensor]:
