@@ -69,33 +69,58 @@ def _dequantised_parameter(
     module: nn.Module, parameter: Tensor, record: Record, dtype: torch.dtype
 ) -> Tensor:
     assert record.group_size is not None
-    out_first = type(module).__name__ != "Conv1D"  # transformers' own, which computes x @ W
-    matrix = parameter.flatten(1) if out_first else parameter.t()
-    assert matrix.shape == (record.n, record.k), record
-    made = dequantised(matrix, record.group_size, dtype)
-    return made.view_as(parameter) if out_first else made.t().contiguous()
+    swapped = in_features_first(module)
+    if record.batch > 1:
+        assert len(parameter) == record.batch, record
+        matrices = list(parameter)
+    else:
+        matrices = [parameter if swapped else parameter.flatten(1)]
+    made = []
+    for matrix in matrices:
+        matrix = matrix.t() if swapped else matrix
+        assert matrix.shape == (record.n, record.k), record
+        one = dequantised(matrix, record.group_size, dtype)
+        made.append(one.t() if swapped else one)
+    return torch.stack(made).view_as(parameter)
+
+
+def in_features_first(module: nn.Module) -> bool:
+    """Whether a module of transformers computes x @ W, not x @ W^T, with W or each expert's."""
+    name = type(module).__name__
+    return name in ("Conv1D", "Llama4TextExperts") or getattr(module, "is_transposed", False)
 
 
 def matmul_parameters(model: nn.Module, run: Callable[[], Any]) -> dict[int, str]:
     """Parameters that are, unchanged, an operand of a matmul or convolution while `run` runs.
 
     Found by looking at every op that reaches the dispatcher in eager, so independently of the
-    kind of module and of how the compiler captures it. A view of a parameter counts as it. Works
-    for weights that need no computation before the matmul.
+    kind of module and of how the compiler captures it. A view of a parameter counts as it, and so
+    do matrices picked out of a 3-D one. Works for weights that need no computation before the
+    matmul.
 
     Returns:
         The aten op by `id` of the parameter.
     """
     storages = {p.untyped_storage().data_ptr(): id(p) for p in model.parameters()}
     found: dict[int, str] = {}
+    picked: list[Tensor] = []  # kept, so that nothing else gets their storage
+
+    def owner_of(operand: Tensor) -> int | None:
+        return storages.get(operand.untyped_storage().data_ptr())
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             for operand in _factors(func, args):
-                owner = storages.get(operand.untyped_storage().data_ptr())
+                owner = owner_of(operand)
                 if owner is not None:
-                    found[owner] = func._schema.name.removeprefix("aten::")
-            return func(*args, **(kwargs or {}))
+                    found[owner] = func._schema.name.removeprefix("aten::").replace("::", ".")
+            result = func(*args, **(kwargs or {}))
+            if func is aten.index.Tensor and args[0].ndim == 3:
+                owner = owner_of(args[0])
+                if owner is not None:
+                    storages[result.untyped_storage().data_ptr()] = owner
+                    picked.append(result)
+            return result
 
     with torch.no_grad(), Watch():
         run()
@@ -108,4 +133,6 @@ def _factors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args[:2]
     if func in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default):
         return args[1:3]
+    if func is aten._grouped_mm.default or func.name() == "transformers::grouped_mm_fallback":
+        return args[:2]
     return ()

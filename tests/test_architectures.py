@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from reference import dequantised_copy, matmul_parameters, relative_error
+from reference import dequantised_copy, in_features_first, matmul_parameters, relative_error
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 import fxint4
 
@@ -99,6 +100,8 @@ class Architecture:
     cache: the name of the forward's argument for a cache; None for a model that does not decode.
     cache_mask: whether a decode step must be told which slots of the cache are filled.
     small: patterns of parameters whose gain is smaller than 1, and their gain.
+    seed: of its weights.
+    experts: how it computes its experts, as transformers names it; None where it has no choice.
     dtypes: what it runs in on the CPU.
     broken_in: a release of torch whose own Inductor cannot run it on the CPU.
     """
@@ -112,13 +115,16 @@ class Architecture:
     cache: str | None = None
     cache_mask: bool = False
     small: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    experts: str | None = None
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
     broken_in: str | None = None
 
     def model(self, dtype: torch.dtype, device: str) -> nn.Module:
         config = getattr(transformers, self.config_class)(**self.config)
-        torch.manual_seed(0)
-        model = getattr(transformers, self.model_class)._from_config(config, dtype=dtype)
+        torch.manual_seed(self.seed)
+        chosen = {"experts_implementation": self.experts} if self.experts else {}
+        model = getattr(transformers, self.model_class)._from_config(config, dtype=dtype, **chosen)
         randomise(model, self.small)
         return model.to(device).eval()
 
@@ -130,6 +136,35 @@ def decoder(config_class: str, model_class: str, **config: Any) -> Architecture:
     return Architecture(config_class, model_class, config, cache="past_key_values")
 
 
+def mixture(
+    config_class: str,
+    model_class: str,
+    seed: int,
+    experts: str | None,
+    *,
+    chosen: int = 2,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    **config: Any,
+) -> Architecture:
+    """A decoder with 4 experts; `check_choices` says what its seed is good for."""
+    few = {"num_local_experts": 4, "num_experts_per_tok": chosen, "num_key_value_heads": 2}
+    arch = decoder(config_class, model_class, **few, **config)
+    return replace(arch, seed=seed, experts=experts, kept=ROUTER, dtypes=dtypes)
+
+
+ROUTER = {
+    f"*.{name}.weight": r"4x\d+ is small: min_features is 32"
+    for name in ("mlp.gate", "mlp.router", "feed_forward.router")
+}
+MIXTRAL = {"hidden_size": 64, "intermediate_size": 104}
+QWEN3_MOE = {"hidden_size": 80, "moe_intermediate_size": 72, "head_dim": 32}
+GPT_OSS = {
+    "hidden_size": 64,
+    "intermediate_size": 136,
+    "head_dim": 16,
+    "layer_types": ["full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 VISION = {
     "image_size": 16,
     "patch_size": 4,
@@ -213,6 +248,38 @@ ARCHITECTURES = {
     ),
     "falcon": decoder("FalconConfig", "FalconForCausalLM", hidden_size=96),
     "bloom": replace(decoder("BloomConfig", "BloomForCausalLM", hidden_size=96), cache_mask=True),
+    "mixtral-grouped_mm": mixture(
+        "MixtralConfig", "MixtralForCausalLM", 315, "grouped_mm", **MIXTRAL
+    ),
+    "mixtral-batched_mm": mixture(
+        "MixtralConfig", "MixtralForCausalLM", 315, "batched_mm", **MIXTRAL
+    ),
+    "qwen3_moe-grouped_mm": mixture(
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", 50, "grouped_mm", **QWEN3_MOE
+    ),
+    "qwen3_moe-batched_mm": mixture(
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", 50, "batched_mm", **QWEN3_MOE
+    ),
+    "gpt_oss-grouped_mm": mixture(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        28,
+        "grouped_mm",
+        dtypes=[torch.bfloat16, torch.float32],  # for fp32 transformers has an op of its own
+        **GPT_OSS,
+    ),
+    "gpt_oss-batched_mm": mixture("GptOssConfig", "GptOssForCausalLM", 28, "batched_mm", **GPT_OSS),
+    "llama4_moe": mixture(  # every expert multiplies every token
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        16,
+        None,
+        chosen=1,
+        hidden_size=64,
+        intermediate_size=104,
+        head_dim=16,
+        layer_types=["full_attention"],
+    ),
     "mamba2": replace(
         decoder(
             "Mamba2Config",
@@ -338,10 +405,14 @@ def randomise(model: nn.Module, small: Mapping[str, float]) -> None:
                 if isinstance(module, nn.Embedding):
                     parameter.normal_()
                 elif name == "weight" and parameter.ndim > 1:
-                    conv1d = type(module).__name__ == "Conv1D"
-                    fan_in = parameter.shape[0] if conv1d else parameter[0].numel()
+                    swapped = in_features_first(module)
+                    fan_in = parameter.shape[0] if swapped else parameter[0].numel()
                     parameter.normal_(std=fan_in**-0.5).mul_(*gains or [1.0])
-                elif name in ("weight", "bias"):  # of a norm: Gemma's adds 1 to its weight
+                elif name.endswith("_proj"):  # of experts, one matrix each
+                    fan_in = parameter.shape[1 if in_features_first(module) else 2]
+                    parameter.normal_(std=fan_in**-0.5)
+                elif name in ("weight", "bias") or name.endswith("_proj_bias"):
+                    # Of a norm, say: Gemma's adds 1 to its weight.
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
@@ -482,6 +553,8 @@ class Eager:
     ) -> None:
         self.arch = arch
         self.model = dequantised_copy(model, records, dtype)
+        if arch.experts and dtype is torch.float64:  # no other way takes it
+            self.model.set_experts_implementation("eager")
         self.inputs = cast(inputs, dtype)
 
     @torch.no_grad()
@@ -490,6 +563,39 @@ class Eager:
 
     def decode(self) -> Tensor:
         return decode(self.arch, self.model, self.model, self.inputs)
+
+    def router_logits(self) -> list[tuple[int, Tensor]]:
+        """For each router the number of experts that a token gets, and the forward's logits."""
+        found = []
+
+        def watch(router: nn.Module, arguments: tuple[Tensor, ...], _: Any) -> None:
+            bias = getattr(router, "bias", None)
+            logits = F.linear(arguments[0], router.weight, bias).flatten(0, -2)
+            found.append((router.top_k, logits))
+
+        routers = [m for m in self.model.modules() if {"weight", "top_k"} <= {*dir(m)}]
+        hooks = [router.register_forward_hook(watch) for router in routers]
+        self.forward()
+        for hook in hooks:
+            hook.remove()
+        return found
+
+
+def check_choices(near: Eager, exact: Eager) -> None:
+    """A token's choice of experts is the same in every model, however their ops round.
+
+    Else `bound_of` would mean nothing: a choice is discrete, and another expert gives another
+    output. Two experts change places only where their logits are nearer to each other than the sum
+    of the errors of both. So the least distance between the last expert that a token gets and the
+    first that it does not must be beyond 4 errors of `near`, which are the 2 of a compiled model.
+    A larger gain of the router would scale both sides: only the seed makes for distance.
+    """
+    for (count, logits), (_, rounded) in zip(
+        exact.router_logits(), near.router_logits(), strict=True
+    ):
+        ordered = logits.sort(dim=-1, descending=True).values
+        distance = (ordered[:, count - 1] - ordered[:, count]).min()
+        assert distance > 4 * (rounded.double() - logits).abs().max()
 
 
 def check(arch: Architecture, dtype: torch.dtype, device: str) -> None:
@@ -509,6 +615,7 @@ def check(arch: Architecture, dtype: torch.dtype, device: str) -> None:
         one: Eager(arch, model, records, one, inputs)
         for one in {torch.float64, torch.bfloat16, dtype}
     }
+    check_choices(eager[torch.bfloat16], eager[torch.float64])
     exact, near = eager[torch.float64].forward(), eager[yardstick(records, dtype)].forward()
     for name in arch.outputs:
         assert outputs[name].dtype == original[name].dtype
@@ -544,8 +651,21 @@ def cases(dtypes: Callable[[Architecture], Sequence[torch.dtype]]) -> list[Any]:
     ]
 
 
-# Bloom calls a method of an instance of its autograd.Function, and Dynamo makes that instance.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def own_warnings(test: Callable[..., None]) -> Callable[..., None]:
+    """A test whose models make torch warn of what they do."""
+    for warning in (
+        # Bloom calls a method of an instance of its autograd.Function; Dynamo makes that instance.
+        ".*should not be instantiated:DeprecationWarning",
+        # Experts of transformers ask a cached function which torch they run on.
+        "Dynamo detected a call to a `functools.lru_cache`-wrapped function:UserWarning",
+        # Llama 4 rotates complex numbers.
+        "Torchinductor does not support code generation for complex operators:UserWarning",
+    ):
+        test = pytest.mark.filterwarnings(f"ignore:{warning}")(test)
+    return test
+
+
+@own_warnings
 @pytest.mark.parametrize(("arch", "dtype"), cases(lambda arch: arch.dtypes))
 def test_equals_eager_with_dequantised_weights(arch: Architecture, dtype: torch.dtype) -> None:
     if arch.broken_in and torch.__version__.startswith(f"{arch.broken_in}."):
@@ -554,7 +674,7 @@ def test_equals_eager_with_dequantised_weights(arch: Architecture, dtype: torch.
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@own_warnings
 @pytest.mark.parametrize(("arch", "dtype"), cases(lambda arch: (torch.bfloat16, torch.float16)))
 def test_equals_eager_on_the_gpu(arch: Architecture, dtype: torch.dtype) -> None:
     check(arch, dtype, "cuda")

@@ -226,7 +226,7 @@ def given() -> tuple[Int4TileTensor, Given, list[Tensor]]:
 
 
 def test_tiles_that_are_given_are_not_copied(store: Store) -> None:
-    packed, computation, roots = given()
+    _packed, computation, roots = given()
     found = store.find(computation, roots, computation.shape_of(roots, 8))
     store.fold(found, ("tiles",), roots)
     assert [t.data_ptr() for t in found.forms["tiles"]] == [t.data_ptr() for t in roots]

@@ -35,7 +35,8 @@ class Form:
         becomes: the op that takes its place.
         rows: x as [S, K].
         back: y as [S, N].
-        scale: what the products are multiplied with; a power of two.
+        scale: what the products are multiplied with; a power of two, at most 1.
+        bias: what is added to them.
     """
 
     function: Callable[..., Tensor]
@@ -47,6 +48,7 @@ class Form:
     rows: Callable[[Tensor], Tensor] = lambda x: x.reshape(-1, x.shape[-1])
     back: Callable[[Tensor], Tensor] = lambda y: y.reshape(-1, y.shape[-1])
     scale: float = 1.0
+    bias: float = 0.0
 
 
 def transpose(x: Tensor) -> Tensor:
@@ -76,13 +78,14 @@ FORMS = {
         back=lambda y: transpose(y).reshape(-1, y.shape[1]),
     ),
     "baddbmm": Form(
-        lambda m, x, bias: torch.baddbmm(bias, x, m.w, alpha=0.5) - bias,
+        lambda m, x, bias: torch.baddbmm(bias, x, m.w, alpha=0.5),
         True,
         (E, 3, K),
         (torch.full((E, 1, N), 0.25),),
         EACH,
         "bmm",
         scale=0.5,
+        bias=0.25,
     ),
     "grouped": Form(
         lambda m, x, offs: grouped_mm(x, m.w, offs=offs),
@@ -157,11 +160,9 @@ def assert_right(y: Tensor, x: Tensor, form: Form, experts: Sequence[Tensor]) ->
     rows, results = form.rows(x), form.back(y)
     assert len(rows) == len(results) == len(form.experts)
     for row, result, e in zip(rows, results, form.experts, strict=True):
-        expected = form.scale * (row.double() @ experts[e].T)
-        # A bias of a quarter that is added and taken away again is rounded with the sum, twice.
-        bias = torch.full((len(expected),), 0.25) if form.scale != 1 else None
-        bound = rounding_bound(row, experts[e], bias)
-        assert_within(result, expected, bound if bias is None else 2 * bound)
+        expected = form.scale * (row.double() @ experts[e].T) + form.bias
+        bias = torch.full((len(expected),), form.bias)
+        assert_within(result, expected, rounding_bound(row, experts[e], bias))
 
 
 def ours(report: Report) -> list[str]:
