@@ -273,6 +273,7 @@ def test_every_kind_of_axes_is_a_view_as_n_by_k(axes: str, shape: tuple[int, ...
 def test_the_table_of_axes_is_tested_in_full() -> None:
     assert set(AXES) == {"NK", "KN", "*NK", "*KN", "NK1", "ENK", "EKN"}
 
+
 @pytest.mark.parametrize(("axes", "shape"), [("ENK", (5, N, K)), ("EKN", (5, K, N))])
 def test_experts_are_viewed_as_e_by_n_by_k(axes: str, shape: tuple[int, ...]) -> None:
     w = torch.randn(shape)
@@ -280,7 +281,6 @@ def test_experts_are_viewed_as_e_by_n_by_k(axes: str, shape: tuple[int, ...]) ->
     assert evaluated.shape == (5, N, K)
     assert evaluated.data_ptr() == w.data_ptr()
     assert evaluated[4, 2, 3] == (w[4, 2, 3] if axes == "ENK" else w[4, 3, 2])
-
 
 
 def test_an_evaluated_parameter_is_detached() -> None:

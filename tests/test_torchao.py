@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -15,20 +16,18 @@ from torch.nn import functional as F
 
 from fxint4 import Int4TileTensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torchao's own
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 SHAPES = [(256, 1024), (264, 2048), (100, 1024), (256, 768), (72, 1600)]
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    quantization = pytest.importorskip(
-        "torchao.quantization", reason="compares with torchao (fxint4[torchao])"
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own
+        quantization = pytest.importorskip(
+            "torchao.quantization", reason="compares with torchao (fxint4[torchao])"
+        )
     return quantization.Int4TilePackedTo4dTensor
 
 

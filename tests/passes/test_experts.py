@@ -161,7 +161,7 @@ def assert_right(y: Tensor, x: Tensor, form: Form, experts: Sequence[Tensor]) ->
     assert len(rows) == len(results) == len(form.experts)
     for row, result, e in zip(rows, results, form.experts, strict=True):
         expected = form.scale * (row.double() @ experts[e].T) + form.bias
-        bias = torch.full((len(expected),), form.bias)
+        bias = torch.full_like(expected, form.bias)
         assert_within(result, expected, rounding_bound(row, experts[e], bias))
 
 

@@ -1,0 +1,294 @@
+"""What the kernels share: finding Triton, W unpacked in registers, and its product with x.
+
+The numbers are those of ``aten._weight_int4pack_mm``: a weight is ``(q - 8) * scale + zero``
+rounded to bf16, products are summed in fp32. ``fxint4.tiles`` describes the tiles.
+
+The functions for Triton's language are called by kernels alone. Their `Fast` picks between two ways
+to the same weights: instructions of NVIDIA's GPUs that handle two at once, and plain Triton, which
+its interpreter can run, too. (Plain Triton rounds twice, to fp32 and then to bf16, so once in
+thousands a weight is the other neighbour in bf16.)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+
+from fxint4.tiles import GROUP_SIZES, INNER_K_TILES
+
+__all__ = ["check_x", "check_weight", "fast", "interpreted", "jit", "multiply", "tl", "triton"]
+
+triton: Any
+tl: Any  # the kernels' bodies find it by this name
+try:
+    # Not import statements: a type checker that has Triton and one that has not would disagree.
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+
+def jit(**options: Any) -> Any:
+    """`triton.jit`; without Triton every function becomes None."""
+    return (lambda function: triton.jit(function, **options)) if triton else lambda function: None
+
+
+def interpreted(kernel: Any) -> bool:
+    """Whether Triton interprets a kernel on the CPU, as TRITON_INTERPRET=1 makes it do."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def fast(kernel: Any) -> bool:
+    """Whether a kernel may use NVIDIA's instructions."""
+    return torch.version.hip is None and not interpreted(kernel)
+
+
+def check_weight(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> tuple[int, int]:
+    """Refuses, with a ValueError, what is not one or several packed weights.
+
+    tiles: int32 ``[..., Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
+    scale_and_zero: bf16 ``[..., Kp/group_size, Np, 2]``, contiguous.
+    group_size: one of 32, 64, 128, 256.
+    n: out features that are meant, at most Np.
+    Returns Np and Kp.
+    """
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}, it must be one of {GROUP_SIZES}")
+    axes = "[N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]"
+    if (
+        tiles.dtype != torch.int32
+        or tiles.ndim < 4
+        or tiles.shape[-2] != 32
+        or 2 * tiles.shape[-1] not in INNER_K_TILES
+        or not tiles.is_contiguous()
+    ):
+        raise ValueError(
+            f"tiles are {tiles.dtype} {tuple(tiles.shape)}: they must be torch.int32 {axes}, "
+            "contiguous"
+        )
+    *batch, n_tiles, k_tiles, _, half_inner = tiles.shape
+    n_padded, k_padded = 8 * n_tiles, 32 * k_tiles * half_inner
+    shape = (*batch, k_padded // group_size, n_padded, 2)
+    if (
+        k_padded % group_size
+        or scale_and_zero.shape != shape
+        or scale_and_zero.dtype != torch.bfloat16
+        or not scale_and_zero.is_contiguous()
+    ):
+        weights = f"{batch[0]} weights" if batch else "a weight"
+        raise ValueError(
+            f"scale_and_zero is {scale_and_zero.dtype} {tuple(scale_and_zero.shape)}: for tiles of "
+            f"{weights} {n_padded}x{k_padded} in groups of {group_size} it must be "
+            f"torch.bfloat16 {shape}, contiguous, and the columns a multiple of the group"
+        )
+    if not 0 <= n <= n_padded:
+        raise ValueError(f"n is {n}, it must be in 0..{n_padded}")
+    return n_padded, k_padded
+
+
+def check_x(x: Tensor, k_padded: int) -> None:
+    """Refuses, with a ValueError, an x that is not contiguous bf16 ``[rows, K]``, K <= k_padded."""
+    if x.dtype != torch.bfloat16 or x.ndim != 2 or x.shape[1] > k_padded or not x.is_contiguous():
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)}: it must be torch.bfloat16 [rows, K] with K at most "
+            f"{k_padded}, contiguous"
+        )
+
+
+# --- in Triton's language; annotations are its own, not types ------------------------------------
+
+
+@jit()
+@no_type_check
+def tile_of(P: tl.constexpr, WARPS: tl.constexpr):
+    """Which of a block's P tiles of 8 rows each row of a load gets: int32 [P].
+
+    A warp gets two neighbouring tiles, because the tensor cores want 16 neighbouring rows in one
+    warp: the first of each pair in the first WARPS rows, the second in the next WARPS.
+    """
+    p = tl.arange(0, P)
+    return p // (2 * WARPS) * (2 * WARPS) + 2 * (p % WARPS) + p // WARPS % 2
+
+
+@jit()
+@no_type_check
+def unpack(
+    words,  # int32 [P, BK]: words of P tiles along k
+    params,  # int32 [P, 8 * GROUPS]: bf16 scale low, bf16 zero high, see `multiply`
+    GROUP: tl.constexpr,
+    HALF_INNER: tl.constexpr,
+    WARPS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The weights in the words: bf16 [8 * P, BK], tiles in their order, not in that of the load."""
+    P: tl.constexpr = words.shape[0]
+    BK: tl.constexpr = words.shape[1]
+    REPEATS: tl.constexpr = P // (2 * WARPS)
+    GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
+    # A word holds 32 neighbouring k, so it has one group. Groups of a step lie in other k tiles
+    # (GT of them) and in other words of one (GJ).
+    TILES: tl.constexpr = BK // (32 * HALF_INNER)
+    GT: tl.constexpr = TILES if TILES < GROUPS else GROUPS
+    GJ: tl.constexpr = GROUPS // GT
+    T: tl.constexpr = TILES // GT
+    J: tl.constexpr = HALF_INNER // GJ
+    # repeat, again, warp, k tile (2 axes), row, lane, j (2 axes): see fxint4.tiles
+    words = tl.reshape(words, (REPEATS, 2, WARPS, GT, T, 8, 4, GJ, J))
+    params = tl.reshape(params, (REPEATS, 2, WARPS, GT, 1, 8, 1, GJ, 1))
+    if FAST:
+        scale = (params & 0xFFFF) | (params << 16)
+        zero = ((params >> 16) & 0xFFFF) | (params & -65536)
+        scale, _ = tl.broadcast(scale, words)
+        zero, _ = tl.broadcast(zero, words)
+        # Pairs of codes become pairs of bf16 numbers 128 + code, of which 136 and no rounding make
+        # code - 8. Compilers do not find these instructions for two numbers by themselves.
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 one, offset, w1, w2, w3;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 offset, 0xc308c308;
+            shr.u32 w1, $4, 4;
+            shr.u32 w2, $4, 8;
+            shr.u32 w3, $4, 12;
+            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+            lop3.b32 $1, w1, 0x000f000f, 0x43004300, 0xea;
+            lop3.b32 $2, w2, 0x000f000f, 0x43004300, 0xea;
+            lop3.b32 $3, w3, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, $0, one, offset;
+            fma.rn.bf16x2 $1, $1, one, offset;
+            fma.rn.bf16x2 $2, $2, one, offset;
+            fma.rn.bf16x2 $3, $3, one, offset;
+            fma.rn.bf16x2 $0, $0, $5, $6;
+            fma.rn.bf16x2 $1, $1, $5, $6;
+            fma.rn.bf16x2 $2, $2, $5, $6;
+            fma.rn.bf16x2 $3, $3, $5, $6;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r,r",
+            [words, scale, zero],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        pairs = tl.join(tl.join(a, c), tl.join(b, d))  # k // 8 % 4 as two axes
+        low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        w = tl.join(low, high)
+    else:
+        words = tl.reshape(words, (REPEATS, 2, WARPS, GT, T, 8, 4, GJ, J, 1, 1, 1))
+        params = tl.reshape(params, (REPEATS, 2, WARPS, GT, 1, 8, 1, GJ, 1, 1, 1, 1))
+        first = 8 * tl.reshape(tl.arange(0, 2), (1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1))
+        second = 4 * tl.reshape(tl.arange(0, 2), (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1))
+        pair = 16 * tl.reshape(tl.arange(0, 2), (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2))
+        code = ((words >> (first + second + pair)) & 15).to(tl.float32) - 8.0
+        scale = (params << 16).to(tl.float32, bitcast=True)
+        zero = (params & -65536).to(tl.float32, bitcast=True)
+        w = (code * scale + zero).to(tl.bfloat16)
+    # now also k // 8 % 4 (2 axes) and k % 2; k % 8 // 2 is lane
+    w = tl.permute(w, (0, 2, 1, 5, 3, 4, 7, 8, 9, 10, 6, 11))
+    return tl.reshape(w, (8 * P, BK))
+
+
+@jit()
+@no_type_check
+def load_step(
+    tile_row,  # pointers to the tiles' first words, [P, 1]
+    param_row,  # pointers to the tiles' first parameters, [P, 1]
+    there,  # whether the weight has the tiles, [P, 1]
+    k,
+    n_padded,
+    k_padded,
+    P: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF_INNER: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Words and parameters of BK columns from k on, as `unpack` takes them."""
+    GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
+    TILES: tl.constexpr = BK // (32 * HALF_INNER)
+    GJ: tl.constexpr = GROUPS // TILES if TILES < GROUPS else 1
+    word = k + tl.arange(0, BK)[None, :]
+    q = tl.arange(0, 8 * GROUPS)[None, :]  # k tile, row, j
+    g = k // GROUP + q // (8 * GJ) * GJ + q % GJ
+    param = param_row + (g.to(tl.int64) * n_padded + q // GJ % 8)
+    if EVEN_N and EVEN_K:
+        words = tl.load(tile_row + word)
+        params = tl.load(param)
+    else:
+        words = tl.load(tile_row + word, mask=there & (word < k_padded), other=0)
+        params = tl.load(param, mask=there & (g * GROUP < k_padded), other=0)
+    return words, params
+
+
+@jit()
+@no_type_check
+def multiply(
+    x_row,  # pointers to the rows' first values, bf16, [1, BM]
+    m_there,  # whether x has the rows, [1, BM]
+    tiles_ptr,  # int32 [n_padded / 8, k_padded], the last axis as `unpack` describes it
+    params_ptr,  # int32 [k_padded / GROUP, n_padded]: bf16 scale low, bf16 zero high
+    n_first,  # rows n_first..n_first+BN-1 of W, a multiple of BN
+    k_first,  # columns k_first..k_stop-1 of W and x, k_first a multiple of BK
+    k_stop,
+    n_padded,
+    k_padded,
+    one,  # 1.0, unknown to the compiler
+    BM: tl.constexpr,
+    BN: tl.constexpr,  # a multiple of 16 * WARPS
+    BK: tl.constexpr,  # 1, 2 or 4 k tiles for inner_k_tiles of 8, 4, 2
+    GROUP: tl.constexpr,
+    HALF_INNER: tl.constexpr,
+    WARPS: tl.constexpr,
+    EVEN_N: tl.constexpr,  # n_padded is a multiple of BN
+    EVEN_K: tl.constexpr,  # k_first, k_stop and k_padded are multiples of BK
+    FAST: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """fp32 ``W[n_first:][:BN] @ x.T`` over some columns, W unpacked as the left operand.
+
+    At inner_k_tiles 8 every thread loads just the words that hold its part of that operand, so W
+    never passes through shared memory.
+    """
+    P: tl.constexpr = BN // 8
+    tile = n_first // 8 + tile_of(P, WARPS)
+    there = (tile < n_padded // 8)[:, None]
+    tile_row = tiles_ptr + tile.to(tl.int64)[:, None] * k_padded
+    param_row = params_ptr + 8 * tile[:, None]
+    k_column = tl.arange(0, BK)[:, None]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for k in range(k_first, k_stop, BK):
+        words, params = load_step(
+            tile_row,
+            param_row,
+            there,
+            k,
+            n_padded,
+            k_padded,
+            P,
+            GROUP,
+            HALF_INNER,
+            BK,
+            EVEN_N,
+            EVEN_K,
+        )
+        if EVEN_K:
+            x = tl.load(x_row + (k + k_column), mask=m_there, other=0.0)
+        else:
+            x = tl.load(x_row + (k + k_column), mask=m_there & (k + k_column < k_stop), other=0.0)
+        w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST)
+        acc = tl.dot(w.to(DOT), x.to(DOT), acc)
+        # On Hopper this dot runs asynchronously with w in registers. If nothing but the next dot
+        # needed the sum, Triton (3.6) would start the next step, and overwrite those registers,
+        # while it still runs: seldom, but then wrong. Something that the compiler cannot see
+        # through needs the sum here, so it waits. Neither changes a bit.
+        if FAST:
+            acc = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            acc *= one
+    return acc
