@@ -202,7 +202,9 @@ def candidates_of(
 
     with torch.no_grad(), _torch.roomy_recompile_limit():
         torch.compile(model, backend=backend)(*args, **kwargs)
-    return list(candidates.values()), kept
+    found = list(candidates.values())
+    candidates.clear()  # Dynamo keeps the backend, which must not keep the parameters
+    return found, kept
 
 
 class _Analysis:

@@ -122,10 +122,9 @@ class Architecture:
 
     def model(self, dtype: torch.dtype, device: str) -> nn.Module:
         config = getattr(transformers, self.config_class)(**self.config)
-        torch.manual_seed(self.seed)
         chosen = {"experts_implementation": self.experts} if self.experts else {}
         model = getattr(transformers, self.model_class)._from_config(config, dtype=dtype, **chosen)
-        randomise(model, self.small)
+        randomise(model, self.small, self.seed)
         return model.to(device).eval()
 
 
@@ -249,30 +248,32 @@ ARCHITECTURES = {
     "falcon": decoder("FalconConfig", "FalconForCausalLM", hidden_size=96),
     "bloom": replace(decoder("BloomConfig", "BloomForCausalLM", hidden_size=96), cache_mask=True),
     "mixtral-grouped_mm": mixture(
-        "MixtralConfig", "MixtralForCausalLM", 315, "grouped_mm", **MIXTRAL
+        "MixtralConfig", "MixtralForCausalLM", 2510, "grouped_mm", **MIXTRAL
     ),
     "mixtral-batched_mm": mixture(
-        "MixtralConfig", "MixtralForCausalLM", 315, "batched_mm", **MIXTRAL
+        "MixtralConfig", "MixtralForCausalLM", 2510, "batched_mm", **MIXTRAL
     ),
     "qwen3_moe-grouped_mm": mixture(
-        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", 50, "grouped_mm", **QWEN3_MOE
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", 469, "grouped_mm", **QWEN3_MOE
     ),
     "qwen3_moe-batched_mm": mixture(
-        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", 50, "batched_mm", **QWEN3_MOE
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM", 469, "batched_mm", **QWEN3_MOE
     ),
     "gpt_oss-grouped_mm": mixture(
         "GptOssConfig",
         "GptOssForCausalLM",
-        28,
+        1412,
         "grouped_mm",
         dtypes=[torch.bfloat16, torch.float32],  # for fp32 transformers has an op of its own
         **GPT_OSS,
     ),
-    "gpt_oss-batched_mm": mixture("GptOssConfig", "GptOssForCausalLM", 28, "batched_mm", **GPT_OSS),
+    "gpt_oss-batched_mm": mixture(
+        "GptOssConfig", "GptOssForCausalLM", 1412, "batched_mm", **GPT_OSS
+    ),
     "llama4_moe": mixture(  # every expert multiplies every token
         "Llama4TextConfig",
         "Llama4ForCausalLM",
-        16,
+        633,
         None,
         chosen=1,
         hidden_size=64,
@@ -396,24 +397,32 @@ ARCHITECTURES = {
 }
 
 
-def randomise(model: nn.Module, small: Mapping[str, float]) -> None:
-    """Weights that let every layer count: unit gain, and biases and norms that are not trivial."""
+def randomise(model: nn.Module, small: Mapping[str, float], seed: int) -> None:
+    """Weights that let every layer count: unit gain, and biases and norms that are not trivial.
+
+    The same ones, but for rounding, in every dtype and whatever drew random numbers before.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(parameter: Tensor, gain: float) -> Tensor:
+        return (gain * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             gains = [gain for p, gain in small.items() if fnmatch.fnmatch(f"{path}.{name}", p)]
             with torch.no_grad():
                 if isinstance(module, nn.Embedding):
-                    parameter.normal_()
+                    parameter.copy_(noise(parameter, 1))
                 elif name == "weight" and parameter.ndim > 1:
                     swapped = in_features_first(module)
                     fan_in = parameter.shape[0] if swapped else parameter[0].numel()
-                    parameter.normal_(std=fan_in**-0.5).mul_(*gains or [1.0])
+                    parameter.copy_(noise(parameter, fan_in**-0.5 * (gains or [1.0])[0]))
                 elif name.endswith("_proj"):  # of experts, one matrix each
                     fan_in = parameter.shape[1 if in_features_first(module) else 2]
-                    parameter.normal_(std=fan_in**-0.5)
+                    parameter.copy_(noise(parameter, fan_in**-0.5))
                 elif name in ("weight", "bias") or name.endswith("_proj_bias"):
                     # Of a norm, say: Gemma's adds 1 to its weight.
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                    parameter.add_(noise(parameter, 0.1))
 
 
 # --- what a compiled model is held to ------------------------------------------------------------

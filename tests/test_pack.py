@@ -54,11 +54,13 @@ def test_linear_layers_are_packed_and_give_what_int4_leaves() -> None:
         torch._dynamo.reset()
 
 
-def test_the_original_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+@pytest.mark.parametrize("example_args", [(), (torch.randn(2, 64),)], ids=["modules", "graphs"])
+def test_the_original_is_freed_before_the_next_is_packed(
+    example_args: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3))).eval()
     originals = [weakref.ref(layer.weight) for layer in model]
     alive = []
-    real = Int4TileTensor.from_float.__func__  # type: ignore[attr-defined]
     quantized = Int4TileTensor.quantized.__func__  # type: ignore[attr-defined]
 
     def counting(cls: Any, *args: Any) -> Any:
@@ -67,8 +69,7 @@ def test_the_original_is_freed_before_the_next_is_packed(monkeypatch: pytest.Mon
         return quantized(cls, *args)
 
     monkeypatch.setattr(Int4TileTensor, "quantized", classmethod(counting))
-    pack_(model)
-    assert real is not None
+    pack_(model, example_args)
     assert alive == [3, 2, 1]
     gc.collect()
     assert [ref() for ref in originals] == [None] * 3
