@@ -691,6 +691,69 @@ def test_equals_eager_on_the_gpu(arch: Architecture, dtype: torch.dtype) -> None
     check(arch, dtype, "cuda")
 
 
+#: How many weights of each `pack_` packs, by module and with example inputs.
+PACKED_IN_PLACE = {
+    "llama": (15, 15),
+    "gpt2": (4, 4),
+    "bert": (13, 13),
+    "mixtral-grouped_mm": (7, 7),
+    "gpt_oss-batched_mm": (7, 7),
+    "llama4_moe": (8, 10),  # only a graph tells along which axis its experts multiply
+}
+
+
+def check_packed_in_place(name: str, device: str, by_graph: bool) -> None:
+    """A model whose weights `pack_` replaced, in eager and compiled."""
+    arch, dtype = ARCHITECTURES[name], torch.bfloat16
+    original, model = arch.model(dtype, device), arch.model(dtype, device)
+    inputs = {name: value.to(device) for name, value in arch.inputs().items()}
+    given = cast(inputs, dtype)
+    report = fxint4.pack_(model, example_kwargs=given if by_graph else None)
+    packed = [p for p in model.parameters() if isinstance(p, fxint4.Int4TileTensor)]
+    assert len(packed) == report.totals["weights_packed"] == PACKED_IN_PLACE[name][by_graph]
+    hold(arch, model, original, report.records, inputs)
+    compiled = torch.compile(model, backend="int4tile")
+    with torch.no_grad():
+        compiled(**given)
+    # What stayed as it was (a weight that an embedding shares, say) is packed when it compiles.
+    later = [r for r in fxint4.last_report().records if "packed before" not in r.reason]
+    records = [r for r in report.records if r.action == "packed"] + later
+    hold(arch, compiled, original, records, inputs)
+
+
+def hold(
+    arch: Architecture,
+    run: Callable[..., Any],
+    original: nn.Module,
+    records: Sequence[fxint4.Record],
+    inputs: Inputs,
+) -> None:
+    """`run` gives what the original gives with its packed weights dequantised."""
+    dtype = torch.bfloat16
+    near, exact = (
+        Eager(arch, original, records, one, inputs).forward() for one in (dtype, torch.float64)
+    )
+    with torch.no_grad():
+        outputs, wrong = run(**cast(inputs, dtype)), original(**cast(inputs, dtype))
+    for name in arch.outputs:
+        compare(outputs[name], near[name], exact[name], wrong[name])
+
+
+@own_warnings
+@pytest.mark.parametrize("by_graph", [False, True], ids=["by module", "by graph"])
+@pytest.mark.parametrize("name", PACKED_IN_PLACE)
+def test_packed_in_place(name: str, by_graph: bool) -> None:
+    check_packed_in_place(name, "cpu", by_graph)
+
+
+@pytest.mark.gpu
+@own_warnings
+@pytest.mark.parametrize("by_graph", [False, True], ids=["by module", "by graph"])
+@pytest.mark.parametrize("name", PACKED_IN_PLACE)
+def test_packed_in_place_on_the_gpu(name: str, by_graph: bool) -> None:
+    check_packed_in_place(name, "cuda", by_graph)
+
+
 # --- a cross-attention cache, which a decode step reads and never writes -------------------------
 
 CROSS_ATTENTION = {

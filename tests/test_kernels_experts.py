@@ -124,16 +124,14 @@ def check(y: Tensor, x: Tensor, weight: Tensor, index: Tensor, *, exact_weight: 
 # --- without a GPU -------------------------------------------------------------------------------
 
 
-@needs_triton
-@compiled_only
-def test_all_in_the_interpreter() -> None:
+def run_in_the_interpreter(file: str) -> None:
     """Triton reads TRITON_INTERPRET when it is first imported, hence a process of its own."""
     version = importlib.metadata.version("triton")
     numpy = importlib.metadata.version("numpy")
     if version.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 has no loops with NumPy 2.4")
     made = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", file],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
@@ -142,6 +140,12 @@ def test_all_in_the_interpreter() -> None:
     )
     assert made.returncode == 0, made.stdout + made.stderr
     assert re.search(r"\d+ passed", made.stdout), made.stdout
+
+
+@needs_triton
+@compiled_only
+def test_all_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__)
 
 
 SHAPES = [  # E, n, k, group_size, inner_k_tiles
@@ -330,8 +334,9 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_triton
 @compiled_only
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("blocks", [blocks for _, blocks in experts._BY_ROWS], ids=str)
-def test_hopper_waits_for_each_dot(blocks: Any) -> None:
+def test_hopper_waits_for_each_dot(blocks: Any, fast: bool) -> None:
     """No wgmma is in flight when the registers that it reads are written again."""
     import triton
     import triton.language as tl
@@ -346,6 +351,9 @@ def test_hopper_waits_for_each_dot(blocks: Any) -> None:
         "BM": blocks.rows,
         "WARPS": blocks.warps,
         "BK": 128,
+        "EVEN_N": True,
+        "EVEN_K": True,
+        "FAST": fast,
         "DOT": tl.bfloat16,
     }
     types = {"x_ptr": "*bf16", "y_ptr": "*bf16", "one": "fp32"}

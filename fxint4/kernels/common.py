@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxint4.tiles import GROUP_SIZES, INNER_K_TILES
 
-__all__ = ["check_x", "check_weight", "fast", "interpreted", "jit", "multiply", "tl", "triton"]
+__all__ = ["check_weight", "check_x", "fast", "interpreted", "jit", "multiply", "tl", "triton"]
 
 triton: Any
 tl: Any  # the kernels' bodies find it by this name
@@ -130,11 +130,12 @@ def unpack(
     GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
     # A word holds 32 neighbouring k, so it has one group. Groups of a step lie in other k tiles
     # (GT of them) and in other words of one (GJ).
-    TILES: tl.constexpr = BK // (32 * HALF_INNER)
+    LANE: tl.constexpr = HALF_INNER if 32 * HALF_INNER < BK else BK // 32  # words of a lane's
+    TILES: tl.constexpr = BK // (32 * LANE)
     GT: tl.constexpr = TILES if TILES < GROUPS else GROUPS
     GJ: tl.constexpr = GROUPS // GT
     T: tl.constexpr = TILES // GT
-    J: tl.constexpr = HALF_INNER // GJ
+    J: tl.constexpr = LANE // GJ
     # repeat, again, warp, k tile (2 axes), row, lane, j (2 axes): see fxint4.tiles
     words = tl.reshape(words, (REPEATS, 2, WARPS, GT, T, 8, 4, GJ, J))
     params = tl.reshape(params, (REPEATS, 2, WARPS, GT, 1, 8, 1, GJ, 1))
@@ -209,9 +210,15 @@ def load_step(
 ):
     """Words and parameters of BK columns from k on, as `unpack` takes them."""
     GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
-    TILES: tl.constexpr = BK // (32 * HALF_INNER)
+    SPAN: tl.constexpr = 32 * HALF_INNER  # of a k tile: as many columns as words
+    TILES: tl.constexpr = BK // SPAN if SPAN < BK else 1
     GJ: tl.constexpr = GROUPS // TILES if TILES < GROUPS else 1
-    word = k + tl.arange(0, BK)[None, :]
+    if SPAN <= BK:
+        word = k + tl.arange(0, BK)[None, :]
+    else:  # some words of each lane's
+        J: tl.constexpr = BK // 32
+        word = tl.arange(0, BK)[None, :]
+        word = k // SPAN * SPAN + k % SPAN // 32 + word // J * HALF_INNER + word % J
     q = tl.arange(0, 8 * GROUPS)[None, :]  # k tile, row, j
     g = k // GROUP + q // (8 * GJ) * GJ + q % GJ
     param = param_row + (g.to(tl.int64) * n_padded + q // GJ % 8)
@@ -239,7 +246,7 @@ def multiply(
     one,  # 1.0, unknown to the compiler
     BM: tl.constexpr,
     BN: tl.constexpr,  # a multiple of 16 * WARPS
-    BK: tl.constexpr,  # 1, 2 or 4 k tiles for inner_k_tiles of 8, 4, 2
+    BK: tl.constexpr,  # 64 or a multiple of 128
     GROUP: tl.constexpr,
     HALF_INNER: tl.constexpr,
     WARPS: tl.constexpr,

@@ -14,7 +14,6 @@ Importing this module works without Triton, calling it does not.
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -22,21 +21,21 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
-from fxint4.tiles import GROUP_SIZES, INNER_K_TILES
+from fxint4.kernels.common import (
+    check_weight,
+    check_x,
+    fast,
+    interpreted,
+    jit,
+    multiply,
+    tl,
+    triton,
+)
 
 __all__ = ["grouped_mm", "indexed_mm"]
 
-triton: Any
-tl: Any  # the kernel's body finds it by this name
-try:
-    # Not import statements: a type checker that has Triton and one that has not would disagree.
-    triton = importlib.import_module("triton")
-    tl = importlib.import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
 _STEP = 128
-"""Values of k a step of the kernel's loop: 1, 2 or 4 tiles for inner_k_tiles of 8, 4 or 2."""
+"""Values of k a step of the kernel's loop."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class _Blocks:
 
     @property
     def features(self) -> int:
-        """Out features: one tensor-core tile of 16 a warp, see the kernel."""
+        """Out features: one tensor-core tile of 16 a warp."""
         return 16 * self.warps
 
 
@@ -125,9 +124,9 @@ def _launch(
             "int4 expert matmuls need Triton, which is not installed; torch's CUDA wheels for "
             "Linux bring it, otherwise: pip install triton"
         )
-    interpreted = not isinstance(_kernel, triton.JITFunction)
+    runs_here = interpreted(_kernel)
     devices = {t.device for t in (x, tiles, scale_and_zero, experts)}
-    if len(devices) > 1 or not (x.is_cuda or interpreted):
+    if len(devices) > 1 or not (x.is_cuda or runs_here):
         raise ValueError(
             f"x, tiles, scale_and_zero and ends or experts are on {sorted(map(str, devices))}: "
             "they must be on one CUDA device"
@@ -140,6 +139,7 @@ def _launch(
     blocks = _BY_ROWS[0][1] if by_row else _blocks(rows, count)
     row_blocks = rows if by_row else _most_row_blocks(rows, count, blocks.rows)
     feature_blocks = -(-n // blocks.features)
+    n_padded, k_padded = 8 * n_tiles, k_tiles * 32 * half_inner
     # One axis: the grid's others end at 65535, and rows may be more.
     with torch.cuda.device(x.get_device()):  # Triton launches on the current one; -1 is a no-op
         _kernel[(row_blocks * feature_blocks,)](
@@ -152,10 +152,9 @@ def _launch(
             count,
             n,
             k,
-            8 * n_tiles,
-            k_tiles * 32 * half_inner,
+            n_padded,
+            k_padded,
             1.0,
-            0x4B000000,
             BY_ROW=by_row,
             EXPERTS=1 if by_row else triton.next_power_of_2(count + 1),
             GROUP=group_size,
@@ -163,8 +162,11 @@ def _launch(
             BM=blocks.rows,
             WARPS=blocks.warps,
             BK=_STEP,
+            EVEN_N=n_padded % blocks.features == 0,
+            EVEN_K=k % _STEP == 0 and k_padded % _STEP == 0,
+            FAST=fast(_kernel),
             # The interpreter multiplies bf16 as if it were integers.
-            DOT=tl.float32 if interpreted else tl.bfloat16,
+            DOT=tl.float32 if runs_here else tl.bfloat16,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
@@ -187,47 +189,19 @@ def _most_row_blocks(rows: int, experts: int, block: int) -> int:
 
 
 def _check(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> None:
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {group_size}, it must be one of {GROUP_SIZES}")
-    if (
-        tiles.dtype != torch.int32
-        or tiles.ndim != 5
-        or tiles.shape[0] < 1
-        or tiles.shape[3] != 32
-        or 2 * tiles.shape[4] not in INNER_K_TILES
-        or not tiles.is_contiguous()
-    ):
+    if tiles.ndim != 5 or tiles.shape[0] < 1:
         raise ValueError(
-            f"tiles are {tiles.dtype} {tuple(tiles.shape)}: they must be torch.int32 "
-            "[E, N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2] with E at least 1, contiguous"
+            f"tiles are {tuple(tiles.shape)}: those of experts have 5 axes, and the first, the "
+            "experts, is at least 1"
         )
-    experts, n_padded = tiles.shape[0], 8 * tiles.shape[1]
-    k_padded = 32 * tiles.shape[2] * tiles.shape[4]
-    shape = (experts, k_padded // group_size, n_padded, 2)
-    if (
-        k_padded % group_size
-        or scale_and_zero.shape != shape
-        or scale_and_zero.dtype != torch.bfloat16
-        or not scale_and_zero.is_contiguous()
-    ):
-        raise ValueError(
-            f"scale_and_zero is {scale_and_zero.dtype} {tuple(scale_and_zero.shape)}: for tiles of "
-            f"{experts} weights {n_padded}x{k_padded} in groups of {group_size} it must be "
-            f"torch.bfloat16 {shape}, contiguous, and the columns a multiple of the group"
-        )
-    if x.dtype != torch.bfloat16 or x.ndim != 2 or x.shape[1] > k_padded or not x.is_contiguous():
-        raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)}: it must be torch.bfloat16 [rows, K] with K at most "
-            f"{k_padded}, contiguous"
-        )
-    if not 0 <= n <= n_padded:
-        raise ValueError(f"n is {n}, it must be in 0..{n_padded}")
+    _, k_padded = check_weight(tiles, scale_and_zero, group_size, n)
+    check_x(x, k_padded)
 
 
 @no_type_check  # annotations here are Triton's, not types
 def _experts_kernel(
     x_ptr,  # bf16 [S, K]
-    tiles_ptr,  # int32 [E, n_padded / 8, k_padded], the last axis as described below
+    tiles_ptr,  # int32 [E, n_padded / 8, k_padded], the last axis as `unpack` describes it
     params_ptr,  # int32 [E, k_padded / GROUP, n_padded]: bf16 scale low, bf16 zero high
     experts_ptr,  # [S] expert of each row if BY_ROW, else int32 [E] end of each expert
     y_ptr,  # bf16 [S, n]
@@ -237,8 +211,7 @@ def _experts_kernel(
     K,
     n_padded,
     k_padded,
-    one,  # 1.0 and
-    two_to_23,  # the bits of the float 2^23, both unknown to the compiler: see the loop
+    one,  # see `multiply`
     BY_ROW: tl.constexpr,
     EXPERTS: tl.constexpr,  # power of two above E
     GROUP: tl.constexpr,
@@ -246,9 +219,12 @@ def _experts_kernel(
     BM: tl.constexpr,  # rows of x a program
     WARPS: tl.constexpr,
     BK: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FAST: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """y[block].T = W[expert] @ x[block].T, W unpacked in registers as the left operand."""
+    """y[block].T = W[expert] @ x[block].T."""
     BN: tl.constexpr = 16 * WARPS
     feature_blocks = tl.cdiv(n, BN)
     block = tl.program_id(0) // feature_blocks
@@ -280,66 +256,35 @@ def _experts_kernel(
         expert = tl.where(known, index, 0)
 
     m = first + tl.arange(0, BM)
-    x_row = x_ptr + m.to(tl.int64)[None, :] * K
     m_there = (m < stop)[None, :]
-
-    # The words of 8 rows are contiguous along k: a step takes BK of them from each of BN / 8 tiles,
-    # a tile a warp and then once more. Warp w gets the tiles 2w and 2w+1, because the tensor cores
-    # want 16 neighbouring rows in one warp. At inner_k_tiles 8 every thread then has just the
-    # words that hold its part of the operand, so W never passes through shared memory.
-    p = tl.arange(0, 2 * WARPS)
-    tile = n_first // 8 + 2 * (p % WARPS) + p // WARPS
-    tile_there = (tile < n_padded // 8)[:, None]
-    word = tl.arange(0, BK)[None, :]
-    tile_row = tiles_ptr + (expert * (n_padded // 8) + tile)[:, None] * k_padded
-    half = tl.reshape(16 * tl.arange(0, 2), (1, 1, 1, 1, 1, 1, 1, 2))
-    nibble = tl.reshape(4 * tl.arange(0, 4), (1, 1, 1, 1, 1, 1, 4, 1))
-    nibble_unit = ((127 - nibble) << 23).to(tl.float32, bitcast=True)  # 2^-nibble
-    nibble_offset = 8388608.0 * nibble_unit + 8.0
-
-    GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP  # in a step
-    n_row = n_first + tl.arange(0, BN)
-    groups = k_padded // GROUP
-    group = tl.arange(0, GROUPS)[None, :]
-    param_row = params_ptr + expert * groups * n_padded + n_row[:, None]
-    n_there = (n_row < n_padded)[:, None]
-
-    k_column = tl.arange(0, BK)[:, None]
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for k in range(0, tl.where(known, K, 0), BK):
-        words = tl.load(tile_row + (k + word), mask=tile_there & (k + word < k_padded), other=0)
-        x = tl.load(x_row + (k + k_column), mask=m_there & (k + k_column < K), other=0.0)
-        g = k // GROUP + group
-        params = tl.load(
-            param_row + g.to(tl.int64) * n_padded, mask=n_there & (g < groups), other=0
-        )
-
-        # again, warp, k tile, row, lane, j (see fxint4.tiles), then k // 8 % 4 and k % 2
-        words = tl.reshape(words, (2, WARPS, BK // (32 * HALF_INNER), 8, 4, HALF_INNER, 1, 1))
-        # The low 23 bits of a float in 2^23..2^24 are its integer part without 2^23. So a code at
-        # bit p of them is a float of 2^23 + code * 2^p, found without a shift or a conversion; both
-        # steps that make code - 8 of it are exact. (With 2^23 in a register and not a constant the
-        # two logic operations are one instruction.)
-        code = ((words >> half) & (15 << nibble)) | two_to_23
-        code = code.to(tl.float32, bitcast=True) * nibble_unit - nibble_offset
-        code = tl.permute(code, (1, 0, 3, 2, 5, 6, 4, 7))
-        code = tl.reshape(code, (BN, GROUPS, BK // GROUPS))
-        scale = (params << 16).to(tl.float32, bitcast=True)[:, :, None]
-        zero = (params & -65536).to(tl.float32, bitcast=True)[:, :, None]
-        w = tl.reshape(code * scale + zero, (BN, BK)).to(tl.bfloat16)
-
-        acc = tl.dot(w.to(DOT), x.to(DOT), acc)
-        # On Hopper this dot runs asynchronously with w in registers. If nothing but the next dot
-        # needed the sum, Triton (3.6) would start the next step, and overwrite those registers,
-        # while it still runs: seldom, but then wrong. A product with a number that the compiler
-        # does not know needs the sum here, so it waits; 1.0 leaves every bit as it is.
-        acc *= one
-
+    acc = multiply(
+        x_ptr + m.to(tl.int64)[None, :] * K,
+        m_there,
+        tiles_ptr + expert * (n_padded // 8) * k_padded,
+        params_ptr + expert * (k_padded // GROUP) * n_padded,
+        n_first,
+        0,
+        tl.where(known, K, 0),
+        n_padded,
+        k_padded,
+        one,
+        BM,
+        BN,
+        BK,
+        GROUP,
+        HALF_INNER,
+        WARPS,
+        EVEN_N,
+        EVEN_K,
+        FAST,
+        DOT,
+    )
     if BY_ROW:
         acc = tl.where(known, acc, float("nan"))
+    n_row = n_first + tl.arange(0, BN)
     y_at = y_ptr + m.to(tl.int64)[None, :] * n + n_row[:, None]
     tl.store(y_at, acc.to(tl.bfloat16), mask=m_there & (n_row < n)[:, None])
 
 
 # S changes from call to call and gains nothing from a variant of its own.
-_kernel: Any = triton and triton.jit(_experts_kernel, do_not_specialize=["S"])
+_kernel: Any = jit(do_not_specialize=["S"])(_experts_kernel)

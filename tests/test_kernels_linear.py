@@ -1,0 +1,448 @@
+"""The matmuls of one weight: in Triton's interpreter, as PTX for Hopper, and on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from support import assert_within
+from test_kernels_experts import (
+    HAS_TRITON,
+    INTERPRETED,
+    check,
+    compiled_only,
+    interpreted_only,
+    needs_memory,
+    needs_triton,
+    rows,
+    run_in_the_interpreter,
+)
+from test_kernels_experts import make as make_experts
+from torch import Tensor
+
+from fxint4.kernels import linear as kernels
+from fxint4.kernels.linear import Blocks, Choice, choose, dequantize, linear
+from fxint4.quantize import dequantize as dequantise_plainly
+from fxint4.tiles import TileShape, pack, pack_scale_and_zero
+
+# Triton 3.9 says that its default will change.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+
+DEQUANTISE = Choice("dequantise")
+ATEN = Choice("aten")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight [n, k]: packed, and what it stands for in float64."""
+
+    shape: TileShape
+    tiles: Tensor
+    scale_and_zero: Tensor
+    weight: Tensor
+
+    def times(self, x: Tensor, choice: Choice | None = None, n: int | None = None) -> Tensor:
+        n = self.shape.n if n is None else n
+        return linear(x, self.tiles, self.scale_and_zero, self.shape.group_size, n, choice)
+
+    def check(self, y: Tensor, x: Tensor) -> None:
+        # On a GPU the weight goes through bf16 once, as `bfloat16` does here.
+        weight = self.weight.bfloat16() if x.is_cuda else self.weight
+        n, k = y.shape[1], x.shape[1]
+        index = torch.zeros(len(x), device=x.device)
+        check(y, x, weight[None, :n, :k], index, exact_weight=x.is_cuda)
+
+
+def make(n: int, k: int, group: int = 128, inner: int = 8, device: str = "cpu") -> Weight:
+    made = make_experts(1, n, k, group, inner, device)
+    return Weight(made.shape, made.tiles[0], made.scale_and_zero[0], made.weight[0])
+
+
+def triton_choice(**blocks: int) -> Choice:
+    return Choice("triton", Blocks(**{"rows": 16, "features": 64, **blocks}))
+
+
+# --- without a GPU -------------------------------------------------------------------------------
+
+
+@needs_triton
+@compiled_only
+def test_all_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__)
+
+
+SHAPES = [  # n, k, group_size, inner_k_tiles
+    (64, 256, 128, 8),
+    (8, 32, 32, 2),
+    (72, 96, 32, 2),
+    (65, 192, 64, 4),
+    (40, 200, 64, 4),  # k padded to 224 in groups of 32
+    (16, 512, 256, 8),
+    (24, 256, 256, 2),
+    (24, 384, 32, 8),
+    (100, 7, 128, 8),  # k padded to 32
+    (130, 130, 128, 4),
+    (1, 1, 32, 2),
+]
+
+CHOICES = [
+    None,
+    DEQUANTISE,
+    triton_choice(splits=2),
+    triton_choice(features=128, splits=4, step=256),
+    triton_choice(rows=32, features=128, warps=8),
+    triton_choice(rows=64, features=256, warps=4, splits=8),
+    triton_choice(rows=64, features=64, splits=2, step=64),
+]
+
+
+@interpreted_only
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_shapes(case: tuple[int, int, int, int], choice: Choice | None) -> None:
+    made = make(*case)
+    for count in (1, 21):
+        x = rows(count, case[1])
+        made.check(made.times(x, choice), x)
+
+
+@interpreted_only
+@pytest.mark.parametrize("step", [64, 128, 256])
+@pytest.mark.parametrize("inner", [2, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_exact_numbers(group: int, inner: int, step: int) -> None:
+    """Integers that bf16 holds: not one code, scale or zero may be in the wrong place."""
+    k, n = 512, 24
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scale = (2.0 ** torch.randint(0, 3, (n, k // group))).bfloat16()
+    zero = torch.randint(-4, 5, (n, k // group)).bfloat16()
+    tiles, parameters = pack(codes, inner), pack_scale_and_zero(scale, zero)
+    weight = dequantise_plainly(codes, scale, zero, group, torch.float64)
+    assert torch.equal(dequantize(tiles, parameters, group, n).double(), weight)
+    x = torch.eye(k, dtype=torch.bfloat16)[::5].contiguous()  # each row has one k
+    for splits in (1, 2):
+        choice = triton_choice(rows=64, splits=splits, step=step)
+        y = linear(x, tiles, parameters, group, n, choice)
+        assert torch.equal(y.double(), weight.T[::5])
+
+
+@interpreted_only
+def test_every_size_of_block() -> None:
+    made = make(72, 600, 32, 2)
+    for count in (1, 16, 17, 32, 33, 64, 65, 128, 129, 300):
+        x = rows(count, 600)
+        made.check(made.times(x), x)
+
+
+@interpreted_only
+def test_fewer_features_and_columns() -> None:
+    made = make(80, 64, 32, 2)
+    x = rows(3, 64)
+    for choice in (None, DEQUANTISE, triton_choice(splits=2)):
+        assert made.times(x[:0], choice).shape == (0, 80)
+        assert made.times(x, choice, 0).shape == (3, 0)
+        assert torch.equal(made.times(x[:, :0].contiguous(), choice), x.new_zeros(3, 80))
+        assert torch.equal(made.times(x, choice, 33), made.times(x, choice)[:, :33])
+        short = x[:, :50].contiguous()  # the columns that are not there count as 0
+        made.check(made.times(short, choice), short)
+    whole = dequantize(made.tiles, made.scale_and_zero, 32, 80)
+    assert torch.equal(dequantize(made.tiles, made.scale_and_zero, 32, 33, 50), whole[:33, :50])
+
+
+def test_choose_splits_no_more_than_there_are_steps() -> None:
+    for m, n, k in itertools.product((1, 16, 17, 64, 128, 300, 4096), (8, 4096), (1, 200, 14336)):
+        choice = choose(m, n, k)
+        if choice.blocks is not None:
+            assert choice.blocks.splits == 1 or k > choice.blocks.splits * choice.blocks.step
+
+
+def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(24, 64, 32, 4)
+    x = rows(3, 64)
+
+    def refused(match: str, **changed: Any) -> None:
+        given = {"x": x, "tiles": made.tiles, "scale_and_zero": made.scale_and_zero}
+        with pytest.raises(ValueError, match=match):
+            linear(**{**given, "group_size": 32, "n": 24, **changed})
+
+    if HAS_TRITON:
+        refused("x is torch.float32", x=x.float())
+        refused("x is", x=rows(3, 65))
+        refused("tiles have 5 axes", tiles=made.tiles[None])
+        refused("tiles are torch.int64", tiles=made.tiles.long())
+        refused("scale_and_zero is", scale_and_zero=made.scale_and_zero.float())
+        refused("groups of 64", group_size=64)
+        refused("group_size is 16", group_size=16)
+        refused("n is 25", n=25)
+        with pytest.raises(ValueError, match="k is 65"):
+            dequantize(made.tiles, made.scale_and_zero, 32, 24, 65)
+    if INTERPRETED:
+        refused("needs blocks", choice=Choice("triton"))
+    if HAS_TRITON and not INTERPRETED:
+        refused("they must be on one CUDA device")
+    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(RuntimeError, match="need Triton, which is not installed"):
+        made.times(x)
+
+
+def chosen() -> list[Blocks]:
+    """All blocks that `choose` gives, but for the splits."""
+    sizes = itertools.product((1, 16, 32, 64, 128, 256, 512), (4096, 28672), (4096, 28672))
+    blocks = {choose(*size).blocks for size in sizes}
+    return sorted({replace(b, splits=1) for b in blocks if b is not None}, key=str)
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("blocks", chosen(), ids=str)
+def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
+    """No wgmma is in flight when the registers that it reads are written again."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {
+        "SPLITS": 2,
+        "BM": blocks.rows,
+        "BN": blocks.features,
+        "BK": blocks.step,
+        "GROUP": 128,
+        "HALF_INNER": 4,
+        "WARPS": blocks.warps,
+        "EVEN_N": True,
+        "EVEN_K": True,
+        "FAST": fast,
+        "DOT": tl.bfloat16,
+    }
+    types = {"x_ptr": "*bf16", "y_ptr": "*bf16", "partial_ptr": "*fp32", "one": "fp32"}
+    types |= dict.fromkeys(("tiles_ptr", "params_ptr", "counters_ptr"), "*i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    names = kernels._linear_kernel.arg_names
+    unaligned = {*constants, "M", "row_blocks", "one"}
+    source = ASTSource(
+        kernels._linear_kernel,
+        {name: types.get(name, "i32") for name in names},
+        constants,
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in unaligned},
+    )
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = made.asm["ptx"]
+    found = re.findall(r"wgmma\.(mma_async|commit_group|wait_group)", ptx)
+    # Those of a step, 16 k and, in a warp, 16 features at a time, and then the wait.
+    count = blocks.step // 16 * (blocks.features // (16 * blocks.warps))
+    assert found == ["mma_async"] * count + ["commit_group", "wait_group"]
+    assert re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx) == ["0"]
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+ROWS = (1, 2, 3, 8, 16, 17, 33, 64, 100, 128, 300, 1024)
+GPU_CHOICES = (
+    None,
+    DEQUANTISE,
+    triton_choice(splits=4),
+    triton_choice(features=128, splits=2, step=256),
+    triton_choice(rows=64, features=128, warps=8, splits=8),
+    triton_choice(rows=128, features=128, stages=3),
+    triton_choice(rows=128, features=128, splits=2, step=64),
+)
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [(4096, 4096), (6144, 4096), (4304, 1152), (4096, 14336)], ids=str)
+def test_gpu_rows(case: tuple[int, int]) -> None:
+    made = make(*case, device="cuda")
+    assert torch.equal(
+        dequantize(made.tiles, made.scale_and_zero, made.shape.group_size, *case),
+        made.weight.bfloat16(),
+    )
+    for count in ROWS:
+        x = rows(count, case[1], "cuda")
+        for choice in GPU_CHOICES:
+            made.check(made.times(x, choice), x)
+    x = rows(3, made.shape.k_padded, "cuda")
+    y = made.times(x, ATEN)
+    made.check(y, x)
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*SHAPES, (1111, 1000, 256, 8), (520, 2880, 64, 2)], ids=str)
+def test_gpu_shapes(case: tuple[int, int, int, int]) -> None:
+    made = make(*case, device="cuda")
+    n, k = case[:2]
+    assert torch.equal(
+        dequantize(made.tiles, made.scale_and_zero, made.shape.group_size, n, k),
+        made.weight.bfloat16(),
+    )
+    for count in (1, 21, 50, 130):
+        x = rows(count, k, "cuda")
+        for choice in GPU_CHOICES:
+            made.check(made.times(x, choice), x)
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", [2, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_gpu_groups_and_inners(group: int, inner: int) -> None:
+    made = make(512, 2048, group, inner, "cuda")
+    for count, choice in itertools.product((1, 40, 200), GPU_CHOICES):
+        x = rows(count, 2048, "cuda")
+        made.check(made.times(x, choice), x)
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 16, 40, 64, 128, 256])
+@pytest.mark.parametrize("case", [(4096, 4096), (6144, 4096), (4304, 1152)], ids=str)
+def test_gpu_repeats_are_identical_on_two_streams(case: tuple[int, int], count: int) -> None:
+    made = make(*case, device="cuda")
+    x = rows(count, case[1], "cuda")
+    first = made.times(x)
+    made.check(first, x)
+    torch.cuda.synchronize()
+    different = []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            different.append(sum((made.times(x) != first).any() for _ in range(500)))
+    torch.cuda.synchronize()
+    assert sum(map(int, different)) == 0
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+def test_gpu_graphs_at_the_same_time() -> None:
+    """Graphs captured on one stream and replayed on two have counters of their own."""
+    made = make(4096, 4096, device="cuda")
+    x = rows(16, 4096, "cuda").clone()
+    choice = triton_choice(splits=8)
+    expected = made.times(x, choice)
+    torch.cuda.synchronize()
+    graphs, results = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append([made.times(x, choice) for _ in range(10)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for ys in results for y in ys)
+    x.copy_(x.roll(1, 0))
+    graphs[0].replay()
+    made.check(results[0][-1], x)
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("lacking", ["room", "buffer"])
+def test_gpu_without_lasting_counters(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(512, 2048, device="cuda")
+    x = rows(4, 2048, "cuda")
+    choice = triton_choice(splits=4)
+    expected = made.times(x, choice)
+    monkeypatch.setattr(kernels, "_by_device", {})
+    if lacking == "room":
+        monkeypatch.setattr(kernels, "_COUNTERS", 4)
+        assert torch.equal(made.times(x, choice), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = made.times(x, choice)
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(y, expected)
+
+
+_FIRST_CALL_IN_A_TREE = """
+import torch
+from fxint4.kernels.linear import Blocks, Choice, linear
+
+tiles = torch.randint(-(2**31), 2**31 - 1, (64, 8, 32, 4), dtype=torch.int32, device="cuda")
+parameters = torch.randn(8, 512, 2, dtype=torch.bfloat16, device="cuda")
+choice = Choice("triton", Blocks(rows=16, features=64, splits=4))
+
+@torch.library.custom_op("fxint4_test::linear", mutates_args=())
+def op(x: torch.Tensor) -> torch.Tensor:
+    return linear(x, tiles, parameters, 128, 512, choice)
+
+op.register_fake(lambda x: x.new_empty((len(x), 512)))
+compiled = torch.compile(lambda x: op(op(x + 1).repeat(1, 2)) + 1, mode="reduce-overhead")
+x = torch.randn(4, 1024, dtype=torch.bfloat16, device="cuda")
+results = [compiled(x).clone() for _ in range(4)]
+expected = op(op(x + 1).repeat(1, 2)) + 1
+assert all(torch.equal(y, expected) for y in results)
+"""
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+def test_gpu_first_call_in_a_cuda_graph_tree() -> None:
+    """The counters, made in a tree's warm-up, do not stay in its memory pool."""
+    made = subprocess.run(
+        [sys.executable, "-c", _FIRST_CALL_IN_A_TREE], capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["triton", "dequantise"])
+def test_gpu_more_of_x_and_y_than_32_bits_count(kernel: str) -> None:
+    needs_memory(14)
+    made = make(8192, 8192, device="cuda")
+    count = 2**18 + 100
+    x = torch.zeros((count, 8192), dtype=torch.bfloat16, device="cuda")
+    x[-100:] = rows(100, 8192, "cuda")
+    wide = triton_choice(rows=128, features=128, stages=3)
+    y = made.times(x, wide if kernel == "triton" else DEQUANTISE)
+    made.check(y[-100:], x[-100:])
+    assert not y[:1000].any()
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+def test_gpu_more_partial_sums_than_32_bits_count() -> None:
+    needs_memory(14)
+    made = make(8192, 1024, device="cuda")
+    count = 2**16 + 100
+    x = rows(count, 1024, "cuda")
+    y = made.times(x, triton_choice(rows=128, features=128, stages=3, splits=4))
+    for part in (slice(100), slice(-100, None)):
+        made.check(y[part].contiguous(), x[part])
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+def test_gpu_plain_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other makers' GPUs run: weights rounded to fp32 first, so seldom the next bf16."""
+    made = make(512, 2048, device="cuda")
+    monkeypatch.setattr(kernels, "fast", lambda _: False)
+    x = rows(33, 2048, "cuda")
+    for choice in GPU_CHOICES:
+        y = made.times(x, choice)
+        magnitude = x.double().abs() @ made.weight.abs().T
+        assert_within(y, x.double() @ made.weight.T, 2.0**-7 * magnitude)
