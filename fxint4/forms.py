@@ -8,10 +8,8 @@ import torch
 
 from fxint4._torch import mkldnn_supports
 from fxint4.store import Form
-from fxint4.tiles import TileShape
 
 __all__ = [
-    "CUDA_ELEMENTS",
     "DTYPES",
     "UNBOUNDED",
     "device_fault",
@@ -24,9 +22,6 @@ __all__ = [
 #: accumulation, so fp16 and fp32 activations are cast to bf16 on the way in and back on the way
 #: out.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-#: The CUDA op counts elements of x and y in 32 bits.
-CUDA_ELEMENTS = 2**31 - 1
 
 #: Rows up to which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the model:
 #: measured by benchmarks/cpu_matmul.py. Beyond, a dequantised copy is multiplied.
@@ -61,16 +56,15 @@ def int4_form(device: torch.device) -> Form:
     return "cpu" if device.type == "cpu" else "tiles"
 
 
-def most_int4_rows(device: torch.device, dtype: torch.dtype, shape: TileShape) -> int:
+def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:
     """The largest M for which the int4 op is used; a `Dense` copy serves beyond it.
 
     Args:
         device: where the matmul runs.
         dtype: dtype of its activation.
-        shape: of its weight.
     """
     if device.type == "cuda":
-        return CUDA_ELEMENTS // max(shape.n_padded, shape.k_padded)
+        return UNBOUNDED  # its lowering has a kernel for every M
     if dtype is torch.float32 or mkldnn_supports(dtype):
         return _CPU_ROWS[dtype]
     # Without hardware for it a dense fp16 or bf16 matmul is slower than the int4 op at every M.
@@ -86,6 +80,6 @@ def choose(form: Form, beyond: Form | None, most_rows: int, rows: int | None) ->
         most_rows: the largest M for the packed form.
         rows: M; None where it is not known before the graph runs.
     """
-    if rows == 0:  # the CUDA op takes no empty input
+    if rows == 0:  # the ops take no empty input
         return None
     return form if rows is not None and rows <= most_rows else beyond

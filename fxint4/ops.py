@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from fxint4._torch import aten
 from fxint4.constants import Given
-from fxint4.forms import CUDA_ELEMENTS
-from fxint4.kernels import experts
+from fxint4.kernels import experts, linear
 from fxint4.store import store
 
 __all__: list[str] = []
@@ -34,7 +33,11 @@ _SCHEMAS = (
     f"bmm(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
     f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
+    "int4pack_mm(Tensor x, Tensor tiles, int group_size, Tensor scale_and_zero) -> Tensor",
+    "int4pack_mm_launched(Tensor x, Tensor tiles, int group_size, Tensor scale_and_zero) -> Tensor",
 )
+#: Elements of W that the aten op reads in the time of a launch from Python.
+_ATEN_ELEMENTS = 80_000_000
 _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -42,17 +45,20 @@ def _linear_cuda(
     x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
 ) -> Tensor:
     """``[..., K]`` times one weight: ``[..., n]``."""
-    tiles, scale_and_zero = tiles.contiguous(), scale_and_zero.contiguous()
-    k_padded = scale_and_zero.shape[-3] * group_size
-    rows = _rows(x, k_padded)
-    # The op takes no empty input, and counts the elements of x and y in 32 bits.
-    most = CUDA_ELEMENTS // max(k_padded, scale_and_zero.shape[-2])
-    y = x.new_empty((len(rows), n))
-    for start in range(0, len(rows), most):
-        part = rows[start : start + most]
-        product = aten._weight_int4pack_mm(part, tiles, group_size, scale_and_zero)
-        y[start : start + most] = product[:, :n]
-    return y.view(*x.shape[:-1], n)
+    rows = _rows(x, x.shape[-1])
+    choice = _choice_for_the_host(len(rows), n, x.shape[-1])
+    y = linear.linear(rows, tiles.contiguous(), scale_and_zero.contiguous(), group_size, n, choice)
+    return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _choice_for_the_host(m: int, n: int, k: int) -> linear.Choice:
+    """How to multiply where the host launches each kernel anew.
+
+    That takes about 100 us for a Triton kernel and 9 for the aten op (H200, torch 2.11). So the
+    aten op, which reads W again for every 16 rows, is the faster one while the GPU needs less.
+    """
+    few = m <= 8 or -(-m // 16) * n * k <= _ATEN_ELEMENTS
+    return linear.Choice("aten") if few else linear.choose(m, n, k)
 
 
 def _linear_cpu(
@@ -205,9 +211,36 @@ def _implementations() -> Iterator[tuple[str, Any, Any]]:
     yield "indexed_mm", _indexed_cpu, _indexed_cuda
 
 
+def _int4pack_cuda(x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
+    """`aten._weight_int4pack_mm` for every M, arguments as there, K padded: ``[M, N]``.
+
+    Takes the kernel that is fastest on the GPU, as if launching it took no time: for CUDA graphs.
+    """
+    return linear.linear(x, tiles, scale_and_zero, group_size, scale_and_zero.shape[-2])
+
+
+def _int4pack_launched_cuda(
+    x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor
+) -> Tensor:
+    """The same, where the host launches each kernel anew."""
+    n = scale_and_zero.shape[-2]
+    choice = _choice_for_the_host(len(x), n, x.shape[1])
+    return linear.linear(x, tiles, scale_and_zero, group_size, n, choice)
+
+
+def _int4pack_fake(x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], scale_and_zero.shape[-2]))
+
+
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _cpu, _cuda in _implementations():
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"fxint4::{_name}", _fake, lib=_library)
+for _name, _cuda in (
+    ("int4pack_mm", _int4pack_cuda),
+    ("int4pack_mm_launched", _int4pack_launched_cuda),
+):
+    _library.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"fxint4::{_name}", _int4pack_fake, lib=_library)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fxint4 import _torch
 from fxint4.config import Int4Config
 from fxint4.forms import choose
+from fxint4.lowering import lowered
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
 from fxint4.store import Form, Lookup, PackedWeight, picker, store
 
@@ -149,7 +150,7 @@ class Int4Graph:
         static_now = [new for new, old in enumerate(kept) if old in static]
         static_now += range(len(kept), len(inputs))
         compiled = _torch.compile_fx_inner(
-            rewritten.gm, inputs, **{**self._kwargs, "static_input_idxs": static_now}
+            rewritten.gm, inputs, lowered, **{**self._kwargs, "static_input_idxs": static_now}
         )
         slots = [
             _BoundSlot(slot, self._positions, self._config, self._met) for slot in rewritten.slots

@@ -184,15 +184,14 @@ def _site(
     value = value_of(match.weight)
     shape = match.shape(config, rows_multiple(value.device))
     int4 = int4_form(value.device)
+    on_gpu = value.device.type == "cuda"
     given = isinstance(match, GivenMatch)
     beyond: Form | None
-    if shape.batch and (given or value.device.type == "cuda"):
-        beyond = int4  # the op for experts takes any number of rows
+    if on_gpu or (given and shape.batch):
+        beyond = int4  # its op takes any number of rows
     elif given:
         beyond = None
     else:
         beyond = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
-    most_rows = UNBOUNDED if given else most_int4_rows(value.device, value.dtype, shape)
-    if value.device.type == "cuda":
-        most_rows = most_int4_rows(value.device, torch.bfloat16, shape)
+    most_rows = UNBOUNDED if given else most_int4_rows(value.device, value.dtype)
     return Site(node, pattern, match, weight, shape, int4, beyond, most_rows, record)

@@ -122,6 +122,7 @@ class Architecture:
 
     def model(self, dtype: torch.dtype, device: str) -> nn.Module:
         config = getattr(transformers, self.config_class)(**self.config)
+        torch.manual_seed(self.seed)  # for what `randomise` leaves as it is
         chosen = {"experts_implementation": self.experts} if self.experts else {}
         model = getattr(transformers, self.model_class)._from_config(config, dtype=dtype, **chosen)
         randomise(model, self.small, self.seed)
@@ -262,13 +263,13 @@ ARCHITECTURES = {
     "gpt_oss-grouped_mm": mixture(
         "GptOssConfig",
         "GptOssForCausalLM",
-        1412,
+        1560,
         "grouped_mm",
         dtypes=[torch.bfloat16, torch.float32],  # for fp32 transformers has an op of its own
         **GPT_OSS,
     ),
     "gpt_oss-batched_mm": mixture(
-        "GptOssConfig", "GptOssForCausalLM", 1412, "batched_mm", **GPT_OSS
+        "GptOssConfig", "GptOssForCausalLM", 1560, "batched_mm", **GPT_OSS
     ),
     "llama4_moe": mixture(  # every expert multiplies every token
         "Llama4TextConfig",
@@ -420,8 +421,11 @@ def randomise(model: nn.Module, small: Mapping[str, float], seed: int) -> None:
                 elif name.endswith("_proj"):  # of experts, one matrix each
                     fan_in = parameter.shape[1 if in_features_first(module) else 2]
                     parameter.copy_(noise(parameter, fan_in**-0.5))
-                elif name in ("weight", "bias") or name.endswith("_proj_bias"):
-                    # Of a norm, say: Gemma's adds 1 to its weight.
+                elif name.endswith("bias"):
+                    parameter.copy_(noise(parameter, 0.1))
+                elif name == "sinks":  # of attention
+                    parameter.copy_(noise(parameter, 1))
+                elif name == "weight":  # of a norm: Gemma's adds 1 to it
                     parameter.add_(noise(parameter, 0.1))
 
 

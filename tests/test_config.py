@@ -39,6 +39,7 @@ BAD_VALUES = [
     ("min_features", False, "min_features is False; it takes a whole number"),
     ("min_features", float("inf"), "min_features is inf; it takes a whole number"),
     ("progress", 1, "progress is 1; it takes True or False"),
+    ("free_weights", "yes", "free_weights is 'yes'; it takes True or False"),
 ]
 
 
@@ -63,6 +64,7 @@ GOOD_VALUES = [
     ("min_sqnr_db", float("inf")),
     ("min_features", 0),
     ("progress", True),
+    ("free_weights", True),
 ]
 
 
@@ -104,6 +106,7 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "min_sqnr_db": 20.0,
         "min_features": 8,
         "progress": True,
+        "free_weights": True,
     }
     # `method` has one value only.
     assert {*changed, "method"} == {field.name for field in dataclasses.fields(Int4Config)}
@@ -165,7 +168,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
         (
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, include, skip, min_sqnr_db, "
-            "min_features, progress",
+            "min_features, progress, free_weights",
         ),
     ],
 )

@@ -10,7 +10,6 @@ import torch
 from fxint4 import forms
 from fxint4.forms import choose, device_fault, int4_form, most_int4_rows, rows_multiple
 from fxint4.store import Dense
-from fxint4.tiles import choose_shape
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DENSE = Dense(torch.bfloat16, (128, 64), (64, 1), "NK")
@@ -70,13 +69,9 @@ def test_each_device_has_its_op() -> None:
 # --- how many rows -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (151936, 896), (100, 18944)])
 @pytest.mark.parametrize("dtype", forms.DTYPES)
-def test_the_cuda_op_is_used_as_long_as_it_can_count(n: int, k: int, dtype: torch.dtype) -> None:
-    shape = choose_shape(n, k)
-    most = most_int4_rows(CUDA, dtype, shape)
-    larger = max(shape.n_padded, shape.k_padded)
-    assert most * larger < 2**31 <= (most + 1) * larger
+def test_a_gpu_uses_the_int4_op_for_any_number_of_rows(dtype: torch.dtype) -> None:
+    assert choose("tiles", DENSE, most_int4_rows(CUDA, dtype), 10**9) == "tiles"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -84,7 +79,7 @@ def test_a_cpu_without_16_bit_matmuls_uses_the_int4_op_for_any_number_of_rows(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: asked is not dtype)
-    most = most_int4_rows(CPU, dtype, choose_shape(64, 128))
+    most = most_int4_rows(CPU, dtype)
     assert choose("cpu", DENSE, most, 10**9) == "cpu"
 
 
@@ -93,16 +88,15 @@ def test_a_cpu_with_fast_dense_matmuls_has_a_limit_for_every_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: True)
-    most = most_int4_rows(CPU, dtype, choose_shape(64, 128))
+    most = most_int4_rows(CPU, dtype)
     assert choose("cpu", DENSE, most, 1) == "cpu"  # decoding
     assert choose("cpu", DENSE, most, 4096) == DENSE  # a prompt
 
 
 def test_fp32_does_not_ask_for_16_bit_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = choose_shape(64, 128)
-    before = most_int4_rows(CPU, torch.float32, shape)
+    before = most_int4_rows(CPU, torch.float32)
     monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: pytest.fail("asked"))
-    assert most_int4_rows(CPU, torch.float32, shape) == before
+    assert most_int4_rows(CPU, torch.float32) == before
 
 
 @pytest.mark.parametrize("form", ["cpu", "tiles"])

@@ -349,8 +349,9 @@ def test_hopper_waits_for_each_dot(blocks: Any, fast: bool) -> None:
         "GROUP": 128,
         "HALF_INNER": 4,
         "BM": blocks.rows,
+        "BN": blocks.features,
+        "BK": blocks.step,
         "WARPS": blocks.warps,
-        "BK": 128,
         "EVEN_N": True,
         "EVEN_K": True,
         "FAST": fast,
@@ -371,7 +372,9 @@ def test_hopper_waits_for_each_dot(blocks: Any, fast: bool) -> None:
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = made.asm["ptx"]
     found = re.findall(r"wgmma\.(mma_async|commit_group|wait_group)", ptx)
-    assert found == ["mma_async"] * 8 + ["commit_group", "wait_group"]  # a step, 16 k at a time
+    # Those of a step, 16 k and, in a warp, 16 features at a time, and then the wait.
+    count = blocks.step // 16 * (blocks.features // (16 * blocks.warps))
+    assert found == ["mma_async"] * count + ["commit_group", "wait_group"]
     assert re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx) == ["0"]
 
 

@@ -12,6 +12,8 @@ thousands a weight is the other neighbour in bf16.)
 from __future__ import annotations
 
 import importlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
@@ -19,7 +21,22 @@ from torch import Tensor
 
 from fxint4.tiles import GROUP_SIZES, INNER_K_TILES
 
-__all__ = ["check_weight", "check_x", "fast", "interpreted", "jit", "multiply", "tl", "triton"]
+__all__ = [
+    "Blocks",
+    "check_weight",
+    "check_x",
+    "dot_type",
+    "fast",
+    "interpreted",
+    "jit",
+    "launch",
+    "load_step",
+    "multiply",
+    "tile_of",
+    "tl",
+    "triton",
+    "unpack",
+]
 
 triton: Any
 tl: Any  # the kernels' bodies find it by this name
@@ -29,6 +46,25 @@ try:
     tl = importlib.import_module("triton.language")
 except ImportError:
     triton = tl = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What one program of a kernel computes, and with what.
+
+    rows: of x, a power of two of at least 16.
+    features: out features, ``16 * warps`` times a power of two.
+    splits: programs that share the sum over k.
+    warps, stages: Triton's num_warps, at least 4, and num_stages.
+    step: columns of k at a time, 128 or 256.
+    """
+
+    rows: int
+    features: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+    step: int = 128
 
 
 def jit(**options: Any) -> Any:
@@ -44,6 +80,49 @@ def interpreted(kernel: Any) -> bool:
 def fast(kernel: Any) -> bool:
     """Whether a kernel may use NVIDIA's instructions."""
     return torch.version.hip is None and not interpreted(kernel)
+
+
+def dot_type(kernel: Any) -> Any:
+    """Triton's type of what a kernel's dots multiply: the interpreter takes bf16 for integers."""
+    return tl.float32 if interpreted(kernel) else tl.bfloat16
+
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: Sequence[Tensor],
+    varying: Sequence[int],
+    fixed: tuple[Any, ...],
+    warps: int,
+    stages: int,
+) -> None:
+    """Launches a kernel of tensors, varying and fixed arguments, in this order.
+
+    Triton looks at each argument of each launch for the variant that was compiled for its like,
+    which takes the host longer than the GPU takes for a small matmul. So that variant is kept by
+    what it depends on: the device, dtypes, and fixed arguments, where all tensors are aligned.
+
+    kernel: see `jit`; it does not specialise the varying arguments.
+    programs: its grid, along one axis: the others end at 65535.
+    warps, stages: Triton's num_warps and num_stages.
+    """
+    arguments = (*tensors, *varying, *fixed)
+    # Triton launches on the current device; that of -1 (the CPU, interpreted) is a no-op.
+    device = tensors[0].get_device()
+    with torch.cuda.device(device):
+        dtypes = tuple(t.dtype for t in tensors)
+        key = (kernel.__name__, device, dtypes, fixed, warps, stages)
+        usual = all(t.data_ptr() % 16 == 0 for t in tensors) and all(v < 2**31 for v in varying)
+        variant = _compiled.get(key) if usual else None
+        if variant is not None:
+            variant[(programs, 1, 1)](*arguments)
+            return
+        variant = kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
+        if usual and not interpreted(kernel):
+            _compiled[key] = variant
 
 
 def check_weight(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> tuple[int, int]:
@@ -130,12 +209,11 @@ def unpack(
     GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
     # A word holds 32 neighbouring k, so it has one group. Groups of a step lie in other k tiles
     # (GT of them) and in other words of one (GJ).
-    LANE: tl.constexpr = HALF_INNER if 32 * HALF_INNER < BK else BK // 32  # words of a lane's
-    TILES: tl.constexpr = BK // (32 * LANE)
+    TILES: tl.constexpr = BK // (32 * HALF_INNER)
     GT: tl.constexpr = TILES if TILES < GROUPS else GROUPS
     GJ: tl.constexpr = GROUPS // GT
     T: tl.constexpr = TILES // GT
-    J: tl.constexpr = LANE // GJ
+    J: tl.constexpr = HALF_INNER // GJ
     # repeat, again, warp, k tile (2 axes), row, lane, j (2 axes): see fxint4.tiles
     words = tl.reshape(words, (REPEATS, 2, WARPS, GT, T, 8, 4, GJ, J))
     params = tl.reshape(params, (REPEATS, 2, WARPS, GT, 1, 8, 1, GJ, 1))
@@ -210,15 +288,9 @@ def load_step(
 ):
     """Words and parameters of BK columns from k on, as `unpack` takes them."""
     GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
-    SPAN: tl.constexpr = 32 * HALF_INNER  # of a k tile: as many columns as words
-    TILES: tl.constexpr = BK // SPAN if SPAN < BK else 1
+    TILES: tl.constexpr = BK // (32 * HALF_INNER)
     GJ: tl.constexpr = GROUPS // TILES if TILES < GROUPS else 1
-    if SPAN <= BK:
-        word = k + tl.arange(0, BK)[None, :]
-    else:  # some words of each lane's
-        J: tl.constexpr = BK // 32
-        word = tl.arange(0, BK)[None, :]
-        word = k // SPAN * SPAN + k % SPAN // 32 + word // J * HALF_INNER + word % J
+    word = k + tl.arange(0, BK)[None, :]
     q = tl.arange(0, 8 * GROUPS)[None, :]  # k tile, row, j
     g = k // GROUP + q // (8 * GJ) * GJ + q % GJ
     param = param_row + (g.to(tl.int64) * n_padded + q // GJ % 8)
@@ -246,7 +318,7 @@ def multiply(
     one,  # 1.0, unknown to the compiler
     BM: tl.constexpr,
     BN: tl.constexpr,  # a multiple of 16 * WARPS
-    BK: tl.constexpr,  # 64 or a multiple of 128
+    BK: tl.constexpr,  # a multiple of 128, so of the columns of a k tile
     GROUP: tl.constexpr,
     HALF_INNER: tl.constexpr,
     WARPS: tl.constexpr,

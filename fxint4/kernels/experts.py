@@ -15,18 +15,20 @@ Importing this module works without Triton, calling it does not.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 
 from fxint4.kernels.common import (
+    Blocks,
     check_weight,
     check_x,
+    dot_type,
     fast,
     interpreted,
     jit,
+    launch,
     multiply,
     tl,
     triton,
@@ -34,31 +36,13 @@ from fxint4.kernels.common import (
 
 __all__ = ["grouped_mm", "indexed_mm"]
 
-_STEP = 128
-"""Values of k a step of the kernel's loop."""
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """What one program computes, and with what: `rows` of x by ``16 * warps`` out features."""
-
-    rows: int
-    warps: int
-    stages: int
-
-    @property
-    def features(self) -> int:
-        """Out features: one tensor-core tile of 16 a warp."""
-        return 16 * self.warps
-
-
-# Few rows: reading W is the bottleneck, so small programs, many of them, each with several steps
-# of W on their way. Many rows: unpacking W is, so more rows share what has been unpacked.
+# Few rows: reading W is the bottleneck, so small programs, many of them, with much of W on its way.
+# Many rows: unpacking W is, and then reading x again for each of them, so larger ones.
 _BY_ROWS = (
-    (16, _Blocks(rows=16, warps=4, stages=4)),
-    (32, _Blocks(rows=32, warps=4, stages=3)),
-    (64, _Blocks(rows=64, warps=4, stages=3)),
-    (math.inf, _Blocks(rows=128, warps=8, stages=2)),
+    (16, Blocks(rows=16, features=64, step=256)),
+    (32, Blocks(rows=32, features=128, step=256)),
+    (64, Blocks(rows=64, features=128)),
+    (math.inf, Blocks(rows=128, features=128)),
 )
 
 
@@ -140,40 +124,38 @@ def _launch(
     row_blocks = rows if by_row else _most_row_blocks(rows, count, blocks.rows)
     feature_blocks = -(-n // blocks.features)
     n_padded, k_padded = 8 * n_tiles, k_tiles * 32 * half_inner
-    # One axis: the grid's others end at 65535, and rows may be more.
-    with torch.cuda.device(x.get_device()):  # Triton launches on the current one; -1 is a no-op
-        _kernel[(row_blocks * feature_blocks,)](
-            x,
-            tiles,
-            scale_and_zero.view(torch.int32),
-            experts,
-            y,
-            rows,
+    launch(
+        _kernel,
+        row_blocks * feature_blocks,
+        (x, tiles, scale_and_zero.view(torch.int32), experts, y),
+        (rows,),
+        (
             count,
             n,
             k,
             n_padded,
             k_padded,
             1.0,
-            BY_ROW=by_row,
-            EXPERTS=1 if by_row else triton.next_power_of_2(count + 1),
-            GROUP=group_size,
-            HALF_INNER=half_inner,
-            BM=blocks.rows,
-            WARPS=blocks.warps,
-            BK=_STEP,
-            EVEN_N=n_padded % blocks.features == 0,
-            EVEN_K=k % _STEP == 0 and k_padded % _STEP == 0,
-            FAST=fast(_kernel),
-            # The interpreter multiplies bf16 as if it were integers.
-            DOT=tl.float32 if runs_here else tl.bfloat16,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
+            by_row,
+            1 if by_row else triton.next_power_of_2(count + 1),
+            group_size,
+            half_inner,
+            blocks.rows,
+            blocks.features,
+            blocks.step,
+            blocks.warps,
+            n_padded % blocks.features == 0,
+            k % blocks.step == 0 and k_padded % blocks.step == 0,
+            fast(_kernel),
+            dot_type(_kernel),
+        ),
+        blocks.warps,
+        blocks.stages,
+    )
     return y
 
 
-def _blocks(rows: int, experts: int) -> _Blocks:
+def _blocks(rows: int, experts: int) -> Blocks:
     """Suits the rows that one expert gets if all get as many."""
     return next(blocks for most, blocks in _BY_ROWS if rows <= most * experts)
 
@@ -217,15 +199,15 @@ def _experts_kernel(
     GROUP: tl.constexpr,
     HALF_INNER: tl.constexpr,
     BM: tl.constexpr,  # rows of x a program
-    WARPS: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
+    WARPS: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     FAST: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """y[block].T = W[expert] @ x[block].T."""
-    BN: tl.constexpr = 16 * WARPS
     feature_blocks = tl.cdiv(n, BN)
     block = tl.program_id(0) // feature_blocks
     n_first = (tl.program_id(0) % feature_blocks) * BN

@@ -1,34 +1,38 @@
 """One int4 weight: its product with x, and W written out.
 
-`linear` multiplies in the way that `choose` names: a Triton kernel that unpacks W in registers, or
+`linear` multiplies in the way that `choose` names: a Triton kernel that unpacks W in registers;
 `dequantize` and then torch's matmul, where rows are so many that unpacking W once for each block of
-them costs more than writing W out. No kernel waits for the device, and all can be captured in CUDA
-graphs. Equal inputs give equal bits: sums are made in a fixed order.
+them costs more than writing W out; or ATen's op, where Triton is missing. None waits for the
+device, and all can be captured in CUDA graphs. Equal inputs give equal bits: sums are made in a
+fixed order.
 
 The numbers are those of ``aten._weight_int4pack_mm``: a weight is ``(q - 8) * scale + zero``
 rounded to bf16, products are summed in fp32 and y is rounded to bf16. ``fxint4.tiles`` describes
 the tiles.
 
-Importing this module works without Triton, calling it does not.
+Importing this module works without Triton.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass, replace
 from typing import Any, Literal, no_type_check
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fxint4._torch import aten
 from fxint4.kernels.common import (
+    Blocks,
     check_weight,
     check_x,
+    dot_type,
     fast,
     interpreted,
     jit,
+    launch,
     load_step,
     multiply,
     tile_of,
@@ -38,25 +42,6 @@ from fxint4.kernels.common import (
 )
 
 __all__ = ["Blocks", "Choice", "choose", "choose_blocks", "dequantize", "linear"]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """What one program of the Triton kernel computes, and with what.
-
-    rows: of x, a power of two of at least 16.
-    features: out features, ``16 * warps`` times a power of two.
-    splits: programs that share the sum over k, a power of two.
-    warps, stages: Triton's num_warps, at least 4, and num_stages.
-    step: columns of k at a time, 64, 128 or 256.
-    """
-
-    rows: int
-    features: int
-    splits: int = 1
-    warps: int = 4
-    stages: int = 4
-    step: int = 128
 
 
 @dataclass(frozen=True)
@@ -71,37 +56,59 @@ class Choice:
     blocks: Blocks | None = None
 
 
-# Few rows: reading W is the bottleneck, so small programs, many of them, each with several steps
-# of W on their way. Many rows: unpacking W is, so more rows share what has been unpacked.
-_BY_ROWS = (
-    (16, Blocks(rows=16, features=64, stages=5)),
-    (32, Blocks(rows=32, features=64, stages=4)),
-    (64, Blocks(rows=64, features=64, stages=4)),
-    (math.inf, Blocks(rows=128, features=128, stages=3)),
-)
-_PROGRAMS = 256
-"""Programs that keep a GPU of 132 multiprocessors (H100, H200) busy."""
-_MOST_SPLITS = 8
-_DEQUANTISE_ROWS = 1024
-"""Rows from which on writing W out pays."""
-
-
 def choose(m: int, n: int, k: int) -> Choice:
-    """How to multiply x ``[m, k]`` with a weight ``[n, k]``; measured on an H200."""
-    if m >= _DEQUANTISE_ROWS:
+    """How to multiply x ``[m, k]`` with a weight ``[n, k]``; "aten" where Triton is missing.
+
+    Measured on an H200 with groups of 128 and inner_k_tiles 8.
+    """
+    if triton is None:
+        return Choice("aten")
+    # Small weights have too few blocks for the Triton kernel to fill the GPU evenly.
+    if m >= 2048 or (n * k <= _SMALL and m * n >= 3 * 2**20):
         return Choice("dequantise")
     return Choice("triton", choose_blocks(m, n, k))
 
 
+_SMALL = 2**25
+"""Elements of a weight, up to which more programs count for more than larger ones."""
+
+
 def choose_blocks(m: int, n: int, k: int) -> Blocks:
     """The Triton kernel's blocks for x ``[m, k]`` and a weight ``[n, k]``."""
-    blocks = next(blocks for most, blocks in _BY_ROWS if m <= most)
-    programs = -(-m // blocks.rows) * -(-n // blocks.features)
+    small = n * k <= _SMALL
+    if m <= 16:
+        # Reading W is the bottleneck: small programs, many of them, with much of W on its way.
+        blocks = Blocks(rows=16, features=64, step=256)
+    elif m <= 32:
+        blocks = Blocks(rows=32, features=64 if small else 128, step=256)
+    elif m <= 64:
+        blocks = Blocks(rows=64, features=64 if small else 128)
+    elif m <= 128:
+        if n >= 16384:
+            blocks = Blocks(rows=128, features=128)
+        else:
+            blocks = Blocks(rows=64, features=64 if small else 128)
+    else:
+        # Reading x again for every 128 or 64 out features is the bottleneck.
+        blocks = Blocks(rows=128, features=128)
+        if _programs(m, n, blocks) < 150:
+            blocks = Blocks(rows=128, features=64)
+    # Fill 132 multiprocessors (H100, H200): with one or two programs each where these are large,
+    # with several where memory is to be kept busy. There, none may take very long, either.
+    work = _programs(m, n, blocks)
+    if m <= 64:
+        work *= blocks.features // 64
+    enough = 150 if blocks.rows == 128 else 200
     splits = 1
-    # Each split still needs a few steps.
-    while splits < _MOST_SPLITS and programs * splits < _PROGRAMS and k >= 8 * splits * blocks.step:
+    while (work * splits < enough or (m <= 64 and k > 8192 * splits)) and (
+        splits < 8 and k >= 4 * splits * blocks.step
+    ):
         splits *= 2
     return replace(blocks, splits=splits)
+
+
+def _programs(m: int, n: int, blocks: Blocks) -> int:
+    return -(-m // blocks.rows) * -(-n // blocks.features)
 
 
 def linear(
@@ -119,8 +126,7 @@ def linear(
     scale_and_zero: bf16 ``[Kp/group_size, Np, 2]``, contiguous.
     group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
     n: out features to compute, at most Np.
-    choice: how, None for what `choose` says. "aten" works where x has Kp columns, M is at least 1,
-        and M*Kp and M*Np are below 2^31.
+    choice: how, None for what `choose` says.
     Returns bf16 ``[M, n]``, contiguous.
     """
     _, k_padded = _check(tiles, scale_and_zero, group_size, n)
@@ -131,8 +137,8 @@ def linear(
         return x.new_zeros((m, n))
     choice = choose(m, n, k) if choice is None else choice
     if choice.kernel == "aten":
-        y: Tensor = aten._weight_int4pack_mm(x, tiles, group_size, scale_and_zero)
-        return y[:, :n].contiguous()
+        return _aten(x, tiles, scale_and_zero, group_size, n)
+    _need_triton()
     if choice.kernel == "dequantise":
         return x @ dequantize(tiles, scale_and_zero, group_size, n, k).T
     if choice.blocks is None:
@@ -153,34 +159,38 @@ def dequantize(
     k = k_padded if k is None else k
     if not 0 <= k <= k_padded:
         raise ValueError(f"k is {k}, it must be in 0..{k_padded}")
+    _need_triton()
     _check_devices(tiles, scale_and_zero)
     w = scale_and_zero.new_empty((n, k))
     if n == 0 or k == 0:
         return w
     blocks = triton.cdiv(n, _DEQUANTISE_N) * triton.cdiv(k, _DEQUANTISE_K)
-    with torch.cuda.device(tiles.get_device()):
-        _dequantize_kernel[(blocks,)](
-            tiles,
-            scale_and_zero.view(torch.int32),
-            w,
+    launch(
+        _dequantize_kernel,
+        blocks,
+        (tiles, scale_and_zero.view(torch.int32), w),
+        (),
+        (
             n,
             k,
             n_padded,
             k_padded,
-            BN=_DEQUANTISE_N,
-            BK=_DEQUANTISE_K,
-            GROUP=group_size,
-            HALF_INNER=tiles.shape[-1],
-            WARPS=4,
-            EVEN_N=n % _DEQUANTISE_N == 0,
-            EVEN_K=k % _DEQUANTISE_K == 0,
-            FAST=fast(_dequantize_kernel),
-            num_warps=4,
-        )
+            _DEQUANTISE_N,
+            _DEQUANTISE_K,
+            group_size,
+            tiles.shape[-1],
+            _DEQUANTISE_WARPS,
+            n % _DEQUANTISE_N == 0,
+            k % _DEQUANTISE_K == 0,
+            fast(_dequantize_kernel),
+        ),
+        _DEQUANTISE_WARPS,
+        1,
+    )
     return w
 
 
-_DEQUANTISE_N, _DEQUANTISE_K = 64, 128
+_DEQUANTISE_N, _DEQUANTISE_K, _DEQUANTISE_WARPS = 64, 128, 4
 
 
 def _multiply(
@@ -195,48 +205,49 @@ def _multiply(
     if blocks.splits > 1:
         partial = x.new_empty((blocks.splits, m, n), dtype=torch.float32)
         counters = _counters(programs, x)
-    runs = interpreted(_linear_kernel)
-    # One axis: the grid's others end at 65535, and blocks may be more. Triton launches on the
-    # current device; that of -1 (the CPU) is a no-op.
-    with torch.cuda.device(x.get_device()):
-        _linear_kernel[(programs * blocks.splits,)](
-            x,
-            tiles,
-            scale_and_zero.view(torch.int32),
-            y,
-            partial,
-            counters,
-            m,
-            row_blocks,
+    launch(
+        _linear_kernel,
+        programs * blocks.splits,
+        (x, tiles, scale_and_zero.view(torch.int32), y, partial, counters),
+        (m, row_blocks),
+        (
             n,
             k,
             n_padded,
             k_padded,
             1.0,
-            SPLITS=blocks.splits,
-            BM=blocks.rows,
-            BN=blocks.features,
-            BK=blocks.step,
-            GROUP=group_size,
-            HALF_INNER=half_inner,
-            WARPS=blocks.warps,
-            EVEN_N=n_padded % blocks.features == 0,
-            EVEN_K=k % blocks.step == 0 and k_padded % blocks.step == 0,
-            FAST=fast(_linear_kernel),
-            # The interpreter multiplies bf16 as if it were integers.
-            DOT=tl.float32 if runs else tl.bfloat16,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
+            blocks.splits,
+            blocks.rows,
+            blocks.features,
+            blocks.step,
+            group_size,
+            half_inner,
+            blocks.warps,
+            n_padded % blocks.features == 0,
+            k % blocks.step == 0 and k_padded % blocks.step == 0,
+            fast(_linear_kernel),
+            dot_type(_linear_kernel),
+        ),
+        blocks.warps,
+        blocks.stages,
+    )
     return y
 
 
+def _aten(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> Tensor:
+    groups, n_padded, _ = scale_and_zero.shape
+    k_padded = groups * group_size
+    if x.shape[1] < k_padded:
+        x = F.pad(x, (0, k_padded - x.shape[1]))
+    # The op counts the elements of x and y in 32 bits.
+    most = (2**31 - 1) // max(k_padded, n_padded)
+    parts = [x[start : start + most] for start in range(0, len(x), most)]
+    products = [aten._weight_int4pack_mm(p, tiles, group_size, scale_and_zero) for p in parts]
+    y = products[0] if len(parts) == 1 else torch.cat(products)
+    return y[:, :n].contiguous()
+
+
 def _check(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> tuple[int, int]:
-    if triton is None:
-        raise RuntimeError(
-            "these int4 matmuls need Triton, which is not installed; torch's CUDA wheels for "
-            "Linux bring it, otherwise: pip install triton"
-        )
     if tiles.ndim != 4:
         raise ValueError(f"tiles have {tiles.ndim} axes: those of one weight have 4")
     return check_weight(tiles, scale_and_zero, group_size, n)
@@ -244,10 +255,19 @@ def _check(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> tu
 
 def _check_devices(*tensors: Tensor) -> None:
     devices = {t.device for t in tensors}
-    if len(devices) > 1 or not (tensors[0].is_cuda or interpreted(_linear_kernel)):
+    runs_here = triton is not None and interpreted(_linear_kernel)
+    if len(devices) > 1 or not (tensors[0].is_cuda or runs_here):
         raise ValueError(
             f"x, tiles and scale_and_zero are on {sorted(map(str, devices))}: "
             "they must be on one CUDA device"
+        )
+
+
+def _need_triton() -> None:
+    if triton is None:
+        raise RuntimeError(
+            "this int4 matmul needs Triton, which is not installed; torch's CUDA wheels for Linux "
+            "bring it, otherwise: pip install triton"
         )
 
 
@@ -305,7 +325,7 @@ def _take(counters: _Counters, count: int) -> Tensor | None:
     if counters.used + count > _COUNTERS:
         return None
     part = counters.buffer[counters.used : counters.used + count]
-    counters.used += count
+    counters.used += -(-count // 4) * 4  # Triton compiles anew for an address of other alignment
     return part
 
 
