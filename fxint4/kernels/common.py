@@ -102,8 +102,8 @@ def launch(
     """Launches a kernel of tensors, varying and fixed arguments, in this order.
 
     Triton looks at each argument of each launch for the variant that was compiled for its like,
-    which takes the host longer than the GPU takes for a small matmul. So that variant is kept by
-    what it depends on: the device, dtypes, and fixed arguments, where all tensors are aligned.
+    which costs the host up to 25 us, more than the GPU needs for a small matmul. So the variant is
+    kept by what it depends on: device, dtypes, and fixed arguments, where all tensors are aligned.
 
     kernel: see `jit`; it does not specialise the varying arguments.
     programs: its grid, along one axis: the others end at 65535.
