@@ -235,11 +235,9 @@ class _Analysis:
 
 
 def _free(analysis: _Analysis, inputs: Inputs, config: Int4Config) -> bool:
-    """Pack what this graph and the modules around it multiply by; whether there was any."""
-    modules = outermost_in_call(inputs.outermost_modules.values())
-    names = {id(module): name for name, module in inputs.outermost_modules.items()}
-    owners = Owners((names.get(id(module), ""), module) for module in modules)
-    found = {id(candidate.parameter): candidate for candidate in from_modules(owners, config)}
+    """Pack what this graph and its modules multiply by; whether there was any."""
+    owners = Owners(_sharing_code(inputs.outermost_modules))
+    found = {id(candidate.parameter): candidate for candidate in from_modules(owners)}
     for candidate in analysis.candidates():
         if id(candidate.parameter) in owners.parameters:
             found[id(candidate.parameter)] = candidate
@@ -247,6 +245,25 @@ def _free(analysis: _Analysis, inputs: Inputs, config: Int4Config) -> bool:
     with _torch.real_tensors():
         records = replace_parameters(free, owners, config)
     return any(record.action == "packed" for record in records)
+
+
+def _sharing_code(compiled: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules being compiled, and those of their kind around them, with their full names.
+
+    Equal layers that are compiled one by one share compiled code, which fits packed weights or
+    others but not both: so all of them are packed at once. Other modules of the model are not
+    ours to change.
+    """
+    kinds = {type(module) for module in compiled.values()}
+    kinds -= {kind for kind in kinds if kind.__module__.startswith("torch.")}
+    prefixes = {id(module): name for name, module in compiled.items()}
+    found = []
+    for outer in outermost_in_call(compiled.values()):
+        prefix = prefixes.get(id(outer), "")
+        for name, module in outer.named_modules(prefix=prefix):
+            if type(module) in kinds or any(module is one for one in compiled.values()):
+                found.append((name, module))
+    return found
 
 
 class _Meetings:

@@ -62,7 +62,7 @@ def pack_(
         candidates = [each for each in found if id(each.parameter) in owners.parameters]
         del found
     else:
-        candidates = from_modules(owners, config)
+        candidates = from_modules(owners)
     target = None if device is None else torch.device(device)
     records = replace_parameters(candidates, owners, config, target)
     if target is not None:

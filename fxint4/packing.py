@@ -100,7 +100,7 @@ class Candidate:
 # --- what to pack: by module ---------------------------------------------------------------------
 
 
-def from_modules(owners: Owners, config: Int4Config) -> list[Candidate]:
+def from_modules(owners: Owners) -> list[Candidate]:
     """Parameters of modules whose use is known: Linear, Conv1D, 1x1 Conv, attention, experts."""
     found = []
     for parameter in owners.parameters.values():

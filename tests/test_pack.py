@@ -434,6 +434,37 @@ def test_layers_compiled_one_by_one_are_all_freed_and_share_one_compile() -> Non
     assert_near(y, expected @ weight)
 
 
+def test_modules_that_are_not_compiled_are_left_alone() -> None:
+    model = nn.ModuleDict(
+        {"one": Layer(), "two": nn.Sequential(nn.Linear(64, 64)), "three": Layer()}
+    )
+    model.eval()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["three"](self.parts["two"](self.parts["one"](x)))
+
+    outer = Outer().eval()
+    model["one"].compile(backend="int4tile", options=FREE)
+    with torch.no_grad():
+        outer(torch.randn(2, 64))
+    # "three" is of the kind that was compiled, and shares its code.
+    assert packed_names(model) == {"one.fc.weight", "three.fc.weight"}
+
+
+def test_names_to_skip_are_those_of_the_whole_model() -> None:
+    model = Layers(3).eval()
+    for layer in model.layers:
+        layer.compile(backend="int4tile", options={**FREE, "skip": ["layers.1"]})
+    with torch.no_grad():
+        model(torch.randn(2, 64))
+    assert packed_names(model) == {"layers.0.fc.weight", "layers.2.fc.weight"}
+
+
 def test_by_default_the_report_says_what_is_held_and_how_to_free_it() -> None:
     model = nn.Linear(64, 64, bias=False).eval()
     with torch.no_grad():
