@@ -11,7 +11,7 @@ from torch import nn
 from fxint4.backend import candidates_of
 from fxint4.config import split_options
 from fxint4.errors import OptionError
-from fxint4.packing import Owners, from_modules, replace_parameters
+from fxint4.packing import Owners, from_modules, replace_parameters, settle_parametrized
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
 
@@ -33,6 +33,7 @@ def pack_(
     `nn.MultiheadAttention`, and transformers' Conv1D and experts. Afterwards the model runs in
     eager, with any backend, and fastest with `torch.compile(model, backend="int4tile")`.
 
+    A weight that a parametrisation makes (weight_norm, say) is computed once and for all, and packed.
     A parameter that an embedding reads too, or that goes into an operator which packed weights
     don't support, stays as it is; the report says why.
 
@@ -55,6 +56,7 @@ def pack_(
     config, patches = split_options(None, options)
     if patches:
         raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
+    settle_parametrized(model, config)
     owners = Owners([("", model)])
     kept: list[Record] = []
     if example_args or example_kwargs:

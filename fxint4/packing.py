@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from fxint4._torch import aten, example_size
@@ -23,7 +25,14 @@ from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import NEW_AXIS
 from fxint4.tiles import choose_shape
 
-__all__ = ["Candidate", "Owners", "from_graph", "from_modules", "replace_parameters"]
+__all__ = [
+    "Candidate",
+    "Owners",
+    "from_graph",
+    "from_modules",
+    "replace_parameters",
+    "settle_parametrized",
+]
 
 
 class Owners:
@@ -112,6 +121,32 @@ def from_modules(owners: Owners) -> list[Candidate]:
     return found
 
 
+def settle_parametrized(model: nn.Module, config: Int4Config) -> None:
+    """Compute weights that a parametrisation makes (weight_norm, say) once and for all.
+
+    Only those that are going to be packed: for the others the parametrisation stays.
+    """
+    for name, module in model.named_modules():
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        if not (isinstance(module, nn.Linear) or _is_pointwise(module)):
+            continue
+        with torch.no_grad():
+            weight = module.weight
+        matrix = weight.flatten(1)
+        parts = module.parametrizations["weight"].named_parameters()
+        prefix = f"{name}." if name else ""
+        parameters = [
+            f"{prefix}weight",
+            *(f"{prefix}parametrizations.weight.{p}" for p, _ in parts),
+        ]
+        record = _record(name, tuple(parameters), "linear", matrix, weight)
+        kept = refusal(record, weight.dtype, weight.device, config) or nonfinite_count(matrix)
+        del weight, matrix
+        if not kept:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
 def _known_use(parameter: nn.Parameter, owners: Owners) -> Candidate | None:
     uses = [_use(module, parameter) for module in owners.of(parameter)]
     known = [use for use in uses if use is not None]
@@ -137,9 +172,8 @@ def _use(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None:
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         ways_in = [getattr(module, name) for name in names]
         return ("linear", -1) if any(parameter is way for way in ways_in) else None
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and parameter is module.weight:
-        plain = {*module.kernel_size, *module.stride} == {1} and module.groups == 1
-        return ("convolution", 1) if plain and not any(module.padding) else None
+    if _is_pointwise(module):
+        return ("convolution", 1) if parameter is module.weight else None
     if parameter.ndim != 2:
         # transformers' experts say how their weights lie; of others nothing is known.
         transposed = getattr(module, "is_transposed", None)
@@ -149,6 +183,14 @@ def _use(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None:
     if type(module).__name__ == "Conv1D":  # transformers': x @ weight
         return "addmm", -2
     return None
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    """Whether it is a convolution that multiplies every position's channels by one matrix."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    plain = {*module.kernel_size, *module.stride} == {1} and module.groups == 1
+    return plain and not any(module.padding)
 
 
 # --- what to pack: by graph ----------------------------------------------------------------------
@@ -305,24 +347,7 @@ def _replace(
 ) -> Record:
     parameter, stored = candidate.parameter, candidate.as_stored
     name = owners.name(parameter)
-    *batch, n, k = stored.shape
-    size = parameter.numel() * parameter.element_size()
-    record = Record(
-        name=layer_name(name),
-        op=candidate.op,
-        n=n,
-        k=k,
-        group_size=None,
-        action="kept",
-        reason="",
-        sqnr_db=None,
-        bytes_before=size,
-        bytes_after=size,
-        held_bytes=size,
-        batch=batch[0] if batch else 1,
-        parameters=(name,),
-        weight_key=id(parameter),
-    )
+    record = _record(layer_name(name), (name,), candidate.op, stored, parameter)
     fault = candidate.fault or refusal(record, stored.dtype, device or stored.device, config)
     if fault:
         return dataclasses.replace(record, reason=fault)
@@ -337,8 +362,8 @@ def _replace(
             del moved
     except Exception as error:
         raise FoldError(
-            f"could not pack {record.name} ({n}x{k}, {name}): {type(error).__name__}: {error}. "
-            "The weights before it are packed, it and the rest are as they were; "
+            f"could not pack {record.name} ({record.n}x{record.k}, {name}): "
+            f"{type(error).__name__}: {error}. The weights before it are packed, it and the rest are as they were; "
             f"leave it out with options={{'skip': [{record.name!r}]}}"
         ) from error
     if config.min_sqnr_db is not None and sqnr_db < config.min_sqnr_db:
@@ -354,6 +379,29 @@ def _replace(
         bytes_after=packed.packed_bytes,
         held_bytes=0,
         weight_key=id(new),
+    )
+
+
+def _record(
+    name: str, parameters: tuple[str, ...], op: str, stored: Tensor, weight: Tensor
+) -> Record:
+    """What is known of a weight `[..., N, K]` before it is packed."""
+    *batch, n, k = stored.shape
+    return Record(
+        name=name,
+        op=op,
+        n=n,
+        k=k,
+        group_size=None,
+        action="kept",
+        reason="",
+        sqnr_db=None,
+        bytes_before=weight.nbytes,
+        bytes_after=weight.nbytes,
+        held_bytes=weight.nbytes,
+        batch=math.prod(batch),
+        parameters=parameters,
+        weight_key=id(weight),
     )
 
 

@@ -166,6 +166,18 @@ def test_transformers_conv1d() -> None:
         assert_within(model(x), expected, rounding_bound(x, exact, model.bias))
 
 
+@pytest.mark.parametrize("example_args", [(), (torch.randn(2, K),)], ids=["modules", "graphs"])
+def test_parametrised_weights_are_computed_and_packed(example_args: tuple[Tensor, ...]) -> None:
+    normed = torch.nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(normed(nn.Linear(K, N)), normed(nn.Linear(N, 40))).eval()
+    exact = dequantised(model[0].weight, 128, torch.float32)
+    names = [f"1.parametrizations.weight.original{i}" for i in (0, 1)]
+    pack_(model, example_args, {"skip": ["1"]})
+    assert packed_names(model) == {"0.weight"}
+    assert torch.equal(model[0].weight.dequantize(), exact)
+    assert set(names) <= {name for name, _ in model.named_parameters()}  # skipped: as it was
+
+
 def test_options_keep_weights_as_they_are() -> None:
     def model() -> nn.Module:
         made = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 16))
