@@ -363,7 +363,8 @@ def _replace(
     except Exception as error:
         raise FoldError(
             f"could not pack {record.name} ({record.n}x{record.k}, {name}): "
-            f"{type(error).__name__}: {error}. The weights before it are packed, it and the rest are as they were; "
+            f"{type(error).__name__}: {error}. The weights before it are packed, it and the rest "
+            "are as they were; "
             f"leave it out with options={{'skip': [{record.name!r}]}}"
         ) from error
     if config.min_sqnr_db is not None and sqnr_db < config.min_sqnr_db:
