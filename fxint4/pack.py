@@ -33,9 +33,9 @@ def pack_(
     `nn.MultiheadAttention`, and transformers' Conv1D and experts. Afterwards the model runs in
     eager, with any backend, and fastest with `torch.compile(model, backend="int4tile")`.
 
-    A weight that a parametrisation makes (weight_norm, say) is computed once and for all, and packed.
-    A parameter that an embedding reads too, or that goes into an operator which packed weights
-    don't support, stays as it is; the report says why.
+    A weight that a parametrisation makes (weight_norm, say) is computed once and for all. A
+    parameter that an embedding reads too, or that goes into an operator which packed weights don't
+    support, stays as it is; the report says why.
 
     Args:
         model: changed in place.
