@@ -145,9 +145,9 @@ def compile_fx_inner(
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
     cuda_op, cpu_op = aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default
-    # Inductor has no lowering of the CUDA op, nor of mv and addmv, which it usually takes apart.
+    # Inductor has no lowering of mv and addmv, which it usually takes apart.
     replaced = lowered(bool(config.triton.cudagraphs))
-    calls = {op: op for op in (cuda_op, aten.mv.default, aten.addmv.default)}
+    calls = {op: op for op in (aten.mv.default, aten.addmv.default)}
     handlers = {
         op: lowering.fallback_handler(called, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
         for op, called in {**calls, **replaced}.items()

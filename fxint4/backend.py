@@ -105,6 +105,17 @@ def explain(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return _compile_graph(gm, example_inputs, config, patches, report)
 
+    _run_once(model, backend, args, kwargs)
+    return report
+
+
+def _run_once(
+    model: Callable[..., Any],
+    backend: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Compile a model anew with a backend of ours and call it; our errors come out as they are."""
     with torch.no_grad(), _torch.roomy_recompile_limit():
         try:
             torch.compile(model, backend=backend)(*args, **kwargs)
@@ -113,7 +124,6 @@ def explain(
             if isinstance(cause, Int4Error):
                 raise cause from None
             raise
-    return report
 
 
 def _compile_graph(
@@ -133,8 +143,7 @@ def _compile_graph(
         report: grows by this graph.
     """
     _torch.warn_if_untested()
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = Inputs(placeholders, example_inputs)
+    inputs = _inputs(gm, example_inputs)
     _refuse_training(inputs, example_inputs)
     graph_break = _torch.graph_break_reason(gm)
 
@@ -165,6 +174,10 @@ def _compile_graph(
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
 
 
+def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
+    return Inputs([node for node in gm.graph.nodes if node.op == "placeholder"], example_inputs)
+
+
 def candidates_of(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
 ) -> tuple[list[Candidate], list[Record]]:
@@ -183,8 +196,7 @@ def candidates_of(
     kept: list[Record] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        inputs = Inputs(placeholders, example_inputs)
+        inputs = _inputs(gm, example_inputs)
 
         def inner_compile(
             captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
@@ -201,8 +213,7 @@ def candidates_of(
 
         return _torch.compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS)
 
-    with torch.no_grad(), _torch.roomy_recompile_limit():
-        torch.compile(model, backend=backend)(*args, **kwargs)
+    _run_once(model, backend, args, kwargs)
     found = list(candidates.values())
     candidates.clear()  # Dynamo keeps the backend, which must not keep the parameters
     return found, kept

@@ -29,7 +29,7 @@ def pack_(
     """Replace the weights of a model by packed ones, one at a time, and free the originals.
 
     With example arguments the model is run once, and every parameter that its graphs multiply by
-    is packed, however it is used. Without them the modules are: `nn.Linear`,
+    is packed, however it is used. Without them the modules are: `nn.Linear`, 1x1 convolutions,
     `nn.MultiheadAttention`, and transformers' Conv1D and experts. Afterwards the model runs in
     eager, with any backend, and fastest with `torch.compile(model, backend="int4tile")`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from fxint4.config import Int4Config
 from fxint4.constants import Constants
 from fxint4.errors import FoldError
 from fxint4.names import layer_name
-from fxint4.passes import Site, refusal
-from fxint4.quantize import nonfinite_count
+from fxint4.passes import Site, refusal, sqnr_fault
+from fxint4.quantize import nonfinite_fault
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import NEW_AXIS
@@ -80,13 +80,14 @@ class Candidate:
         op: what multiplies by it.
         k_axis: its axis that is K: -1 or -2; 1 for a convolution.
         fault: why it stays as it is.
+        turned: whether K was first looked for along its other axis, in vain.
     """
 
     parameter: nn.Parameter
     op: str
     k_axis: int
     fault: str = ""
-    tried: set[int] = field(default_factory=set)
+    turned: bool = False
 
     @property
     def as_stored(self) -> Tensor:
@@ -141,7 +142,7 @@ def settle_parametrized(model: nn.Module, config: Int4Config) -> None:
             *(f"{prefix}parametrizations.weight.{p}" for p, _ in parts),
         ]
         record = _record(name, tuple(parameters), "linear", matrix, weight)
-        kept = refusal(record, weight.dtype, weight.device, config) or nonfinite_count(matrix)
+        kept = refusal(record, weight.dtype, weight.device, config) or nonfinite_fault(matrix)
         del weight, matrix
         if not kept:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -229,13 +230,12 @@ def from_graph(
         roots, reason = failed
         for root in roots:
             candidate = trying[root]
-            candidate.tried.add(candidate.k_axis)
-            other = {-1: -2, -2: -1}.get(candidate.k_axis)
-            if other is None or other in candidate.tried:
+            if candidate.turned or candidate.k_axis == 1:
                 candidate.fault = reason
                 del trying[root]
             else:
-                candidate.k_axis = other
+                candidate.k_axis = -3 - candidate.k_axis  # -1 for -2, -2 for -1
+                candidate.turned = True
     return list(candidates.values())
 
 
@@ -354,10 +354,9 @@ def _replace(
     try:
         with torch.no_grad():
             moved = stored if device is None else stored.to(device, non_blocking=True)
-            bad = nonfinite_count(moved)
-            if bad:
-                reason = f"{bad} of the weight's {moved.numel()} values are inf or NaN"
-                return dataclasses.replace(record, reason=reason)
+            fault = nonfinite_fault(moved)
+            if fault:
+                return dataclasses.replace(record, reason=fault)
             packed, sqnr_db = Int4TileTensor.quantized(moved, config)
             del moved
     except Exception as error:
@@ -367,9 +366,9 @@ def _replace(
             "are as they were; "
             f"leave it out with options={{'skip': [{record.name!r}]}}"
         ) from error
-    if config.min_sqnr_db is not None and sqnr_db < config.min_sqnr_db:
-        reason = f"SQNR {sqnr_db:.1f} dB is below min_sqnr_db={config.min_sqnr_db:g}"
-        return dataclasses.replace(record, reason=reason, sqnr_db=sqnr_db)
+    fault = sqnr_fault(sqnr_db, config)
+    if fault:
+        return dataclasses.replace(record, reason=fault, sqnr_db=sqnr_db)
     new = nn.Parameter(candidate.logical(packed), requires_grad=False)
     owners.replace(parameter, new)
     return dataclasses.replace(

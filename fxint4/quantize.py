@@ -68,6 +68,12 @@ def nonfinite_count(weight: Tensor) -> int:
     return int(count.item())
 
 
+def nonfinite_fault(weight: Tensor) -> str | None:
+    """Why the values of a weight keep it from being quantised, or None; see `nonfinite_count`."""
+    bad = nonfinite_count(weight)
+    return f"{bad} of the weight's {weight.numel()} values are inf or NaN" if bad else None
+
+
 def quantize(weight: Tensor, group_size: int, k_padded: int | None = None) -> Quantized:
     """Quantises a weight group by group, each weight to the nearest of its group's 16 values.
 

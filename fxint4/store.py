@@ -22,7 +22,7 @@ from torch import Tensor
 from fxint4._torch import TensorState
 from fxint4.blocks import Block, quantized_blocks, write
 from fxint4.constants import AXES
-from fxint4.quantize import dequantize, nonfinite_count, sqnr_db
+from fxint4.quantize import dequantize, nonfinite_fault, sqnr_db
 from fxint4.tensor import Int4TileTensor
 from fxint4.tiles import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 
@@ -146,10 +146,8 @@ class PackedWeight:
             states = tuple(TensorState(root) for root in roots)
             weight = self._weight.evaluate(roots)
             given = isinstance(weight, Int4TileTensor)
-            bad = 0 if given else nonfinite_count(weight)
-            if bad:
-                self.fault = f"{bad} of the weight's {weight.numel()} values are inf or NaN"
-            else:
+            self.fault = None if given else nonfinite_fault(weight)
+            if self.fault is None:
                 self._states = ()  # what is there is not to be used while it is written over
                 made = {form: self._memory(form, weight) for form in forms}
                 if isinstance(weight, Int4TileTensor):
@@ -157,7 +155,6 @@ class PackedWeight:
                 else:
                     self._quantize(weight, made)
                 self.forms.update(made)
-                self.fault = None
         self._states = states
 
     def _memory(self, form: Form, weight: Tensor) -> list[Tensor]:

@@ -19,7 +19,7 @@ from fxint4.passes.pattern import GivenMatch, value_of
 from fxint4.report import Record
 from fxint4.store import Dense, Form, PackedWeight, store
 
-__all__ = ["fold", "folded_record", "packing_fault"]
+__all__ = ["fold", "folded_record", "packing_fault", "sqnr_fault"]
 
 
 def fold(
@@ -105,11 +105,14 @@ def folded_record(
 
 def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
     """Why the values of a weight keep it from being packed, or None."""
-    if packed.fault:
-        return packed.fault
+    return packed.fault or sqnr_fault(packed.sqnr_db, config)
+
+
+def sqnr_fault(sqnr_db: float | None, config: Int4Config) -> str | None:
+    """Why a weight of this SQNR (None: not measured) is not packed, or None."""
     least = config.min_sqnr_db
-    if least is not None and packed.sqnr_db is not None and packed.sqnr_db < least:
-        return f"SQNR {packed.sqnr_db:.1f} dB is below min_sqnr_db={least:g}"
+    if least is not None and sqnr_db is not None and sqnr_db < least:
+        return f"SQNR {sqnr_db:.1f} dB is below min_sqnr_db={least:g}"
     return None
 
 
