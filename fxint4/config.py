@@ -43,6 +43,8 @@ class Int4Config:
         progress: show a tqdm bar while weights are folded.
         free_weights: replace the model's parameters by packed ones when it is first compiled, so
             that the originals are freed; see `fxint4.pack_`.
+        fuse_projections: on the GPU, multiply weights that share an activation (q, k and v; gate
+            and up) in one matmul.
 
     Raises:
         OptionError: a value is outside its range.
@@ -57,6 +59,7 @@ class Int4Config:
     min_features: int = 32
     progress: bool = False
     free_weights: bool = False
+    fuse_projections: bool = True
 
     def __post_init__(self) -> None:
         """Check every field, and turn lists of patterns into tuples."""
@@ -71,7 +74,7 @@ class Int4Config:
             )
         if not _is_number(self.min_features) or self.min_features % 1 != 0:  # inf % 1 is NaN
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")
-        for field in ("progress", "free_weights"):
+        for field in ("progress", "free_weights", "fuse_projections"):
             if not isinstance(getattr(self, field), bool):
                 raise OptionError(f"{field} is {getattr(self, field)!r}; it takes True or False")
 

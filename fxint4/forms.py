@@ -12,15 +12,15 @@ from fxint4.store import Form
 __all__ = [
     "DTYPES",
     "UNBOUNDED",
+    "activation_dtype",
     "device_fault",
+    "fuses",
     "int4_form",
     "most_int4_rows",
     "rows_multiple",
 ]
 
-#: dtypes of weight and activation that are packed. The int4 ops compute in bf16 with fp32
-#: accumulation, so fp16 and fp32 activations are cast to bf16 on the way in and back on the way
-#: out.
+#: dtypes of weight and activation that are packed.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: Rows up to which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the model:
@@ -54,6 +54,25 @@ def rows_multiple(device: torch.device) -> int:
 def int4_form(device: torch.device) -> Form:
     """The packed form that the device's int4 op reads."""
     return "cpu" if device.type == "cpu" else "tiles"
+
+
+def activation_dtype(form: Form, dtype: torch.dtype) -> torch.dtype:
+    """What activations are cast to for the int4 op of a form, and back from.
+
+    Args:
+        form: a packed form.
+        dtype: of the activation.
+    """
+    native = form == "tiles" and dtype is torch.float16
+    return dtype if native else torch.bfloat16
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether one matmul by several weights is faster than one by each.
+
+    On a GPU it is: fewer launches, and more programs at a time to keep the memory busy.
+    """
+    return device.type == "cuda"
 
 
 def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from fxint4 import _torch
 from fxint4.config import Int4Config
 from fxint4.forms import choose
-from fxint4.lowering import lowered
+from fxint4.lowering import compile_graph
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
 from fxint4.store import Form, Lookup, PackedWeight, picker, store
 
@@ -138,7 +138,14 @@ class Int4Graph:
             return variant
 
     def _rewrite(self, forms: tuple[Form | None, ...]) -> Rewritten:
-        return rewrite(self._captured, self._sites, forms, self._droppable, self._state.fake_mode)
+        return rewrite(
+            self._captured,
+            self._sites,
+            forms,
+            self._config,
+            self._droppable,
+            self._state.fake_mode,
+        )
 
     def _compile(self, rewritten: Rewritten) -> _Variant:
         placeholders = [node for node in rewritten.gm.graph.nodes if node.op == "placeholder"]
@@ -149,8 +156,8 @@ class Int4Graph:
         static = set(self._kwargs.get("static_input_idxs", ()))
         static_now = [new for new, old in enumerate(kept) if old in static]
         static_now += range(len(kept), len(inputs))
-        compiled = _torch.compile_fx_inner(
-            rewritten.gm, inputs, lowered, **{**self._kwargs, "static_input_idxs": static_now}
+        compiled = compile_graph(
+            rewritten.gm, inputs, **{**self._kwargs, "static_input_idxs": static_now}
         )
         slots = [
             _BoundSlot(slot, self._positions, self._config, self._met) for slot in rewritten.slots

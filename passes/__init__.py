@@ -12,6 +12,7 @@ from fxint4.passes.conv1x1 import Conv1x1
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.find import Site, find, refusal
 from fxint4.passes.fold import fold, folded_record, packing_fault, sqnr_fault
+from fxint4.passes.fuse import matmuls
 from fxint4.passes.given import GivenWeight
 from fxint4.passes.grouped_mm import GroupedMatMul
 from fxint4.passes.inline import inline_regions
@@ -35,6 +36,7 @@ __all__ = [
     "fold",
     "folded_record",
     "inline_regions",
+    "matmuls",
     "packing_fault",
     "refusal",
     "rewrite",

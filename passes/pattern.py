@@ -25,6 +25,7 @@ __all__ = [
     "Multiply",
     "Pattern",
     "kept_pick",
+    "stride_hint",
     "value_of",
 ]
 
@@ -288,7 +289,7 @@ class Build:
             return node
         if is_contiguous(wanted):
             return self.contiguous(node)
-        order = sorted(range(wanted.ndim), key=lambda dim: -_hint(wanted.stride(dim)))
+        order = sorted(range(wanted.ndim), key=lambda dim: -stride_hint(wanted.stride(dim)))
         back = [order.index(dim) for dim in range(wanted.ndim)]
         dense = self.contiguous(self(aten.permute.default, node, order))
         return self(aten.permute.default, dense, back)
@@ -342,6 +343,6 @@ def _same_strides(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def _hint(value: Any) -> int:
+def stride_hint(value: Any) -> int:
     """An int, or the example value of a SymInt: enough to order strides."""
     return value if isinstance(value, int) else int(value.node.hint or 0)

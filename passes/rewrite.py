@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxint4._torch import aten
+from fxint4.config import Int4Config
 from fxint4.constants import Weight
+from fxint4.forms import activation_dtype
 from fxint4.passes.find import Site
-from fxint4.passes.pattern import Build, Match, value_of
+from fxint4.passes.fuse import matmuls
+from fxint4.passes.pattern import Build, Match, stride_hint, value_of
 from fxint4.store import Dense, Form, form_specs
 from fxint4.tiles import TileShape
 
@@ -53,6 +56,7 @@ def rewrite(
     captured: fx.GraphModule,
     sites: Sequence[Site],
     forms: Sequence[Form | None],
+    config: Int4Config,
     droppable: Sequence[fx.Node],
     fake_mode: Any,
 ) -> Rewritten:
@@ -62,14 +66,22 @@ def rewrite(
         captured: the graph as captured; not changed.
         sites: its matmuls that can be packed.
         forms: for each of them the form to read; None leaves the matmul as it is.
+        config: what the user asked for.
         droppable: placeholders that go where nothing reads them any more.
         fake_mode: the FakeTensorMode of the graph's values.
     """
     gm, copies = _copy(captured)
     inputs = _PackedInputs(gm.graph, fake_mode)
-    for site, form in zip(sites, forms, strict=True):
-        if form is not None:
-            _rewrite_site(site, form, copies, inputs, fake_mode)
+    group_of = {i: group for group in matmuls(sites, forms, config) for i in group}
+    made: dict[tuple[int, ...], _Int4Matmul] = {}
+    for position, (site, form) in enumerate(zip(sites, forms, strict=True)):
+        if form is None:
+            continue
+        group = group_of.get(position)  # None of a dense copy
+        if group and group not in made:
+            made[group] = _Int4Matmul([sites[i] for i in group], form, inputs)
+        matmul = made[group] if group else None
+        _rewrite_site(site, form, matmul, copies, inputs, fake_mode)
     gm.graph.eliminate_dead_code()
     kept = _drop_unread(captured, copies, droppable)
     gm.graph.lint()
@@ -87,7 +99,9 @@ class _PackedInputs:
         self._by_key: dict[tuple[object, ...], tuple[fx.Node, ...]] = {}
         self.nodes: dict[Slot, tuple[fx.Node, ...]] = {}
 
-    def of(self, site: Site, form: Form, device: torch.device) -> tuple[fx.Node, ...]:
+    def of(self, site: Site, form: Form) -> tuple[fx.Node, ...]:
+        """The placeholders that hold one form of a site's weight."""
+        device = value_of(site.match.weight).device
         key = (site.weight.roots, site.weight.signature, site.shape, form)
         if key not in self._by_key:
             slot = Slot(site.weight, site.shape, form)
@@ -128,47 +142,138 @@ def _parts(form: Form) -> tuple[str, ...]:
 def _rewrite_site(
     site: Site,
     form: Form,
+    matmul: _Int4Matmul | None,
     copies: dict[fx.Node, fx.Node],
     inputs: _PackedInputs,
     fake_mode: Any,
 ) -> None:
     node = copies[site.node]
     build = Build(node, fake_mode)
-    packed = inputs.of(site, form, value_of(site.match.weight).device)
+    packed = inputs.of(site, form)
     match = site.match.on(copies)
-    if isinstance(form, Dense):
+    if matmul is None:
         _put_dense(node, match, packed[0], build)
         return
 
     def multiply(x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None) -> fx.Node:
         if site.shape.batch:
             return _experts(x, site.shape, packed, offs, ids, build)
-        return _int4_matmul(x, site.shape, form, packed, build)
+        return matmul.columns(packed, x, build)
 
     replacement = site.pattern.rewrite(node, match, multiply, build)
-    replacement = build.like(replacement, node)
+    views = _views_of(node, value_of(replacement), fake_mode)
+    if views is None:
+        replacement = build.like(replacement, node)
     node.replace_all_uses_with(replacement)
+    for view, value in (views or {}).items():
+        view.meta["val"] = value
     node.graph.erase_node(node)
     copies[site.node] = replacement  # later sites may read it
 
 
-def _int4_matmul(
-    x: fx.Node, shape: TileShape, form: Form, packed: Sequence[fx.Node], build: Build
-) -> fx.Node:
-    """Y[M, N] = X[M, K] @ W^T through the device's int4 op, in X's dtype."""
-    dtype = value_of(x).dtype
-    cast = torch.ops.prims.convert_element_type.default
-    x = build.contiguous(x)
-    if dtype is not torch.bfloat16:
-        x = build(cast, x, torch.bfloat16)
-    missing = shape.k_padded - value_of(x).shape[-1]
-    if missing:
-        x = build(aten.constant_pad_nd.default, x, [0, missing], 0.0)
-    op = aten._weight_int4pack_mm_for_cpu if form == "cpu" else aten._weight_int4pack_mm
-    y = build(op.default, x, packed[0], shape.group_size, packed[1])
-    if shape.n_padded != shape.n:
-        y = build(aten.slice.Tensor, y, 1, 0, shape.n)
-    return y if dtype is torch.bfloat16 else build(cast, y, dtype)
+class _Int4Matmul:
+    """One int4 matmul by the weights of one or several sites that share X.
+
+    Args:
+        sites: the sites.
+        form: what all of them read.
+        inputs: of the graph.
+    """
+
+    def __init__(self, sites: Sequence[Site], form: Form, inputs: _PackedInputs) -> None:
+        self._form = form
+        self._shapes = {inputs.of(site, form): site.shape for site in sites}
+        self._product: fx.Node | None = None
+
+    def columns(self, packed: tuple[fx.Node, ...], x: fx.Node, build: Build) -> fx.Node:
+        """Y[M, N] = X[M, K] @ W^T for one of the weights, in X's dtype.
+
+        Args:
+            packed: the inputs that hold the weight.
+            x: the same rows whichever site asks; the first to do so has them multiplied by all.
+            build: makes nodes in front of the site's node.
+        """
+        if self._product is None:
+            self._product = self._multiply(x, build)
+        y = self._product
+        shapes = list(self._shapes.values())
+        position = list(self._shapes).index(packed)
+        start, n = sum(shape.n for shape in shapes[:position]), shapes[position].n
+        if value_of(y).shape[1] != n:
+            y = build(aten.slice.Tensor, y, 1, start, start + n)
+        dtype = value_of(x).dtype
+        return y if value_of(y).dtype is dtype else build(_CAST, y, dtype)
+
+    def _multiply(self, x: fx.Node, build: Build) -> fx.Node:
+        """X times all weights, side by side."""
+        dtype = activation_dtype(self._form, value_of(x).dtype)
+        x = build.contiguous(x)
+        if value_of(x).dtype is not dtype:
+            x = build(_CAST, x, dtype)
+        (tiles, scale_and_zero), *more = self._shapes
+        shape, *_ = self._shapes.values()
+        if more or dtype is not torch.bfloat16:  # ATen's ops take one weight, and bf16
+            weights = [list(part) for part in zip(*self._shapes, strict=True)]
+            n = [shape.n for shape in self._shapes.values()]
+            return build(torch.ops.fxint4.linears.default, x, *weights, shape.group_size, n)
+        missing = shape.k_padded - value_of(x).shape[-1]
+        if missing:
+            x = build(aten.constant_pad_nd.default, x, [0, missing], 0.0)
+        cpu = self._form == "cpu"
+        op = aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm
+        return build(op.default, x, tiles, shape.group_size, scale_and_zero)
+
+
+_CAST = torch.ops.prims.convert_element_type.default
+
+
+def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Tensor] | None:
+    """What the views of a node become when it holds the columns of a wider tensor.
+
+    Args:
+        node: the node.
+        value: what it will hold, like what it holds but for its strides.
+        fake_mode: the FakeTensorMode of the graph's values.
+
+    Returns:
+        The value of each view; None where one of them can't be made, or where something may tell
+        the difference: an output of the graph, or an op that is not ATen's.
+    """
+    if not (_in_order(value) and _in_order(value_of(node))):
+        return None
+    values = {node: value}
+    pending = list(node.users)
+    for user in pending:
+        target = user.target
+        if getattr(target, "namespace", None) not in ("aten", "prims"):
+            return None
+        if target is aten.as_strided.default:
+            return None
+        if not target.is_view and target is not aten._unsafe_view.default:
+            continue
+        args, kwargs = fx.map_arg(
+            (user.args, user.kwargs), lambda arg: values.get(arg, arg.meta["val"])
+        )
+        try:
+            with fake_mode:
+                values[user] = target(*args, **kwargs)
+        except RuntimeError:  # a view of rows and columns as one
+            return None
+        if not isinstance(values[user], Tensor):
+            return None
+        pending += user.users
+    del values[node]
+    return values
+
+
+def _in_order(value: Tensor) -> bool:
+    """Whether the axes lie in memory as they stand, outermost first; without a guard."""
+    strides = [
+        stride_hint(stride)
+        for size, stride in zip(value.shape, value.stride(), strict=True)
+        if str(size) != "1"
+    ]
+    return strides == sorted(strides, reverse=True)
 
 
 def _experts(

@@ -40,6 +40,7 @@ BAD_VALUES = [
     ("min_features", float("inf"), "min_features is inf; it takes a whole number"),
     ("progress", 1, "progress is 1; it takes True or False"),
     ("free_weights", "yes", "free_weights is 'yes'; it takes True or False"),
+    ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
 ]
 
 
@@ -65,6 +66,7 @@ GOOD_VALUES = [
     ("min_features", 0),
     ("progress", True),
     ("free_weights", True),
+    ("fuse_projections", False),
 ]
 
 
@@ -107,6 +109,7 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "min_features": 8,
         "progress": True,
         "free_weights": True,
+        "fuse_projections": False,
     }
     # `method` has one value only.
     assert {*changed, "method"} == {field.name for field in dataclasses.fields(Int4Config)}
@@ -168,7 +171,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
         (
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, include, skip, min_sqnr_db, "
-            "min_features, progress, free_weights",
+            "min_features, progress, free_weights, fuse_projections",
         ),
     ],
 )

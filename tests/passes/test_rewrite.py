@@ -40,7 +40,9 @@ class Captured:
 
     def rewrite(self, *forms: Form | None) -> Rewritten:
         value = next(iter(self.weights)).meta["val"]
-        return rewrite(self.gm, self.sites, forms, list(self.weights), value.fake_mode)
+        return rewrite(
+            self.gm, self.sites, forms, Int4Config(), list(self.weights), value.fake_mode
+        )
 
     def run(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
         """Run a rewritten graph as the runtime does."""
