@@ -123,66 +123,6 @@ def compile_fx(
         )
 
 
-def compile_fx_inner(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    lowered: Callable[[bool], Mapping[Any, Any]],
-    **kwargs: Any,
-) -> Callable[[list[Any]], Sequence[Any]]:
-    """Inductor's last stage: an aten graph to code. The result takes a list that it empties.
-
-    Args:
-        gm: the graph.
-        example_inputs: its inputs.
-        lowered: told whether CUDA graphs are used, says for some ops what is called in their place.
-        **kwargs: for Inductor.
-
-    The int4 ops want contiguous operands, and Inductor's lowerings of them do not see to it; what
-    we add is in force only here. The cache key is tagged because Inductor's own does not cover it.
-    """
-    import torch.compiler.config as compiler_config
-    from torch._inductor import config, lowering
-    from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
-
-    cuda_op, cpu_op = aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default
-    # Inductor has no lowering of mv and addmv, which it usually takes apart.
-    replaced = lowered(bool(config.triton.cudagraphs))
-    calls = {op: op for op in (aten.mv.default, aten.addmv.default)}
-    handlers = {
-        op: lowering.fallback_handler(called, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
-        for op, called in {**calls, **replaced}.items()
-    }
-    tag = f"{compiler_config.cache_key_tag}fxint4 {sorted(map(str, replaced.values()))}"
-    contiguous = dict.fromkeys((cuda_op, cpu_op), lowering.require_contiguous)
-    with (
-        warnings.catch_warnings(),
-        _overlaid(lowering.lowerings, handlers),
-        _overlaid(lowering._maybe_layout_constraints, contiguous),
-        compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
-    ):
-        # A kernel that casts an fp16 activation to bf16 is what we want, and right.
-        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
-        return cast(
-            "Callable[[list[Any]], Sequence[Any]]",
-            inductor_compile_fx_inner(gm, example_inputs, **kwargs),
-        )
-
-
-@contextlib.contextmanager
-def _overlaid(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
-    """Put entries into a table for a while; the rest of it is never missing (mock.patch's is)."""
-    before = {key: table[key] for key in entries if key in table}
-    table.update(entries)
-    try:
-        yield
-    finally:
-        for key in entries:
-            if key in before:
-                table[key] = before[key]
-            else:
-                del table[key]
-
-
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:
     """Where a graph's inputs tell the value of each size symbol.
 

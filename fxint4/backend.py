@@ -14,7 +14,7 @@ from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.constants import Constants, Standing
 from fxint4.errors import Int4Error, TrainingError
-from fxint4.lowering import lowered
+from fxint4.lowering import compile_graph
 from fxint4.names import (
     Inputs,
     layer_name,
@@ -169,7 +169,7 @@ def _compile_graph(
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
         global _newest
         _newest = report
-        return graph if sites else _torch.compile_fx_inner(captured, fake_inputs, lowered, **kwargs)
+        return graph if sites else compile_graph(captured, fake_inputs, **kwargs)
 
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
 

@@ -1,4 +1,4 @@
-"""The ops that multiply by packed weights: `linear`, `bmm`, `grouped_mm`, `indexed_mm`.
+"""The ops that multiply by packed weights: `linear`, `linears`, `bmm`, `grouped_mm`, `indexed_mm`.
 
 They are `torch.ops.fxint4.*`, opaque to every compiler. Each takes x in bfloat16, float16 or
 float32 and returns that dtype, with bfloat16 products and fp32 sums in between. x may have fewer
@@ -13,7 +13,7 @@ n: rows of the weight that are meant, at most N.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ _SCHEMAS = (
     f"bmm(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
     f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
-    "int4pack_mm(Tensor x, Tensor tiles, int group_size, Tensor scale_and_zero) -> Tensor",
-    "int4pack_mm_launched(Tensor x, Tensor tiles, int group_size, Tensor scale_and_zero) -> Tensor",
+    "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
+    "bool replayed=False) -> Tensor",
 )
 #: Elements of W that the aten op reads in the time of a launch from Python.
 _ATEN_ELEMENTS = 80_000_000
@@ -45,10 +45,27 @@ def _linear_cuda(
     x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
 ) -> Tensor:
     """``[..., K]`` times one weight: ``[..., n]``."""
+    return _linears_cuda(x, [tiles], [scale_and_zero], group_size, [n])
+
+
+def _linears_cuda(
+    x: Tensor,
+    tiles: Sequence[Tensor],
+    scale_and_zero: Sequence[Tensor],
+    group_size: int,
+    n: Sequence[int],
+    replayed: bool = False,
+) -> Tensor:
+    """``[..., K]`` times several weights of the same K, side by side: ``[..., sum(n)]``.
+
+    replayed: the kernel is launched from a CUDA graph, so that launching it takes no time.
+    """
     rows = _rows(x, x.shape[-1])
-    choice = _choice_for_the_host(len(rows), n, x.shape[-1])
-    y = linear.linear(rows, tiles.contiguous(), scale_and_zero.contiguous(), group_size, n, choice)
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+    m, k = rows.shape
+    weights = [(t.contiguous(), p.contiguous()) for t, p in zip(tiles, scale_and_zero, strict=True)]
+    choice = linear.choose(m, sum(n), k) if replayed else _choice_for_the_host(m, sum(n), k)
+    y = linear.linears(rows, weights, group_size, n, choice)
+    return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
 
 def _choice_for_the_host(m: int, n: int, k: int) -> linear.Choice:
@@ -67,6 +84,18 @@ def _linear_cpu(
     tiles, scale_and_zero = _cpu_form(tiles, scale_and_zero, group_size, n)
     rows = _rows(x, scale_and_zero.shape[-3] * group_size)
     return _times_cpu(rows, tiles, scale_and_zero, group_size, n, x.dtype).view(*x.shape[:-1], n)
+
+
+def _linears_cpu(
+    x: Tensor,
+    tiles: Sequence[Tensor],
+    scale_and_zero: Sequence[Tensor],
+    group_size: int,
+    n: Sequence[int],
+    replayed: bool = False,
+) -> Tensor:
+    weights = zip(tiles, scale_and_zero, n, strict=True)
+    return torch.cat([_linear_cpu(x, t, p, group_size, rows) for t, p, rows in weights], -1)
 
 
 def _bmm_cuda(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> Tensor:
@@ -204,43 +233,26 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], arguments[-1]))
 
 
-def _implementations() -> Iterator[tuple[str, Any, Any]]:
-    yield "linear", _linear_cpu, _linear_cuda
-    yield "bmm", _bmm_cpu, _bmm_cuda
-    yield "grouped_mm", _grouped_cpu, _grouped_cuda
-    yield "indexed_mm", _indexed_cpu, _indexed_cuda
-
-
-def _int4pack_cuda(x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
-    """`aten._weight_int4pack_mm` for every M, arguments as there, K padded: ``[M, N]``.
-
-    Takes the kernel that is fastest on the GPU, as if launching it took no time: for CUDA graphs.
-    """
-    return linear.linear(x, tiles, scale_and_zero, group_size, scale_and_zero.shape[-2])
-
-
-def _int4pack_launched_cuda(
-    x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor
+def _fake_linears(
+    x: Tensor,
+    tiles: Sequence[Tensor],
+    scale_and_zero: Sequence[Tensor],
+    group_size: int,
+    n: Sequence[int],
+    replayed: bool = False,
 ) -> Tensor:
-    """The same, where the host launches each kernel anew."""
-    n = scale_and_zero.shape[-2]
-    choice = _choice_for_the_host(len(x), n, x.shape[1])
-    return linear.linear(x, tiles, scale_and_zero, group_size, n, choice)
-
-
-def _int4pack_fake(x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], scale_and_zero.shape[-2]))
+    return x.new_empty((*x.shape[:-1], sum(n)))
 
 
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _name, _cpu, _cuda in _implementations():
+for _name, _cpu, _cuda, _shape in (
+    ("linear", _linear_cpu, _linear_cuda, _fake),
+    ("linears", _linears_cpu, _linears_cuda, _fake_linears),
+    ("bmm", _bmm_cpu, _bmm_cuda, _fake),
+    ("grouped_mm", _grouped_cpu, _grouped_cuda, _fake),
+    ("indexed_mm", _indexed_cpu, _indexed_cuda, _fake),
+):
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"fxint4::{_name}", _fake, lib=_library)
-for _name, _cuda in (
-    ("int4pack_mm", _int4pack_cuda),
-    ("int4pack_mm_launched", _int4pack_launched_cuda),
-):
-    _library.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"fxint4::{_name}", _int4pack_fake, lib=_library)
+    torch.library.register_fake(f"fxint4::{_name}", _shape, lib=_library)

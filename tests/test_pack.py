@@ -364,7 +364,7 @@ def test_nothing_is_compiled_to_find_the_uses(monkeypatch: pytest.MonkeyPatch) -
     def compiles(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled")
 
-    monkeypatch.setattr("fxint4._torch.compile_fx_inner", compiles)
+    monkeypatch.setattr("fxint4._inductor.compile_fx_inner", compiles)
     model = nn.Linear(64, 64).eval()
     pack_(model, (torch.randn(2, 64),))
     assert packed_names(model) == {"weight"}

@@ -1,0 +1,228 @@
+"""PyTorch's private API for lowerings: Inductor's last stage, and pieces of its IR.
+
+All of it was run on torch 2.11, 2.13 and 2.15. A value is one of Inductor's TensorBoxes, a size an
+int or a sympy expression; what takes or returns values is called while Inductor lowers a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import fx
+
+from fxint4._torch import aten
+
+__all__ = [
+    "call",
+    "call_as_it_is",
+    "compile_fx_inner",
+    "contiguous",
+    "empty",
+    "for_another_process",
+    "in_force",
+    "launch_triton",
+    "static",
+    "zeros",
+]
+
+
+def compile_fx_inner(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    lowerings: Callable[[bool], Mapping[Any, Callable[..., Any]]],
+    key: str,
+    **kwargs: Any,
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Inductor's last stage: an aten graph to code. The result takes a list that it empties.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        lowerings: told whether CUDA graphs are used, has for some ops what lowers them.
+        key: of the lowerings in Inductor's caches.
+        **kwargs: for Inductor.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
+
+    with in_force(lowerings(bool(config.triton.cudagraphs)), key), warnings.catch_warnings():
+        # A kernel that casts an fp16 activation to bf16 is what we want, and right.
+        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
+        return cast(
+            "Callable[[list[Any]], Sequence[Any]]",
+            inductor_compile_fx_inner(gm, example_inputs, **kwargs),
+        )
+
+
+@contextlib.contextmanager
+def in_force(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[None]:
+    """Let Inductor lower some ops differently for a while.
+
+    Args:
+        lowerings: for each op what lowers it, called like the op.
+        key: of the lowerings in Inductor's caches, whose own keys do not cover them.
+    """
+    import torch.compiler.config as compiler_config
+    from torch._inductor import lowering
+
+    # Inductor has no lowering of mv and addmv, which it usually takes apart.
+    calls = {
+        op: functools.partial(call_as_it_is, op) for op in (aten.mv.default, aten.addmv.default)
+    }
+    # The CPU's int4 op wants contiguous operands, and Inductor's lowering does not see to it.
+    contiguous_operands = {
+        aten._weight_int4pack_mm_for_cpu.default: lowering.require_contiguous,
+    }
+    tag = f"{compiler_config.cache_key_tag}fxint4 {key}"
+    with (
+        _overlaid(lowering.lowerings, {**calls, **lowerings}),
+        _overlaid(lowering._maybe_layout_constraints, contiguous_operands),
+        compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+    ):
+        yield
+
+
+def static(size: Any) -> int | None:
+    """A size as an int; None where it is known only when the graph runs."""
+    return int(size) if isinstance(size, int) or size.is_Integer else None
+
+
+def for_another_process() -> bool:
+    """Whether the graph becomes a package, which runs without this process's Python."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.graph.aot_mode)
+
+
+def call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Inductor makes of an op, fused with its neighbours where Inductor does so."""
+    from torch._inductor import lowering
+
+    return lowering.lowerings[op](*args, **kwargs)
+
+
+def call_as_it_is(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of an op that Inductor knows nothing of."""
+    from torch._inductor import lowering
+
+    handler = lowering.fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+    return handler(*args, **kwargs)
+
+
+def contiguous(value: Any) -> Any:
+    """The value in memory, row by row; a copy where it is not."""
+    from torch._inductor import ir
+
+    return ir.ExternKernel.require_contiguous(value)
+
+
+def empty(size: Sequence[Any], like: Any, dtype: torch.dtype) -> Any:
+    """Memory on the device of another value; nothing is run to make it."""
+    return call(
+        aten.empty_strided.default,
+        list(size),
+        _contiguous_strides(size),
+        dtype=dtype,
+        device=like.get_device(),
+    )
+
+
+def zeros(size: Sequence[Any], like: Any, dtype: torch.dtype) -> Any:
+    """Memory full of zeros, for kernels that write to it."""
+    device = like.get_device()
+    value = call(aten.full.default, list(size), 0, dtype=dtype, device=device)
+    value.realize()
+    return value
+
+
+def launch_triton(
+    kernel: Any,
+    programs: Any,
+    tensors: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    written: Collection[str],
+    warps: int,
+    stages: int,
+) -> None:
+    """A launch of a Triton kernel, by the wrapper that Inductor generates.
+
+    Args:
+        kernel: what `triton.jit` returned.
+        programs: the grid's size along its one axis; where it is 0, nothing is launched.
+        tensors: by the names of the kernel's arguments; contiguous, those written made by `empty`
+            or `zeros`.
+        arguments: all others: ints, sizes, floats, bools.
+        written: the names of the tensors that the kernel writes to.
+        warps: Triton's num_warps.
+        stages: its num_stages.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+    from torch._inductor import ir
+
+    with _knowing_what_is_written(written):
+        ir.UserDefinedTritonKernel(
+            kernel_idx=kernel_side_table.add_kernel(_with_config(kernel, warps, stages)),
+            grid=[(programs, 1, 1)],
+            tma_descriptor_metadata={},
+            kernel_args={**tensors, **arguments},
+        )
+
+
+@functools.cache
+def _with_config(kernel: Any, warps: int, stages: int) -> Any:
+    """A kernel with its only choice of warps and stages, which is how Inductor takes them."""
+    triton = importlib.import_module("triton")  # not everybody has it
+    config = triton.Config({}, num_warps=warps, num_stages=stages)
+    return triton.autotune(configs=[config], key=[])(kernel)
+
+
+@contextlib.contextmanager
+def _knowing_what_is_written(written: Collection[str]) -> Iterator[None]:
+    """Tell Inductor which arguments a kernel writes to.
+
+    Otherwise it compiles the kernel to find out, at each launch, and cannot tell the pointers
+    apart that a program chooses among.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    if hasattr(triton_kernel_wrap, "identify_mutated_tensors"):  # torch 2.11
+        name = "identify_mutated_tensors"
+        answer: Any = list(written)
+    else:
+        from torch._inductor.dependencies import ReadWrites, StarDep
+        from torch.utils._ordered_set import OrderedSet
+
+        writes: Any = OrderedSet(StarDep(argument) for argument in written)
+        accesses = ReadWrites(OrderedSet(), writes, OrderedSet())
+        name = "identify_accessed_tensors"
+        answer = triton_kernel_wrap.TensorAccesses(accesses, can_fuse_epilogue=False)
+    with mock.patch.object(triton_kernel_wrap, name, lambda *_: answer):
+        yield
+
+
+def _contiguous_strides(size: Sequence[Any]) -> list[Any]:
+    from torch._inductor import ir
+
+    return list(ir.FlexibleLayout.contiguous_strides(list(size)))
+
+
+@contextlib.contextmanager
+def _overlaid(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
+    """Put entries into a table for a while; the rest of it is never missing (mock.patch's is)."""
+    before = {key: table[key] for key in entries if key in table}
+    table.update(entries)
+    try:
+        yield
+    finally:
+        for key in entries:
+            if key in before:
+                table[key] = before[key]
+            else:
+                del table[key]
