@@ -25,6 +25,7 @@ from test_kernels_experts import (
 from test_kernels_experts import make as make_experts
 from torch import Tensor
 
+from fxint4.kernels import common
 from fxint4.kernels import linear as kernels
 from fxint4.kernels.common import Blocks
 from fxint4.kernels.linear import Choice, choose, choose_blocks, dequantize, linear
@@ -186,8 +187,9 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
     else:
         refused("they must be on one CUDA device")
     monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(common, "triton", None)
     assert choose(1, 64, 64) == choose(10**6, 64, 64) == ATEN
-    monkeypatch.setattr(kernels, "_check_devices", lambda *_: None)
+    monkeypatch.setattr(kernels, "check_devices", lambda *_: None)
     for choice in (DEQUANTISE, triton_choice()):
         with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
             made.times(x, choice)
@@ -199,49 +201,76 @@ def chosen() -> list[Blocks]:
     return sorted({replace(choose_blocks(*size), splits=1) for size in sizes}, key=str)
 
 
+def compiled(launch: common.Launch, dtype: str) -> str:
+    """The PTX for Hopper of a launch of aligned tensors; dtype is that of x, y and w."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {name: value for name, value in launch.arguments.items() if name in CONSTANTS}
+    names = launch.kernel.arg_names
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(("x_ptr", "y_ptr", "w_ptr"), f"*{dtype}")
+    types |= {"one": "fp32", "partial_ptr": "*fp32", "counters_ptr": "*i32"}
+    types |= {f"tiles{i}_ptr": "*i32" for i in range(4)}
+    types |= {f"params{i}_ptr": "*bf16" for i in range(4)} | dict.fromkeys(constants, "constexpr")
+    unaligned = {*constants, *common.VARYING, "one"}
+    source = ASTSource(
+        launch.kernel,
+        {name: types[name] for name in names},
+        constants,
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in unaligned},
+    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return str(made.asm["ptx"])
+
+
+CONSTANTS = (
+    *("WEIGHTS", "SPLITS", "REDUCE", "BM", "BN", "BK", "GROUP", "HALF_INNER", "WARPS"),
+    *("EVEN_N", "EVEN_K", "FAST", "INTERPRETED"),
+)
+
+
+def a_launch(blocks: Blocks, dtype: torch.dtype, weights: int = 1, reduce: bool = True) -> Any:
+    sizes = [(4096, 4096)] * weights
+    return kernels.launch_of(512, 4096, sizes, 4096, 128, 4, dtype, blocks, reduce)
+
+
 @needs_triton
 @compiled_only
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("blocks", chosen(), ids=str)
 def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
     """No wgmma is in flight when the registers that it reads are written again."""
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {
-        "SPLITS": 2,
-        "BM": blocks.rows,
-        "BN": blocks.features,
-        "BK": blocks.step,
-        "GROUP": 128,
-        "HALF_INNER": 4,
-        "WARPS": blocks.warps,
-        "EVEN_N": True,
-        "EVEN_K": True,
-        "FAST": fast,
-        "DOT": tl.bfloat16,
-    }
-    types = {"x_ptr": "*bf16", "y_ptr": "*bf16", "partial_ptr": "*fp32", "one": "fp32"}
-    types |= dict.fromkeys(("tiles_ptr", "params_ptr", "counters_ptr"), "*i32")
-    types |= dict.fromkeys(constants, "constexpr")
-    names = kernels._linear_kernel.arg_names
-    unaligned = {*constants, "M", "row_blocks", "one"}
-    source = ASTSource(
-        kernels._linear_kernel,
-        {name: types.get(name, "i32") for name in names},
-        constants,
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in unaligned},
-    )
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = made.asm["ptx"]
+    launch = a_launch(replace(blocks, splits=2), torch.bfloat16)
+    launch.arguments["FAST"] = fast
+    ptx = compiled(launch, "bf16")
     found = re.findall(r"wgmma\.(mma_async|commit_group|wait_group)", ptx)
     # Those of a step, 16 k and, in a warp, 16 features at a time, and then the wait.
     count = blocks.step // 16 * (blocks.features // (16 * blocks.warps))
     assert found == ["mma_async"] * count + ["commit_group", "wait_group"]
     assert re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx) == ["0"]
+
+
+@needs_triton
+@compiled_only
+def test_every_variant_moves_as_many_bytes_at_once() -> None:
+    """Several weights, or fp16, take the loads and stores that one bf16 weight takes."""
+
+    def moves(ptx: str) -> list[str]:
+        copies = re.findall(r"cp\.async\.c[ag]\S*.*?\], (0x\w+),", ptx)
+        return sorted(copies + re.findall(r"\b(?:ld|st|atom)\.(?:global|shared)\S*", ptx))
+
+    for blocks in (Blocks(16, 64, 2, step=256), Blocks(128, 128, 1)):
+        one = moves(compiled(a_launch(blocks, torch.bfloat16), "bf16"))
+        assert one.count("0x10") > one.count("0x4") > 0
+        assert "ld.global.b16" not in one
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+            for weights in (1, 2, 4):
+                ptx = compiled(a_launch(blocks, dtype, weights), name)
+                assert moves(ptx) == one
+        partial = compiled(a_launch(blocks, torch.bfloat16, reduce=False), "bf16")
+        assert "atom" not in partial
 
 
 # --- on a GPU ------------------------------------------------------------------------------------

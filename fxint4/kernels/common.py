@@ -1,18 +1,20 @@
 """What the kernels share: finding Triton, W unpacked in registers, and its product with x.
 
-The numbers are those of ``aten._weight_int4pack_mm``: a weight is ``(q - 8) * scale + zero``
-rounded to bf16, products are summed in fp32. ``fxint4.tiles`` describes the tiles.
+A weight is ``(q - 8) * scale + zero``, rounded once to the dtype of x; products are summed in fp32.
+For bf16 the numbers are those of ``aten._weight_int4pack_mm``. For fp16 scale and zero, which are
+stored as bf16, become fp16 first; beyond 65504 they become 65504, and a weight beyond it becomes
+infinite, as in a cast. ``fxint4.tiles`` describes the tiles.
 
 The functions for Triton's language are called by kernels alone. Their `Fast` picks between two ways
 to the same weights: instructions of NVIDIA's GPUs that handle two at once, and plain Triton, which
-its interpreter can run, too. (Plain Triton rounds twice, to fp32 and then to bf16, so once in
-thousands a weight is the other neighbour in bf16.)
+its interpreter can run, too. (Plain Triton rounds twice, to fp32 and then to bf16 or fp16, so once
+in thousands a weight is the other neighbour there.)
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -22,16 +24,20 @@ from torch import Tensor
 from fxint4.tiles import GROUP_SIZES, INNER_K_TILES
 
 __all__ = [
+    "VARYING",
     "Blocks",
+    "Launch",
+    "as_pairs",
+    "check_devices",
     "check_weight",
     "check_x",
-    "dot_type",
     "fast",
     "interpreted",
     "jit",
-    "launch",
     "load_step",
     "multiply",
+    "need_triton",
+    "run",
     "tile_of",
     "tl",
     "triton",
@@ -82,47 +88,82 @@ def fast(kernel: Any) -> bool:
     return torch.version.hip is None and not interpreted(kernel)
 
 
-def dot_type(kernel: Any) -> Any:
-    """Triton's type of what a kernel's dots multiply: the interpreter takes bf16 for integers."""
-    return tl.float32 if interpreted(kernel) else tl.bfloat16
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel, but for its tensors.
 
+    kernel: a Triton kernel, see `jit`.
+    programs: its grid, along one axis: the others end at 65535.
+    arguments: by name, all that are not tensors; they follow those in the kernel's signature.
+    warps, stages: Triton's num_warps and num_stages.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, int | float | bool]
+    warps: int
+    stages: int
+
+
+VARYING = ("M", "row_blocks")
+"""Arguments that change from call to call, for which kernels have no variants of their own."""
 
 _compiled: dict[Hashable, Any] = {}
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    tensors: Sequence[Tensor],
-    varying: Sequence[int],
-    fixed: tuple[Any, ...],
-    warps: int,
-    stages: int,
-) -> None:
-    """Launches a kernel of tensors, varying and fixed arguments, in this order.
+def run(launch: Launch, tensors: Sequence[Tensor]) -> None:
+    """Launches a kernel on the current stream of the tensors' device.
 
     Triton looks at each argument of each launch for the variant that was compiled for its like,
     which costs the host up to 25 us, more than the GPU needs for a small matmul. So the variant is
-    kept by what it depends on: device, dtypes, and fixed arguments, where all tensors are aligned.
+    kept by what it depends on: device, dtypes, and the arguments that do not vary, where all
+    tensors are aligned.
 
-    kernel: see `jit`; it does not specialise the varying arguments.
-    programs: its grid, along one axis: the others end at 65535.
-    warps, stages: Triton's num_warps and num_stages.
+    tensors: in the order of the kernel's signature.
     """
-    arguments = (*tensors, *varying, *fixed)
+    kernel, arguments = launch.kernel, (*tensors, *launch.arguments.values())
+    varying = [launch.arguments[name] for name in VARYING if name in launch.arguments]
+    fixed = tuple(launch.arguments.values())[len(varying) :]
     # Triton launches on the current device; that of -1 (the CPU, interpreted) is a no-op.
     device = tensors[0].get_device()
     with torch.cuda.device(device):
         dtypes = tuple(t.dtype for t in tensors)
-        key = (kernel.__name__, device, dtypes, fixed, warps, stages)
+        key = (kernel.__name__, device, dtypes, fixed, launch.warps, launch.stages)
         usual = all(t.data_ptr() % 16 == 0 for t in tensors) and all(v < 2**31 for v in varying)
         variant = _compiled.get(key) if usual else None
         if variant is not None:
-            variant[(programs, 1, 1)](*arguments)
+            variant[(launch.programs, 1, 1)](*arguments)
             return
-        variant = kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
+        variant = kernel[(launch.programs,)](
+            *arguments, num_warps=launch.warps, num_stages=launch.stages
+        )
         if usual and not interpreted(kernel):
             _compiled[key] = variant
+
+
+def need_triton() -> None:
+    """Refuses, with a RuntimeError, to go on without Triton."""
+    if triton is None:
+        raise RuntimeError(
+            "this int4 matmul needs Triton, which is not installed; torch's CUDA wheels for Linux "
+            "bring it, otherwise: pip install triton"
+        )
+
+
+def check_devices(kernel: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses, with a ValueError, tensors that are not on one CUDA device.
+
+    kernel: what is to read them; where Triton interprets it, the CPU will do. None if not Triton's.
+    tensors: by name.
+    """
+    devices = {t.device for t in tensors.values()}
+    runs_here = kernel is not None and interpreted(kernel)
+    if len(devices) > 1 or not (next(iter(devices)).type == "cuda" or runs_here):
+        names = list(tensors)
+        raise ValueError(
+            f"{', '.join(names[:-1])} and {names[-1]} are on {sorted(map(str, devices))}: "
+            "they must be on one CUDA device"
+        )
 
 
 def check_weight(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> tuple[int, int]:
@@ -168,12 +209,15 @@ def check_weight(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int)
     return n_padded, k_padded
 
 
-def check_x(x: Tensor, k_padded: int) -> None:
-    """Refuses, with a ValueError, an x that is not contiguous bf16 ``[rows, K]``, K <= k_padded."""
-    if x.dtype != torch.bfloat16 or x.ndim != 2 or x.shape[1] > k_padded or not x.is_contiguous():
+def check_x(x: Tensor, k_padded: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> None:
+    """Refuses, with a ValueError, an x that is not contiguous ``[rows, K]``, K at most k_padded.
+
+    dtypes: that x may have.
+    """
+    if x.dtype not in dtypes or x.ndim != 2 or x.shape[1] > k_padded or not x.is_contiguous():
         raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)}: it must be torch.bfloat16 [rows, K] with K at most "
-            f"{k_padded}, contiguous"
+            f"x is {x.dtype} {tuple(x.shape)}: it must be {' or '.join(map(str, dtypes))} "
+            f"[rows, K] with K at most {k_padded}, contiguous"
         )
 
 
@@ -194,6 +238,13 @@ def tile_of(P: tl.constexpr, WARPS: tl.constexpr):
 
 @jit()
 @no_type_check
+def as_pairs(params_ptr):
+    """A pointer to scale_and_zero, bf16, as one to int32: scale low, zero high."""
+    return params_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@jit()
+@no_type_check
 def unpack(
     words,  # int32 [P, BK]: words of P tiles along k
     params,  # int32 [P, 8 * GROUPS]: bf16 scale low, bf16 zero high, see `multiply`
@@ -201,8 +252,9 @@ def unpack(
     HALF_INNER: tl.constexpr,
     WARPS: tl.constexpr,
     FAST: tl.constexpr,
+    dtype: tl.constexpr,  # bf16 or fp16
 ):
-    """The weights in the words: bf16 [8 * P, BK], tiles in their order, not in that of the load."""
+    """The weights in the words: [8 * P, BK], tiles in their order, not in that of the load."""
     P: tl.constexpr = words.shape[0]
     BK: tl.constexpr = words.shape[1]
     REPEATS: tl.constexpr = P // (2 * WARPS)
@@ -218,42 +270,74 @@ def unpack(
     words = tl.reshape(words, (REPEATS, 2, WARPS, GT, T, 8, 4, GJ, J))
     params = tl.reshape(params, (REPEATS, 2, WARPS, GT, 1, 8, 1, GJ, 1))
     if FAST:
+        if dtype == tl.float16:
+            params = _half_params(params)
         scale = (params & 0xFFFF) | (params << 16)
         zero = ((params >> 16) & 0xFFFF) | (params & -65536)
         scale, _ = tl.broadcast(scale, words)
         zero, _ = tl.broadcast(zero, words)
-        # Pairs of codes become pairs of bf16 numbers 128 + code, of which 136 and no rounding make
-        # code - 8. Compilers do not find these instructions for two numbers by themselves.
-        a, b, c, d = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 one, offset, w1, w2, w3;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 offset, 0xc308c308;
-            shr.u32 w1, $4, 4;
-            shr.u32 w2, $4, 8;
-            shr.u32 w3, $4, 12;
-            lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 $1, w1, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 $2, w2, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 $3, w3, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, $0, one, offset;
-            fma.rn.bf16x2 $1, $1, one, offset;
-            fma.rn.bf16x2 $2, $2, one, offset;
-            fma.rn.bf16x2 $3, $3, one, offset;
-            fma.rn.bf16x2 $0, $0, $5, $6;
-            fma.rn.bf16x2 $1, $1, $5, $6;
-            fma.rn.bf16x2 $2, $2, $5, $6;
-            fma.rn.bf16x2 $3, $3, $5, $6;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r",
-            [words, scale, zero],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+        # Pairs of codes become pairs of numbers 128 + code (fp16: 1024 + code or 1024 + 16 * code),
+        # of which one fma and no rounding make code - 8. Compilers do not find these instructions
+        # for two numbers by themselves.
+        if dtype == tl.float16:
+            a, b, c, d = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 one, offset, sixteenth, offset16, high;
+                mov.b32 one, 0x3c003c00;
+                mov.b32 offset, 0xe408e408;
+                mov.b32 sixteenth, 0x2c002c00;
+                mov.b32 offset16, 0xd480d480;
+                shr.u32 high, $4, 8;
+                lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
+                lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;
+                lop3.b32 $2, high, 0x000f000f, 0x64006400, 0xea;
+                lop3.b32 $3, high, 0x00f000f0, 0x64006400, 0xea;
+                fma.rn.f16x2 $0, $0, one, offset;
+                fma.rn.f16x2 $1, $1, sixteenth, offset16;
+                fma.rn.f16x2 $2, $2, one, offset;
+                fma.rn.f16x2 $3, $3, sixteenth, offset16;
+                fma.rn.f16x2 $0, $0, $5, $6;
+                fma.rn.f16x2 $1, $1, $5, $6;
+                fma.rn.f16x2 $2, $2, $5, $6;
+                fma.rn.f16x2 $3, $3, $5, $6;
+                }""",
+                "=&r,=&r,=&r,=&r,r,r,r",
+                [words, scale, zero],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 one, offset, w1, w2, w3;
+                mov.b32 one, 0x3f803f80;
+                mov.b32 offset, 0xc308c308;
+                shr.u32 w1, $4, 4;
+                shr.u32 w2, $4, 8;
+                shr.u32 w3, $4, 12;
+                lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+                lop3.b32 $1, w1, 0x000f000f, 0x43004300, 0xea;
+                lop3.b32 $2, w2, 0x000f000f, 0x43004300, 0xea;
+                lop3.b32 $3, w3, 0x000f000f, 0x43004300, 0xea;
+                fma.rn.bf16x2 $0, $0, one, offset;
+                fma.rn.bf16x2 $1, $1, one, offset;
+                fma.rn.bf16x2 $2, $2, one, offset;
+                fma.rn.bf16x2 $3, $3, one, offset;
+                fma.rn.bf16x2 $0, $0, $5, $6;
+                fma.rn.bf16x2 $1, $1, $5, $6;
+                fma.rn.bf16x2 $2, $2, $5, $6;
+                fma.rn.bf16x2 $3, $3, $5, $6;
+                }""",
+                "=&r,=&r,=&r,=&r,r,r,r",
+                [words, scale, zero],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
         pairs = tl.join(tl.join(a, c), tl.join(b, d))  # k // 8 % 4 as two axes
-        low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low = pairs.to(tl.int16).to(dtype, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
         w = tl.join(low, high)
     else:
         words = tl.reshape(words, (REPEATS, 2, WARPS, GT, T, 8, 4, GJ, J, 1, 1, 1))
@@ -264,10 +348,36 @@ def unpack(
         code = ((words >> (first + second + pair)) & 15).to(tl.float32) - 8.0
         scale = (params << 16).to(tl.float32, bitcast=True)
         zero = (params & -65536).to(tl.float32, bitcast=True)
-        w = (code * scale + zero).to(tl.bfloat16)
+        if dtype == tl.float16:
+            scale = tl.clamp(scale, -65504.0, 65504.0).to(tl.float16).to(tl.float32)
+            zero = tl.clamp(zero, -65504.0, 65504.0).to(tl.float16).to(tl.float32)
+        w = (code * scale + zero).to(dtype)
     # now also k // 8 % 4 (2 axes) and k % 2; k % 8 // 2 is lane
     w = tl.permute(w, (0, 2, 1, 5, 3, 4, 7, 8, 9, 10, 6, 11))
     return tl.reshape(w, (8 * P, BK))
+
+
+@jit()
+@no_type_check
+def _half_params(params):
+    """int32 of bf16 scale low, bf16 zero high, as the same of fp16, at most 65504 in magnitude."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 scale, zero, most, least;
+        mov.b32 most, 0x7bff7bff;
+        mov.b32 least, 0xfbfffbff;
+        shl.b32 scale, $1, 16;
+        and.b32 zero, $1, 0xffff0000;
+        cvt.rn.f16x2.f32 $0, zero, scale;
+        min.f16x2 $0, $0, most;
+        max.f16x2 $0, $0, least;
+        }""",
+        "=&r,r",
+        [params],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @jit()
@@ -306,10 +416,10 @@ def load_step(
 @jit()
 @no_type_check
 def multiply(
-    x_row,  # pointers to the rows' first values, bf16, [1, BM]
+    x_row,  # pointers to the rows' first values, bf16 or fp16, [1, BM]
     m_there,  # whether x has the rows, [1, BM]
     tiles_ptr,  # int32 [n_padded / 8, k_padded], the last axis as `unpack` describes it
-    params_ptr,  # int32 [k_padded / GROUP, n_padded]: bf16 scale low, bf16 zero high
+    params_ptr,  # int32 [k_padded / GROUP, n_padded], see `as_pairs`
     n_first,  # rows n_first..n_first+BN-1 of W, a multiple of BN
     k_first,  # columns k_first..k_stop-1 of W and x, k_first a multiple of BK
     k_stop,
@@ -325,7 +435,7 @@ def multiply(
     EVEN_N: tl.constexpr,  # n_padded is a multiple of BN
     EVEN_K: tl.constexpr,  # k_first, k_stop and k_padded are multiples of BK
     FAST: tl.constexpr,
-    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """fp32 ``W[n_first:][:BN] @ x.T`` over some columns, W unpacked as the left operand.
 
@@ -333,6 +443,9 @@ def multiply(
     never passes through shared memory.
     """
     P: tl.constexpr = BN // 8
+    dtype: tl.constexpr = x_row.dtype.element_ty
+    # Triton's interpreter would multiply bf16 as if its bits were integers.
+    DOT: tl.constexpr = tl.float32 if INTERPRETED else dtype
     tile = n_first // 8 + tile_of(P, WARPS)
     there = (tile < n_padded // 8)[:, None]
     tile_row = tiles_ptr + tile.to(tl.int64)[:, None] * k_padded
@@ -358,7 +471,7 @@ def multiply(
             x = tl.load(x_row + (k + k_column), mask=m_there, other=0.0)
         else:
             x = tl.load(x_row + (k + k_column), mask=m_there & (k + k_column < k_stop), other=0.0)
-        w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST)
+        w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, dtype)
         acc = tl.dot(w.to(DOT), x.to(DOT), acc)
         # On Hopper this dot runs asynchronously with w in registers. If nothing but the next dot
         # needed the sum, Triton (3.6) would start the next step, and overwrite those registers,

@@ -21,15 +21,19 @@ import torch
 from torch import Tensor
 
 from fxint4.kernels.common import (
+    VARYING,
     Blocks,
+    Launch,
+    as_pairs,
+    check_devices,
     check_weight,
     check_x,
-    dot_type,
     fast,
     interpreted,
     jit,
-    launch,
     multiply,
+    need_triton,
+    run,
     tl,
     triton,
 )
@@ -103,18 +107,9 @@ def _launch(
     *,
     by_row: bool,
 ) -> Tensor:
-    if _kernel is None:
-        raise RuntimeError(
-            "int4 expert matmuls need Triton, which is not installed; torch's CUDA wheels for "
-            "Linux bring it, otherwise: pip install triton"
-        )
-    runs_here = interpreted(_kernel)
-    devices = {t.device for t in (x, tiles, scale_and_zero, experts)}
-    if len(devices) > 1 or not (x.is_cuda or runs_here):
-        raise ValueError(
-            f"x, tiles, scale_and_zero and ends or experts are on {sorted(map(str, devices))}: "
-            "they must be on one CUDA device"
-        )
+    need_triton()
+    named = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero, "ends or experts": experts}
+    check_devices(_kernel, named)
     rows, k = x.shape
     y = x.new_empty((rows, n))
     if rows == 0 or n == 0:
@@ -124,34 +119,34 @@ def _launch(
     row_blocks = rows if by_row else _most_row_blocks(rows, count, blocks.rows)
     feature_blocks = -(-n // blocks.features)
     n_padded, k_padded = 8 * n_tiles, k_tiles * 32 * half_inner
-    launch(
+    launch = Launch(
         _kernel,
         row_blocks * feature_blocks,
-        (x, tiles, scale_and_zero.view(torch.int32), experts, y),
-        (rows,),
-        (
-            count,
-            n,
-            k,
-            n_padded,
-            k_padded,
-            1.0,
-            by_row,
-            1 if by_row else triton.next_power_of_2(count + 1),
-            group_size,
-            half_inner,
-            blocks.rows,
-            blocks.features,
-            blocks.step,
-            blocks.warps,
-            n_padded % blocks.features == 0,
-            k % blocks.step == 0 and k_padded % blocks.step == 0,
-            fast(_kernel),
-            dot_type(_kernel),
-        ),
+        {
+            "M": rows,
+            "E": count,
+            "n": n,
+            "K": k,
+            "n_padded": n_padded,
+            "k_padded": k_padded,
+            "one": 1.0,
+            "BY_ROW": by_row,
+            "EXPERTS": 1 if by_row else triton.next_power_of_2(count + 1),
+            "GROUP": group_size,
+            "HALF_INNER": half_inner,
+            "BM": blocks.rows,
+            "BN": blocks.features,
+            "BK": blocks.step,
+            "WARPS": blocks.warps,
+            "EVEN_N": n_padded % blocks.features == 0,
+            "EVEN_K": k % blocks.step == 0 and k_padded % blocks.step == 0,
+            "FAST": fast(_kernel),
+            "INTERPRETED": interpreted(_kernel),
+        },
         blocks.warps,
         blocks.stages,
     )
+    run(launch, [x, tiles, scale_and_zero, experts, y])
     return y
 
 
@@ -182,12 +177,12 @@ def _check(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n:
 
 @no_type_check  # annotations here are Triton's, not types
 def _experts_kernel(
-    x_ptr,  # bf16 [S, K]
+    x_ptr,  # bf16 [M, K]
     tiles_ptr,  # int32 [E, n_padded / 8, k_padded], the last axis as `unpack` describes it
-    params_ptr,  # int32 [E, k_padded / GROUP, n_padded]: bf16 scale low, bf16 zero high
-    experts_ptr,  # [S] expert of each row if BY_ROW, else int32 [E] end of each expert
-    y_ptr,  # bf16 [S, n]
-    S,
+    params_ptr,  # bf16 [E, k_padded / GROUP, n_padded, 2]
+    experts_ptr,  # [M] expert of each row if BY_ROW, else int32 [E] end of each expert
+    y_ptr,  # bf16 [M, n]
+    M,
     E,
     n,
     K,
@@ -205,7 +200,7 @@ def _experts_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     FAST: tl.constexpr,
-    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """y[block].T = W[expert] @ x[block].T."""
     feature_blocks = tl.cdiv(n, BN)
@@ -224,9 +219,9 @@ def _experts_kernel(
         # the rows behind the last end. Where no expert has this block, stop is 0.
         e = tl.arange(0, EXPERTS)
         start = tl.load(experts_ptr + e - 1, mask=(e > 0) & (e <= E), other=0)
-        end = tl.load(experts_ptr + e, mask=e < E, other=S)
-        start = tl.minimum(tl.maximum(start, 0), S)
-        end = tl.minimum(tl.maximum(end, 0), S)
+        end = tl.load(experts_ptr + e, mask=e < E, other=M)
+        start = tl.minimum(tl.maximum(start, 0), M)
+        end = tl.minimum(tl.maximum(end, 0), M)
         blocks = tl.where((e <= E) & (end > start), (end - start + BM - 1) // BM, 0)
         after = tl.cumsum(blocks, 0)
         before = after - blocks
@@ -243,7 +238,7 @@ def _experts_kernel(
         x_ptr + m.to(tl.int64)[None, :] * K,
         m_there,
         tiles_ptr + expert * (n_padded // 8) * k_padded,
-        params_ptr + expert * (k_padded // GROUP) * n_padded,
+        as_pairs(params_ptr) + expert * (k_padded // GROUP) * n_padded,
         n_first,
         0,
         tl.where(known, K, 0),
@@ -259,7 +254,7 @@ def _experts_kernel(
         EVEN_N,
         EVEN_K,
         FAST,
-        DOT,
+        INTERPRETED,
     )
     if BY_ROW:
         acc = tl.where(known, acc, float("nan"))
@@ -268,5 +263,4 @@ def _experts_kernel(
     tl.store(y_at, acc.to(tl.bfloat16), mask=m_there & (n_row < n)[:, None])
 
 
-# S changes from call to call and gains nothing from a variant of its own.
-_kernel: Any = jit(do_not_specialize=["S"])(_experts_kernel)
+_kernel: Any = jit(do_not_specialize=VARYING)(_experts_kernel)

@@ -1,14 +1,18 @@
-"""One int4 weight: its product with x, and W written out.
+"""One or several int4 weights: their product with x, and W written out.
 
-`linear` multiplies in the way that `choose` names: a Triton kernel that unpacks W in registers;
-`dequantize` and then torch's matmul, where rows are so many that unpacking W once for each block of
-them costs more than writing W out; or ATen's op, where Triton is missing. None waits for the
-device, and all can be captured in CUDA graphs. Equal inputs give equal bits: sums are made in a
-fixed order.
+`linears` multiplies x by up to MOST_WEIGHTS weights of the same K, side by side, in one launch that
+reads each where it lies; `linear` is its case of one. It does so in the way that `choose` names: a
+Triton kernel that unpacks W in registers; `dequantize` and then torch's matmul, where rows are so
+many that unpacking W once for each block of them costs more than writing W out; or ATen's op, where
+Triton is missing. None waits for the device, and all can be captured in CUDA graphs. Equal inputs
+give equal bits: sums are made in a fixed order.
 
-The numbers are those of ``aten._weight_int4pack_mm``: a weight is ``(q - 8) * scale + zero``
-rounded to bf16, products are summed in fp32 and y is rounded to bf16. ``fxint4.tiles`` describes
-the tiles.
+`launch_of` and `dequantize_launch_of` say how the kernels are launched, for compilers that do it
+themselves.
+
+A weight is ``(q - 8) * scale + zero`` rounded to the dtype of x, see `fxint4.kernels.common`;
+products are summed in fp32 and y is rounded to the dtype of x. For bf16 these are the numbers of
+``aten._weight_int4pack_mm``. ``fxint4.tiles`` describes the tiles.
 
 Importing this module works without Triton.
 """
@@ -16,6 +20,7 @@ Importing this module works without Triton.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, no_type_check
 
@@ -25,23 +30,43 @@ from torch.nn import functional as F
 
 from fxint4._torch import aten
 from fxint4.kernels.common import (
+    VARYING,
     Blocks,
+    Launch,
+    as_pairs,
+    check_devices,
     check_weight,
     check_x,
-    dot_type,
     fast,
     interpreted,
     jit,
-    launch,
     load_step,
     multiply,
+    need_triton,
+    run,
     tile_of,
     tl,
     triton,
     unpack,
 )
 
-__all__ = ["Blocks", "Choice", "choose", "choose_blocks", "dequantize", "linear"]
+__all__ = [
+    "MOST_WEIGHTS",
+    "Blocks",
+    "Choice",
+    "choose",
+    "choose_blocks",
+    "dequantize",
+    "dequantize_launch_of",
+    "launch_of",
+    "linear",
+    "linears",
+]
+
+MOST_WEIGHTS = 4
+"""Weights that one launch takes."""
+
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -119,119 +144,239 @@ def linear(
     n: int,
     choice: Choice | None = None,
 ) -> Tensor:
-    """Multiplies x by the transpose of one weight.
+    """Multiplies x by the transpose of one weight: see `linears`.
 
-    x: bf16 ``[M, K]``, contiguous, on CUDA.
-    tiles: int32 ``[Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous, K <= Kp.
-    scale_and_zero: bf16 ``[Kp/group_size, Np, 2]``, contiguous.
-    group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
     n: out features to compute, at most Np.
-    choice: how, None for what `choose` says.
-    Returns bf16 ``[M, n]``, contiguous.
+    Returns ``[M, n]`` in the dtype of x, contiguous.
     """
-    _, k_padded = _check(tiles, scale_and_zero, group_size, n)
-    check_x(x, k_padded)
-    _check_devices(x, tiles, scale_and_zero)
-    m, k = x.shape
+    return linears(x, [(tiles, scale_and_zero)], group_size, [n], choice)
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[tuple[Tensor, Tensor]],
+    group_size: int,
+    ns: Sequence[int],
+    choice: Choice | None = None,
+) -> Tensor:
+    """Multiplies x by the transposes of 1 to MOST_WEIGHTS weights of the same K.
+
+    x: bf16 or fp16 ``[M, K]``, contiguous, on CUDA.
+    weights: of each its tiles, int32 ``[Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, and
+        its scale_and_zero, bf16 ``[Kp/group_size, Np, 2]``, both contiguous; K <= Kp.
+    group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
+    ns: out features to compute of each, at most its Np.
+    choice: how, None for what `choose` says.
+    Returns ``[M, sum(ns)]`` in the dtype of x, contiguous, columns in the order of the weights.
+    "aten" casts fp16 to bf16 and y back.
+    """
+    _check(weights, group_size, ns)
+    tiles, scale_and_zero = weights[0]
+    check_x(x, _k_padded(tiles), _DTYPES)
+    named = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero}
+    check_devices(_linear_kernel, named | _further(weights))
+    (m, k), n = x.shape, sum(ns)
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros((m, n))
     choice = choose(m, n, k) if choice is None else choice
     if choice.kernel == "aten":
-        return _aten(x, tiles, scale_and_zero, group_size, n)
-    _need_triton()
+        products = [
+            _aten(x.to(torch.bfloat16), *weight, group_size, n).to(x.dtype)
+            for weight, n in zip(weights, ns, strict=True)
+        ]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+    need_triton()
     if choice.kernel == "dequantise":
-        return x @ dequantize(tiles, scale_and_zero, group_size, n, k).T
+        return x @ _dequantize(weights, group_size, ns, k, x.dtype).T
     if choice.blocks is None:
         raise ValueError('a Choice of "triton" needs blocks')
-    return _multiply(x, tiles, scale_and_zero, group_size, n, choice.blocks)
+    return _multiply(x, weights, group_size, ns, choice.blocks)
 
 
 def dequantize(
-    tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int, k: int | None = None
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    group_size: int,
+    n: int,
+    k: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Writes the first n rows and k columns of W out.
+    """Writes the first n rows and k columns of one weight out.
 
-    tiles, scale_and_zero, group_size: see `linear`.
+    tiles, scale_and_zero, group_size: see `linears`.
     n, k: at most Np and Kp; k None is Kp.
-    Returns bf16 ``[n, k]``, contiguous.
+    dtype: bf16 or fp16.
+    Returns ``[n, k]``, contiguous.
     """
-    n_padded, k_padded = _check(tiles, scale_and_zero, group_size, n)
-    k = k_padded if k is None else k
-    if not 0 <= k <= k_padded:
-        raise ValueError(f"k is {k}, it must be in 0..{k_padded}")
-    _need_triton()
-    _check_devices(tiles, scale_and_zero)
-    w = scale_and_zero.new_empty((n, k))
-    if n == 0 or k == 0:
-        return w
-    blocks = triton.cdiv(n, _DEQUANTISE_N) * triton.cdiv(k, _DEQUANTISE_K)
-    launch(
-        _dequantize_kernel,
-        blocks,
-        (tiles, scale_and_zero.view(torch.int32), w),
-        (),
-        (
-            n,
-            k,
-            n_padded,
-            k_padded,
-            _DEQUANTISE_N,
-            _DEQUANTISE_K,
-            group_size,
-            tiles.shape[-1],
-            _DEQUANTISE_WARPS,
-            n % _DEQUANTISE_N == 0,
-            k % _DEQUANTISE_K == 0,
-            fast(_dequantize_kernel),
-        ),
-        _DEQUANTISE_WARPS,
-        1,
-    )
-    return w
+    weights = [(tiles, scale_and_zero)]
+    _check(weights, group_size, [n])
+    k = _k_padded(tiles) if k is None else k
+    if not 0 <= k <= _k_padded(tiles):
+        raise ValueError(f"k is {k}, it must be in 0..{_k_padded(tiles)}")
+    need_triton()
+    check_devices(_dequantize_kernel, {"tiles": tiles, "scale_and_zero": scale_and_zero})
+    return _dequantize(weights, group_size, [n], k, dtype)
 
 
-_DEQUANTISE_N, _DEQUANTISE_K, _DEQUANTISE_WARPS = 64, 128, 4
+def launch_of(
+    m: int,
+    k: int,
+    weights: Sequence[tuple[int, int]],
+    k_padded: int,
+    group_size: int,
+    half_inner: int,
+    dtype: torch.dtype,
+    blocks: Blocks,
+    reduce: bool,
+) -> Launch:
+    """How the Triton kernel is launched; the device is not asked.
 
+    Its tensors are x_ptr ``[m, k]``, tiles0_ptr, params0_ptr to tiles3_ptr, params3_ptr (the
+    weights' tiles and scale_and_zero; the first one's where there are fewer), y_ptr ``[m, N]``,
+    partial_ptr and counters_ptr. N is the sum of the n. Those that are not used may be any tensors.
 
-def _multiply(
-    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int, blocks: Blocks
-) -> Tensor:
-    (m, k), (n_tiles, k_tiles, _, half_inner) = x.shape, tiles.shape
-    n_padded, k_padded = 8 * n_tiles, 32 * k_tiles * half_inner
-    row_blocks = triton.cdiv(m, blocks.rows)
-    programs = row_blocks * triton.cdiv(n, blocks.features)
-    y = x.new_empty((m, n))
-    partial = counters = y  # not read
-    if blocks.splits > 1:
-        partial = x.new_empty((blocks.splits, m, n), dtype=torch.float32)
-        counters = _counters(programs, x)
-    launch(
+    m: rows, perhaps a symbol: `programs` and the arguments in VARYING depend on it.
+    k: columns of x, at most k_padded.
+    weights: of each n, the out features to compute, and n_padded, those that it has.
+    half_inner: inner_k_tiles / 2.
+    dtype: of x and y, bf16 or fp16.
+    reduce: with several splits, whether the last program of each block sums what the others left in
+        partial_ptr, fp32 ``[splits, m, N]``, and writes y; for that counters_ptr has an int32 zero
+        for each block of y, and the launch leaves zeros there. Else partial_ptr is the result, to
+        be summed along the first axis. With one split the kernel writes y.
+    """
+    need_triton()
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}, it must be one of {_DTYPES}")
+    row_blocks = -(-m // blocks.rows)
+    feature_blocks = sum(-(-n // blocks.features) for n, _ in weights)
+    return Launch(
         _linear_kernel,
-        programs * blocks.splits,
-        (x, tiles, scale_and_zero.view(torch.int32), y, partial, counters),
-        (m, row_blocks),
-        (
-            n,
-            k,
-            n_padded,
-            k_padded,
-            1.0,
-            blocks.splits,
-            blocks.rows,
-            blocks.features,
-            blocks.step,
-            group_size,
-            half_inner,
-            blocks.warps,
-            n_padded % blocks.features == 0,
-            k % blocks.step == 0 and k_padded % blocks.step == 0,
-            fast(_linear_kernel),
-            dot_type(_linear_kernel),
-        ),
+        row_blocks * feature_blocks * blocks.splits,
+        {
+            "M": m,
+            "row_blocks": row_blocks,
+            "K": k,
+            "k_padded": k_padded,
+            **_weights_arguments(weights),
+            "one": 1.0,
+            "SPLITS": blocks.splits,
+            "REDUCE": reduce,
+            "BM": blocks.rows,
+            "BN": blocks.features,
+            "BK": blocks.step,
+            "GROUP": group_size,
+            "HALF_INNER": half_inner,
+            "WARPS": blocks.warps,
+            "EVEN_N": all(n_padded % blocks.features == 0 for _, n_padded in weights),
+            "EVEN_K": k % blocks.step == 0 and k_padded % blocks.step == 0,
+            "FAST": fast(_linear_kernel),
+            "INTERPRETED": interpreted(_linear_kernel),
+        },
         blocks.warps,
         blocks.stages,
     )
+
+
+def dequantize_launch_of(
+    k: int,
+    weights: Sequence[tuple[int, int]],
+    k_padded: int,
+    group_size: int,
+    half_inner: int,
+    dtype: torch.dtype,
+) -> Launch:
+    """How the kernel that writes weights out is launched.
+
+    Its tensors are tiles0_ptr, params0_ptr to tiles3_ptr, params3_ptr and w_ptr ``[N, k]``, the
+    weights one below the other. See `launch_of`.
+    """
+    need_triton()
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}, it must be one of {_DTYPES}")
+    features, step, warps = 64, 128, 4
+    return Launch(
+        _dequantize_kernel,
+        sum(-(-n // features) for n, _ in weights) * -(-k // step),
+        {
+            "K": k,
+            "k_padded": k_padded,
+            **_weights_arguments(weights),
+            "BN": features,
+            "BK": step,
+            "GROUP": group_size,
+            "HALF_INNER": half_inner,
+            "WARPS": warps,
+            "EVEN_N": all(n == n_padded and n % features == 0 for n, n_padded in weights),
+            "EVEN_K": k % step == 0 and k_padded % step == 0,
+            "FAST": fast(_dequantize_kernel),
+        },
+        warps,
+        1,
+    )
+
+
+def _weights_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
+    rest = [(0, weights[0][1])] * (MOST_WEIGHTS - len(weights))
+    sizes = [*weights, *rest]
+    return {
+        **{f"n{i}": n for i, (n, _) in enumerate(sizes)},
+        **{f"n_padded{i}": n_padded for i, (_, n_padded) in enumerate(sizes)},
+        "WEIGHTS": len(weights),
+    }
+
+
+def _buffers(weights: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Of each weight, tiles and scale_and_zero; those that lack are the first one's."""
+    rest = [weights[0]] * (MOST_WEIGHTS - len(weights))
+    return [buffer for weight in (*weights, *rest) for buffer in weight]
+
+
+def _sizes(
+    weights: Sequence[tuple[Tensor, Tensor]], ns: Sequence[int]
+) -> tuple[list[tuple[int, int]], int, int]:
+    """Of each weight n and n_padded, and what they share: k_padded and half_inner."""
+    tiles = weights[0][0]
+    sizes = [(n, 8 * t.shape[0]) for (t, _), n in zip(weights, ns, strict=True)]
+    return sizes, _k_padded(tiles), tiles.shape[-1]
+
+
+def _k_padded(tiles: Tensor) -> int:
+    return 32 * tiles.shape[1] * tiles.shape[3]
+
+
+def _multiply(
+    x: Tensor,
+    weights: Sequence[tuple[Tensor, Tensor]],
+    group_size: int,
+    ns: Sequence[int],
+    blocks: Blocks,
+) -> Tensor:
+    sizes, k_padded, half_inner = _sizes(weights, ns)
+    (m, k), n = x.shape, sum(ns)
+    launch = launch_of(m, k, sizes, k_padded, group_size, half_inner, x.dtype, blocks, reduce=True)
+    y = x.new_empty((m, n))
+    partial = counters = y  # not used
+    if blocks.splits > 1:
+        partial = x.new_empty((blocks.splits, m, n), dtype=torch.float32)
+        counters = _counters(launch.programs // blocks.splits, x)
+    run(launch, [x, *_buffers(weights), y, partial, counters])
     return y
+
+
+def _dequantize(
+    weights: Sequence[tuple[Tensor, Tensor]],
+    group_size: int,
+    ns: Sequence[int],
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    sizes, k_padded, half_inner = _sizes(weights, ns)
+    launch = dequantize_launch_of(k, sizes, k_padded, group_size, half_inner, dtype)
+    w = weights[0][1].new_empty((sum(ns), k), dtype=dtype)
+    if w.numel():
+        run(launch, [*_buffers(weights), w])
+    return w
 
 
 def _aten(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> Tensor:
@@ -247,28 +392,32 @@ def _aten(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: 
     return y[:, :n].contiguous()
 
 
-def _check(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> tuple[int, int]:
-    if tiles.ndim != 4:
-        raise ValueError(f"tiles have {tiles.ndim} axes: those of one weight have 4")
-    return check_weight(tiles, scale_and_zero, group_size, n)
-
-
-def _check_devices(*tensors: Tensor) -> None:
-    devices = {t.device for t in tensors}
-    runs_here = triton is not None and interpreted(_linear_kernel)
-    if len(devices) > 1 or not (tensors[0].is_cuda or runs_here):
+def _check(weights: Sequence[tuple[Tensor, Tensor]], group_size: int, ns: Sequence[int]) -> None:
+    if not 1 <= len(weights) <= MOST_WEIGHTS or len(weights) != len(ns):
         raise ValueError(
-            f"x, tiles and scale_and_zero are on {sorted(map(str, devices))}: "
-            "they must be on one CUDA device"
+            f"there are {len(weights)} weights and {len(ns)} n: there must be as many, "
+            f"1 to {MOST_WEIGHTS}"
+        )
+    for (tiles, scale_and_zero), n in zip(weights, ns, strict=True):
+        if tiles.ndim != 4:
+            raise ValueError(f"tiles have {tiles.ndim} axes: those of one weight have 4")
+        check_weight(tiles, scale_and_zero, group_size, n)
+    shapes = [tuple(tiles.shape) for tiles, _ in weights]
+    if len({shape[1:] for shape in shapes}) > 1:
+        raise ValueError(
+            f"tiles are {shapes}: weights that are multiplied at once must have the same columns "
+            "and inner_k_tiles, so shapes that differ in the first axis alone"
         )
 
 
-def _need_triton() -> None:
-    if triton is None:
-        raise RuntimeError(
-            "this int4 matmul needs Triton, which is not installed; torch's CUDA wheels for Linux "
-            "bring it, otherwise: pip install triton"
-        )
+def _further(weights: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The buffers of all weights but the first, by name."""
+    kinds = ("tiles", "scale_and_zero")
+    return {
+        f"{kind}[{i}]": buffer
+        for i, weight in enumerate(weights[1:], 1)
+        for kind, buffer in zip(kinds, weight, strict=True)
+    }
 
 
 # --- counters of the splits ----------------------------------------------------------------------
@@ -350,22 +499,90 @@ def _lasting_zeros(count: int, device: torch.device) -> Tensor:
 # --- in Triton's language; annotations are its own, not types ------------------------------------
 
 
+@jit()
+@no_type_check
+def _weight_of(
+    block,
+    tiles0_ptr,
+    params0_ptr,
+    tiles1_ptr,
+    params1_ptr,
+    tiles2_ptr,
+    params2_ptr,
+    tiles3_ptr,
+    params3_ptr,
+    n0,
+    n1,
+    n2,
+    n3,
+    n_padded0,
+    n_padded1,
+    n_padded2,
+    n_padded3,
+    WEIGHTS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The weight that a block of BN out features lies in, and where.
+
+    Returns its tiles, its parameters (see `as_pairs`), its n and n_padded, its first feature among
+    those of all weights, and that of the block among its own.
+    """
+    tiles_ptr, params_ptr, n, n_padded = tiles0_ptr, params0_ptr, n0, n_padded0
+    first, column = 0, 0  # block and feature that the weight starts with
+    if WEIGHTS > 1:
+        first1 = tl.cdiv(n0, BN)
+        here = block >= first1
+        tiles_ptr = tl.where(here, tiles1_ptr, tiles_ptr)
+        params_ptr = tl.where(here, params1_ptr, params_ptr)
+        n, n_padded = tl.where(here, n1, n), tl.where(here, n_padded1, n_padded)
+        first, column = tl.where(here, first1, first), tl.where(here, n0, column)
+    if WEIGHTS > 2:
+        first2 = first1 + tl.cdiv(n1, BN)
+        here = block >= first2
+        tiles_ptr = tl.where(here, tiles2_ptr, tiles_ptr)
+        params_ptr = tl.where(here, params2_ptr, params_ptr)
+        n, n_padded = tl.where(here, n2, n), tl.where(here, n_padded2, n_padded)
+        first, column = tl.where(here, first2, first), tl.where(here, n0 + n1, column)
+    if WEIGHTS > 3:
+        first3 = first2 + tl.cdiv(n2, BN)
+        here = block >= first3
+        tiles_ptr = tl.where(here, tiles3_ptr, tiles_ptr)
+        params_ptr = tl.where(here, params3_ptr, params_ptr)
+        n, n_padded = tl.where(here, n3, n), tl.where(here, n_padded3, n_padded)
+        first, column = tl.where(here, first3, first), tl.where(here, n0 + n1 + n2, column)
+    return tiles_ptr, as_pairs(params_ptr), n, n_padded, column, (block - first) * BN
+
+
 @no_type_check
 def _kernel_of_linear(
-    x_ptr,  # bf16 [M, K]
-    tiles_ptr,  # int32 [n_padded / 8, k_padded], the last axis as `unpack` describes it
-    params_ptr,  # int32 [k_padded / GROUP, n_padded]: bf16 scale low, bf16 zero high
-    y_ptr,  # bf16 [M, n]
-    partial_ptr,  # fp32 [SPLITS, M, n], where SPLITS > 1
-    counters_ptr,  # int32 [blocks of y], zeros, where SPLITS > 1
+    x_ptr,  # bf16 or fp16 [M, K]
+    tiles0_ptr,  # int32 [n_padded0 / 8, k_padded], the last axis as `unpack` describes it
+    params0_ptr,  # bf16 [k_padded / GROUP, n_padded0, 2]
+    tiles1_ptr,
+    params1_ptr,
+    tiles2_ptr,
+    params2_ptr,
+    tiles3_ptr,
+    params3_ptr,
+    y_ptr,  # [M, N], where partial_ptr is not the result; N is the sum of the n
+    partial_ptr,  # fp32 [SPLITS, M, N], where SPLITS > 1
+    counters_ptr,  # int32 [blocks of y], zeros, where SPLITS > 1 and REDUCE
     M,
     row_blocks,
-    n,
     K,
-    n_padded,
     k_padded,
+    n0,  # out features; 0 from weight WEIGHTS on
+    n1,
+    n2,
+    n3,
+    n_padded0,
+    n_padded1,
+    n_padded2,
+    n_padded3,
+    WEIGHTS: tl.constexpr,
     one,
     SPLITS: tl.constexpr,
+    REDUCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -375,7 +592,7 @@ def _kernel_of_linear(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     FAST: tl.constexpr,
-    DOT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """y[block].T = W[block] @ x[block].T."""
     # Neighbours read the same part of W, or the same rows of it.
@@ -383,8 +600,28 @@ def _kernel_of_linear(
     split = program % SPLITS
     block = program // SPLITS
     m = block % row_blocks * BM + tl.arange(0, BM)
-    n_first = block // row_blocks * BN
     m_there = (m < M)[None, :]
+    tiles_ptr, params_ptr, n, n_padded, column, n_first = _weight_of(
+        block // row_blocks,
+        tiles0_ptr,
+        params0_ptr,
+        tiles1_ptr,
+        params1_ptr,
+        tiles2_ptr,
+        params2_ptr,
+        tiles3_ptr,
+        params3_ptr,
+        n0,
+        n1,
+        n2,
+        n3,
+        n_padded0,
+        n_padded1,
+        n_padded2,
+        n_padded3,
+        WEIGHTS,
+        BN,
+    )
     per_split = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
     k_first = split * per_split
     acc = multiply(
@@ -407,38 +644,53 @@ def _kernel_of_linear(
         EVEN_N,
         EVEN_K,
         FAST,
-        DOT,
+        INTERPRETED,
     )
+    N = n0 + n1 + n2 + n3
     n_row = (n_first + tl.arange(0, BN))[:, None]
-    at = m.to(tl.int64)[None, :] * n + n_row
+    at = m.to(tl.int64)[None, :] * N + (column + n_row)
     there = m_there & (n_row < n)
     if SPLITS == 1:
-        tl.store(y_ptr + at, acc.to(tl.bfloat16), mask=there)
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=there)
     else:
-        size = M.to(tl.int64) * n
+        size = tl.cast(M, tl.int64) * N
         tl.store(partial_ptr + split * size + at, acc, mask=there)
-        tl.debug_barrier()  # every thread's part is stored before one thread says so
-        if tl.atomic_add(counters_ptr + block, 1, sem="acq_rel") == SPLITS - 1:
-            tl.debug_barrier()
-            total = tl.zeros((BN, BM), dtype=tl.float32)
-            for i in tl.static_range(SPLITS):
-                # Past the L1 cache, which knows nothing of the other programs.
-                total += tl.load(
-                    partial_ptr + i * size + at, mask=there, other=0.0, cache_modifier=".cg"
-                )
-            tl.store(y_ptr + at, total.to(tl.bfloat16), mask=there)
-            tl.store(counters_ptr + block, 0)
+        if REDUCE:
+            tl.debug_barrier()  # every thread's part is stored before one thread says so
+            if tl.atomic_add(counters_ptr + block, 1, sem="acq_rel") == SPLITS - 1:
+                tl.debug_barrier()
+                total = tl.zeros((BN, BM), dtype=tl.float32)
+                for i in tl.static_range(SPLITS):
+                    # Past the L1 cache, which knows nothing of the other programs.
+                    total += tl.load(
+                        partial_ptr + i * size + at, mask=there, other=0.0, cache_modifier=".cg"
+                    )
+                tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=there)
+                tl.store(counters_ptr + block, 0)
 
 
 @no_type_check
 def _kernel_of_dequantize(
-    tiles_ptr,  # int32 [n_padded / 8, k_padded], the last axis as `unpack` describes it
-    params_ptr,  # int32 [k_padded / GROUP, n_padded]: bf16 scale low, bf16 zero high
-    w_ptr,  # bf16 [n, K]
-    n,
+    tiles0_ptr,  # see `_kernel_of_linear`
+    params0_ptr,
+    tiles1_ptr,
+    params1_ptr,
+    tiles2_ptr,
+    params2_ptr,
+    tiles3_ptr,
+    params3_ptr,
+    w_ptr,  # bf16 or fp16 [N, K]; N is the sum of the n
     K,
-    n_padded,
     k_padded,
+    n0,
+    n1,
+    n2,
+    n3,
+    n_padded0,
+    n_padded1,
+    n_padded2,
+    n_padded3,
+    WEIGHTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -451,7 +703,27 @@ def _kernel_of_dequantize(
     """w[block] = W[block]."""
     k_blocks = tl.cdiv(K, BK)
     k = tl.program_id(0) % k_blocks * BK
-    n_first = tl.program_id(0) // k_blocks * BN
+    tiles_ptr, params_ptr, n, n_padded, row, n_first = _weight_of(
+        tl.program_id(0) // k_blocks,
+        tiles0_ptr,
+        params0_ptr,
+        tiles1_ptr,
+        params1_ptr,
+        tiles2_ptr,
+        params2_ptr,
+        tiles3_ptr,
+        params3_ptr,
+        n0,
+        n1,
+        n2,
+        n3,
+        n_padded0,
+        n_padded1,
+        n_padded2,
+        n_padded3,
+        WEIGHTS,
+        BN,
+    )
     P: tl.constexpr = BN // 8
     tile = n_first // 8 + tile_of(P, WARPS)
     words, params = load_step(
@@ -468,16 +740,15 @@ def _kernel_of_dequantize(
         EVEN_N,
         EVEN_K,
     )
-    w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST)
+    w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, w_ptr.dtype.element_ty)
     n_row = (n_first + tl.arange(0, BN))[:, None]
     k_column = (k + tl.arange(0, BK))[None, :]
-    at = w_ptr + n_row.to(tl.int64) * K + k_column
+    at = w_ptr + (row + n_row).to(tl.int64) * K + k_column
     if EVEN_N and EVEN_K:
         tl.store(at, w)
     else:
         tl.store(at, w, mask=(n_row < n) & (k_column < K))
 
 
-# M changes from call to call and gains nothing from a variant of its own.
-_linear_kernel: Any = jit(do_not_specialize=["M", "row_blocks"])(_kernel_of_linear)
+_linear_kernel: Any = jit(do_not_specialize=VARYING)(_kernel_of_linear)
 _dequantize_kernel: Any = jit()(_kernel_of_dequantize)
