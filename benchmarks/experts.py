@@ -15,13 +15,12 @@ int4 takes a third to a half of bf16's time, bound by unpacking rather than by b
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from folding import copy_bandwidth
-from measure import describe, machine, parser, show, write
+from measure import describe, graph_times_us, machine, parser, show, write
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
@@ -31,31 +30,6 @@ SHAPES = {"mixtral": (8, 28672, 4096, 2), "qwen3-moe": (128, 1536, 2048, 8)}
 TOKENS = (1, 4, 16, 64, 512, 4096)
 BF16_FLOPS = 680e12
 L2_BYTES = 2 * 60e6
-ROUNDS = 9
-
-
-def graph_of(calls: list[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def time_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    """Median time of one call by CUDA events."""
-    taken = []
-    for _ in range(ROUNDS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        taken.append(1e3 * start.elapsed_time(stop) / calls)
-    return statistics.median(taken)
 
 
 def measure(name: str, tokens: int, read_bandwidth: float) -> list[dict[str, Any]]:
@@ -89,7 +63,6 @@ def measure(name: str, tokens: int, read_bandwidth: float) -> list[dict[str, Any
         contenders["bf16 gathered"] = [
             lambda w=w: torch.bmm(w[ids], x.unsqueeze(-1)) for w in dense
         ]
-    graphs = {label: graph_of(calls) for label, calls in contenders.items()}
     floor = 1e6 * max(used * expert_bytes / read_bandwidth, 2 * rows * n * k / BF16_FLOPS)
     return [
         {
@@ -97,10 +70,10 @@ def measure(name: str, tokens: int, read_bandwidth: float) -> list[dict[str, Any
             "tokens": tokens,
             "experts_used": used,
             "contender": label,
-            "us": time_us(graph, copies),
+            "us": us,
             "floor_us": floor,
         }
-        for label, graph in graphs.items()
+        for label, us in graph_times_us(contenders).items()
     ]
 
 

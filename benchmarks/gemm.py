@@ -1,35 +1,43 @@
-"""How fast is one int4 matmul, against bf16 and against the op that PyTorch has?
+"""How fast is one int4 matmul, against bf16, the op that PyTorch has, torchao and GemLite?
 
 The linear layers of Llama-3-8B and one of Llama-3-70B, groups of 128. Contenders, each in a CUDA
 graph over enough copies of the weight to overflow the L2, in one run:
 
 - bf16: `torch.mm`, cuBLAS
 - aten: `aten._weight_int4pack_mm` (to 256 rows, it only gets slower)
-- triton: `fxint4.kernels.linear`'s own kernel (to 1024 rows)
-- dequantise: W written out as bf16, then `torch.mm` (from 64 rows)
-- chosen: what `fxint4.kernels.linear.choose` picks
+- torchao, gemlite: see peers.py; where they are installed, to 256 rows
+- ours: `fxint4.kernels.linear`, in the way that its `choose` picks
 
-Floor: the bytes of W and x and y over the bandwidth of a copy, or FLOPs over the bf16 rate.
-Prediction: up to 64 rows the time is that of reading W, a quarter of bf16's bytes, and so well
-below bf16; at 128 rows unpacking costs as much as is saved; beyond, int4 loses a little.
+All multiply by the same weight, and each result is compared with fp32. "best peer" is the fastest
+of bf16, aten, torchao and gemlite. `TARGETS` has the times to reach, as ratios.
+
+Floor: the bytes of W and x and y over the bandwidth of a copy, or FLOPs over the rate of a large
+bf16 matmul, both measured in the same run. Prediction: up to 64 rows the time is that of reading W,
+a quarter of bf16's bytes, and so well below bf16; at 128 rows unpacking costs as much as is saved;
+beyond, int4 loses a little.
+
+Kernels are compiled first, by several processes; Triton's cache on disk hands them on.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from experts import BF16_FLOPS, graph_of
 from folding import copy_bandwidth
-from measure import describe, machine, parser, show, write
+from measure import describe, graph_times_us, machine, parser, show, write
+from peers import GemLite, TorchAO
 from torch import Tensor
 
-from fxint4.kernels import linear as kernels
+from fxint4 import Int4TileTensor
 from fxint4.kernels.linear import Choice, choose, linear
 
+DEVICE = torch.device("cuda")
 GROUP = 128
 SHAPES = {  # N, K
     "o": (4096, 4096),
@@ -38,135 +46,309 @@ SHAPES = {  # N, K
     "down": (4096, 14336),
     "70B down": (8192, 28672),
 }
+LARGE = ("gate+up", "down", "70B down")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+#: The int4 peers get slower and slower; bf16 is the one to beat beyond.
+MOST_PEER_ROWS = 256
+PEERS = ("bf16", "aten", "torchao", "gemlite")
+#: Bytes of weight copies: more than twice an H200's L2 of 60 MB.
 WEIGHT_BYTES = 150e6
-WARM_UP_S = 0.02
-ROUNDS = 15
+#: Relative errors (Frobenius norm) up to which a result counts as right: bf16 weights and sums
+#: explain 0.005; GemLite adds partial sums in bf16, up to 16 of them.
+MOST_ERROR = 0.01
+MOST_PEER_ERROR = 0.05
 
 
-def weights(n: int, k: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Random tiles and parameters."""
-    shape = (n // 8, k // 128, 32, 4)
-    draw = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
-    made = []
-    for _ in range(count):
-        parameters = torch.randn(k // GROUP, n, 2, dtype=torch.bfloat16, device="cuda")
-        made.append((draw.clone(), parameters * (k**-0.5 / 8)))
-    return made
+@dataclass(frozen=True)
+class Target:
+    """A time to reach: at most `most` times that of `of`.
+
+    of: a contender, "best peer", or "reading": the bytes of the weight over the read bandwidth.
+    """
+
+    of: str
+    most: float
+
+
+def large_and_small(
+    of: str, must: tuple[float, float], aim: tuple[float, float]
+) -> dict[bool, tuple[Target, Target]]:
+    """Must and aim, for the three largest shapes (True) and the two smallest (False)."""
+    return {
+        True: (Target(of, must[0]), Target(of, aim[0])),
+        False: (Target(of, must[1]), Target(of, aim[1])),
+    }
+
+
+#: M -> large or not -> must, aim.
+TARGETS: dict[int, dict[bool, tuple[Target, Target]]] = {
+    1: {
+        True: (Target("aten", 0.78), Target("reading", 1 / 0.75)),
+        False: (Target("aten", 1.05), Target("aten", 0.65)),
+    },
+    **dict.fromkeys((2, 4), large_and_small("best peer", (0.75, 1.05), (0.5, 0.65))),
+    **dict.fromkeys((8, 16), large_and_small("best peer", (0.6, 0.6), (0.4, 0.4))),
+    **dict.fromkeys((32, 64), large_and_small("bf16", (0.65, 1.0), (0.45, 0.8))),
+    128: large_and_small("bf16", (1.0, 1.2), (0.8, 1.0)),
+    **dict.fromkeys((256, 512), large_and_small("bf16", (1.25, 1.5), (1.0, 1.0))),
+    1024: large_and_small("bf16", (1.25, 1.25), (1.05, 1.05)),
+    4096: large_and_small("bf16", (1.15, 1.15), (1.03, 1.03)),
+}
+
+
+class Peers:
+    """The peers that are installed, and why the others are not there."""
+
+    def __init__(self) -> None:
+        self.torchao: TorchAO | None = None
+        self.gemlite: GemLite | None = None
+        self.missing: dict[str, str] = {}
+        rows = [m for m in ROWS if m <= MOST_PEER_ROWS]
+        try:
+            self.torchao = TorchAO()
+        except (ImportError, AttributeError) as error:
+            self.missing["torchao"] = str(error)
+        try:
+            self.gemlite = GemLite(list(SHAPES.values()), rows, GROUP)
+        except Exception as error:  # without a GPU it fails in its own ways
+            self.missing["gemlite"] = str(error)
+
+
+class Weight:
+    """One random weight, as each contender wants it.
+
+    Args:
+        n: out features.
+        k: in features.
+        peers: who else wants it.
+        enough: whether to make copies that overflow the L2, or one only.
+    """
+
+    def __init__(self, n: int, k: int, peers: Peers, enough: bool = True) -> None:
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
+        scale = (torch.rand(n, k // GROUP, device=DEVICE) + 0.5).bfloat16() * (k**-0.5 / 8)
+        zero_point = torch.randint(7, 10, scale.shape, device=DEVICE)
+        self.n, self.k = n, k
+        self.dense = [
+            torch.repeat_interleave(scale, GROUP, 1)
+            * (codes - torch.repeat_interleave(zero_point, GROUP, 1)).bfloat16()
+        ]
+        packed = Int4TileTensor.from_plain(codes, scale, zero_point, group_size=GROUP)
+        self.tiles = [(packed.tiles, packed.scale_and_zero)]
+        self.gemlite: list[tuple[Any, list[Tensor]]] = []
+        if peers.gemlite is not None:
+            self.gemlite = [peers.gemlite.weight(codes, scale, zero_point.bfloat16())]
+        if enough:
+            for _ in range(copies(n * k / 2) - 1):
+                self.tiles.append((packed.tiles.clone(), packed.scale_and_zero.clone()))
+                for meta, tensors in self.gemlite[:1]:
+                    self.gemlite.append((meta, [tensor.clone() for tensor in tensors]))
+            self.dense += [self.dense[0].clone() for _ in range(copies(2 * n * k) - 1)]
+
+    @property
+    def int4_bytes(self) -> float:
+        return self.n * self.k / 2 + 4 * self.n * self.k / GROUP
 
 
 def copies(bytes_each: float) -> int:
     return max(2, -(-int(WEIGHT_BYTES) // int(bytes_each)))
 
 
-def triton_choice(m: int, n: int, k: int) -> Choice:
-    """What `choose` says, or what its Triton kernel would do if it were picked."""
-    return Choice("triton", kernels.choose_blocks(m, n, k))
+Calls = dict[str, list[Callable[[], Tensor]]]
 
 
-def times_us(contenders: dict[str, list[Callable[[], Tensor]]]) -> dict[str, float]:
-    """Median time of one call of each, by CUDA events.
+def contenders(x: Tensor, weight: Weight, peers: Peers) -> Calls:
+    """A call for each copy of the weight; GemLite's are named "gemlite" and the kernel."""
+    m, n, k = len(x), weight.n, weight.k
+    # With many rows, x and y alone overflow the L2, and few calls take long enough.
+    tiles = weight.tiles if m <= 64 else weight.tiles[: max(2, len(weight.tiles) // 4)]
 
-    They warm up first: an idle GPU's clock is low, which slows some of them and not others. Then
-    they take turns, in an order that turns round, so each finds the L2 as another one left it. A
-    round starts with one that does not count, so that the GPU is busy while the next is launched.
-    """
-    graphs = {label: graph_of(calls) for label, calls in contenders.items()}
-    taken: dict[str, list[float]] = {label: [] for label in contenders}
-    stop_at = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < stop_at:
-        for graph in graphs.values():
-            graph.replay()
-        torch.cuda.synchronize()
-    order = list(graphs)
-    for _ in range(ROUNDS):
-        events = {
-            label: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for label in order
-        }
-        graphs[order[-1]].replay()
-        for label in order:
-            events[label][0].record()
-            graphs[label].replay()
-            events[label][1].record()
-        torch.cuda.synchronize()
-        for label, (start, stop) in events.items():
-            taken[label].append(1e3 * start.elapsed_time(stop) / len(contenders[label]))
-        order.reverse()
-    return {label: statistics.median(times) for label, times in taken.items()}
+    def ours(choice: Choice) -> list[Callable[[], Tensor]]:
+        return [lambda w=w: linear(x, *w, GROUP, n, choice) for w in tiles]
+
+    made: Calls = {
+        "bf16": [lambda w=w: x @ w.T for w in weight.dense],
+        "ours": ours(choose(m, n, k)),
+    }
+    if m <= MOST_PEER_ROWS:
+        made["aten"] = ours(Choice("aten"))
+        if peers.torchao is not None:
+            made["torchao"] = peers.torchao.linears(x, tiles, GROUP, n)
+        if peers.gemlite is not None:
+            for kernel, calls in peers.gemlite.linears(x, weight.gemlite[: len(tiles)]).items():
+                made[f"gemlite {kernel}"] = calls
+    return made
 
 
-def measure(name: str, rows: tuple[int, ...], bandwidth: float) -> list[dict[str, Any]]:
-    n, k = SHAPES[name]
-    packed = weights(n, k, copies(n * k / 2))
-    dense = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") / k**0.5]
-    dense += [dense[0].clone() for _ in range(copies(2 * n * k) - 1)]
+def errors(made: Calls, x: Tensor, dense: Tensor) -> dict[str, float | str]:
+    """The relative error of each, or why it does not run."""
+    reference = x.float() @ dense.float().T
+    found: dict[str, float | str] = {}
+    for label, calls in made.items():
+        try:
+            y = calls[0]().float()
+        except Exception as error:
+            if label == "ours":
+                raise
+            found[label] = f"{type(error).__name__}: {error}"
+        else:
+            found[label] = float((y - reference).norm() / reference.norm())
+    if not found["ours"] <= MOST_ERROR:
+        raise AssertionError(f"ours is off by {found['ours']} at {tuple(x.shape)}")
+    return found
+
+
+def measure(name: str, rows: Sequence[int], peers: Peers, speeds: Mapping[str, float]) -> list[Any]:
+    """A row for each M."""
+    weight = Weight(*SHAPES[name], peers)
     results = []
     for m in rows:
-        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-        # Large ones need no more copies than keep W out of the L2.
-        some = packed if m <= 512 else packed[: max(2, len(packed) // 4)]
-
-        def ours(
-            choice: Choice, x: Tensor = x, some: list[tuple[Tensor, Tensor]] = some
-        ) -> list[Callable[[], Tensor]]:
-            return [lambda w=w: linear(x, *w, GROUP, n, choice) for w in some]
-
-        contenders: dict[str, list[Callable[[], Tensor]]] = {
-            "bf16": [lambda x=x, w=w: x @ w.T for w in dense]
+        x = torch.randn(m, weight.k, dtype=torch.bfloat16, device=DEVICE)
+        made = contenders(x, weight, peers)
+        off = errors(made, x, weight.dense[0])
+        right = {
+            key
+            for key, error in off.items()
+            if not isinstance(error, str) and error <= MOST_PEER_ERROR
         }
-        if m <= 256:
-            contenders["aten"] = ours(Choice("aten"))[: None if m <= 64 else 2]  # so slow it gets
-        if m <= 1024:
-            contenders["triton"] = ours(triton_choice(m, n, k))
-        if m >= 64:
-            contenders["dequantise"] = ours(Choice("dequantise"))
-        contenders["chosen"] = ours(choose(m, n, k))
-        bytes_moved = n * k / 2 + 4 * n * k / GROUP + 2 * m * (n + k)
-        row: dict[str, Any] = {
-            "shape": name,
-            "n": n,
-            "k": k,
-            "m": m,
-            "choice": str(choose(m, n, k)),
-            "floor_us": 1e6 * max(bytes_moved / bandwidth, 2 * m * n * k / BF16_FLOPS),
-        }
-        results.append(row | times_us(contenders))
+        times = graph_times_us({key: calls for key, calls in made.items() if key in right})
+        gemlite = {key: us for key, us in times.items() if key.startswith("gemlite")}
+        if gemlite:
+            times["gemlite"] = min(gemlite.values())
+        times["best peer"] = min(times[peer] for peer in PEERS if peer in times)
+        times["reading"] = 1e6 * weight.int4_bytes / speeds["read_bytes_s"]
+        moved = weight.int4_bytes + 2 * m * (weight.n + weight.k)
+        flops = 2 * m * weight.n * weight.k
+        results.append(
+            {
+                "shape": name,
+                "n": weight.n,
+                "k": weight.k,
+                "m": m,
+                "choice": str(choose(m, weight.n, weight.k)),
+                "kernel": choose(m, weight.n, weight.k).kernel,
+                "floor_us": 1e6
+                * max(moved / speeds["copy_bytes_s"], flops / speeds["bf16_flops_s"]),
+                "times_us": times,
+                "errors": off,
+            }
+        )
     return results
 
 
-def ratio(row: dict[str, Any], label: str, *others: str) -> float | None:
-    there = [row[other] for other in others if other in row]
-    return row[label] / min(there) if label in row and there else None
+def speeds_of_gpu() -> dict[str, float]:
+    """What floors are computed from."""
+    x = torch.randn(2**29, device=DEVICE)
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
+    times = graph_times_us({"read": [lambda: x.sum()], "matmul": [lambda: square @ square]})
+    return {
+        "copy_bytes_s": copy_bandwidth(DEVICE),
+        "read_bytes_s": x.nbytes / (1e-6 * times["read"]),
+        "bf16_flops_s": 2 * 8192**3 / (1e-6 * times["matmul"]),
+    }
+
+
+def judge(row: Mapping[str, Any]) -> dict[str, Any]:
+    """How a row stands to its targets: for must and aim what they ask, the ratio, if it is met."""
+    times = row["times_us"]
+    judged = {}
+    for kind, target in zip(("must", "aim"), TARGETS[row["m"]][row["shape"] in LARGE], strict=True):
+        ratio = times["ours"] / times[target.of]
+        judged[kind] = {
+            "of": target.of,
+            "most": round(target.most, 2),
+            "ratio": ratio,
+            "met": ratio <= target.most,
+        }
+    return judged
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    shown = []
+    for row in rows:
+        times = row["times_us"]
+        line: dict[str, Any] = {"N x K": f"{row['n']}x{row['k']}", "M": row["m"]}
+        line["floor"] = row["floor_us"]
+        line |= {label: times.get(label) for label in (*PEERS, "ours")}
+        line["kernel"] = row["kernel"]
+        for of in ("aten", "bf16", "best peer"):
+            line[f"of {of}"] = times["ours"] / times[of] if of in times else None
+        for kind, found in row["judged"].items():
+            met = "yes" if found["met"] else f"no, {found['ratio']:.2f}"
+            line[kind] = f"{found['most']} of {found['of']}: {met}"
+        shown.append(line)
+    return shown
+
+
+def summary(rows: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """How many targets are met, and which are not."""
+    missed = [row for row in rows if not row["judged"][kind]["met"]]
+    lines = [f"{kind}s met: {len(rows) - len(missed)} of {len(rows)}"]
+    for row in missed:
+        found = row["judged"][kind]
+        lines.append(
+            f"  {row['n']}x{row['k']} M={row['m']}: {found['ratio']:.2f} of {found['of']}, "
+            f"{found['most']} asked"
+        )
+    return "\n".join(lines)
+
+
+def compile_part(cells: Sequence[tuple[str, int]]) -> None:
+    """Run every contender of these cells once, so that its kernels are compiled."""
+    peers = Peers()
+    weights: dict[str, Weight] = {}
+    for name, m in cells:
+        if name not in weights:
+            weights = {name: Weight(*SHAPES[name], peers, enough=False)}
+        x = torch.randn(m, weights[name].k, dtype=torch.bfloat16, device=DEVICE)
+        errors(contenders(x, weights[name], peers), x, weights[name].dense[0])
+
+
+def compile_first(jobs: int, quick: bool) -> None:
+    """The same in `jobs` processes."""
+    command = [sys.executable, __file__, *(["--quick"] if quick else [])]
+    parts = [
+        subprocess.Popen([*command, "--part", f"{part}/{jobs}"], stdout=subprocess.DEVNULL)
+        for part in range(jobs)
+    ]
+    failed = sum(part.wait() != 0 for part in parts)
+    if failed:
+        print(f"{failed} of {jobs} processes that compile first failed", file=sys.stderr)
 
 
 def main() -> None:
     """Measure, print, write."""
-    arguments = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    cores = os.cpu_count() or 1
+    made.add_argument("--jobs", type=int, default=max(1, cores - 2), help="to compile with first")
+    made.add_argument("--part", metavar="I/JOBS", help="compile a part of the kernels, no more")
+    arguments = made.parse_args()
+    shapes = list(SHAPES)[:2] if arguments.quick else list(SHAPES)
+    rows = ROWS[::3] if arguments.quick else ROWS
+    if arguments.part:
+        part, parts = map(int, arguments.part.split("/"))
+        compile_part([(name, m) for name in shapes for m in rows][part::parts])
+        return
     facts = machine()
     print(describe(facts), flush=True)
-    bandwidth = copy_bandwidth(torch.device("cuda"))
-    results = []
-    for name in list(SHAPES)[:2] if arguments.quick else SHAPES:
-        results += measure(name, ROWS[::3] if arguments.quick else ROWS, bandwidth)
+    if arguments.jobs > 1:
+        compile_first(arguments.jobs, arguments.quick)
+    peers = Peers()
+    facts["missing peers"] = peers.missing
+    speeds = speeds_of_gpu()
+    print(", ".join(f"{name} {value:.3g}" for name, value in speeds.items()), flush=True)
+    for name, why in peers.missing.items():
+        print(f"without {name}: {why}")
+    results: list[Any] = []
+    for name in shapes:
+        results += measure(name, rows, peers, speeds)
         torch.cuda.empty_cache()
-    show(
-        [
-            {
-                "shape": f"{row['n']}x{row['k']}",
-                "M": row["m"],
-                "floor": row["floor_us"],
-                **{
-                    label: row.get(label)
-                    for label in ("bf16", "aten", "triton", "dequantise", "chosen")
-                },
-                "of aten": ratio(row, "chosen", "aten"),
-                "of bf16": ratio(row, "chosen", "bf16"),
-                "of the best": ratio(row, "chosen", "aten", "bf16"),
-            }
-            for row in results
-        ]
-    )
-    write(arguments.json, facts, arguments, copy_gb_s=bandwidth / 1e9, rows=results)
+    for row in results:
+        row["judged"] = judge(row)
+    show(table(results))
+    for kind in ("must", "aim"):
+        print(summary(results, kind))
+    write(arguments.json, facts, arguments, speeds=speeds, rows=results)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What the benchmarks share: interleaved timing, facts about the machine, tables and JSON.
 
-A sample is some calls in a row, timed by the host clock. On Linux the kernel tells how long the
-threads of a process waited for a core that something else was using
+On a CPU a sample is some calls in a row, timed by the host clock. On Linux the kernel tells how
+long the threads of a process waited for a core that something else was using
 (`/proc/self/task/*/schedstat`). A sample with such a wait is thrown away and taken again, so the
-times are those of this code on cores of its own, also where the machine has other work. Contenders
-take turns, sample by sample, in an order that turns round every time, so that a slow drift of the
-machine meets all of them.
+times are those of this code on cores of its own, also where the machine has other work. On a GPU a
+sample is one replay of a CUDA graph, timed by events. Contenders take turns, sample by sample, in
+an order that turns round every time, so that a slow drift of the machine meets all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,6 +36,12 @@ SAMPLE_S = 2e-3
 CLEAN = 0.02
 #: Seconds to keep trying for clean samples, for one contender of one table cell.
 PATIENCE_S = 10.0
+
+#: Seconds of replays before CUDA graphs are timed: an idle GPU's clock is low, which slows some of
+#: them and not others.
+WARM_UP_S = 0.02
+#: Timed replays of each CUDA graph.
+ROUNDS = 15
 
 
 @dataclass
@@ -152,6 +159,55 @@ def _take(
     timing.samples.append(seconds)
     timing.thrown += len(tries) - 1
     timing.dirty += share > CLEAN
+
+
+def graph_of(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
+    """The calls, captured one after another in a CUDA graph; each ran once before."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def graph_times_us(
+    contenders: Mapping[str, Sequence[Callable[[], Tensor]]], rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Median time of one call of each, in CUDA graphs, by events, in microseconds.
+
+    A round starts with a replay that does not count, so that the GPU is busy while the next is
+    launched. Each contender finds the L2 cache as another one left it.
+
+    Args:
+        contenders: what to call, by name. The calls of one do the same on different memory, enough
+            of it to overflow the L2 cache.
+        rounds: timed replays of each graph.
+    """
+    graphs = {label: graph_of(calls) for label, calls in contenders.items()}
+    taken: dict[str, list[float]] = {label: [] for label in contenders}
+    stop_at = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < stop_at:
+        for graph in graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
+    order = list(graphs)
+    for _ in range(rounds):
+        events = {
+            label: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for label in order
+        }
+        graphs[order[-1]].replay()
+        for label in order:
+            events[label][0].record()
+            graphs[label].replay()
+            events[label][1].record()
+        torch.cuda.synchronize()
+        for label, (start, stop) in events.items():
+            taken[label].append(1e3 * start.elapsed_time(stop) / len(contenders[label]))
+        order.reverse()
+    return {label: statistics.median(times) for label, times in taken.items()}
 
 
 def machine() -> dict[str, Any]:
