@@ -11,6 +11,7 @@ an order that turns round every time, so that a slow drift of the machine meets 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -20,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,10 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
+    facts["packages"] = {}
+    for name in ("triton", "torchao", "gemlite", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            facts["packages"][name] = version(name)
     return facts
 
 
@@ -271,6 +277,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--json", type=Path, metavar="PATH", help="write the results here, too")
+    made.add_argument("--commit", help="of the code that is measured, where git cannot tell")
     made.add_argument("--quick", action="store_true", help="a few cells only")
     return made
 
@@ -303,9 +310,14 @@ def write(
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    given = {name: value for name, value in vars(arguments).items() if name != "json"}
     content = {
-        "machine": {**facts, "load_average_after": [round(load, 2) for load in os.getloadavg()]},
-        "arguments": {name: value for name, value in vars(arguments).items() if name != "json"},
+        "machine": {
+            **facts,
+            "commit": facts["commit"] or given.pop("commit", None),
+            "load_average_after": [round(load, 2) for load in os.getloadavg()],
+        },
+        "arguments": given,
         **results,
     }
     text = json.dumps(content, indent=1, default=str)
