@@ -27,15 +27,14 @@ from fxint4.passes import (
     DECOMPOSITIONS,
     PATTERNS,
     Site,
-    Slot,
     find,
     fold,
     folded_record,
     inline_regions,
+    with_matmuls,
 )
 from fxint4.report import GraphReport, Record, Report, graph_text
-from fxint4.runtime import Int4Graph, expected_rows
-from fxint4.store import PackedWeight
+from fxint4.runtime import Int4Graph, Meeting, expected_rows
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["candidates_of", "explain", "int4tile", "last_report"]
@@ -158,13 +157,17 @@ def _compile_graph(
         sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
         key = (_torch.frame_id(), *sorted(weights.parameters))
         names, labels = weights.labels, dict[str, str]()
+        cuda_graphs = _torch.uses_cuda_graphs()
         before = after = graph_text(captured, names, labels)
         if sites:
-            met = _Meetings(report, key, sites, config)
+            met = _Meetings(report, key, sites, config, cuda_graphs)
             graph = Int4Graph(
                 captured, fake_inputs, sites, weights.tensors, config, state, kwargs, met
             )
             after = graph.compile_first(lambda gm: graph_text(gm, names, labels))
+            packed = [record for record in records if record.action == "packed"]
+            packed = with_matmuls(packed, sites, graph.expected_forms, config, cuda_graphs)
+            records = [packed.pop(0) if record.action == "packed" else record for record in records]
         parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
         global _newest
@@ -287,46 +290,58 @@ class _Meetings:
         key: of the graph in it.
         sites: of the graph.
         config: what the user asked for.
+        cuda_graphs: whether the graph is replayed from CUDA graphs.
     """
 
     def __init__(
-        self, report: Report, key: Hashable, sites: Sequence[Site], config: Int4Config
+        self,
+        report: Report,
+        key: Hashable,
+        sites: Sequence[Site],
+        config: Int4Config,
+        cuda_graphs: bool,
     ) -> None:
         self._report = report
         self._key = key
         self._sites = sites
         self._config = config
+        self._cuda_graphs = cuda_graphs
         self._known = {site.record.weight_key for site in sites}
 
-    def __call__(self, slot: Slot, packed: PackedWeight, roots: Sequence[Tensor]) -> None:
-        """Record every matmul of the graph that reads this slot, with this weight."""
-        weight_key = (*map(id, roots), slot.weight.signature)
-        if weight_key in self._known:
+    def __call__(self, meeting: Meeting) -> None:
+        """Record every matmul of the graph whose weight is met and not known yet."""
+        roots = [[meeting.tensors[root] for root in site.weight.roots] for site in self._sites]
+        keys = [
+            (*map(id, of_site), site.weight.signature)
+            for site, of_site in zip(self._sites, roots, strict=True)
+        ]
+        if self._known.issuperset(keys):
             return
-        self._known.add(weight_key)
-        by_identity = names_in_call(roots)
-        largest_first = sorted(roots, key=lambda root: -root.numel())
-        records = []
-        for site in self._sites:
-            if (site.weight.roots, site.weight.signature) == (
-                slot.weight.roots,
-                slot.weight.signature,
-            ):
-                known = site.record.parameters  # one name for all buffers of a packed weight
-                names = tuple(
-                    dict.fromkeys(
-                        by_identity.get(id(root), known[min(index, len(known) - 1)])
-                        for index, root in enumerate(largest_first)
-                    )
+        by_identity = names_in_call(root for of_site in roots for root in of_site)
+        records, new = [], []
+        for position, (site, form) in enumerate(zip(self._sites, meeting.forms, strict=True)):
+            packed = meeting.packed.get((site.weight.roots, site.weight.signature))
+            record = folded_record(site, packed, form, self._config) if packed else site.record
+            if packed and keys[position] not in self._known:
+                new.append(position)
+            known = record.parameters  # one name for all buffers of a packed weight
+            largest_first = sorted(roots[position], key=lambda root: -root.numel())
+            names = tuple(
+                dict.fromkeys(
+                    by_identity.get(id(root), known[min(index, len(known) - 1)])
+                    for index, root in enumerate(largest_first)
                 )
-                record = folded_record(site, packed, slot.form, self._config)
-                records.append(
-                    dataclasses.replace(
-                        record, name=layer_name(names[0]), parameters=names, weight_key=weight_key
-                    )
+            )
+            records.append(
+                dataclasses.replace(
+                    record, name=layer_name(names[0]), parameters=names, weight_key=keys[position]
                 )
-        elements = parameters_in_call(roots) or {id(root): root.numel() for root in roots}
-        self._report.add(self._key, records, elements)
+            )
+        records = with_matmuls(records, self._sites, meeting.forms, self._config, self._cuda_graphs)
+        self._known.update(keys[position] for position in new)
+        met = [root for position in new for root in roots[position]]
+        elements = parameters_in_call(met) or {id(root): root.numel() for root in met}
+        self._report.add(self._key, [records[position] for position in new], elements)
 
 
 class _Weights:

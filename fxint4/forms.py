@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
-from fxint4._torch import mkldnn_supports
+from fxint4._torch import aten, mkldnn_supports
 from fxint4.store import Form
 
 __all__ = [
     "DTYPES",
     "UNBOUNDED",
     "activation_dtype",
+    "aten_op",
     "device_fault",
     "fuses",
     "int4_form",
@@ -65,6 +67,20 @@ def activation_dtype(form: Form, dtype: torch.dtype) -> torch.dtype:
     """
     native = form == "tiles" and dtype is torch.float16
     return dtype if native else torch.bfloat16
+
+
+def aten_op(form: Form, dtype: torch.dtype, weights: int) -> Any | None:
+    """ATen's op for a packed form, or None where `fxint4.linears` takes its place.
+
+    Args:
+        form: a packed form.
+        dtype: of the activation, as the model has it.
+        weights: how many weights the matmul has.
+    """
+    if weights > 1 or activation_dtype(form, dtype) is not torch.bfloat16:
+        return None  # ATen's ops take one weight, and bf16
+    cpu = form == "cpu"
+    return (aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm).default
 
 
 def fuses(device: torch.device) -> bool:

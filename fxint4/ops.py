@@ -25,7 +25,7 @@ from fxint4.constants import Given
 from fxint4.kernels import experts, linear
 from fxint4.store import store
 
-__all__: list[str] = []
+__all__ = ["choice_for_the_host"]
 
 _WEIGHT = "Tensor tiles, Tensor scale_and_zero"
 _SCHEMAS = (
@@ -63,12 +63,12 @@ def _linears_cuda(
     rows = _rows(x, x.shape[-1])
     m, k = rows.shape
     weights = [(t.contiguous(), p.contiguous()) for t, p in zip(tiles, scale_and_zero, strict=True)]
-    choice = linear.choose(m, sum(n), k) if replayed else _choice_for_the_host(m, sum(n), k)
+    choice = linear.choose(m, sum(n), k) if replayed else choice_for_the_host(m, sum(n), k)
     y = linear.linears(rows, weights, group_size, n, choice)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
 
-def _choice_for_the_host(m: int, n: int, k: int) -> linear.Choice:
+def choice_for_the_host(m: int, n: int, k: int) -> linear.Choice:
     """How to multiply where the host launches each kernel anew.
 
     That takes it longer for a Triton kernel than for the aten op. So the aten op, which reads W

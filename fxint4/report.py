@@ -46,6 +46,9 @@ class Record:
         dense_bytes: bytes of a dequantised copy held beside them for speed.
         held_bytes: bytes of the parameters it was made from, which stay in memory.
         batch: how many matrices of N x K the weight holds: its experts.
+        fused_with: full names of the other layers that are multiplied in the same matmul.
+        kernels: on a GPU what multiplies, for each range of M, such as "M<=16: ..."; one entry
+            where M is fixed, none for experts.
         parameters: full names of the parameters the weight is made of.
         weight_key: equal for matmuls that share one weight; not part of `to_dict`.
     """
@@ -63,6 +66,8 @@ class Record:
     dense_bytes: int = 0
     held_bytes: int = 0
     batch: int = 1
+    fused_with: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     weight_key: Hashable = field(default=None, compare=False, repr=False)
 
@@ -73,7 +78,8 @@ class Record:
             for name in (f.name for f in dataclasses.fields(self))
             if name != "weight_key"
         }
-        values["parameters"] = list(self.parameters)
+        for name in ("fused_with", "kernels", "parameters"):
+            values[name] = list(values[name])
         if self.sqnr_db is not None and not math.isfinite(self.sqnr_db):
             values["sqnr_db"] = None
         return values
@@ -224,6 +230,7 @@ class Report:
     def _table(self, columns: int) -> tuple[str, list[str]]:
         """The table, and the reasons where they find no room in it."""
         rows = _merged(self.records) if len(self.records) > _ROWS_SHOWN else self.records
+        whys = list(map(_why, rows))
         cells = [
             [
                 row.name,
@@ -234,9 +241,9 @@ class Report:
                 "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
                 _size(row.bytes_before),
                 _size(row.bytes_after),
-                row.reason,
+                why,
             ]
-            for row in rows
+            for row, why in zip(rows, whys, strict=True)
         ]
         if not cells:
             return "", []
@@ -248,7 +255,7 @@ class Report:
         room = columns - sum(others) - 2 * (len(headers) - 1)
         notes: list[str] = []
         if room < min(layer + why, _ROOM_FOR_REASONS):
-            reasons = list(dict.fromkeys(row.reason for row in rows if row.reason))
+            reasons = list(dict.fromkeys(filter(None, whys)))
             notes = [f"{number}: {reason}" for number, reason in enumerate(reasons, 1)]
             for row_cells in cells:
                 row_cells[-1] = str(reasons.index(row_cells[-1]) + 1) if row_cells[-1] else ""
@@ -391,6 +398,8 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             record.group_size,
             record.action,
             record.reason,
+            tuple(map(_numberless, record.fused_with)),
+            record.kernels,
         )
         rows.setdefault(key, []).append(record)
     merged = []
@@ -403,12 +412,33 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             dataclasses.replace(
                 group[0],
                 name=f"{_numberless(group[0].name)} ({len(group)})",
+                fused_with=tuple(map(_numberless, group[0].fused_with)),
                 sqnr_db=min(measured, default=None),
                 bytes_before=sum(record.bytes_before for record in group),
                 bytes_after=sum(record.bytes_after for record in group),
             )
         )
     return merged
+
+
+def _why(record: Record) -> str:
+    """What the last column of the table says of a record."""
+    parts = [record.reason]
+    if record.fused_with:
+        names = (_beside(record.name, other) for other in record.fused_with)
+        parts.append(f"one matmul with {', '.join(names)}")
+    kernels = record.kernels
+    parts += kernels if len(kernels) < 4 else (kernels[0], "...", kernels[-1])
+    return "; ".join(filter(None, parts))
+
+
+def _beside(name: str, other: str) -> str:
+    """The name of another layer without the modules that hold both."""
+    parts, others = name.split("."), other.split(".")
+    shared = 0
+    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
+        shared += 1
+    return ".".join(others[shared:])
 
 
 def _dimensions(record: Record) -> str:

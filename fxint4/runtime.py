@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -14,8 +15,10 @@ from fxint4.lowering import compile_graph
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
 from fxint4.store import Form, Lookup, PackedWeight, picker, store
 
-__all__ = ["Int4Graph", "expected_rows"]
+__all__ = ["Int4Graph", "Meeting", "expected_rows"]
 
+#: `Meeting.packed` while it grows.
+_Met = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
 
 #: Combinations of dynamic sizes whose choice of forms is remembered.
 _SIZES_REMEMBERED = 4096
@@ -24,6 +27,21 @@ _SIZES_REMEMBERED = 4096
 def expected_rows(site: Site) -> int | None:
     """M of a site in the example inputs; None where it is not known before the graph runs."""
     return _torch.example_size(site.match.m)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Packed weights that a call needed and the calls before it did not.
+
+    Attributes:
+        packed: what was made of each, by the computation behind it: its roots and its signature.
+        forms: the form that each site of the graph was run with.
+        tensors: the real tensor behind each constant placeholder.
+    """
+
+    packed: Mapping[tuple[tuple[fx.Node, ...], str], PackedWeight]
+    forms: tuple[Form | None, ...]
+    tensors: Mapping[fx.Node, Tensor]
 
 
 class Int4Graph:
@@ -41,8 +59,7 @@ class Int4Graph:
         config: what the user asked for.
         state: of the compiler.
         kwargs: for Inductor's last stage.
-        met: told of each packed weight that a call needs for the first time, with the slot that
-            needs it and the real tensors behind it.
+        met: told what a call met.
     """
 
     #: AOTAutograd hands over the arguments as one list, which is emptied.
@@ -57,16 +74,16 @@ class Int4Graph:
         config: Int4Config,
         state: _torch.CompileState,
         kwargs: Mapping[str, Any],
-        met: Callable[[Slot, PackedWeight, Sequence[Tensor]], None],
+        met: Callable[[Meeting], None],
     ) -> None:
         self._captured = captured
         self._fake_inputs = fake_inputs
         self._sites = sites
-        self._droppable = tuple(tensors)
+        self._constants = tuple(tensors)
         self._config = config
         self._state = state
         self._kwargs = kwargs
-        self._met = met
+        self._report = met
         self._variants: dict[tuple[Form | None, ...], _Variant] = {}
         self._forms_by_sizes: dict[tuple[int, ...], tuple[Form | None, ...]] = {}
         placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
@@ -84,22 +101,31 @@ class Int4Graph:
         Returns:
             What `describe` said.
         """
-        forms = self._choose(expected_rows)
+        forms = self.expected_forms
         rewritten = self._rewrite(forms)
         description = describe(rewritten.gm)
         self._variants[forms] = self._compile(rewritten)
         return description
 
+    @property
+    def expected_forms(self) -> tuple[Form | None, ...]:
+        """The form of each site for the sizes of the example inputs."""
+        return self._choose(expected_rows)
+
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run on `args`, in the order of the captured graph's placeholders."""
         forms = self._forms(args)
+        met: _Met = {}
         while True:
             variant = self._variants.get(forms) or self._compile_later(forms)
-            buffers = variant.buffers(args)
+            buffers = variant.buffers(args, met)
             if not isinstance(buffers, Slot):
                 break
             # These parameters, unlike those compiled with, can't be packed.
             forms = self._without(buffers, forms)
+        if met:
+            tensors = {node: args[self._positions[node]] for node in self._constants}
+            self._report(Meeting(met, forms, tensors))
         inputs = [*variant.kept(args), *buffers]
         args.clear()
         return variant.compiled(inputs)
@@ -143,7 +169,7 @@ class Int4Graph:
             self._sites,
             forms,
             self._config,
-            self._droppable,
+            self._constants,
             self._state.fake_mode,
         )
 
@@ -159,9 +185,7 @@ class Int4Graph:
         compiled = compile_graph(
             rewritten.gm, inputs, **{**self._kwargs, "static_input_idxs": static_now}
         )
-        slots = [
-            _BoundSlot(slot, self._positions, self._config, self._met) for slot in rewritten.slots
-        ]
+        slots = [_BoundSlot(slot, self._positions, self._config) for slot in rewritten.slots]
         return _Variant(rewritten, slots, compiled)
 
 
@@ -182,8 +206,12 @@ class _Variant:
         self._roots = picker(tuple(positions))
         self._lookups: dict[tuple[int, ...], Lookup] = {}
 
-    def buffers(self, args: Sequence[Any]) -> list[Tensor] | Slot:
+    def buffers(self, args: Sequence[Any], met: _Met) -> list[Tensor] | Slot:
         """The packed tensors of all slots for the parameters in `args`.
+
+        Args:
+            args: of the graph.
+            met: gets what was not there at the call before.
 
         Returns:
             The tensors; where the parameters of a slot can't be packed, that slot.
@@ -194,7 +222,7 @@ class _Variant:
         if lookup is None or not lookup.is_of_now() or not lookup.holds(roots):
             lookup = Lookup(roots)
             for slot in self.slots:
-                found = slot.buffers(args)
+                found = slot.buffers(args, met)
                 if not found:
                     return slot.slot
                 lookup.add(found)
@@ -211,16 +239,14 @@ class _BoundSlot:
         slot: Slot,
         positions: Mapping[fx.Node, int],
         config: Int4Config,
-        met: Callable[[Slot, PackedWeight, Sequence[Tensor]], None],
     ) -> None:
         self.slot = slot
         self._form = slot.form
         self.positions = tuple(positions[root] for root in slot.weight.roots)
         self._config = config
-        self._met = met
         self._packed: PackedWeight | None = None
 
-    def buffers(self, args: Sequence[Any]) -> Sequence[Tensor]:
+    def buffers(self, args: Sequence[Any], met: _Met) -> Sequence[Tensor]:
         """The packed tensors for the parameters in `args`; empty where these can't be packed."""
         roots = [args[position] for position in self.positions]
         packed = self._packed
@@ -228,5 +254,5 @@ class _BoundSlot:
             with _torch.real_tensors():
                 self._packed = packed = store.find(self.slot.weight, roots, self.slot.shape)
                 store.fold(packed, (self._form,), roots)
-            self._met(self.slot, packed, roots)
+            met[self.slot.weight.roots, self.slot.weight.signature] = packed
         return () if packing_fault(packed, self._config) else packed.forms[self._form]

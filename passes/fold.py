@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fxint4._torch import real_tensors
 from fxint4.config import Int4Config
 from fxint4.errors import FoldError
-from fxint4.forms import choose
+from fxint4.forms import activation_dtype, choose
 from fxint4.passes.find import Site
 from fxint4.passes.pattern import GivenMatch, value_of
 from fxint4.report import Record
@@ -118,11 +118,13 @@ def sqnr_fault(sqnr_db: float | None, config: Int4Config) -> str | None:
 
 def _remarks(site: Site, dense: Dense | None) -> Iterable[str]:
     dtype = value_of(site.match.x).dtype
+    # The ops for several weights take any dtype, but multiply in bf16.
+    takes = torch.bfloat16 if site.shape.batch else activation_dtype(site.int4, dtype)
     if isinstance(site.match, GivenMatch):
         yield "packed before"
     if dense:
         yield "runs as a dense copy"
-    elif dtype is not torch.bfloat16:
+    elif dtype is not takes:
         yield f"activations cast from {str(dtype).removeprefix('torch.')} to bfloat16"
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Sequence
+from functools import cache
 
 from torch import fx
 
 from fxint4._torch import is_pure
 from fxint4.config import Int4Config
-from fxint4.forms import fuses
+from fxint4.forms import aten_op, fuses
+from fxint4.kernel_ranges import by_m, range_text
+from fxint4.kernels.linear import MOST_WEIGHTS, choose
+from fxint4.ops import choice_for_the_host
 from fxint4.passes.find import Site
 from fxint4.passes.pattern import value_of
+from fxint4.report import Record
 from fxint4.store import Dense, Form
 
-__all__ = ["matmuls"]
-
-#: Weights that one launch of the kernel takes.
-_MOST_WEIGHTS = 4
+__all__ = ["matmuls", "with_matmuls"]
 
 
 def matmuls(
@@ -43,10 +46,58 @@ def matmuls(
         key = _shared(site, form, values) if fused else position
         groups.setdefault(key, []).append(position)
     return [
-        tuple(group[start : start + _MOST_WEIGHTS])
+        tuple(group[start : start + MOST_WEIGHTS])
         for group in groups.values()
-        for start in range(0, len(group), _MOST_WEIGHTS)
+        for start in range(0, len(group), MOST_WEIGHTS)
     ]
+
+
+def with_matmuls(
+    records: Sequence[Record],
+    sites: Sequence[Site],
+    forms: Sequence[Form | None],
+    config: Int4Config,
+    cuda_graphs: bool,
+) -> list[Record]:
+    """Records with what all sites of a graph together decide: `fused_with` and `kernels`.
+
+    Args:
+        records: one for each site.
+        sites: see `matmuls`.
+        forms: see `matmuls`.
+        config: see `matmuls`.
+        cuda_graphs: whether the graph is replayed from CUDA graphs.
+    """
+    made = list(records)
+    for group in matmuls(sites, forms, config):
+        kernels = _kernels([sites[i] for i in group], forms[group[0]], cuda_graphs)
+        for i in group:
+            others = dict.fromkeys(records[j].name for j in group if j != i)
+            others.pop(records[i].name, None)
+            made[i] = dataclasses.replace(records[i], fused_with=tuple(others), kernels=kernels)
+    return made
+
+
+def _kernels(sites: Sequence[Site], form: Form | None, cuda_graphs: bool) -> tuple[str, ...]:
+    """`Record.kernels` of one matmul."""
+    match = sites[0].match
+    weights = {(site.weight.roots, site.weight.signature): site.shape for site in sites}
+    shape, *_ = shapes = list(weights.values())
+    if form != "tiles" or shape.batch:
+        return ()
+    n, k = sum(shape.n for shape in shapes), match.k
+    if aten_op(form, value_of(match.x).dtype, len(shapes)) is not None:
+        n, k = shape.n_padded, shape.k_padded  # as the op sees them
+    if isinstance(match.m, int):
+        return (f"{range_text(match.m, match.m)}: {choose(match.m, n, k)}",)
+    return _kernels_by_m(n, k, cuda_graphs)
+
+
+@cache
+def _kernels_by_m(n: int, k: int, cuda_graphs: bool) -> tuple[str, ...]:
+    at_run_time = choose if cuda_graphs else choice_for_the_host
+    ranges = by_m(lambda m: at_run_time(m, n, k))
+    return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 
 def _shared(site: Site, form: Form, values: dict[fx.Node, int]) -> Hashable:
@@ -56,7 +107,7 @@ def _shared(site: Site, form: Form, values: dict[fx.Node, int]) -> Hashable:
     """
     shape, x = site.shape, site.match.x
     place = len(site.node.args) - site.node.args.index(x)
-    layout = (form, shape.k, shape.k_padded, shape.group_size, shape.inner_k_tiles)
+    layout = (form, shape.k_padded, shape.group_size, shape.inner_k_tiles)
     return (type(site.pattern), place, values[x], *layout)
 
 

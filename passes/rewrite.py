@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxint4._torch import aten
 from fxint4.config import Int4Config
 from fxint4.constants import Weight
-from fxint4.forms import activation_dtype
+from fxint4.forms import activation_dtype, aten_op
 from fxint4.passes.find import Site
 from fxint4.passes.fuse import matmuls
 from fxint4.passes.pattern import Build, Match, stride_hint, value_of
@@ -206,22 +206,20 @@ class _Int4Matmul:
 
     def _multiply(self, x: fx.Node, build: Build) -> fx.Node:
         """X times all weights, side by side."""
-        dtype = activation_dtype(self._form, value_of(x).dtype)
+        dtype = value_of(x).dtype
+        op = aten_op(self._form, dtype, len(self._shapes))
         x = build.contiguous(x)
-        if value_of(x).dtype is not dtype:
-            x = build(_CAST, x, dtype)
-        (tiles, scale_and_zero), *more = self._shapes
+        if dtype is not activation_dtype(self._form, dtype):
+            x = build(_CAST, x, activation_dtype(self._form, dtype))
+        tiles, scale_and_zero = (list(part) for part in zip(*self._shapes, strict=True))
         shape, *_ = self._shapes.values()
-        if more or dtype is not torch.bfloat16:  # ATen's ops take one weight, and bf16
-            weights = [list(part) for part in zip(*self._shapes, strict=True)]
-            n = [shape.n for shape in self._shapes.values()]
-            return build(torch.ops.fxint4.linears.default, x, *weights, shape.group_size, n)
+        if op is None:
+            op, n = torch.ops.fxint4.linears.default, [shape.n for shape in self._shapes.values()]
+            return build(op, x, tiles, scale_and_zero, shape.group_size, n)
         missing = shape.k_padded - value_of(x).shape[-1]
         if missing:
             x = build(aten.constant_pad_nd.default, x, [0, missing], 0.0)
-        cpu = self._form == "cpu"
-        op = aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm
-        return build(op.default, x, tiles, shape.group_size, scale_and_zero)
+        return build(op, x, tiles[0], shape.group_size, scale_and_zero[0])
 
 
 _CAST = torch.ops.prims.convert_element_type.default
@@ -257,7 +255,7 @@ def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Ten
         try:
             with fake_mode:
                 values[user] = target(*args, **kwargs)
-        except RuntimeError:  # a view of rows and columns as one
+        except (RuntimeError, ValueError):  # a view of rows and columns as one
             return None
         if not isinstance(values[user], Tensor):
             return None

@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from reference import dequantised
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import fxint4
-from fxint4 import Report
-from fxint4.constants import AXES
+from fxint4 import Int4Config, Report
+from fxint4.constants import AXES, Constants, Standing
+from fxint4.passes import PATTERNS, Rewritten, Site, find, rewrite
+from fxint4.store import Form, store
 
 __all__ = [
+    "Captured",
     "Case",
     "assert_nearer",
     "assert_rounded",
@@ -321,6 +325,44 @@ def kept(model: Callable[..., Any], *args: Tensor, **options: Any) -> list[tuple
     assert report.graph_diff == ""
     assert {record.action for record in report.records} <= {"kept"}
     return [(record.name, record.reason) for record in report.records]
+
+
+# --- graphs without a compiler ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph whose first placeholders are weights, and what is needed to rewrite it."""
+
+    gm: fx.GraphModule
+    weights: dict[fx.Node, Tensor]
+    sites: list[Site]
+
+    @staticmethod
+    def of(function: Callable[..., object], weights: list[Tensor], *inputs: Tensor) -> Captured:
+        gm = make_fx(torch.func.functionalize(function), tracing_mode="fake")(*weights, *inputs)
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        tensors = dict(zip(nodes, weights, strict=False))
+        constants = Constants(gm, dict.fromkeys(tensors, Standing.WEIGHT))
+        names = {node: f"w{number}" for number, node in enumerate(tensors)}
+        found = find(gm, PATTERNS, constants, tensors, names, Int4Config())
+        return Captured(gm, tensors, [site for site in found if isinstance(site, Site)])
+
+    def rewrite(self, *forms: Form | None, config: Int4Config = Int4Config()) -> Rewritten:
+        value = next(iter(self.weights)).meta["val"]
+        return rewrite(self.gm, self.sites, forms, config, list(self.weights), value.fake_mode)
+
+    def run(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
+        """Run a rewritten graph as the runtime does."""
+        given = [*self.weights.values(), *inputs]
+        arguments = [given[position] for position in rewritten.kept_inputs]
+        for slot in rewritten.slots:
+            roots = [self.weights[root] for root in slot.weight.roots]
+            packed = store.find(slot.weight, roots, slot.shape)
+            store.fold(packed, [slot.form], roots)
+            arguments += packed.forms[slot.form]
+        result = rewritten.gm(*arguments)
+        return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
 # --- models that are more than matmuls and sums --------------------------------------------------

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),
     ("forms",),
     ("names", "kernels", "report"),
+    ("kernel_ranges",),
     ("ops", "lowering"),
     ("passes",),
     ("runtime",),

@@ -3,58 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
-from support import assert_within, dequantised, rounding, rounding_bound
+from support import Captured, assert_within, dequantised, rounding, rounding_bound
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxint4 import Int4Config
-from fxint4.constants import Constants, Standing
-from fxint4.passes import PATTERNS, Rewritten, Site, find, rewrite
-from fxint4.store import Dense, Form, store
+from fxint4.passes import Site
+from fxint4.store import Dense, Form
 
 M, N, K = 3, 50, 200  # N and K are both padded
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A graph whose first placeholders are weights, and what is needed to rewrite it."""
-
-    gm: fx.GraphModule
-    weights: dict[fx.Node, Tensor]
-    sites: list[Site]
-
-    @staticmethod
-    def of(function: Callable[..., object], weights: list[Tensor], *inputs: Tensor) -> Captured:
-        gm = make_fx(torch.func.functionalize(function), tracing_mode="fake")(*weights, *inputs)
-        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        tensors = dict(zip(nodes, weights, strict=False))
-        constants = Constants(gm, dict.fromkeys(tensors, Standing.WEIGHT))
-        names = {node: f"w{number}" for number, node in enumerate(tensors)}
-        found = find(gm, PATTERNS, constants, tensors, names, Int4Config())
-        return Captured(gm, tensors, [site for site in found if isinstance(site, Site)])
-
-    def rewrite(self, *forms: Form | None) -> Rewritten:
-        value = next(iter(self.weights)).meta["val"]
-        return rewrite(
-            self.gm, self.sites, forms, Int4Config(), list(self.weights), value.fake_mode
-        )
-
-    def run(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
-        """Run a rewritten graph as the runtime does."""
-        given = [*self.weights.values(), *inputs]
-        arguments = [given[position] for position in rewritten.kept_inputs]
-        for slot in rewritten.slots:
-            roots = [self.weights[root] for root in slot.weight.roots]
-            packed = store.find(slot.weight, roots, slot.shape)
-            store.fold(packed, [slot.form], roots)
-            arguments += packed.forms[slot.form]
-        result = rewritten.gm(*arguments)
-        return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
 def placeholders(gm: fx.GraphModule) -> list[str]:
