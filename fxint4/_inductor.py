@@ -22,12 +22,14 @@ from fxint4._torch import aten
 __all__ = [
     "call",
     "call_as_it_is",
+    "ceil_div",
     "compile_fx_inner",
     "contiguous",
     "empty",
     "for_another_process",
     "in_force",
     "launch_triton",
+    "one_if_between",
     "static",
     "zeros",
 ]
@@ -99,6 +101,22 @@ def for_another_process() -> bool:
     from torch._inductor.virtualized import V
 
     return bool(V.graph.aot_mode)
+
+
+def ceil_div(size: Any, divisor: int) -> Any:
+    """A size divided by a number, rounded up."""
+    from torch.utils._sympy.functions import FloorDiv
+
+    return FloorDiv(size + divisor - 1, divisor)
+
+
+def one_if_between(size: Any, first: int, last: int | None) -> Any:
+    """1 where a size of at least 0 is in first..last (None: any from first on), else 0."""
+    from torch.utils._sympy import functions
+
+    least, most = cast("Any", functions.Min), cast("Any", functions.Max)
+    from_first = least(1, most(0, size - first + 1))
+    return from_first if last is None else from_first * least(1, most(0, last + 1 - size))
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +221,7 @@ def _knowing_what_is_written(written: Collection[str]) -> Iterator[None]:
         accesses = ReadWrites(OrderedSet(), writes, OrderedSet())
         name = "identify_accessed_tensors"
         answer = triton_kernel_wrap.TensorAccesses(accesses, can_fuse_epilogue=False)
-    with mock.patch.object(triton_kernel_wrap, name, lambda *_: answer):
+    with mock.patch.object(triton_kernel_wrap, name, return_value=answer):
         yield
 
 

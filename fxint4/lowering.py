@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from torch import fx
 
 from fxint4 import _inductor
 from fxint4._torch import aten
+from fxint4.kernel_ranges import by_m
 from fxint4.kernels import common, linear
 from fxint4.kernels.common import Blocks, Launch
-from fxint4.kernels.linear import MOST_WEIGHTS, choose
+from fxint4.kernels.linear import MOST_WEIGHTS, choose, choose_blocks
 
 __all__ = ["compile_graph", "lowerings"]
 
@@ -69,6 +70,8 @@ def lowerings(cuda_graphs: bool) -> Mapping[Any, Callable[..., Any]]:
     ) -> Any:
         matmul = _Matmul(x, tiles, scale_and_zero, group_size, n)
         m = _inductor.static(x.get_size()[0])
+        if m is None and _inductor.for_another_process() and common.triton:
+            return matmul.multiplied_for_any_m()
         choice = choose(m, sum(n), matmul.k) if m else None
         if choice is None or choice.kernel == "aten":
             return matmul.run_time_choice(cuda_graphs)
@@ -152,6 +155,47 @@ class _Matmul:
             y = _inductor.call(aten.add.Tensor, y, part)
         return _inductor.call(torch.ops.prims.convert_element_type.default, y, dtype)
 
+    def multiplied_for_any_m(self) -> Any:
+        """The product by the Triton kernel, in the blocks that the M of each run asks for.
+
+        Every run launches it in all blocks that there are, with no programs where M is another.
+        """
+        x = _inductor.contiguous(self.x)
+        rows, dtype = x.get_size()[0], x.get_dtype()
+        weights, k_padded, half_inner = self._sizes()
+        n = sum(self.n)
+        y = _inductor.empty([rows, n], x, dtype)
+        for first, last, blocks in _blocks_by_m(n, self.k):
+            there = _inductor.one_if_between(rows, first, last)
+            row_blocks = _inductor.ceil_div(rows, blocks.rows)
+            launch = linear.launch_of(
+                1,
+                self.k,
+                weights,
+                k_padded,
+                self.group_size,
+                half_inner,
+                dtype,
+                blocks,
+                reduce=True,
+            )
+            tensors = {"x_ptr": x, "y_ptr": y, "partial_ptr": x, "counters_ptr": x}
+            written = {"y_ptr"}
+            if blocks.splits > 1:
+                # The sum is the kernel's: it has to end in y whichever blocks are launched.
+                size = [blocks.splits, there * rows, n]
+                tensors["partial_ptr"] = _inductor.empty(size, x, torch.float32)
+                programs = there * row_blocks * (launch.programs // blocks.splits)
+                tensors["counters_ptr"] = _inductor.zeros([programs], x, torch.int32)
+                written |= {"partial_ptr", "counters_ptr"}
+            launch = replace(
+                launch,
+                programs=there * row_blocks * launch.programs,
+                arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks},
+            )
+            self._launch(launch, tensors, written)
+        return y
+
     def _sizes(self) -> tuple[list[tuple[int, int]], int, int]:
         """Of each weight n and n_padded; what they share: k_padded and inner_k_tiles / 2."""
         _, k_tiles, _, half_inner = map(int, self.tiles[0].get_size())
@@ -173,3 +217,11 @@ class _Matmul:
             launch.warps,
             launch.stages,
         )
+
+
+def _blocks_by_m(n: int, k: int) -> list[tuple[int, int | None, Blocks]]:
+    """First and last M, and the blocks of the Triton kernel for them; the last range has no end."""
+    return [
+        (first, last, choice.blocks or choose_blocks(first, n, k))
+        for first, last, choice in by_m(lambda m: choose(m, n, k))
+    ]

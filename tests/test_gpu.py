@@ -181,7 +181,7 @@ def test_a_copied_model_has_its_own_packed_weights() -> None:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of the ways of multiplying that were taken, while it is not cleared."""
     taken: set[str] = set()
-    for name in ("_aten", "_multiply", "dequantize"):
+    for name in ("_aten", "_multiply", "_dequantize"):
         original = getattr(linear, name)
 
         def counting(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
@@ -213,24 +213,7 @@ def test_one_compiled_graph_chooses_a_kernel_for_every_number_of_rows(
     assert counters["stats"]["unique_graphs"] == 0  # the one compiled before
     # Launched one by one, few rows are faster by the aten op, which the host launches in no time.
     few = "_aten" if mode is None else "_multiply"
-    assert taken == {2: {few}, 16: {few}, 256: {"_multiply"}, 4096: {"dequantize"}}
-
-
-def test_plain_inductor_in_the_same_process_is_left_alone(kernels: set[str]) -> None:
-    model = layer(512, 256)
-    x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
-    made = quantize(model.weight.detach(), 128)
-    packed = Int4TileTensor.from_plain(made.codes, made.scale, made.zero)
-
-    def aten_op(x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm(x, packed.tiles, 128, packed.scale_and_zero)
-
-    with torch.no_grad():
-        torch.compile(model, backend="int4tile", mode="reduce-overhead")(x)
-        assert kernels == {"_multiply"}
-        kernels.clear()
-        assert torch.equal(torch.compile(aten_op, backend="inductor")(x), aten_op(x))
-        assert kernels == set()
+    assert taken == {2: {few}, 16: {few}, 256: {"_multiply"}, 4096: {"_dequantize"}}
 
 
 # --- packed tensors ------------------------------------------------------------------------------

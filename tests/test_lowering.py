@@ -1,0 +1,307 @@
+"""What Inductor makes of int4 matmuls on a GPU: which kernels run, and what they give."""
+
+from __future__ import annotations
+
+import copy
+import ctypes.util
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from fxint4 import Int4TileTensor, _inductor
+from fxint4.kernels.linear import choose
+from fxint4.lowering import _KEY, _blocks_by_m, lowerings
+from fxint4.quantize import dequantize, quantize
+
+pytestmark = [
+    # Inductor's CUDA graph trees reserve a memory pool in this way.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
+]
+gpu = pytest.mark.gpu
+
+INT4, DEQUANTISE = "_kernel_of_linear", "_kernel_of_dequantize"
+K, N = 1024, 1024
+
+
+def kernels(function: Callable[[], Any]) -> Counter[str]:
+    """How often each kernel runs in a call, after calls that compile and capture."""
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return Counter(
+        {
+            event.key: event.count
+            for event in profiled.key_averages()
+            if event.device_type is on_gpu and not event.key.startswith("Mem")
+        }
+    )
+
+
+def with_int4_weights(model: nn.Module, group: int = 128) -> nn.Module:
+    """The model in float64, with the weights that its int4 codes stand for."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            made = quantize(layer.weight.detach(), group)
+            w = dequantize(made.codes, made.scale, made.zero, group, torch.float64)
+            layer.weight = nn.Parameter(w)
+    return model.double()
+
+
+class Bare(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(K, N, bias=bias)
+        self.norm = nn.RMSNorm(N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class Bias(Bare):
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+
+
+class BiasGelu(Bias):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.fc(x))
+
+
+class Residual(Bare):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x)
+
+
+class ResidualNorm(Bare):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.fc(x)
+        return x, self.norm(x)
+
+
+class GateTimesUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(K, N, bias=False), nn.Linear(K, N, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate(x)) * self.up(x)
+
+
+class ScaledInput(Bare):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x * 2)
+
+
+def first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return y if isinstance(y, Tensor) else y[-1]
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("model", [Bare, Bias, BiasGelu, Residual, ResidualNorm, GateTimesUp])
+def test_what_follows_costs_no_kernel_of_its_own(model: type[nn.Module], rows: int) -> None:
+    assert choose(rows, N, K).blocks.splits > 1  # type: ignore[union-attr]
+    layer = model().to("cuda", torch.bfloat16).eval()
+    x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="int4tile", dynamic=False)
+        ran = kernels(lambda: compiled(x))
+        # One reads the weights, gate's and up's alike; one adds up its splits and does all else.
+        assert ran.pop(INT4) == 1
+        assert ran.total() == 1
+        plain = torch.compile(layer, dynamic=False)
+        assert ran.total() + 1 <= kernels(lambda: plain(x)).total() + (model is Bare)
+
+
+@gpu
+def test_what_comes_before_or_follows_one_split_is_a_kernel_of_its_own() -> None:
+    x = torch.randn(1, K, device="cuda", dtype=torch.bfloat16)
+    layer = ScaledInput().to("cuda", torch.bfloat16).eval()
+    wide = nn.Sequential(nn.Linear(K, 32 * N), nn.GELU()).to("cuda", torch.bfloat16).eval()
+    assert choose(1, 32 * N, K).blocks.splits == 1  # type: ignore[union-attr]
+    with torch.no_grad():
+        for model, total in ((layer, 3), (wide, 2)):
+            compiled = torch.compile(model, backend="int4tile", dynamic=False)
+            ran = kernels(lambda compiled=compiled: compiled(x))
+            assert (ran[INT4], ran.total()) == (1, total)
+
+
+@gpu
+def test_a_known_number_of_rows_decides_while_compiling() -> None:
+    layer = Bare().to("cuda", torch.bfloat16).eval()
+    with torch.no_grad():
+        for rows in (1, 64, 512, 4096):
+            x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
+            compiled = torch.compile(layer, backend="int4tile", dynamic=False)
+            ran = kernels(lambda compiled=compiled, x=x: compiled(x))
+            by = {"triton": INT4, "dequantise": DEQUANTISE}[choose(rows, N, K).kernel]
+            assert ran[by] == 1
+            assert ran[INT4] + ran[DEQUANTISE] == 1
+
+
+#: Roundings of the weight and of y, and fp32 sums over K.
+ROUNDING = {
+    dtype: (1 + eps) ** 2 - 1 + K * 2.0**-24
+    for dtype, eps in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11))
+}
+#: Half the distance of fp16's smallest numbers.
+SUBNORMAL = 2.0**-25
+
+
+@gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_activations_are_not_rounded(dtype: torch.dtype, dynamic: bool, mode: str | None) -> None:
+    layer = Bare().to("cuda", dtype).eval()
+    w = with_int4_weights(layer).fc.weight.detach()  # type: ignore[union-attr]
+    compiled = torch.compile(layer, backend="int4tile", dynamic=dynamic, mode=mode)
+    with torch.no_grad():
+        # Few rows of fp16 outside of CUDA graphs would go to ATen's op, which knows bf16 alone.
+        for rows in (40, 512, 2048) if dynamic and mode is None else (3, 40, 512, 2048):
+            x = torch.randn(rows, K, device="cuda", dtype=dtype)
+            torch.compiler.cudagraph_mark_step_begin()
+            y = compiled(x).double()
+            x = x.double()
+            bound = ROUNDING[dtype] * (x.abs() @ w.abs().T)
+            bound += SUBNORMAL * (x.abs().sum(1, keepdim=True) + 1)
+            assert ((y - x @ w.T).abs() <= bound).all()
+
+
+@gpu
+def test_the_same_bits_on_two_streams_at_once() -> None:
+    layer = ResidualNorm().to("cuda", torch.bfloat16).eval()
+    x = torch.randn(1, K, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="int4tile", dynamic=False)
+        expected = first(compiled(x))
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        results: list[Tensor] = []
+        for _ in range(500):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(first(compiled(x)))
+        torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@gpu
+def test_inductors_cache_gives_the_same_kernels() -> None:
+    layer = BiasGelu().to("cuda", torch.bfloat16).eval()
+    x = torch.randn(16, K, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = torch.compile(layer, backend="int4tile", dynamic=False)(x)
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(layer, backend="int4tile", dynamic=False)
+        again = compiled(x)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+        assert torch.equal(y, again)
+        assert kernels(lambda: compiled(x))[INT4] == 1
+
+
+@gpu
+def test_plain_inductor_in_the_same_process_is_left_alone() -> None:
+    layer = Bare().to("cuda", torch.bfloat16).eval()
+    x = torch.randn(16, K, device="cuda", dtype=torch.bfloat16)
+    made = quantize(layer.fc.weight.detach(), 128)
+    packed = Int4TileTensor.from_plain(made.codes, made.scale, made.zero)
+
+    def aten_op(x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(x, packed.tiles, 128, packed.scale_and_zero)
+
+    with torch.no_grad():
+        ours = torch.compile(layer, backend="int4tile", dynamic=False)
+        assert kernels(lambda: ours(x))[INT4] == 1
+        theirs = torch.compile(aten_op, backend="inductor")
+        assert torch.equal(theirs(x), aten_op(x))
+        assert kernels(lambda: theirs(x))[INT4] == 0
+
+
+# --- packages ------------------------------------------------------------------------------------
+
+
+class Op(nn.Module):
+    """What a rewritten graph holds."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        made = quantize(weight, 128)
+        packed = Int4TileTensor.from_plain(made.codes, made.scale, made.zero)
+        self.register_buffer("tiles", packed.tiles)
+        self.register_buffer("scale_and_zero", packed.scale_and_zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        op = torch.ops.aten._weight_int4pack_mm
+        return F.relu(op(x, self.tiles, 128, self.scale_and_zero))
+
+
+RUN = """
+import sys, torch
+inputs = torch.load(sys.argv[2])
+run = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save([run(x) for x in inputs], sys.argv[3])
+assert "fxint4" not in sys.modules
+"""
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path: Path) -> None:
+    weight = torch.randn(N, K, device="cuda") / K**0.5
+    made = quantize(weight, 128)
+    w = dequantize(made.codes, made.scale, made.zero, 128, torch.float64)
+    rows = [1, *(m for f, _, _ in _blocks_by_m(N, K)[1:] for m in (f - 1, f)), 5000]
+    inputs = [torch.randn(m, K, device="cuda").bfloat16() for m in (rows if dynamic else [16])]
+    dims = ({0: torch.export.Dim("m", min=1, max=2**20)},) if dynamic else None
+    package, given, results = tmp_path / "op.pt2", tmp_path / "given.pt", tmp_path / "results.pt"
+    with torch.no_grad():
+        program = torch.export.export(Op(weight), (inputs[-1],), dynamic_shapes=dims)
+        with _inductor.in_force(lowerings(cuda_graphs=False), _KEY):
+            torch._inductor.aoti_compile_and_package(program, package_path=package)
+    torch.save(inputs, given)
+    # A libstdc++ that came with another package may be too old for what was compiled here.
+    preload = {"LD_PRELOAD": ctypes.util.find_library("stdc++") or ""}
+    command = [sys.executable, "-c", RUN, *map(str, (package, given, results))]
+    subprocess.run(command, env=os.environ | preload, cwd=tmp_path, check=True)
+    for x, y in zip(inputs, torch.load(results), strict=True):
+        bound = ROUNDING[torch.bfloat16] * (x.double().abs() @ w.abs().T)
+        assert ((y.double() - F.relu(x.double() @ w.T)).abs() <= bound).all(), len(x)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (4096, 4096), (28672, 4096), (4096, 14336)])
+def test_the_ranges_of_rows_leave_none_out(n: int, k: int) -> None:
+    ranges = _blocks_by_m(n, k)
+    assert (ranges[0][0], ranges[-1][1]) == (1, None)
+    for (_, last, _), (following, _, _) in itertools.pairwise(ranges):
+        assert last == following - 1
+
+
+def test_nothing_is_left_in_inductors_tables() -> None:
+    from torch._inductor import lowering
+
+    before = dict(lowering.lowerings)
+    with _inductor.in_force(lowerings(cuda_graphs=False), _KEY):
+        assert lowering.lowerings != before
+    assert lowering.lowerings == before
