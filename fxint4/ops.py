@@ -1,7 +1,8 @@
 """The ops that multiply by packed weights: `linear`, `linears`, `bmm`, `grouped_mm`, `indexed_mm`.
 
-They are `torch.ops.fxint4.*`, opaque to every compiler. Each takes x in bfloat16, float16 or
-float32 and returns that dtype, with bfloat16 products and fp32 sums in between. x may have fewer
+They are `torch.ops.fxint4.*`, opaque to every compiler but ours. Each takes x in bfloat16, float16
+or float32 and returns that dtype, with fp32 sums of bfloat16 products (of float16 ones in `linear`
+and `linears` on the GPU, where x is float16) in between. x may have fewer
 columns than are stored; the rest count as zeros. Buffers may be views. On the GPU none of them
 waits for the device.
 
@@ -221,9 +222,9 @@ def _cpu_form(
     return cpu_tiles, parameters
 
 
-def _rows(x: Tensor, k_padded: int) -> Tensor:
-    """``[..., K]`` as contiguous bfloat16 ``[M, k_padded]``, zeros behind column K."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.bfloat16)
+def _rows(x: Tensor, k_padded: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``[..., K]`` as contiguous ``[M, k_padded]``, zeros behind column K."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
     if rows.shape[-1] < k_padded:
         rows = F.pad(rows, (0, k_padded - rows.shape[-1]))
     return rows.contiguous()
