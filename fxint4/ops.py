@@ -61,10 +61,12 @@ def _linears_cuda(
 
     replayed: the kernel is launched from a CUDA graph, so that launching it takes no time.
     """
-    rows = _rows(x, x.shape[-1])
+    native = x.dtype is torch.float16
+    rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
     m, k = rows.shape
     weights = [(t.contiguous(), p.contiguous()) for t, p in zip(tiles, scale_and_zero, strict=True)]
-    choice = linear.choose(m, sum(n), k) if replayed else choice_for_the_host(m, sum(n), k)
+    by_gpu_time = replayed or native  # the aten op knows bf16 alone
+    choice = linear.choose(m, sum(n), k) if by_gpu_time else choice_for_the_host(m, sum(n), k)
     y = linear.linears(rows, weights, group_size, n, choice)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
