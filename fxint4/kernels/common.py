@@ -416,8 +416,9 @@ def load_step(
 @jit()
 @no_type_check
 def multiply(
-    x_row,  # pointers to the rows' first values, bf16 or fp16, [1, BM]
-    m_there,  # whether x has the rows, [1, BM]
+    x_ptr,  # bf16 or fp16 [rows, K], the block's first row
+    rows,  # of x from there on
+    K,
     tiles_ptr,  # int32 [n_padded / 8, k_padded], the last axis as `unpack` describes it
     params_ptr,  # int32 [k_padded / GROUP, n_padded], see `as_pairs`
     n_first,  # rows n_first..n_first+BN-1 of W, a multiple of BN
@@ -443,14 +444,20 @@ def multiply(
     never passes through shared memory.
     """
     P: tl.constexpr = BN // 8
-    dtype: tl.constexpr = x_row.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     # Triton's interpreter would multiply bf16 as if its bits were integers.
     DOT: tl.constexpr = tl.float32 if INTERPRETED else dtype
     tile = n_first // 8 + tile_of(P, WARPS)
     there = (tile < n_padded // 8)[:, None]
     tile_row = tiles_ptr + tile.to(tl.int64)[:, None] * k_padded
     param_row = params_ptr + 8 * tile[:, None]
+    # Rows that x lacks are left out where x is small against W. Elsewhere looking at each costs
+    # more than loading the last one again: what becomes of it is not stored.
+    FEW: tl.constexpr = BM < 64
+    m = tl.arange(0, BM)[None, :]
+    m_there = m < rows
     k_column = tl.arange(0, BK)[:, None]
+    x_at = (m if FEW else tl.minimum(m, rows - 1)) * K + k_column
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k in range(k_first, k_stop, BK):
         words, params = load_step(
@@ -467,10 +474,12 @@ def multiply(
             EVEN_N,
             EVEN_K,
         )
-        if EVEN_K:
-            x = tl.load(x_row + (k + k_column), mask=m_there, other=0.0)
+        if EVEN_K and not FEW:
+            x = tl.load(x_ptr + k + x_at)
+        elif EVEN_K:
+            x = tl.load(x_ptr + k + x_at, mask=m_there, other=0.0)
         else:
-            x = tl.load(x_row + (k + k_column), mask=m_there & (k + k_column < k_stop), other=0.0)
+            x = tl.load(x_ptr + k + x_at, mask=m_there & (k + k_column < k_stop), other=0.0)
         w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, dtype)
         acc = tl.dot(w.to(DOT), x.to(DOT), acc)
         # On Hopper this dot runs asynchronously with w in registers. If nothing but the next dot

@@ -232,11 +232,10 @@ def _experts_kernel(
         known = (index < E) & (first < stop)
         expert = tl.where(known, index, 0)
 
-    m = first + tl.arange(0, BM)
-    m_there = (m < stop)[None, :]
     acc = multiply(
-        x_ptr + m.to(tl.int64)[None, :] * K,
-        m_there,
+        x_ptr + tl.cast(first, tl.int64) * K,
+        stop - first,
+        K,
         tiles_ptr + expert * (n_padded // 8) * k_padded,
         as_pairs(params_ptr) + expert * (k_padded // GROUP) * n_padded,
         n_first,
@@ -258,9 +257,10 @@ def _experts_kernel(
     )
     if BY_ROW:
         acc = tl.where(known, acc, float("nan"))
-    n_row = n_first + tl.arange(0, BN)
-    y_at = y_ptr + m.to(tl.int64)[None, :] * n + n_row[:, None]
-    tl.store(y_at, acc.to(tl.bfloat16), mask=m_there & (n_row < n)[:, None])
+    m = first + tl.arange(0, BM)[None, :]
+    n_row = n_first + tl.arange(0, BN)[:, None]
+    there = (m < stop) & (n_row < n)
+    tl.store(y_ptr + m.to(tl.int64) * n + n_row, acc.to(tl.bfloat16), mask=there)
 
 
 _kernel: Any = jit(do_not_specialize=VARYING)(_experts_kernel)

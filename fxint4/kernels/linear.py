@@ -599,8 +599,7 @@ def _kernel_of_linear(
     program = tl.program_id(0)
     split = program % SPLITS
     block = program // SPLITS
-    m = block % row_blocks * BM + tl.arange(0, BM)
-    m_there = (m < M)[None, :]
+    m_first = block % row_blocks * BM
     tiles_ptr, params_ptr, n, n_padded, column, n_first = _weight_of(
         block // row_blocks,
         tiles0_ptr,
@@ -625,8 +624,9 @@ def _kernel_of_linear(
     per_split = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
     k_first = split * per_split
     acc = multiply(
-        x_ptr + m.to(tl.int64)[None, :] * K,
-        m_there,
+        x_ptr + m_first.to(tl.int64) * K,
+        M - m_first,
+        K,
         tiles_ptr,
         params_ptr,
         n_first,
@@ -647,9 +647,7 @@ def _kernel_of_linear(
         INTERPRETED,
     )
     N = n0 + n1 + n2 + n3
-    n_row = (n_first + tl.arange(0, BN))[:, None]
-    at = m.to(tl.int64)[None, :] * N + (column + n_row)
-    there = m_there & (n_row < n)
+    at, there = _block_of_y(m_first, n_first, M, N, n, column, BM, BN)
     if SPLITS == 1:
         tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=there)
     else:
@@ -659,14 +657,32 @@ def _kernel_of_linear(
             tl.debug_barrier()  # every thread's part is stored before one thread says so
             if tl.atomic_add(counters_ptr + block, 1, sem="acq_rel") == SPLITS - 1:
                 tl.debug_barrier()
-                total = tl.zeros((BN, BM), dtype=tl.float32)
-                for i in tl.static_range(SPLITS):
-                    # Past the L1 cache, which knows nothing of the other programs.
-                    total += tl.load(
-                        partial_ptr + i * size + at, mask=there, other=0.0, cache_modifier=".cg"
-                    )
-                tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=there)
+                # Few rows at a time take few registers, of which the product wants many.
+                for first in range(0, BM, 16):
+                    part, of_it = _block_of_y(m_first + first, n_first, M, N, n, column, 16, BN)
+                    total = tl.zeros((BN, 16), dtype=tl.float32)
+                    for i in tl.static_range(SPLITS):
+                        # Past the L1 cache, which knows nothing of the other programs.
+                        total += tl.load(
+                            partial_ptr + i * size + part,
+                            mask=of_it,
+                            other=0.0,
+                            cache_modifier=".cg",
+                        )
+                    tl.store(y_ptr + part, total.to(y_ptr.dtype.element_ty), mask=of_it)
                 tl.store(counters_ptr + block, 0)
+
+
+@jit()
+@no_type_check
+def _block_of_y(m_first, n_first, M, N, n, column, ROWS: tl.constexpr, FEATURES: tl.constexpr):
+    """Where in y ``[M, N]`` a block lies, and whether it is there: [FEATURES, ROWS].
+
+    n_first and n count from the feature that the weight starts with, which is N's `column`.
+    """
+    m = m_first + tl.arange(0, ROWS)[None, :]
+    n_row = n_first + tl.arange(0, FEATURES)[:, None]
+    return m.to(tl.int64) * N + (column + n_row), (m < M) & (n_row < n)
 
 
 @no_type_check
