@@ -242,7 +242,7 @@ def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Ten
     values = {node: value}
     pending = list(node.users)
     for user in pending:
-        target = user.target
+        target: Any = user.target
         if getattr(target, "namespace", None) not in ("aten", "prims"):
             return None
         if target is aten.as_strided.default:

@@ -348,12 +348,18 @@ class Captured:
         found = find(gm, PATTERNS, constants, tensors, names, Int4Config())
         return Captured(gm, tensors, [site for site in found if isinstance(site, Site)])
 
-    def rewrite(self, *forms: Form | None, config: Int4Config = Int4Config()) -> Rewritten:
+    def rewrite(self, *forms: Form | None, config: Int4Config | None = None) -> Rewritten:
         value = next(iter(self.weights)).meta["val"]
+        config = config or Int4Config()
         return rewrite(self.gm, self.sites, forms, config, list(self.weights), value.fake_mode)
 
     def run(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
         """Run a rewritten graph as the runtime does."""
+        result = rewritten.gm(*self.arguments(rewritten, *inputs))
+        return list(result) if isinstance(result, (list, tuple)) else [result]
+
+    def arguments(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
+        """What the runtime calls a rewritten graph with."""
         given = [*self.weights.values(), *inputs]
         arguments = [given[position] for position in rewritten.kept_inputs]
         for slot in rewritten.slots:
@@ -361,8 +367,7 @@ class Captured:
             packed = store.find(slot.weight, roots, slot.shape)
             store.fold(packed, [slot.form], roots)
             arguments += packed.forms[slot.form]
-        result = rewritten.gm(*arguments)
-        return list(result) if isinstance(result, (list, tuple)) else [result]
+        return arguments
 
 
 # --- models that are more than matmuls and sums --------------------------------------------------
