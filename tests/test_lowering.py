@@ -50,7 +50,7 @@ def kernels(function: Callable[[], Any]) -> Counter[str]:
         {
             event.key: event.count
             for event in profiled.key_averages()
-            if event.device_type is on_gpu and not event.key.startswith("Mem")
+            if event.device_type == on_gpu and not event.key.startswith("Mem")
         }
     )
 
@@ -278,7 +278,7 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
     with torch.no_grad():
         program = torch.export.export(Op(weight), (inputs[-1],), dynamic_shapes=dims)
         with _inductor.in_force(lowerings(cuda_graphs=False), _KEY):
-            torch._inductor.aoti_compile_and_package(program, package_path=package)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     torch.save(inputs, given)
     # A libstdc++ that came with another package may be too old for what was compiled here.
     preload = {"LD_PRELOAD": ctypes.util.find_library("stdc++") or ""}
