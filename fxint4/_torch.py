@@ -243,7 +243,7 @@ def outer_input(placeholder: fx.Node) -> tuple[int | str, str | None] | None:
 
 
 def inputs_mutated_by_graph() -> frozenset[int]:
-    """Dynamo inputs whose data the graph being compiled writes to."""
+    """Placeholders of AOTAutograd's graph, by number, whose data that graph writes to."""
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     if metadata is None:

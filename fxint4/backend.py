@@ -361,8 +361,8 @@ class _Weights:
         self.parameters: dict[int, int] = {}
         mutated = _torch.inputs_mutated_by_graph()
         written = _written_placeholders(captured)
-        for node in captured.graph.nodes:
-            source = _torch.outer_input(node) if node.op == "placeholder" else None
+        for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
+            source = _torch.outer_input(node)
             if source is None:
                 continue
             origin, attribute = source
@@ -375,7 +375,7 @@ class _Weights:
             if isinstance(value, nn.Parameter):
                 self.parameters[id(value)] = value.numel()
             standing = _standing(value, is_buffer)
-            if standing is Standing.VARIES or origin in mutated or node in written:
+            if standing is Standing.VARIES or index in mutated or node in written:
                 continue
             self.standings[node] = standing
             self.tensors[node] = value if attribute is None else getattr(value, attribute)

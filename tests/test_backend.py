@@ -274,6 +274,36 @@ def test_a_cache_is_not_a_weight_and_its_update_is_seen(x: Tensor) -> None:
     assert [record.name for record in report.records] == ["proj"]
 
 
+class Remembers(nn.Module):
+    """Two layers, and a buffer that every call writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, K, bias=False)
+        self.second = nn.Linear(K, K, bias=False)
+        self.register_buffer("last", torch.zeros(K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) + self.last
+        self.last.copy_(x[0])
+        return self.second(y)
+
+
+def test_packed_weights_beside_a_buffer_that_is_written_to(x: Tensor) -> None:
+    # Where weights are packed, AOTAutograd's graph has more inputs than Dynamo's.
+    model = Remembers().eval()
+    fxint4.pack_(model)
+    with torch.no_grad():
+        int4(model)(x)
+    report = fxint4.last_report()
+    assert report is not None
+    assert [(record.name, record.action) for record in report.records] == [
+        ("first", "packed"),
+        ("second", "packed"),
+    ]
+    assert torch.equal(model.last, x[0])
+
+
 class DividesItsWeight(nn.Module):
     """Some RWKV models rescale their weights in place within forward."""
 
