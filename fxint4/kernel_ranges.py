@@ -19,25 +19,25 @@ def by_m(choose: Callable[[int], Chosen]) -> list[tuple[int, int | None, Chosen]
     """What is chosen for which M, in order.
 
     Args:
-        choose: a function of M. Up to 4096 every M is asked for. Beyond, the powers of two are, and
-            the place of the change between two that differ is found by halving.
+        choose: a function of M. Up to 4096 every M is asked for; beyond, powers of two, and where
+            two differ, by halving, some between them.
 
     Returns:
         First M, last M and the choice, equal for all M between; the last range has no end (None).
     """
-    found: list[tuple[int, Chosen]] = []
     m, last = 1, choose(1)
-    found.append((m, last))
+    found = [(m, last)]
     while m < _MOST_ROWS:
-        step = 1 if m < _SCANNED else m
-        chosen = choose(m + step)
-        if chosen != last:
-            low, high = m, m + step
+        end = m + 1 if m < _SCANNED else 2 * m
+        chosen = choose(end)
+        while last != chosen:
+            low, high = m, end
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if choose(middle) == last else (low, middle)
-            found.append((high, choose(high)))
-        m, last = m + step, chosen
+            m, last = high, choose(high)
+            found.append((m, last))
+        m = end
     ends: list[int | None] = [first - 1 for first, _ in found[1:]]
     return [(first, end, each) for (first, each), end in zip(found, [*ends, None], strict=True)]
 

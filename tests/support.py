@@ -339,8 +339,14 @@ class Captured:
     sites: list[Site]
 
     @staticmethod
-    def of(function: Callable[..., object], weights: list[Tensor], *inputs: Tensor) -> Captured:
-        gm = make_fx(torch.func.functionalize(function), tracing_mode="fake")(*weights, *inputs)
+    def of(
+        function: Callable[..., object],
+        weights: list[Tensor],
+        *inputs: Tensor,
+        tracing_mode: str = "fake",
+    ) -> Captured:
+        traced = make_fx(torch.func.functionalize(function), tracing_mode=tracing_mode)
+        gm = traced(*weights, *inputs)
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         tensors = dict(zip(nodes, weights, strict=False))
         constants = Constants(gm, dict.fromkeys(tensors, Standing.WEIGHT))

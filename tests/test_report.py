@@ -85,8 +85,16 @@ def test_a_record_is_json() -> None:
         "dense_bytes": 0,
         "held_bytes": 16384,
         "batch": 1,
+        "fused_with": [],
+        "kernels": [],
         "parameters": ["fc.weight", "fc.scale"],
     }
+
+
+def test_a_record_of_a_fused_matmul_is_json() -> None:
+    made = record(fused_with=("k", "v"), kernels=("M<=16: a", "M>=17: b"))
+    read = json.loads(json.dumps(made.to_dict()))
+    assert (read["fused_with"], read["kernels"]) == (["k", "v"], ["M<=16: a", "M>=17: b"])
 
 
 @pytest.mark.parametrize("sqnr", [math.inf, -math.inf, math.nan])
@@ -357,6 +365,61 @@ def test_more_than_twenty_are_merged_by_equal_layers(terminal: Any) -> None:
         "head addmm 64x128 kept 16.4 kB 16.4 kB 8x128 is small: min_features is 32",
     ]
     assert len(report.records) == 25
+
+
+def test_layers_that_are_multiplied_in_one_matmul_are_named_beside_each_other(
+    terminal: Any,
+) -> None:
+    terminal(160)
+    names = [f"model.layers.0.attn.{part}" for part in ("q_proj", "k_proj", "cross.v_proj")]
+    rest = [tuple(other for other in names if other != name) for name in names]
+    report = report_of(
+        *map(lambda name, others: record(name, fused_with=others), names, rest),
+        record("fc", fused_with=("fc.gate", "head"), reason=CAST),
+    )
+    assert [row.partition("4.4 kB ")[2] for row in rows(report)] == [
+        "one matmul with k_proj, cross.v_proj",
+        "one matmul with q_proj, cross.v_proj",
+        "one matmul with q_proj, k_proj",
+        f"{CAST}; one matmul with fc.gate, head",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "shown"),
+    [
+        ((), ""),
+        (("M=1: triton",), "M=1: triton"),
+        (("M<=8: a", "M>=9: b"), "M<=8: a; M>=9: b"),
+        (("M<=8: a", "M=9: b", "M>=10: c"), "M<=8: a; M=9: b; M>=10: c"),
+        (("M<=8: a", "M=9: b", "M=10: c", "M>=11: d"), "M<=8: a; ...; M>=11: d"),
+    ],
+)
+def test_the_kernels_are_shown_the_first_and_the_last_where_they_are_many(
+    kernels: tuple[str, ...], shown: str, terminal: Any
+) -> None:
+    terminal(160)
+    [row] = rows(report_of(record(kernels=kernels)))
+    assert row == f"fc addmm 64x128 128 packed 20.0 16.4 kB 4.4 kB {shown}".rstrip()
+
+
+def test_equal_layers_are_merged_with_those_that_are_multiplied_alike(terminal: Any) -> None:
+    terminal(160)
+    layers = [
+        record(
+            f"layers.{i}.{one}", fused_with=(f"layers.{i}.{other}",), kernels=(f"M=1: {i // 11}",)
+        )
+        for i in range(12)
+        for one, other in (("fc1", "fc2"), ("fc2", "fc1"))
+    ]
+    layers[2] = record("layers.1.fc1", kernels=("M=1: 0",))  # alone: another row
+    assert [
+        row.replace(" addmm 64x128 128 packed 20.0", "") for row in rows(report_of(*layers))
+    ] == [
+        "layers.*.fc* (21) 344.1 kB 91.4 kB one matmul with fc*; M=1: 0",
+        "layers.1.fc1 16.4 kB 4.4 kB M=1: 0",
+        "layers.*.fc* (2) 32.8 kB 8.7 kB one matmul with fc*; M=1: 1",
+    ]
 
 
 def test_a_merged_row_without_a_figure_has_none(terminal: Any) -> None:

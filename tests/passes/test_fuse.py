@@ -6,8 +6,10 @@ Nothing is fused on the CPU, so these tests say that fusing pays there, too.
 from __future__ import annotations
 
 import copy
+import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +34,9 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, Report
-from fxint4.passes import matmuls
+from fxint4.passes import folded_record, matmuls, with_matmuls
+from fxint4.passes.fuse import _kernels_by_m
+from fxint4.store import store
 
 M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -330,8 +334,7 @@ def test_a_dynamic_batch_is_compiled_once() -> None:
 
 
 def test_a_dense_copy_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxint4.passes.find.most_int4_rows", lambda *_: 8, raising=False)
-    find = __import__("importlib").import_module("fxint4.passes.find")
+    find = importlib.import_module("fxint4.passes.find")  # fxint4.passes.find is its function
     monkeypatch.setattr(find, "most_int4_rows", lambda *_: 8)
     model = Heads(48, 32)
     compiled = torch.compile(model, backend="int4tile", dynamic=True)
@@ -552,3 +555,144 @@ def test_results_have_the_strides_of_eager() -> None:
     for y, eager in zip(results, model(x), strict=True):
         assert (y.shape, y.stride()) == (eager.shape, eager.stride())
         assert y.untyped_storage().nbytes() == eager.untyped_storage().nbytes()
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _choices_as_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels' choices tell what was asked, and change at 100 rows."""
+
+    def choice(kind: str) -> Callable[[int, int, int], str]:
+        return lambda m, n, k: f"{kind} {'few' if m < 100 else 'many'} {n}x{k}"
+
+    monkeypatch.setattr("fxint4.passes.fuse.choose", choice("best"))
+    monkeypatch.setattr("fxint4.passes.fuse.choice_for_the_host", choice("host"))
+    _kernels_by_m.cache_clear()
+    yield
+    _kernels_by_m.cache_clear()
+
+
+def described(captured: Captured, form: str = "tiles", **options: bool) -> list[tuple[Any, Any]]:
+    cuda_graphs = options.pop("cuda_graphs", False)
+    records = [site.record for site in captured.sites]
+    forms = [form] * len(records)
+    made = with_matmuls(records, captured.sites, forms, Int4Config(**options), cuda_graphs)
+    for record, before in zip(made, records, strict=True):
+        assert replace(record, fused_with=(), kernels=()) == before
+    return [(record.fused_with, record.kernels) for record in made]
+
+
+@pytest.mark.usefixtures("_choices_as_text")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_of_the_whole_matmul_is_named(dtype: torch.dtype) -> None:
+    captured = two(dtype, lambda w, v, x: (x @ w.t(), x @ v.t()), torch.randn(M, K, dtype=dtype))
+    kernels = (f"M={M}: best few 80x{K}",)
+    assert described(captured) == [(("w1",), kernels), (("w0",), kernels)]
+    k = K if dtype is torch.float16 else 256  # ATen's op is given x with its pad
+    alone = [((), (f"M={M}: best few {n}x{k}",)) for n in (48, 32)]
+    assert described(captured, fuse_projections=False) == alone
+    assert described(captured, form="cpu") == [(("w1",), ()), (("w0",), ())]
+
+
+@pytest.mark.usefixtures("_choices_as_text")
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_a_number_of_rows_that_varies_has_a_kernel_for_each_range(cuda_graphs: bool) -> None:
+    weights = [torch.randn(48, K), torch.randn(32, K)]
+    captured = Captured.of(
+        lambda w, v, x: (x @ w.t(), x @ v.t()),
+        weights,
+        torch.randn(M, K),
+        tracing_mode="symbolic",
+    )
+    kind = "best" if cuda_graphs else "host"  # without them launches count
+    kernels = (f"M<=99: {kind} few 80x{K}", f"M>=100: {kind} many 80x{K}")
+    assert described(captured, cuda_graphs=cuda_graphs) == [(("w1",), kernels), (("w0",), kernels)]
+
+
+@pytest.mark.usefixtures("_choices_as_text")
+def test_a_weight_that_two_sites_share_counts_once() -> None:
+    captured = two(
+        torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t(), x @ w.t()), bf16(M, K).half()
+    )
+    kernels = (f"M={M}: best few 80x{K}",)
+    assert described(captured) == [
+        (("w1",), kernels),
+        (("w0",), kernels),
+        (("w1",), kernels),
+    ]
+
+
+@pytest.mark.usefixtures("_choices_as_text")
+def test_experts_have_no_kernel_by_rows() -> None:
+    w, x = torch.randn(2, 64, 48), torch.randn(2, M, 64)
+    assert described(Captured.of(lambda w, x: torch.bmm(x, w), [w], x)) == [((), ())]
+
+
+def test_fp16_activations_are_cast_on_the_cpu_only() -> None:
+    x = torch.randn(M, K, dtype=torch.float16)
+    captured = two(torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t()), x)
+    site = captured.sites[0]
+    packed = store.find(site.weight, list(captured.weights.values())[:1], site.shape)
+    on_the_cpu = folded_record(site, packed, "cpu", Int4Config())
+    on_a_gpu = folded_record(replace(site, int4="tiles"), packed, "tiles", Int4Config())
+    assert on_the_cpu.reason == "activations cast from float16 to bfloat16"
+    assert on_a_gpu.reason == ""
+
+
+@pytest.mark.parametrize("explain", [True, False])
+def test_a_report_names_those_that_are_multiplied_together(explain: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Heads(48, 32, 40)
+            self.out = nn.Linear(120, K, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.attention(x))
+
+    model, x = Block().eval(), torch.randn(M, K)
+    if explain:
+        report = fxint4.explain(model, x)
+    else:
+        _, report = compile_and_report(model, x)
+    q, k, v = (f"attention.{name}" for name in "qkv")
+    assert {record.name: record.fused_with for record in report.records} == {
+        q: (k, v),
+        k: (q, v),
+        v: (q, k),
+        "out": (),
+    }
+    assert report.to_dict()["records"][0]["fused_with"] == [k, v]
+    assert "one matmul with k, v" in str(report)
+
+
+def test_layers_that_share_code_name_their_own_partners() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Heads(40, 32) for _ in range(3))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [layer(x) for layer in self.layers]
+
+    model = Model().eval()
+    with torch.no_grad():
+        model.layers[2].k.weight[0, 0] = float("nan")
+        model.layers[1].q.weight = model.layers[0].q.weight
+    for layer in model.layers:
+        layer.compile(backend="int4tile")
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(M, K))
+    report = fxint4.last_report()
+    assert report is not None
+    assert [(r.name, r.action, r.fused_with) for r in report.records] == [
+        ("layers.0.q", "packed", ("layers.0.k",)),
+        ("layers.0.k", "packed", ("layers.0.q",)),
+        ("layers.1.k", "packed", ("layers.0.q",)),
+        ("layers.2.q", "packed", ()),
+        ("layers.2.k", "kept", ()),
+    ]
+    assert report.records[-1].reason == "1 of the weight's 6400 values are inf or NaN"

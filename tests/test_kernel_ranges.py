@@ -1,0 +1,74 @@
+"""Ranges of M between the changes of a choice."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from fxint4.kernel_ranges import by_m, range_text
+from fxint4.kernels import linear
+from fxint4.kernels.linear import choose, choose_blocks
+from fxint4.ops import choice_for_the_host
+
+
+def test_one_choice_is_one_range() -> None:
+    assert by_m(lambda m: "aten") == [(1, None, "aten")]
+
+
+@pytest.mark.parametrize(
+    "firsts",
+    [
+        (2,),
+        (2, 3, 4),
+        (17, 33, 65, 129, 2048),
+        (4095, 4096, 4097),
+        (4097, 8192, 8193),
+        (5000, 16385, 40000, 2**20 + 1, 2**39),
+    ],
+    ids=str,
+)
+def test_every_change_is_found(firsts: tuple[int, ...]) -> None:
+    ranges = by_m(lambda m: sum(m >= first for first in firsts))
+    starts = [1, *firsts]
+    ends = [first - 1 for first in firsts]
+    assert ranges == list(zip(starts, [*ends, None], range(len(starts)), strict=True))
+
+
+def test_a_choice_that_comes_back_is_a_range_of_its_own() -> None:
+    ranges = by_m(lambda m: "odd" if m <= 3 and m % 2 else "even")
+    assert ranges == [(1, 1, "odd"), (2, 2, "even"), (3, 3, "odd"), (4, None, "even")]
+
+
+@pytest.mark.parametrize("choice", [choose, choose_blocks, choice_for_the_host])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (6144, 4096), (28672, 4096), (64, 65536)])
+def test_the_ranges_say_what_the_kernels_say(
+    choice: Callable[[int, int, int], object], n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "triton", object())  # choices are made without it
+    ranges = by_m(lambda m: choice(m, n, k))
+    assert (ranges[0][0], ranges[-1][1]) == (1, None)
+    for (_, last, chosen), (first, _, following) in itertools.pairwise(ranges):
+        assert last is not None
+        assert first == last + 1
+        assert chosen != following
+    some = (*range(1, 9000), *(2**i + j for i in range(13, 31) for j in (-1, 0, 1, 777)))
+    for m in some:
+        [told] = [c for first, last, c in ranges if first <= m and (last is None or m <= last)]
+        assert told == choice(m, n, k), m
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "text"),
+    [
+        (1, None, "every M"),
+        (1, 1, "M=1"),
+        (1, 16, "M<=16"),
+        (17, 32, "M=17..32"),
+        (9, 9, "M=9"),
+        (2048, None, "M>=2048"),
+    ],
+)
+def test_a_range_as_text(first: int, last: int | None, text: str) -> None:
+    assert range_text(first, last) == text
