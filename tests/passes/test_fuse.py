@@ -409,8 +409,10 @@ def targets(gm: fx.GraphModule) -> list[object]:
 
 
 def two(dtype: torch.dtype, function: Callable[..., object], *inputs: Tensor) -> Captured:
+    """A graph with weights of 48 and 32 out features, its sites as a GPU has them."""
     weights = [torch.randn(48, K, dtype=dtype), torch.randn(32, K, dtype=dtype)]
-    return Captured.of(function, weights, *inputs)
+    captured = Captured.of(function, weights, *inputs)
+    return replace(captured, sites=[replace(site, int4="tiles") for site in captured.sites])
 
 
 def test_sites_without_a_packed_form_are_in_no_group() -> None:
@@ -633,16 +635,20 @@ def test_experts_have_no_kernel_by_rows() -> None:
 def test_fp16_activations_are_cast_on_the_cpu_only() -> None:
     x = torch.randn(M, K, dtype=torch.float16)
     captured = two(torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t()), x)
-    site = captured.sites[0]
+    [site, _] = captured.sites
     packed = store.find(site.weight, list(captured.weights.values())[:1], site.shape)
-    on_the_cpu = folded_record(site, packed, "cpu", Int4Config())
-    on_a_gpu = folded_record(replace(site, int4="tiles"), packed, "tiles", Int4Config())
+    on_the_cpu = folded_record(replace(site, int4="cpu"), packed, "cpu", Int4Config())
+    on_a_gpu = folded_record(site, packed, "tiles", Int4Config())
     assert on_the_cpu.reason == "activations cast from float16 to bfloat16"
     assert on_a_gpu.reason == ""
 
 
 @pytest.mark.parametrize("explain", [True, False])
-def test_a_report_names_those_that_are_multiplied_together(explain: bool) -> None:
+def test_a_report_names_those_that_are_multiplied_together(
+    explain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # what a terminal tells
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
