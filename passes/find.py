@@ -15,6 +15,7 @@ from fxint4.constants import Constants, Weight
 from fxint4.forms import (
     DTYPES,
     UNBOUNDED,
+    activation_dtype,
     device_fault,
     int4_form,
     most_int4_rows,
@@ -44,6 +45,7 @@ class Site:
             again where its op takes any, or None where the matmul stays as it is.
         most_rows: the largest M for the int4 op.
         record: what the report says of it, before its weight was looked at.
+        only_aten: whether it becomes ATen's ops alone, which run where fxint4 is not installed.
     """
 
     node: fx.Node
@@ -55,6 +57,14 @@ class Site:
     beyond: Form | None
     most_rows: int
     record: Record
+    only_aten: bool = False
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What its activation is cast to for the int4 op."""
+        if self.only_aten or self.shape.batch:
+            return torch.bfloat16  # the ops for several weights take any dtype, but cast to it
+        return activation_dtype(self.int4, value_of(self.match.x).dtype)
 
 
 def find(

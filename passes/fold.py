@@ -6,18 +6,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
 from fxint4._torch import real_tensors
 from fxint4.config import Int4Config
 from fxint4.errors import FoldError
-from fxint4.forms import activation_dtype, choose
+from fxint4.forms import choose
 from fxint4.passes.find import Site
 from fxint4.passes.pattern import GivenMatch, value_of
 from fxint4.report import Record
-from fxint4.store import Dense, Form, PackedWeight, store
+from fxint4.store import Dense, Form, PackedWeight, Store, store
 
 __all__ = ["fold", "folded_record", "packing_fault", "sqnr_fault"]
 
@@ -27,6 +26,7 @@ def fold(
     tensors: Mapping[fx.Node, Tensor],
     rows: Callable[[Site], int | None],
     config: Int4Config,
+    weights: Store = store,
 ) -> tuple[list[Site], list[Record]]:
     """Pack the weights of all sites, one at a time.
 
@@ -35,6 +35,7 @@ def fold(
         tensors: the real tensor behind each constant placeholder; none of them is changed.
         rows: the M that a site is expected to run with, None where it is not known.
         config: what the user asked for.
+        weights: where what is made is kept.
 
     Returns:
         The sites that stay, and a record for every entry of `found`.
@@ -59,12 +60,12 @@ def fold(
                 continue
             form = choose(entry.int4, entry.beyond, entry.most_rows, rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
-            packed = store.find(entry.weight, roots, entry.shape)
+            packed = weights.find(entry.weight, roots, entry.shape)
             if not packed.forms:
                 new.append(packed)
             try:
                 # The tiles are made even where a dense copy runs: they are what is kept.
-                store.fold(packed, {entry.int4, form or entry.int4}, roots)
+                weights.fold(packed, {entry.int4, form or entry.int4}, roots)
             except Exception as error:
                 for packed in new:
                     packed.clear()
@@ -118,13 +119,11 @@ def sqnr_fault(sqnr_db: float | None, config: Int4Config) -> str | None:
 
 def _remarks(site: Site, dense: Dense | None) -> Iterable[str]:
     dtype = value_of(site.match.x).dtype
-    # The ops for several weights take any dtype, but multiply in bf16.
-    takes = torch.bfloat16 if site.shape.batch else activation_dtype(site.int4, dtype)
     if isinstance(site.match, GivenMatch):
         yield "packed before"
     if dense:
         yield "runs as a dense copy"
-    elif dtype is not takes:
+    elif dtype is not site.activation_dtype:
         yield f"activations cast from {str(dtype).removeprefix('torch.')} to bfloat16"
 
 

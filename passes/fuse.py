@@ -41,7 +41,7 @@ def matmuls(
     for position, (site, form) in enumerate(zip(sites, forms, strict=True)):
         if form is None or isinstance(form, Dense):
             continue
-        fused = config.fuse_projections and not site.shape.batch
+        fused = config.fuse_projections and not (site.shape.batch or site.only_aten)
         fused = fused and fuses(value_of(site.match.weight).device)
         key = _shared(site, form, values) if fused else position
         groups.setdefault(key, []).append(position)
@@ -86,7 +86,7 @@ def _kernels(sites: Sequence[Site], form: Form | None, cuda_graphs: bool) -> tup
     if form != "tiles" or shape.batch:
         return ()
     n, k = sum(shape.n for shape in shapes), match.k
-    if aten_op(form, value_of(match.x).dtype, len(shapes)) is not None:
+    if aten_op(form, sites[0].activation_dtype, len(shapes)) is not None:
         n, k = shape.n_padded, shape.k_padded  # as the op sees them
     if isinstance(match.m, int):
         return (f"{range_text(match.m, match.m)}: {choose(match.m, n, k)}",)

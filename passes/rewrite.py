@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxint4._torch import aten
 from fxint4.config import Int4Config
 from fxint4.constants import Weight
-from fxint4.forms import activation_dtype, aten_op
+from fxint4.forms import aten_op
 from fxint4.passes.find import Site
 from fxint4.passes.fuse import matmuls
 from fxint4.passes.pattern import Build, Match, stride_hint, value_of
@@ -182,6 +182,7 @@ class _Int4Matmul:
 
     def __init__(self, sites: Sequence[Site], form: Form, inputs: _PackedInputs) -> None:
         self._form = form
+        self._dtype = sites[0].activation_dtype
         self._shapes = {inputs.of(site, form): site.shape for site in sites}
         self._product: fx.Node | None = None
 
@@ -206,11 +207,10 @@ class _Int4Matmul:
 
     def _multiply(self, x: fx.Node, build: Build) -> fx.Node:
         """X times all weights, side by side."""
-        dtype = value_of(x).dtype
-        op = aten_op(self._form, dtype, len(self._shapes))
+        op = aten_op(self._form, self._dtype, len(self._shapes))
         x = build.contiguous(x)
-        if dtype is not activation_dtype(self._form, dtype):
-            x = build(_CAST, x, activation_dtype(self._form, dtype))
+        if value_of(x).dtype is not self._dtype:
+            x = build(_CAST, x, self._dtype)
         tiles, scale_and_zero = (list(part) for part in zip(*self._shapes, strict=True))
         shape, *_ = self._shapes.values()
         if op is None:
