@@ -1,100 +1,35 @@
-"""The expert matmuls: in Triton's interpreter on the CPU, as PTX for Hopper, and on a GPU."""
+"""The expert matmuls: in Triton's interpreter on the CPU and on a GPU."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import itertools
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import assert_within, rounding
+from kernel_support import (
+    HAS_TRITON,
+    INTERPRETED,
+    Experts,
+    check,
+    compiled_only,
+    interpreted_only,
+    needs_memory,
+    needs_triton,
+    quiet_triton,
+    rows,
+    run_in_the_interpreter,
+)
+from kernel_support import make_experts as make
 from torch import Tensor
 
 from fxint4.kernels import common, experts
 from fxint4.kernels.experts import grouped_mm, indexed_mm
-from fxint4.quantize import dequantize, quantize
-from fxint4.tiles import (
-    TileShape,
-    choose_shape,
-    pack,
-    pack_scale_and_zero,
-    pad_codes,
-    pad_parameters,
-)
+from fxint4.quantize import dequantize
+from fxint4.tiles import pack, pack_scale_and_zero
 
-ROOT = Path(__file__).resolve().parents[1]
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# Triton 3.9 says that its default will change.
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
-
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set")
-interpreted_only = pytest.mark.skipif(
-    not (HAS_TRITON and INTERPRETED),
-    reason="needs Triton and TRITON_INTERPRET=1 (test_all_in_the_interpreter sets it)",
-)
-
-
-@dataclass(frozen=True)
-class Experts:
-    """E weights [n, k]: packed, and what they stand for in float64 (fp32 numbers)."""
-
-    shape: TileShape
-    tiles: Tensor
-    scale_and_zero: Tensor
-    weight: Tensor
-
-    @property
-    def count(self) -> int:
-        return self.tiles.shape[0]
-
-    def by_ends(self, x: Tensor, ends: Tensor, n: int | None = None) -> Tensor:
-        n = self.shape.n if n is None else n
-        return grouped_mm(x, self.tiles, self.scale_and_zero, ends, self.shape.group_size, n)
-
-    def by_index(self, x: Tensor, index: Tensor, n: int | None = None) -> Tensor:
-        n = self.shape.n if n is None else n
-        return indexed_mm(x, self.tiles, self.scale_and_zero, index, self.shape.group_size, n)
-
-
-def make(
-    count: int, n: int, k: int, group: int = 128, inner: int = 8, device: str = "cpu"
-) -> Experts:
-    generator = torch.Generator(device).manual_seed(0)
-    shape = choose_shape(n, k, group, inner)
-    tiles, parameters, weights = [], [], []
-    for _ in range(count):
-        made = quantize(
-            torch.randn(n, k, device=device, generator=generator) + 0.5,
-            shape.group_size,
-            shape.k_padded,
-        )
-        scale, zero = pad_parameters(made.scale, made.zero, shape.n_padded)
-        tiles.append(pack(pad_codes(made.codes, shape), shape.inner_k_tiles))
-        parameters.append(pack_scale_and_zero(scale, zero))
-        weights.append(
-            dequantize(made.codes, made.scale, made.zero, shape.group_size, torch.float64, k)
-        )
-    return Experts(shape, torch.stack(tiles), torch.stack(parameters), torch.stack(weights))
-
-
-def rows(count: int, k: int, device: str = "cpu") -> Tensor:
-    """bf16 x; behind its end in memory are NaN, which no result may show."""
-    x = torch.full((count * k + 4096,), float("nan"), dtype=torch.bfloat16, device=device)
-    generator = torch.Generator(device).manual_seed(1)
-    x[: count * k] = torch.randn(count * k, device=device, generator=generator)
-    return x[: count * k].view(count, k)
+pytestmark = quiet_triton
 
 
 def index_of(ends: Tensor, count: int) -> Tensor:
@@ -103,43 +38,7 @@ def index_of(ends: Tensor, count: int) -> Tensor:
     return index.to(ends.device)
 
 
-def check(y: Tensor, x: Tensor, weight: Tensor, index: Tensor, *, exact_weight: bool) -> None:
-    """y[s] is x[s] @ weight[index[s]].T to within its roundings, 0 where index[s] is E.
-
-    With exact_weight the weight has gone through bf16 already, so that y's rounding is the only
-    one to bf16; tensor cores cut off where fp32 additions round, so each of those counts four
-    times. Without, weight and y are rounded, and Triton's interpreter cuts off there, which is
-    as much as rounding twice.
-    """
-    k = x.shape[1]
-    share = rounding(4 * k, 1) if exact_weight else rounding(k, 4)
-    for e in range(weight.shape[0]):
-        at = (index == e).nonzero().squeeze(1)
-        w = weight[e].double()
-        mine = x[at].double()
-        assert_within(y[at], mine @ w.T, share * (mine.abs() @ w.abs().T))
-    assert torch.equal(y[index == weight.shape[0]], torch.zeros_like(y[index == weight.shape[0]]))
-
-
 # --- without a GPU -------------------------------------------------------------------------------
-
-
-def run_in_the_interpreter(file: str) -> None:
-    """Triton reads TRITON_INTERPRET when it is first imported, hence a process of its own."""
-    version = importlib.metadata.version("triton")
-    numpy = importlib.metadata.version("numpy")
-    if version.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 has no loops with NumPy 2.4")
-    made = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", file],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
-    assert re.search(r"\d+ passed", made.stdout), made.stdout
 
 
 @needs_triton
@@ -332,51 +231,6 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
         made.by_ends(x, ends)
 
 
-@needs_triton
-@compiled_only
-@pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("blocks", [blocks for _, blocks in experts._BY_ROWS], ids=str)
-def test_hopper_waits_for_each_dot(blocks: Any, fast: bool) -> None:
-    """No wgmma is in flight when the registers that it reads are written again."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {
-        "BY_ROW": False,
-        "EXPERTS": 128,
-        "GROUP": 128,
-        "HALF_INNER": 4,
-        "BM": blocks.rows,
-        "BN": blocks.features,
-        "BK": blocks.step,
-        "WARPS": blocks.warps,
-        "EVEN_N": True,
-        "EVEN_K": True,
-        "FAST": fast,
-        "INTERPRETED": False,
-    }
-    types = dict.fromkeys(("x_ptr", "y_ptr", "params_ptr"), "*bf16") | {"one": "fp32"}
-    types |= dict.fromkeys(("tiles_ptr", "experts_ptr"), "*i32")
-    types |= dict.fromkeys(constants, "constexpr")
-    names = experts._kernel.arg_names
-    unaligned = {*constants, "M", "E", "one"}
-    source = ASTSource(
-        experts._kernel,
-        {name: types.get(name, "i32") for name in names},
-        constants,
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in unaligned},
-    )
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = made.asm["ptx"]
-    found = re.findall(r"wgmma\.(mma_async|commit_group|wait_group)", ptx)
-    # Those of a step, 16 k and, in a warp, 16 features at a time, and then the wait.
-    count = blocks.step // 16 * (blocks.features // (16 * blocks.warps))
-    assert found == ["mma_async"] * count + ["commit_group", "wait_group"]
-    assert re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx) == ["0"]
-
-
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
@@ -479,13 +333,6 @@ def test_gpu_captured_graph_follows_the_routing(many: Experts, count: int) -> No
         graph.replay()
         check(grouped, x, many.weight, new, exact_weight=True)
         check(indexed, x, many.weight, new, exact_weight=True)
-
-
-def needs_memory(gigabytes: int) -> None:
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of GPU memory, {free / 1e9:.0f} GB are free")
 
 
 @needs_triton
