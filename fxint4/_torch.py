@@ -350,6 +350,16 @@ def mkldnn_supports(dtype: torch.dtype) -> bool:
     return bool(available and probes[dtype]())
 
 
+# --- torch.export --------------------------------------------------------------------------------
+
+
+def fake_mode_of(gm: fx.GraphModule) -> Any:
+    """The FakeTensorMode of a graph's `meta["val"]`s; None where it has no tensors."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
+
+
 # --- Tensors ------------------------------------------------------------------------------------
 
 #: As `__torch_function__` of a subclass: composite functions are taken apart into aten ops.

@@ -37,7 +37,7 @@ from fxint4.report import GraphReport, Record, Report, graph_text
 from fxint4.runtime import Int4Graph, Meeting, expected_rows
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["candidates_of", "explain", "int4tile", "last_report"]
+__all__ = ["candidates_of", "explain", "int4tile", "last_report", "remember", "standing_of"]
 
 #: Integer buffers hold quantised weights; a float buffer by itself may be a cache.
 _QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -71,8 +71,17 @@ def int4tile(
 
 
 def last_report() -> Report | None:
-    """The report of the `torch.compile(..., backend="int4tile")` that compiled last, or None."""
+    """The newest report, or None.
+
+    Of the `torch.compile(..., backend="int4tile")` that compiled last, or of `rewrite` or `package`.
+    """
     return _newest
+
+
+def remember(report: Report) -> None:
+    """Make a report the one that `last_report` returns."""
+    global _newest
+    _newest = report
 
 
 def explain(
@@ -170,8 +179,7 @@ def _compile_graph(
             records = [packed.pop(0) if record.action == "packed" else record for record in records]
         parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
-        global _newest
-        _newest = report
+        remember(report)
         return graph if sites else compile_graph(captured, fake_inputs, **kwargs)
 
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
@@ -374,7 +382,7 @@ class _Weights:
             self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
             if isinstance(value, nn.Parameter):
                 self.parameters[id(value)] = value.numel()
-            standing = _standing(value, is_buffer)
+            standing = standing_of(value, is_buffer)
             if standing is Standing.VARIES or index in mutated or node in written:
                 continue
             self.standings[node] = standing
@@ -382,7 +390,13 @@ class _Weights:
             self.names[node] = name
 
 
-def _standing(value: object, is_buffer: bool) -> Standing:
+def standing_of(value: object, is_buffer: bool) -> Standing:
+    """The standing of an input of a graph that the graph does not write to.
+
+    Args:
+        value: the input.
+        is_buffer: whether it is a buffer that a module registered.
+    """
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return Standing.VARIES
     if type(value) in (nn.Parameter, Int4TileTensor):  # others have their own idea of their values
