@@ -11,6 +11,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any, cast
 from unittest import mock
 
@@ -184,12 +185,19 @@ def launch_triton(
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._inductor import ir
 
+    launched = ir.UserDefinedTritonKernel
+    further = {"launch_kwargs": ()}  # torch 2.15 asks for them
     with _knowing_what_is_written(written):
-        ir.UserDefinedTritonKernel(
+        launched(
             kernel_idx=kernel_side_table.add_kernel(_with_config(kernel, warps, stages)),
             grid=[(programs, 1, 1)],
             tma_descriptor_metadata={},
             kernel_args={**tensors, **arguments},
+            **{
+                key: value
+                for key, value in further.items()
+                if key in signature(launched).parameters
+            },
         )
 
 

@@ -6,6 +6,7 @@ import copy
 import ctypes.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_gpu import generated, int4pack_mm, packed_specs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from fxint4 import Int4TileTensor, _inductor
+from fxint4.kernels.common import triton
 from fxint4.kernels.linear import choose
 from fxint4.lowering import _KEY, _blocks_by_m, lowerings
 from fxint4.quantize import dequantize, quantize
@@ -31,6 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
 ]
 gpu = pytest.mark.gpu
+needs_triton = pytest.mark.skipif(triton is None, reason="needs Triton")
 
 INT4, DEQUANTISE = "_kernel_of_linear", "_kernel_of_dequantize"
 K, N = 1024, 1024
@@ -156,6 +160,45 @@ def test_a_known_number_of_rows_decides_while_compiling() -> None:
             by = {"triton": INT4, "dequantise": DEQUANTISE}[choose(rows, N, K).kernel]
             assert ran[by] == 1
             assert ran[INT4] + ran[DEQUANTISE] == 1
+
+
+def launches(code: str) -> Counter[str]:
+    """How often generated code launches our kernels, Inductor's, and cuBLAS's matmul."""
+    ran = re.findall(r"^\s*(\w+?)(?:_\d+)?\.run\(", code, re.MULTILINE)
+    ours = Counter(name if name in (INT4, DEQUANTISE) else "inductor" for name in ran)
+    return ours + Counter(mm=len(re.findall(r"extern_kernels\.mm\(", code)))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("rows", "after", "expected"),
+    [
+        (1, F.gelu, Counter({INT4: 1, "inductor": 1})),
+        (64, lambda y: y, Counter({INT4: 1, "inductor": 1})),
+        (4096, lambda y: y, Counter({DEQUANTISE: 1, "mm": 1})),
+    ],
+)
+def test_code_without_a_gpu(
+    rows: int, after: Callable[[Tensor], Tensor], expected: Counter[str]
+) -> None:
+    """On every version of torch, as CI has no GPU."""
+    code = generated(
+        lambda x, tiles, scale_and_zero: after(int4pack_mm(x, tiles, scale_and_zero)),
+        [((rows, K), torch.bfloat16), *packed_specs(N, K)],
+    )
+    assert launches(code) == expected
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_code_of_fused_projections_without_a_gpu(dtype: torch.dtype) -> None:
+    def gate_times_up(x: Tensor, *packed: Tensor) -> Tensor:
+        buffers = (list(packed[0::2]), list(packed[1::2]))
+        gate, up = torch.ops.fxint4.linears(x, *buffers, 128, [N, N]).split(N, 1)
+        return F.silu(gate) * up
+
+    code = generated(gate_times_up, [((16, K), dtype), *packed_specs(N, K), *packed_specs(N, K)])
+    assert launches(code) == Counter({INT4: 1, "inductor": 1})
 
 
 #: Roundings of the weight and of y, and fp32 sums over K.

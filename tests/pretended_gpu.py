@@ -1,0 +1,110 @@
+"""Inductor's code for an H200, generated where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxint4 import _inductor
+from fxint4.lowering import _KEY, lowerings
+
+_H200 = types.SimpleNamespace(
+    name="NVIDIA H200",
+    gcnArchName="",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    shared_memory_per_block_optin=232448,
+    L2_cache_size=60 << 20,
+    total_memory=141 << 30,
+)
+
+
+class _Driver:
+    """What Triton asks of a GPU's driver before it compiles anything."""
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda:0")
+
+
+@contextlib.contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """As far as generating code goes, there is an H200."""
+    driver = importlib.import_module("triton.runtime").driver
+    properties = DeviceProperties(
+        type="cuda",
+        index=0,
+        multi_processor_count=_H200.multi_processor_count,
+        cc=90,
+        major=_H200.major,
+        regs_per_multiprocessor=_H200.regs_per_multiprocessor,
+        max_threads_per_multi_processor=_H200.max_threads_per_multi_processor,
+        warp_size=_H200.warp_size,
+    )
+    with (
+        mock.patch.object(DeviceProperties, "create", return_value=properties),
+        mock.patch.object(CudaInterface.Worker, "get_device_properties", return_value=_H200),
+        mock.patch("torch.cuda.get_device_properties", return_value=_H200),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        mock.patch("torch.cuda.current_device", return_value=0),
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch._inductor.scheduler.has_triton", return_value=True),
+        mock.patch.object(driver, "_active", _Driver()),
+    ):
+        yield
+
+
+def generated(
+    function: Callable[..., Any], specs: Sequence[tuple[Sequence[int], torch.dtype]]
+) -> str:
+    """The code that Inductor makes of a function with our lowerings in force.
+
+    Args:
+        function: of tensors on a GPU.
+        specs: size and dtype of each of them.
+    """
+    fake = FakeTensorMode()
+    with fake:
+        made = [torch.empty(*size, dtype=dtype, device="cuda:0") for size, dtype in specs]
+        gm = make_fx(function, decomposition_table=select_decomp_table())(*made)
+    with (
+        pretended_gpu(),
+        V.set_fake_mode(fake),
+        V.set_debug_handler(DebugContext()),
+        _inductor.in_force(lowerings(cuda_graphs=False), _KEY),
+    ):
+        graph = GraphLowering(gm, example_inputs=made)
+        with V.set_graph_handler(graph):
+            graph.run(*made)
+            code: Any = graph.codegen()[0]
+    return str(getattr(code, "value", code))
+
+
+def packed_specs(n: int, k: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of tiles and scale_and_zero of a weight, in groups of 128."""
+    return [((n // 8, k // 128, 32, 4), torch.int32), ((k // 128, n, 2), torch.bfloat16)]
+
+
+def int4pack_mm(x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm(x, tiles, 128, scale_and_zero)
