@@ -46,6 +46,7 @@ aten = torch.ops.aten
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxint4.passes.fuse.fuses", lambda device: True)
+    monkeypatch.setattr("fxint4.kernels.linear.triton", None)  # the GPU's kernels
 
 
 class Heads(nn.Module):
