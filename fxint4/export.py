@@ -1,0 +1,380 @@
+"""`rewrite`: the passes of the backend on a program that `torch.export` captured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+
+from fxint4 import _torch
+from fxint4._torch import aten
+from fxint4.backend import remember, standing_of
+from fxint4.config import Int4Config, split_options
+from fxint4.constants import Constants, Standing
+from fxint4.errors import OptionError
+from fxint4.forms import UNBOUNDED
+from fxint4.passes import (
+    DECOMPOSITIONS,
+    PATTERNS,
+    Build,
+    Rewritten,
+    Site,
+    find,
+    fold,
+    inline_regions,
+    with_matmuls,
+)
+from fxint4.passes import rewrite as rewrite_graph
+from fxint4.report import GraphReport, Record, Report, graph_text
+from fxint4.runtime import expected_rows
+from fxint4.store import Store
+from fxint4.tiles import pack_for_cpu, pack_scale_and_zero
+
+__all__ = ["is_rewritten", "rewrite", "rewrite_program"]
+
+_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+
+
+def rewrite(
+    exported_program: ExportedProgram, options: Mapping[str, Any] | None = None
+) -> ExportedProgram:
+    """Rewrite the matmuls of an exported program into int4 matmuls, its weights into packed ones.
+
+    What `torch.compile(..., backend="int4tile")` does to a captured graph, but for good: the packed
+    weights are buffers of the new program, and what nothing reads any more is not in it. Only ATen
+    ops are needed, so that the program runs where fxint4 is not installed; but for experts, whose
+    ops are fxint4's own. `fxint4.last_report()` says what was done.
+
+    A program has one form of each weight. On the CPU, whose int4 op is slower than a dense matmul
+    for many rows, the example inputs that the program was exported with decide: where these have
+    many, a matmul stays as it is. Packed bytes of the CPU are for the kind of CPU that packed them;
+    on another one the program raises a RuntimeError that says so.
+
+    Args:
+        exported_program: of `torch.export.export`, for inference; it is not changed.
+        options: fields of `Int4Config`.
+
+    Raises:
+        OptionError: an option that is not known, or not for programs.
+        FoldError: a weight could not be folded.
+    """
+    config, patches = split_options(None, options)
+    if patches:
+        raise OptionError(
+            f"rewrite takes fields of Int4Config, and {next(iter(patches))!r} is an option of "
+            "Inductor's: fxint4.package takes these"
+        )
+    return rewrite_program(exported_program, config, only_aten=True)
+
+
+def is_rewritten(program: ExportedProgram) -> bool:
+    """Whether a program has int4 matmuls."""
+    ops = (aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default)
+    return any(
+        node.target in ops or getattr(node.target, "namespace", None) == "fxint4"
+        for node in program.graph.nodes
+    )
+
+
+def rewrite_program(
+    program: ExportedProgram, config: Int4Config, only_aten: bool
+) -> ExportedProgram:
+    """See `rewrite`.
+
+    Args:
+        program: the program.
+        config: what the user asked for.
+        only_aten: whether matmuls become ATen's ops; otherwise ops of fxint4 that our lowering
+            knows, while experts stay as they are.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"got a {type(program).__name__}, need what torch.export.export(model, inputs) returns"
+        )
+    if config.free_weights:
+        raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
+    _torch.warn_if_untested()
+    program = program.run_decompositions(_torch.decompositions(DECOMPOSITIONS))
+    captured = program.graph_module
+    fake_mode = _torch.fake_mode_of(captured)
+    weights = _Weights(program)
+    inline_regions(captured, fake_mode)
+    constants = Constants(captured, weights.standings)
+    found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
+    found = [_in_a_program(entry, only_aten) for entry in found]
+    store = Store()  # of its own: the others write over what they hold when parameters change
+    sites, records = fold(found, weights.tensors, expected_rows, config, store)
+    forms = [site.int4 for site in sites]
+    labels = dict[str, str]()
+    before = after = graph_text(captured, weights.targets, labels)
+    if sites:
+        if not only_aten:
+            records = _with_matmuls(records, sites, config)
+        rewritten = rewrite_graph(captured, sites, forms, config, weights.unread, fake_mode)
+        program = _Program(program, weights, rewritten, store, fake_mode).made()
+        targets = {
+            spec.arg.name: spec.target
+            for spec in program.graph_signature.input_specs
+            if spec.target is not None
+        }
+        after = graph_text(program.graph_module, targets, labels)
+    report = Report()
+    records = [dataclasses.replace(record, held_bytes=0) for record in records]
+    report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
+    remember(report)
+    return program
+
+
+def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
+    """A site with its one form, or the record of one that is kept where another form is better."""
+    if isinstance(entry, Record):
+        return entry
+    rows = expected_rows(entry)
+    reason = ""
+    if rows == 0:
+        reason = "no rows in the example inputs"
+    elif rows is not None and rows > entry.most_rows:
+        reason = (
+            f"M={rows} in the example inputs: on the CPU a dense matmul is faster than int4 from "
+            f"M={entry.most_rows + 1} on"
+        )
+    elif entry.shape.batch and not only_aten:
+        reason = "experts need ops of fxint4, which a package runs without"
+    if reason:
+        return dataclasses.replace(entry.record, reason=reason)
+    return dataclasses.replace(entry, beyond=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
+
+
+def _with_matmuls(
+    records: Sequence[Record], sites: Sequence[Site], config: Int4Config
+) -> list[Record]:
+    """Records that say which sites are multiplied together, and by what where M is fixed."""
+    packed = [record for record in records if record.action == "packed"]
+    forms = [site.int4 for site in sites]
+    made = iter(with_matmuls(packed, sites, forms, config, cuda_graphs=True))
+    merged = [next(made) if record.action == "packed" else record for record in records]
+    return [
+        dataclasses.replace(record, kernels=record.kernels if len(record.kernels) == 1 else ())
+        for record in merged
+    ]
+
+
+class _Weights:
+    """The placeholders of a program that are no user inputs, and the real tensors behind them.
+
+    Attributes:
+        targets: full names, by name of the placeholder.
+        values: real tensors, of buffers and constants too.
+        standings: of the placeholders that the program does not write to.
+        tensors: the real tensors behind these.
+        names: their full names.
+        unread: the placeholders that may go where nothing reads them.
+        parameters: elements of each parameter, by identity.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        signature = program.graph_signature
+        written = {spec.target for spec in signature.output_specs if spec.kind in _WRITES}
+        self.targets: dict[str, str] = {}
+        self.standings: dict[fx.Node, Standing] = {}
+        self.tensors: dict[fx.Node, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.unread: list[fx.Node] = []
+        self.parameters: dict[int, int] = {}
+        first: dict[int, fx.Node] = {}
+        for node, spec in zip(_placeholders(program.graph), signature.input_specs, strict=True):
+            value = _value(program, spec)
+            if spec.target is None or value is None:
+                continue
+            self.targets[node.name] = spec.target
+            if spec.kind is InputKind.PARAMETER:
+                self.parameters[id(value)] = value.numel()
+            standing = standing_of(value, is_buffer=spec.kind is not InputKind.PARAMETER)
+            if spec.target in written:
+                continue
+            self.unread.append(node)
+            if standing is Standing.VARIES:
+                continue
+            # Tied weights come as several placeholders, and are to be one weight.
+            node.replace_all_uses_with(first.setdefault(id(value), node))
+            self.standings[node] = standing
+            self.tensors[node] = value
+            self.names[node] = spec.target
+
+
+def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _value(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
+    """The real tensor of an input that the program brings along, if it is one."""
+    if spec.target is None:
+        return None
+    value = program.state_dict.get(spec.target, program.constants.get(spec.target))
+    return value if isinstance(value, Tensor) else None
+
+
+class _Program:
+    """Makes a program of a rewritten graph.
+
+    Args:
+        program: the program as captured, its graph the one that was rewritten.
+        weights: of the program.
+        rewritten: the graph.
+        store: has its packed weights.
+        fake_mode: the FakeTensorMode of the graph's values.
+    """
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        weights: _Weights,
+        rewritten: Rewritten,
+        store: Store,
+        fake_mode: Any,
+    ) -> None:
+        self._program = program
+        self._weights = weights
+        self._gm = rewritten.gm
+        self._fake_mode = fake_mode
+        nodes = _placeholders(self._gm.graph)
+        kept = len(rewritten.kept_inputs)
+        specs = program.graph_signature.input_specs
+        self._specs = {
+            node: _renamed(specs[old], node)
+            for node, old in zip(nodes[:kept], rewritten.kept_inputs, strict=True)
+        }
+        user_inputs = [n for n, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT]
+        self._first_user_input = next(iter(user_inputs), None)
+        self._buffers: dict[str, Tensor] = {}
+        self._add_packed(iter(nodes[kept:]), rewritten, store)
+        if any(slot.form == "cpu" for slot in rewritten.slots):
+            self._add_check()
+
+    def made(self) -> ExportedProgram:
+        """The program."""
+        program, graph = self._program, self._gm.graph
+        (results,) = graph.output_node().args
+        signature = ExportGraphSignature(
+            input_specs=[self._specs[node] for node in _placeholders(graph)],
+            output_specs=[
+                _renamed(spec, node)
+                for spec, node in zip(program.graph_signature.output_specs, results, strict=True)
+            ],
+        )
+        renamed = {
+            old.arg.name: new.arg.name
+            for old, new in zip(
+                program.graph_signature.output_specs, signature.output_specs, strict=True
+            )
+        }
+        for entry in program.module_call_graph:
+            if entry.signature is not None:
+                for argument in (*entry.signature.inputs, *entry.signature.outputs):
+                    argument.name = renamed.get(argument.name, argument.name)
+        graph.lint()
+        self._gm.recompile()
+        kept = {spec.target for spec in self._specs.values()}
+        gone = set(self._weights.targets.values()) - kept
+        # For inference: compilers ask for the gradient of whatever meets a parameter that wants one.
+        state = {
+            key: nn.Parameter(value, requires_grad=False) if value.requires_grad else value
+            for key, value in program.state_dict.items()
+            if key in kept
+        }
+        return ExportedProgram(
+            root=self._gm,
+            graph=graph,
+            graph_signature=signature,
+            state_dict={**state, **self._buffers},
+            range_constraints=program.range_constraints,
+            module_call_graph=program.module_call_graph,
+            example_inputs=program.example_inputs,
+            constants={key: v for key, v in program.constants.items() if key not in gone},
+            verifiers=program.verifiers,
+        )
+
+    def _add_packed(self, nodes: Iterator[fx.Node], rewritten: Rewritten, store: Store) -> None:
+        """Buffers for the inputs that hold packed weights."""
+        for slot in rewritten.slots:
+            roots = sorted(slot.weight.roots, key=lambda root: -self._weights.tensors[root].numel())
+            tensors = [self._weights.tensors[root] for root in slot.weight.roots]
+            packed = store.find(slot.weight, tensors, slot.shape)
+            for tensor in packed.forms[slot.form]:
+                node = next(nodes)
+                part = node.name.rpartition("_")[0]
+                self._add(node, f"{self._weights.names[roots[0]]}_{part}", tensor)
+            packed.clear()  # lets go of them
+
+    def _add(self, node: fx.Node, target: str, tensor: Tensor) -> None:
+        """Make a placeholder a buffer, in front of what the user passes."""
+        taken = {*self._program.state_dict, *self._program.constants, *self._buffers}
+        while target in taken:
+            target += "_"
+        self._buffers[target] = tensor
+        argument = TensorArgument(name=node.name)
+        self._specs[node] = InputSpec(InputKind.BUFFER, argument, target, persistent=True)
+        if self._first_user_input is not None:
+            self._first_user_input.prepend(node)
+
+    def _add_check(self) -> None:
+        """Refuse to run where the CPU's int4 op reads another order of bytes.
+
+        The order depends on the instruction set, and on nothing that the program holds. So it also
+        holds one small weight of known codes, and asserts that the op multiplies by it rightly.
+        """
+        size = 64  # rows that the op packs together on any CPU
+        codes = torch.full((size, size), 8, dtype=torch.uint8)
+        codes[torch.arange(size), (5 * torch.arange(size) + 3) % size] = 9  # a permutation
+        x = torch.arange(size, dtype=torch.bfloat16).unsqueeze(0)
+        scale = torch.ones(size, 1, dtype=torch.bfloat16)
+        tensors = {
+            "x": x,
+            "cpu_tiles": pack_for_cpu(codes),
+            "scale_and_zero": pack_scale_and_zero(scale, torch.zeros_like(scale)),
+            "y": x[:, (5 * torch.arange(size) + 3) % size],
+        }
+        graph = self._gm.graph
+        *_, last = _placeholders(graph)
+        nodes = []
+        for name, tensor in tensors.items():
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"check_{name}")
+            with self._fake_mode:
+                last.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._add(last, f"fxint4_check_{name}", tensor)
+            nodes.append(last)
+        x_node, tiles, parameters, expected = nodes
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        build = Build(first, self._fake_mode, like=x_node)
+        y = build(aten._weight_int4pack_mm_for_cpu.default, x_node, tiles, size, parameters)
+        same = build(aten.all.default, build(aten.eq.Tensor, y, expected))
+        build(
+            aten._assert_async.msg, same, _OTHER_CPU.format(torch.backends.cpu.get_cpu_capability())
+        )
+
+
+_OTHER_CPU = (
+    "fxint4: the int4 weights of this program were packed for CPUs with {} instructions, and here "
+    "the int4 op reads them in another order. Export and rewrite it again on a CPU like this one"
+)
+
+
+def _renamed(spec: Any, node: Any) -> Any:
+    """An InputSpec or OutputSpec that goes by the name of a node; that of a constant stays."""
+    if not isinstance(node, fx.Node) or isinstance(spec.arg, ConstantArgument):
+        return spec
+    return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name))
