@@ -127,11 +127,11 @@ class Weight:
     def __init__(self, n: int, k: int, peers: Peers, enough: bool = True) -> None:
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
         scale = (torch.rand(n, k // GROUP, device=DEVICE) + 0.5).bfloat16() * (k**-0.5 / 8)
-        zero_point = torch.randint(7, 10, scale.shape, device=DEVICE)
+        zero_point = torch.randint(7, 10, scale.shape, dtype=torch.int8, device=DEVICE)
         self.n, self.k = n, k
         self.dense = [
             torch.repeat_interleave(scale, GROUP, 1)
-            * (codes - torch.repeat_interleave(zero_point, GROUP, 1)).bfloat16()
+            * (codes.to(torch.int8) - torch.repeat_interleave(zero_point, GROUP, 1))
         ]
         packed = Int4TileTensor.from_plain(codes, scale, zero_point, group_size=GROUP)
         self.tiles = [(packed.tiles, packed.scale_and_zero)]
@@ -320,7 +320,9 @@ def main() -> None:
     """Measure, print, write."""
     made = parser(__doc__)
     cores = os.cpu_count() or 1
-    made.add_argument("--jobs", type=int, default=max(1, cores - 2), help="to compile with first")
+    made.add_argument(
+        "--jobs", type=int, default=max(1, min(8, cores - 2)), help="to compile with first"
+    )
     made.add_argument("--part", metavar="I/JOBS", help="compile a part of the kernels, no more")
     arguments = made.parse_args()
     shapes = list(SHAPES)[:2] if arguments.quick else list(SHAPES)
