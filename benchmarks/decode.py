@@ -279,7 +279,7 @@ class Contender:
             self.model.module,
             backend=backend,
             mode="reduce-overhead",
-            fullgraph=True,
+            fullgraph=isinstance(self.model, Plain),
             dynamic=False,
         )
         self.model.rewind()
