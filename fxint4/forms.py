@@ -74,10 +74,10 @@ def aten_op(form: Form, dtype: torch.dtype, weights: int) -> Any | None:
 
     Args:
         form: a packed form.
-        dtype: of the activation, as the model has it.
+        dtype: of the activation, cast as `activation_dtype` says.
         weights: how many weights the matmul has.
     """
-    if weights > 1 or activation_dtype(form, dtype) is not torch.bfloat16:
+    if weights > 1 or dtype is not torch.bfloat16:
         return None  # ATen's ops take one weight, and bf16
     cpu = form == "cpu"
     return (aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm).default

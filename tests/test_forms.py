@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from fxint4 import forms
-from fxint4.forms import choose, device_fault, int4_form, most_int4_rows, rows_multiple
+from fxint4.forms import (
+    activation_dtype,
+    aten_op,
+    choose,
+    device_fault,
+    fuses,
+    int4_form,
+    most_int4_rows,
+    rows_multiple,
+)
 from fxint4.store import Dense
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -64,6 +73,28 @@ def test_rocm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_device_has_its_op() -> None:
     assert (int4_form(CPU), rows_multiple(CPU)) == ("cpu", 16)
     assert (int4_form(CUDA), rows_multiple(CUDA)) == ("tiles", 8)
+
+
+def test_weights_that_share_an_activation_are_multiplied_in_one_matmul_on_a_gpu() -> None:
+    assert (fuses(CPU), fuses(CUDA)) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "cast_to", "op"),
+    [
+        ("tiles", torch.bfloat16, torch.bfloat16, "_weight_int4pack_mm"),
+        ("tiles", torch.float16, torch.float16, None),
+        ("tiles", torch.float32, torch.bfloat16, "_weight_int4pack_mm"),
+        *(("cpu", dtype, torch.bfloat16, "_weight_int4pack_mm_for_cpu") for dtype in forms.DTYPES),
+    ],
+)
+def test_atens_ops_take_one_weight_and_bf16(
+    form: str, dtype: torch.dtype, cast_to: torch.dtype, op: str | None
+) -> None:
+    assert activation_dtype(form, dtype) is cast_to
+    expected = getattr(torch.ops.aten, op).default if op else None
+    assert aten_op(form, cast_to, 1) is expected
+    assert aten_op(form, cast_to, 2) is None
 
 
 # --- how many rows -------------------------------------------------------------------------------

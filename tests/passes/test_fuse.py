@@ -703,3 +703,26 @@ def test_layers_that_share_code_name_their_own_partners() -> None:
         ("layers.2.k", "kept", ()),
     ]
     assert report.records[-1].reason == "1 of the weight's 6400 values are inf or NaN"
+
+
+@pytest.mark.parametrize(("mode", "cuda_graphs"), [(None, False), ("reduce-overhead", True)])
+def test_kernels_are_named_for_the_mode_asked_for(
+    mode: str | None, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def spy(records: Any, sites: Any, forms: Any, config: Any, graphs: bool) -> Any:
+        told.append(graphs)
+        return with_matmuls(records, sites, forms, config, graphs)
+
+    monkeypatch.setattr("fxint4.backend.with_matmuls", spy)
+
+    class Layer(Heads):
+        pass  # code that Dynamo shares
+
+    layers = [Layer(48, 32) for _ in range(2)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.compile(backend="int4tile", mode=mode)
+            layer(torch.randn(M, K))
+    assert told == [cuda_graphs] * 2  # when it was compiled, and when the second layer was met
