@@ -1,6 +1,7 @@
 """int4 weight-only inference for any PyTorch model: `torch.compile(model, backend="int4tile")`."""
 
 from fxint4 import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
+from fxint4.aot import package
 from fxint4.backend import explain, last_report
 from fxint4.config import Int4Config
 from fxint4.errors import (
@@ -11,6 +12,7 @@ from fxint4.errors import (
     TrainingError,
     UnsupportedOpError,
 )
+from fxint4.export import rewrite
 from fxint4.pack import pack_
 from fxint4.report import Record, Report
 from fxint4.saving import load_file, save_file
@@ -34,5 +36,7 @@ __all__ = [
     "last_report",
     "load_file",
     "pack_",
+    "package",
+    "rewrite",
     "save_file",
 ]

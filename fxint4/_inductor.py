@@ -55,9 +55,7 @@ def compile_fx_inner(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
-    with in_force(lowerings(bool(config.triton.cudagraphs)), key), warnings.catch_warnings():
-        # A kernel that casts an fp16 activation to bf16 is what we want, and right.
-        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
+    with in_force(lowerings(bool(config.triton.cudagraphs)), key):
         return cast(
             "Callable[[list[Any]], Sequence[Any]]",
             inductor_compile_fx_inner(gm, example_inputs, **kwargs),
@@ -88,7 +86,10 @@ def in_force(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[
         _overlaid(lowering.lowerings, {**calls, **lowerings}),
         _overlaid(lowering._maybe_layout_constraints, contiguous_operands),
         compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+        warnings.catch_warnings(),
     ):
+        # A kernel that casts an fp16 activation to bf16 is what we want, and right.
+        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
         yield
 
 

@@ -360,6 +360,37 @@ def fake_mode_of(gm: fx.GraphModule) -> Any:
     return detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
 
 
+def aoti_package(
+    program: torch.export.ExportedProgram, path: str, patches: Mapping[str, Any]
+) -> None:
+    """Compile a program with AOTInductor, into a file that `aoti_load_package` loads.
+
+    Args:
+        program: with example inputs.
+        path: of the file, which ends in ".pt2".
+        patches: of Inductor's config.
+    """
+    from torch._inductor import aoti_compile_and_package
+
+    configs = {**patches, **CONFIG_PATCHES}
+    with torch.no_grad():
+        aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+def flat(tree: Any) -> list[Any]:
+    """The leaves of nested containers."""
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(tree)
+
+
+def aoti_load(path: str) -> Any:
+    """What a package holds, to be called like the model that was exported."""
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(path)
+
+
 # --- Tensors ------------------------------------------------------------------------------------
 
 #: As `__torch_function__` of a subclass: composite functions are taken apart into aten ops.

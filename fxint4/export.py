@@ -15,7 +15,6 @@ from torch.export.graph_signature import (
     InputKind,
     InputSpec,
     OutputKind,
-    OutputSpec,
     TensorArgument,
 )
 
@@ -43,7 +42,7 @@ from fxint4.runtime import expected_rows
 from fxint4.store import Store
 from fxint4.tiles import pack_for_cpu, pack_scale_and_zero
 
-__all__ = ["is_rewritten", "rewrite", "rewrite_program"]
+__all__ = ["is_rewritten", "placeholders", "rewrite", "rewrite_program", "with_tensors"]
 
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
@@ -81,12 +80,20 @@ def rewrite(
 
 
 def is_rewritten(program: ExportedProgram) -> bool:
-    """Whether a program has int4 matmuls."""
+    """Whether a program has int4 matmuls; TypeError for what is no program."""
+    _check_program(program)
     ops = (aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default)
     return any(
         node.target in ops or getattr(node.target, "namespace", None) == "fxint4"
         for node in program.graph.nodes
     )
+
+
+def _check_program(program: object) -> None:
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"got a {type(program).__name__}, need what torch.export.export(model, inputs) returns"
+        )
 
 
 def rewrite_program(
@@ -100,10 +107,7 @@ def rewrite_program(
         only_aten: whether matmuls become ATen's ops; otherwise ops of fxint4 that our lowering
             knows, while experts stay as they are.
     """
-    if not isinstance(program, ExportedProgram):
-        raise TypeError(
-            f"got a {type(program).__name__}, need what torch.export.export(model, inputs) returns"
-        )
+    _check_program(program)
     if config.free_weights:
         raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
     _torch.warn_if_untested()
@@ -172,6 +176,23 @@ def _with_matmuls(
     ]
 
 
+def with_tensors(
+    program: ExportedProgram, state_dict: dict[str, Any], constants: dict[str, Any]
+) -> ExportedProgram:
+    """The same program with other tensors of the same shapes."""
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=program.graph_signature,
+        state_dict=state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=constants,
+        verifiers=program.verifiers,
+    )
+
+
 class _Weights:
     """The placeholders of a program that are no user inputs, and the real tensors behind them.
 
@@ -195,7 +216,7 @@ class _Weights:
         self.unread: list[fx.Node] = []
         self.parameters: dict[int, int] = {}
         first: dict[int, fx.Node] = {}
-        for node, spec in zip(_placeholders(program.graph), signature.input_specs, strict=True):
+        for node, spec in zip(placeholders(program.graph), signature.input_specs, strict=True):
             value = _value(program, spec)
             if spec.target is None or value is None:
                 continue
@@ -215,7 +236,8 @@ class _Weights:
             self.names[node] = spec.target
 
 
-def _placeholders(graph: fx.Graph) -> list[fx.Node]:
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph."""
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
@@ -250,7 +272,7 @@ class _Program:
         self._weights = weights
         self._gm = rewritten.gm
         self._fake_mode = fake_mode
-        nodes = _placeholders(self._gm.graph)
+        nodes = placeholders(self._gm.graph)
         kept = len(rewritten.kept_inputs)
         specs = program.graph_signature.input_specs
         self._specs = {
@@ -267,9 +289,9 @@ class _Program:
     def made(self) -> ExportedProgram:
         """The program."""
         program, graph = self._program, self._gm.graph
-        (results,) = graph.output_node().args
+        results: Any = graph.output_node().args[0]
         signature = ExportGraphSignature(
-            input_specs=[self._specs[node] for node in _placeholders(graph)],
+            input_specs=[self._specs[node] for node in placeholders(graph)],
             output_specs=[
                 _renamed(spec, node)
                 for spec, node in zip(program.graph_signature.output_specs, results, strict=True)
@@ -289,7 +311,7 @@ class _Program:
         self._gm.recompile()
         kept = {spec.target for spec in self._specs.values()}
         gone = set(self._weights.targets.values()) - kept
-        # For inference: compilers ask for the gradient of whatever meets a parameter that wants one.
+        # A compiler would ask the int4 op for the gradients that parameters want.
         state = {
             key: nn.Parameter(value, requires_grad=False) if value.requires_grad else value
             for key, value in program.state_dict.items()
@@ -348,7 +370,7 @@ class _Program:
             "y": x[:, (5 * torch.arange(size) + 3) % size],
         }
         graph = self._gm.graph
-        *_, last = _placeholders(graph)
+        *_, last = placeholders(graph)
         nodes = []
         for name, tensor in tensors.items():
             with graph.inserting_after(last):

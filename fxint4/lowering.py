@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from fxint4.kernels import common, linear
 from fxint4.kernels.common import Blocks, Launch
 from fxint4.kernels.linear import MOST_WEIGHTS, choose, choose_blocks
 
-__all__ = ["compile_graph", "lowerings"]
+__all__ = ["compile_graph", "lowered", "lowerings"]
 
 #: For Inductor's caches: another one whenever something else may be made of a graph.
 _KEY = hashlib.sha256(
@@ -47,6 +48,11 @@ def compile_graph(
         **kwargs: for Inductor.
     """
     return _inductor.compile_fx_inner(gm, example_inputs, lowerings, _KEY, **kwargs)
+
+
+def lowered() -> AbstractContextManager[None]:
+    """A while in which whatever Inductor compiles ahead of time is lowered as ours is."""
+    return _inductor.in_force(lowerings(cuda_graphs=False), _KEY)
 
 
 def lowerings(cuda_graphs: bool) -> Mapping[Any, Callable[..., Any]]:

@@ -1,0 +1,148 @@
+"""`package`: a program compiled ahead of time, in a file that needs neither fxint4 nor Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from fxint4 import _torch
+from fxint4.config import Int4Config, split_options
+from fxint4.errors import OptionError, UnsupportedOpError
+from fxint4.export import is_rewritten, placeholders, rewrite_program, with_tensors
+from fxint4.lowering import lowered
+
+__all__ = ["METADATA", "package"]
+
+#: Under this key a package's metadata has, as JSON, a list with an entry for each input, in the
+#: order in which they are flattened: what `_described` says.
+METADATA = "fxint4.inputs"
+
+
+def package(
+    exported_program: ExportedProgram,
+    path: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Compile an exported program with AOTInductor, its matmuls by constant weights in int4.
+
+    The package is loaded by `torch._inductor.aoti_load_package(path)`, or in C++ by
+    `torch::inductor::AOTIModelPackageLoader`; the process needs no fxint4. On a GPU matmuls run the
+    kernels that `torch.compile(..., backend="int4tile")` has. Experts stay as they are, because
+    their ops are fxint4's own. `fxint4.last_report()` says what was done.
+
+    Args:
+        exported_program: of `torch.export.export`, as captured or from `fxint4.rewrite`; it is not
+            changed.
+        path: of the file to write, which ends in ".pt2".
+        options: fields of `Int4Config`, for a program as captured, and options of Inductor.
+
+    Returns:
+        The path.
+
+    Raises:
+        OptionError: an option that is not known; or a path or program that no package is made of.
+        FoldError: a weight could not be folded.
+        UnsupportedOpError: the program has experts packed by `fxint4.rewrite`.
+    """
+    path = os.fspath(path)
+    _check_path(path)
+    config, patches = split_options(None, options)
+    if is_rewritten(exported_program):
+        program = exported_program
+        _check_rewritten(program, options or {})
+    else:
+        program = rewrite_program(exported_program, config, only_aten=False)
+    if program.example_inputs is None:
+        raise OptionError(
+            "the program has no example inputs, which AOTInductor needs: set its example_inputs to "
+            "(args, kwargs)"
+        )
+    program = _without_shared_storages(program)
+    known = patches.get("aot_inductor.metadata") or {}
+    patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
+    with lowered():
+        _torch.aoti_package(program, path, patches)
+    return path
+
+
+def _check_path(path: str) -> None:
+    if not path.endswith(".pt2"):
+        raise OptionError(f"path is {path!r}; a package is a file whose name ends in .pt2")
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise OptionError(f"path is {path!r}, but there is no folder {str(folder)!r}")
+
+
+def _check_rewritten(program: ExportedProgram, options: Mapping[str, Any]) -> None:
+    ours = {field.name for field in dataclasses.fields(Int4Config)}
+    late = [name for name in options if name.replace("-", "_") in ours]
+    if late:
+        raise OptionError(
+            f"the program is rewritten already, so {late[0]!r} comes too late: give it to "
+            "fxint4.rewrite, or give fxint4.package the program as it was captured"
+        )
+    for node in program.graph.nodes:
+        if getattr(node.target, "namespace", None) == "fxint4":
+            raise UnsupportedOpError(
+                f"the program calls {node.target}, an op of fxint4, which a package runs without: "
+                "give fxint4.package the program as it was captured, and experts stay as they are"
+            )
+
+
+def _without_shared_storages(program: ExportedProgram) -> ExportedProgram:
+    """A program each of whose tensors fills its storage: AOTInductor writes whole storages."""
+    copies: dict[Any, Tensor] = {}
+
+    def alone(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return value
+        storage = value.untyped_storage()
+        if storage.nbytes() <= value.numel() * value.element_size():
+            return value
+        # Tied tensors stay tied.
+        where = (storage.data_ptr(), value.storage_offset(), value.shape, value.stride())
+        return copies.setdefault((*where, value.dtype), value.detach().clone())
+
+    state = {name: alone(value) for name, value in program.state_dict.items()}
+    constants = {name: alone(value) for name, value in program.constants.items()}
+    return with_tensors(program, state, constants) if copies else program
+
+
+def _described(program: ExportedProgram) -> list[dict[str, Any]]:
+    """What the inputs of a program are like.
+
+    Of a tensor: "shape", with None for what varies; "example", its shape in the example inputs;
+    "dtype"; "device"; and of integers "low" and "high" in the example. Of anything else nothing.
+    """
+    specs = program.graph_signature.input_specs
+    nodes = [
+        node
+        for node, spec in zip(placeholders(program.graph), specs, strict=True)
+        if spec.kind is InputKind.USER_INPUT
+    ]
+    examples = _torch.flat(program.example_inputs)
+    return [_description(node, value) for node, value in zip(nodes, examples, strict=True)]
+
+
+def _description(node: fx.Node, example: Any) -> dict[str, Any]:
+    if not isinstance(example, Tensor):
+        return {}
+    sizes = node.meta["val"].shape
+    entry: dict[str, Any] = {
+        "shape": [size if isinstance(size, int) else None for size in sizes],
+        "example": list(example.shape),
+        "dtype": str(example.dtype).removeprefix("torch."),
+        "device": example.device.type,
+    }
+    if not (example.is_floating_point() or example.is_complex()) and example.numel():
+        entry |= {"low": int(example.min()), "high": int(example.max())}
+    return entry
