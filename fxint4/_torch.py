@@ -10,7 +10,6 @@ import functools
 import logging
 import operator
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -109,8 +109,13 @@ def _without_shared_storages(program: ExportedProgram) -> ExportedProgram:
         if storage.nbytes() <= value.numel() * value.element_size():
             return value
         # Tied tensors stay tied.
-        where = (storage.data_ptr(), value.storage_offset(), value.shape, value.stride())
-        return copies.setdefault((*where, value.dtype), value.detach().clone())
+        place = (storage.data_ptr(), value.storage_offset())
+        key = (*place, value.shape, value.stride(), value.dtype)
+        if key not in copies:
+            copy = value.detach().clone()
+            parameter = isinstance(value, nn.Parameter)
+            copies[key] = nn.Parameter(copy, False) if parameter else copy
+        return copies[key]
 
     state = {name: alone(value) for name, value in program.state_dict.items()}
     constants = {name: alone(value) for name, value in program.constants.items()}
