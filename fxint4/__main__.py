@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-# Command -> (module with a `main(argv) -> int`, what it does). Imported only when it is asked for.
+from fxint4.errors import Int4Error
+
+# Command -> (module, function(argv) -> int, what it does). Imported only when it is asked for.
 COMMANDS = {
-    "demo": ("fxint4.demo", "compile a trained sentence-embedding model and compare the results"),
+    "export": ("fxint4.cli", "export", "compile a model ahead of time into a package"),
+    "run": ("fxint4.cli", "run", "run a package, and time it"),
+    "demo": (
+        "fxint4.demo",
+        "main",
+        "compile a trained sentence-embedding model and compare the results",
+    ),
 }
 
 
@@ -28,25 +36,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process unless given.
 
     Returns:
-        The exit status: 0 if all went well, 2 for a wrong command line.
+        The exit status: 0 if all went well, 1 for a command that failed, 2 for a wrong command
+        line.
     """
     width = max(map(len, COMMANDS))
     parser = _Parser(
         prog="python -m fxint4",
         description='int4 weight-only inference: torch.compile(model, backend="int4tile")',
         epilog="commands:\n"
-        + "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()),
+        + "\n".join(f"  {name:{width}}  {what}" for name, (*_, what) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", nargs="?", help="one of those below; `COMMAND --help` says more")
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="show where an error comes from, not only what it is",
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
     args = parser.parse_args(argv)
     if args.command is None:
         parser.error("a command is missing")
     if args.command not in COMMANDS:
         parser.error(f"unknown command {args.command!r}")
-    module, _ = COMMANDS[args.command]
-    return int(import_module(module).main(args.arguments))
+    module, function, _ = COMMANDS[args.command]
+    arguments = [argument for argument in args.arguments if argument != "--traceback"]
+    try:
+        return int(getattr(import_module(module), function)(arguments))
+    except Exception as error:
+        if args.traceback or arguments != args.arguments:
+            raise
+        print(f"{parser.prog} {args.command}: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong: all of it where fxint4 says it, the beginning where others do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, Int4Error):
+        return " ".join(lines)
+    first = f": {lines[0]}" if lines else ""
+    return f"{type(error).__name__}{first} (--traceback shows where)"
 
 
 if __name__ == "__main__":

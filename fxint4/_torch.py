@@ -390,6 +390,14 @@ def aoti_load(path: str) -> Any:
     return aoti_load_package(path)
 
 
+def aoti_inputs(model: Any, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of what `aoti_load` returned, by position and by name, from their flattened form."""
+    from torch.utils._pytree import tree_unflatten, treespec_loads
+
+    args, kwargs = tree_unflatten(leaves, treespec_loads(model.loader.get_call_spec()[0]))
+    return tuple(args), dict(kwargs)
+
+
 # --- Tensors ------------------------------------------------------------------------------------
 
 #: As `__torch_function__` of a subclass: composite functions are taken apart into aten ops.

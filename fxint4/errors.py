@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CommandError",
     "FoldError",
     "Int4Error",
     "OptionError",
@@ -30,6 +31,10 @@ class FoldError(Int4Error, RuntimeError):
 
 class PackedFormatError(Int4Error, ValueError):
     """Packed buffers of a wrong dtype or layout, or that disagree: a damaged file, say."""
+
+
+class CommandError(Int4Error):
+    """What a command of `python -m fxint4` was given and can't use, in one line."""
 
 
 class UnsupportedOpError(Int4Error, NotImplementedError):

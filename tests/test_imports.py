@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("aot",),
     ("pack", "saving"),
     ("__init__",),
-    ("demo",),
+    ("demo", "cli"),
     ("__main__",),
 )
 

@@ -60,7 +60,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     listed = capsys.readouterr().out.partition("commands:\n")[2]
     assert [line.split(maxsplit=1) for line in listed.splitlines()] == [
-        [name, what] for name, (_, what) in COMMANDS.items()
+        [name, what] for name, (*_, what) in COMMANDS.items()
     ]
 
 

@@ -1,0 +1,375 @@
+"""`python -m fxint4 export` and `run`: a model to a package, and a package run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fxint4
+from fxint4 import _torch
+from fxint4.aot import METADATA
+from fxint4.config import GROUP_SIZES, INNER_K_TILES
+from fxint4.errors import CommandError
+
+__all__ = ["export", "run"]
+
+#: Timed calls of `run --bench`, and calls before them.
+_CALLS, _WARM_UP = 50, 5
+
+
+def export(argv: Sequence[str]) -> int:
+    """Capture what a factory makes, rewrite it, and write a package.
+
+    Args:
+        argv: the arguments after the command's name.
+
+    Returns:
+        0.
+
+    Raises:
+        CommandError: something on the command line can't be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fxint4 export",
+        description="Compile a model ahead of time, its matmuls by constant weights in int4. The "
+        "package is run by `python -m fxint4 run`, torch._inductor.aoti_load_package or C++.",
+    )
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="MODULE:FACTORY or FILE.py:FACTORY; the factory takes nothing and returns a model in "
+        "eval mode and its example inputs: a tensor, a tuple of arguments or a dict of keyword "
+        "arguments",
+    )
+    parser.add_argument("-o", "--output", required=True, help="the package to write, a .pt2 file")
+    parser.add_argument(
+        "--dynamic",
+        metavar="INPUT:DIM",
+        action="append",
+        default=[],
+        help="a dimension that varies, such as 0:0 for the rows of the first input or mask:1 for "
+        "the columns of a keyword argument; may be repeated",
+    )
+    parser.add_argument("--device", help="where to move the model and its inputs first")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        help="weights that share a scale and a zero; 128 unless given",
+    )
+    parser.add_argument(
+        "--inner-k-tiles", type=int, choices=INNER_K_TILES, help="of the layout; 8 unless given"
+    )
+    for name, what in (("include", "pack these only"), ("skip", "leave these alone")):
+        parser.add_argument(
+            f"--{name}",
+            metavar="LAYERS",
+            action="append",
+            help=f"{what}: names, globs, or regular expressions after 're:'; may be repeated",
+        )
+    parser.add_argument(
+        "--min-sqnr-db", type=float, metavar="DB", help="leave alone whose weight would be noisier"
+    )
+    args = parser.parse_args(argv)
+
+    watched = sys.stderr.isatty()
+    names = ("group_size", "inner_k_tiles", "include", "skip", "min_sqnr_db")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    with tqdm(
+        total=3, disable=not watched, leave=False, bar_format="{desc}: step {n} of {total}"
+    ) as bar:
+        bar.set_description_str("fxint4: making the model")
+        bar.update()
+        model, inputs, keywords = _made(args.target, args.device)
+        dynamic = _dynamic_shapes(args.dynamic, inputs, keywords)
+        bar.set_description_str("fxint4: capturing")
+        bar.update()
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch 2.13 says it of its own code
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            program = torch.export.export(model, inputs, keywords, dynamic_shapes=dynamic)
+            bar.set_description_str("fxint4: folding and compiling")
+            bar.update()
+            fxint4.package(program, args.output, {**options, "progress": watched})
+    print(fxint4.last_report())
+    print(f"\nwrote {args.output}, {os.path.getsize(args.output) / 1e6:.1f} MB")
+    return 0
+
+
+def _made(target: str, device: str | None) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The model of a target and its example inputs, by position and by name."""
+    made = _factory(target)()
+    form = f"{target} must return (model, example inputs) or (model, args, kwargs)"
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise CommandError(f"{form}; it returned {_kind(made)}")
+    model, inputs, *rest = made
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"{form}; its model is {_kind(model)}, not a torch.nn.Module")
+    keywords = rest[0] if rest else {}
+    if isinstance(inputs, dict) and not rest:
+        inputs, keywords = (), inputs
+    elif isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if not isinstance(inputs, (tuple, list)) or not isinstance(keywords, dict):
+        raise CommandError(f"{form}; its inputs are {_kind(inputs)}")
+    if any(module.training for module in model.modules()):
+        raise CommandError(f"the model of {target} is in training mode; call model.eval() in it")
+    if device is not None:
+        where = _device(device)
+        model = model.to(where)
+        move = _torch.map_tensors
+        inputs, keywords = move(lambda value: value.to(where), (tuple(inputs), keywords))
+    return model, tuple(inputs), keywords
+
+
+def _factory(target: str) -> Any:
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise CommandError(f"TARGET is {target!r}; it takes MODULE:FACTORY or FILE.py:FACTORY")
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise CommandError(f"there is no file {place!r}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)  # for classes that are looked up by name
+        sys.path.insert(0, str(path.absolute().parent))  # as if the file were run
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise CommandError(f"module {place!r} can't be imported: {error}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        what = "has no" if factory is None else f"has {_kind(factory)} for"
+        raise CommandError(f"{place} {what} {name!r}; it takes a function that returns a model")
+    return factory
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:  # an unknown name, or a device that this torch or machine lacks
+        raise CommandError(f"device {name!r} can't be used: {_first_line(error)}") from error
+
+
+def _dynamic_shapes(asked: Sequence[str], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """What `--dynamic` asks for, as torch.export takes it."""
+    by_name = {**{str(index): value for index, value in enumerate(inputs)}, **keywords}
+    dims: dict[str, dict[int, Any]] = {}
+    for entry in asked:
+        name, _, dim = entry.rpartition(":")
+        if not name or not dim.isdecimal():
+            raise CommandError(f"--dynamic is {entry!r}; it takes INPUT:DIM, such as 0:0")
+        value = by_name.get(name)
+        if not isinstance(value, Tensor):
+            have = ", ".join(key for key, one in by_name.items() if isinstance(one, Tensor))
+            raise CommandError(f"--dynamic {entry}: the tensors among the inputs are {have}")
+        if int(dim) >= value.ndim:
+            raise CommandError(
+                f"--dynamic {entry}: input {name} has shape {list(value.shape)}, "
+                f"and no dimension {dim}"
+            )
+        if value.shape[int(dim)] < 2:
+            raise CommandError(
+                f"--dynamic {entry}: that dimension is {value.shape[int(dim)]} in the example, "
+                "which torch.export takes for fixed; let the factory make it 2 or more"
+            )
+        dims.setdefault(name, {})[int(dim)] = torch.export.Dim.DYNAMIC
+    if not dims:
+        return None
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for name, sizes in dims.items():
+        shapes[by_name[name]] = sizes
+    return shapes
+
+
+def run(argv: Sequence[str]) -> int:
+    """Load a package, call it once, and say what came out; time it where asked.
+
+    Args:
+        argv: the arguments after the command's name.
+
+    Returns:
+        0.
+
+    Raises:
+        CommandError: the package or its inputs can't be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fxint4 run",
+        description="Run a package once. Like any program it runs code of whoever made it: run "
+        "only packages that you trust.",
+    )
+    parser.add_argument("package", metavar="MODEL.pt2", help="of fxint4 export or fxint4.package")
+    parser.add_argument(
+        "--inputs",
+        metavar="X.pt",
+        help="a file of torch.save with a tensor, a tuple or list of arguments, or a dict of "
+        "keyword arguments; random ones, shaped like the example, unless given",
+    )
+    parser.add_argument("--output", metavar="Y.pt", help="where to torch.save what comes out")
+    parser.add_argument("--bench", action="store_true", help=f"time {_CALLS} calls")
+    args = parser.parse_args(argv)
+
+    metadata = _metadata(args.package)
+    device = _device(metadata.get("AOTI_DEVICE_KEY", "cpu"))
+    try:
+        model = _torch.aoti_load(args.package)
+    except Exception as error:
+        raise CommandError(f"{args.package} can't be loaded: {_first_line(error)}") from error
+    described = json.loads(metadata[METADATA]) if METADATA in metadata else None
+    if args.inputs is not None:
+        inputs, keywords = _loaded(args.inputs)
+    elif described is not None:
+        inputs, keywords = _torch.aoti_inputs(model, [_random(entry) for entry in described])
+    else:
+        raise CommandError(
+            f"{args.package} does not say what its inputs are like (fxint4.package writes it): "
+            "give some with --inputs"
+        )
+    inputs, keywords = _torch.map_tensors(lambda value: value.to(device), (inputs, keywords))
+    if described is not None:
+        _check_inputs(_torch.flat((inputs, keywords)), described)
+    with torch.no_grad():
+        outputs = model(*inputs, **keywords)
+        for index, value in enumerate(_torch.flat(outputs)):
+            print(f"output {index}: {_summary(value)}")
+        if args.output is not None:
+            torch.save(outputs, args.output)
+        if args.bench:
+            times = _times(lambda: model(*inputs, **keywords), device)
+            low, middle, high = (1e3 * time for time in statistics.quantiles(times, n=4))
+            print(f"{_CALLS} calls: median {middle:.3f} ms, half within {low:.3f} to {high:.3f} ms")
+    return 0
+
+
+def _metadata(path: str) -> dict[str, str]:
+    """What a package says of itself, read without running anything of it."""
+    if not Path(path).is_file():
+        raise CommandError(f"there is no file {path!r}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            inside = [name for name in names if "/data/aotinductor/" in name]
+            texts = [archive.read(name) for name in inside if name.endswith("_metadata.json")]
+        found = {key: value for text in texts for key, value in json.loads(text).items()}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise CommandError(f"{path} is damaged, or no package: {_first_line(error)}") from error
+    if not inside:
+        raise CommandError(
+            f"{path} holds no compiled model; fxint4.package(torch.export.load(...), ...) makes one"
+            if any("/models/" in name for name in names)
+            else f"{path} is no package of AOTInductor"
+        )
+    return found
+
+
+def _loaded(path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs from a file, by position and by name."""
+    try:
+        loaded = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise CommandError(f"inputs {path!r} can't be loaded: {_first_line(error)}") from error
+    if isinstance(loaded, dict):
+        return (), loaded
+    if isinstance(loaded, Tensor):
+        return (loaded,), {}
+    if isinstance(loaded, (tuple, list)):
+        return tuple(loaded), {}
+    raise CommandError(f"inputs {path!r} are {_kind(loaded)}; need a tensor, tuple, list or dict")
+
+
+def _random(entry: dict[str, Any]) -> Any:
+    """An input as the package describes it."""
+    if not entry:
+        return None
+    dtype = getattr(torch, entry["dtype"])
+    if "low" in entry:
+        return torch.randint(entry["low"], entry["high"] + 1, entry["example"]).to(dtype)
+    return torch.randn(entry["example"]).to(dtype)
+
+
+def _check_inputs(values: Sequence[Any], described: Sequence[dict[str, Any]]) -> None:
+    """A package does not look at its inputs; wrong ones would give nonsense, or worse."""
+    if len(values) != len(described):
+        raise CommandError(f"got {len(values)} inputs, the package takes {len(described)}")
+    for index, (value, entry) in enumerate(zip(values, described, strict=True)):
+        if not entry:
+            continue
+        shape = ", ".join("*" if size is None else str(size) for size in entry["shape"])
+        fits = (
+            isinstance(value, Tensor)
+            and str(value.dtype) == f"torch.{entry['dtype']}"
+            and value.ndim == len(entry["shape"])
+            and all(
+                want in (None, have) for have, want in zip(value.shape, entry["shape"], strict=True)
+            )
+        )
+        if not fits:
+            have = _described(value) if isinstance(value, Tensor) else _kind(value)
+            raise CommandError(
+                f"input {index} is {have}, the package takes {entry['dtype']} [{shape}]"
+            )
+
+
+def _times(call: Any, device: torch.device) -> list[float]:
+    """Seconds of each call, its work on the device included."""
+    times = []
+    for _ in tqdm(
+        range(_WARM_UP + _CALLS),
+        desc="fxint4: timing",
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    ):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[_WARM_UP:]
+
+
+def _summary(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if not value.numel():
+        return _described(value)
+    numbers = value.double()
+    return (
+        f"{_described(value)}, mean {numbers.mean():.4g}, "
+        f"from {numbers.min():.4g} to {numbers.max():.4g}"
+    )
+
+
+def _described(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _kind(value: object) -> str:
+    kind = type(value).__name__
+    return "None" if value is None else f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
