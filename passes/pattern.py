@@ -25,6 +25,7 @@ __all__ = [
     "Multiply",
     "Pattern",
     "kept_pick",
+    "same_strides",
     "stride_hint",
     "value_of",
 ]
@@ -285,7 +286,7 @@ class Build:
     def like(self, node: fx.Node, original: fx.Node) -> fx.Node:
         """A node with the strides of `original`, on which views further down may rely."""
         value, wanted = value_of(node), value_of(original)
-        if _same_strides(value, wanted):
+        if same_strides(value, wanted):
             return node
         if is_contiguous(wanted):
             return self.contiguous(node)
@@ -336,7 +337,8 @@ def is_contiguous(value: Tensor) -> bool:
     return True
 
 
-def _same_strides(left: Tensor, right: Tensor) -> bool:
+def same_strides(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape are known to have the same strides, without a guard."""
     return all(
         str(size) == "1" or str(a) == str(b)
         for size, a, b in zip(left.shape, left.stride(), right.stride(), strict=True)

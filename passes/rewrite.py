@@ -15,7 +15,7 @@ from fxint4.constants import Weight
 from fxint4.forms import aten_op
 from fxint4.passes.find import Site
 from fxint4.passes.fuse import matmuls
-from fxint4.passes.pattern import Build, Match, stride_hint, value_of
+from fxint4.passes.pattern import Build, Match, same_strides, stride_hint, value_of
 from fxint4.store import Dense, Form, form_specs
 from fxint4.tiles import TileShape
 
@@ -235,9 +235,12 @@ def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Ten
 
     Returns:
         The value of each view; None where one of them can't be made, or where something may tell
-        the difference: an output of the graph, or an op that is not ATen's.
+        the difference: an output of the graph, an op that is not ATen's, or a kernel (attention)
+        that loads 16 bytes at a time.
     """
-    if not (_in_order(value) and _in_order(value_of(node))):
+    if same_strides(value, value_of(node)):
+        return {}
+    if not (_in_order(value) and _in_order(value_of(node)) and _aligned(value)):
         return None
     values = {node: value}
     pending = list(node.users)
@@ -272,6 +275,12 @@ def _in_order(value: Tensor) -> bool:
         if str(size) != "1"
     ]
     return strides == sorted(strides, reverse=True)
+
+
+def _aligned(value: Tensor) -> bool:
+    """Whether all rows start at multiples of 16 bytes."""
+    steps = [value.storage_offset(), *value.stride()[:-1]]
+    return all(stride_hint(step) * value.element_size() % 16 == 0 for step in steps)
 
 
 def _experts(

@@ -524,6 +524,19 @@ def test_what_may_tell_the_difference_gets_a_copy(
         assert_within(y, value, rounding(K) * magnitude)
 
 
+@pytest.mark.parametrize(("n", "count"), [((48, 32), 0), ((44, 36), 1), ((48, 36), 2)], ids=str)
+def test_rows_that_start_between_multiples_of_16_bytes_are_copied(
+    n: tuple[int, int], count: int
+) -> None:
+    # Attention's kernels load 8 bf16 numbers at a time.
+    def function(w: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x @ w.t()).relu(), (x @ v.t()).relu()
+
+    weights = [torch.randn(size, K, dtype=torch.bfloat16) for size in n]
+    captured = Captured.of(function, weights, bf16(M, K))
+    assert clones(captured) == count
+
+
 def test_an_op_that_is_not_atens_gets_what_it_was_captured_with() -> None:
     seen = []
 
