@@ -1,0 +1,51 @@
+"""Launches every configuration of every kernel on a GPU, once or twice each, and checks nothing.
+
+For compute-sanitizer, which comes with the CUDA toolkit and does the checking:
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # so that no buffer has room behind its end
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
+
+Two arguments, I and N, launch the Ith of N parts: several processes compile sooner than one.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from kernel_support import make_experts
+from test_kernels_stress import BF16, FP16, fitted, make
+
+from fxint4.kernels import experts
+from fxint4.kernels.linear import Choice, configurations
+
+SHAPES = [([128, 64], 1024, 128, 8, BF16), ([100, 9], 1000, 32, 2, FP16)]
+
+
+def launches(part: int, parts: int) -> int:
+    """Launches one of several parts of all; returns how many."""
+    count = 0
+    blocks = [*configurations(), None][part::parts]
+    for ns, k, group, inner, dtype in SHAPES:
+        made = make(ns, k, group, inner)
+        for b in blocks:
+            m = 2 * b.rows - 3 if b else 40
+            choice = fitted(b, m, ns) if b else Choice("dequantise")
+            for _ in range(2):  # the second uses the counters that the first leaves behind
+                made.times(torch.randn(m, k, device="cuda").to(dtype), choice)
+            count += 1
+        many = make_experts(5, ns[0], k, group, inner, "cuda")
+        for most, _ in experts._BY_ROWS[part::parts]:
+            rows = int(5 * min(most, 80) - 2)
+            x = torch.randn(rows, k, device="cuda").to(BF16)
+            index = torch.randint(-1, 6, (rows,), device="cuda")
+            many.by_index(x, index)
+            many.by_ends(x, torch.bincount(index.clamp(0, 4), minlength=5).cumsum(0).int())
+            count += 2
+    torch.cuda.synchronize()
+    return count
+
+
+if __name__ == "__main__":
+    print(launches(*map(int, sys.argv[1:] or (0, 1))), "launches")  # noqa: T201
