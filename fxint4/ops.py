@@ -26,7 +26,7 @@ from fxint4.constants import Given
 from fxint4.kernels import experts, linear
 from fxint4.store import store
 
-__all__ = ["choice_for_the_host"]
+__all__ = ["choice_at_run_time"]
 
 _WEIGHT = "Tensor tiles, Tensor scale_and_zero"
 _SCHEMAS = (
@@ -65,20 +65,22 @@ def _linears_cuda(
     rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
     m, k = rows.shape
     weights = [(t.contiguous(), p.contiguous()) for t, p in zip(tiles, scale_and_zero, strict=True)]
-    by_gpu_time = replayed or native  # the aten op knows bf16 alone
-    choice = linear.choose(m, sum(n), k) if by_gpu_time else choice_for_the_host(m, sum(n), k)
+    choice = choice_at_run_time(m, sum(n), k, rows.dtype, replayed)
     y = linear.linears(rows, weights, group_size, n, choice)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
 
-def choice_for_the_host(m: int, n: int, k: int) -> linear.Choice:
-    """How to multiply where the host launches each kernel anew.
+def choice_at_run_time(m: int, n: int, k: int, dtype: torch.dtype, replayed: bool) -> linear.Choice:
+    """How `linears` multiplies x ``[m, k]`` of a dtype.
 
-    That takes it longer for a Triton kernel than for the aten op. So the aten op, which reads W
-    again for every 16 rows, is the faster one while the GPU needs less than the difference.
+    Where the host launches each kernel anew, that takes it longer for a Triton kernel than for the
+    aten op. So the aten op, which reads W again for every 16 rows, is the faster one while the GPU
+    needs less than the difference. It knows bf16 alone.
     """
     few = m <= 8 or -(-m // 16) * n * k <= _ATEN_ELEMENTS
-    return linear.Choice("aten") if few else linear.choose(m, n, k)
+    if few and not replayed and dtype is torch.bfloat16:
+        return linear.Choice("aten")
+    return linear.choose(m, n, k)
 
 
 def _linear_cpu(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from functools import cache
 
+import torch
 from torch import fx
 
 from fxint4._torch import is_pure
@@ -13,7 +14,7 @@ from fxint4.config import Int4Config
 from fxint4.forms import aten_op, fuses
 from fxint4.kernel_ranges import by_m, range_text
 from fxint4.kernels.linear import MOST_WEIGHTS, choose
-from fxint4.ops import choice_for_the_host
+from fxint4.ops import choice_at_run_time
 from fxint4.passes.find import Site
 from fxint4.passes.pattern import value_of
 from fxint4.report import Record
@@ -90,13 +91,12 @@ def _kernels(sites: Sequence[Site], form: Form | None, cuda_graphs: bool) -> tup
         n, k = shape.n_padded, shape.k_padded  # as the op sees them
     if isinstance(match.m, int):
         return (f"{range_text(match.m, match.m)}: {choose(match.m, n, k)}",)
-    return _kernels_by_m(n, k, cuda_graphs)
+    return _kernels_by_m(n, k, sites[0].activation_dtype, cuda_graphs)
 
 
 @cache
-def _kernels_by_m(n: int, k: int, cuda_graphs: bool) -> tuple[str, ...]:
-    at_run_time = choose if cuda_graphs else choice_for_the_host
-    ranges = by_m(lambda m: at_run_time(m, n, k))
+def _kernels_by_m(n: int, k: int, dtype: torch.dtype, cuda_graphs: bool) -> tuple[str, ...]:
+    ranges = by_m(lambda m: choice_at_run_time(m, n, k, dtype, cuda_graphs))
     return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 

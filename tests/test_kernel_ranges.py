@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from fxint4.kernel_ranges import by_m, range_text
 from fxint4.kernels import linear
-from fxint4.kernels.linear import choose, choose_blocks
-from fxint4.ops import choice_for_the_host
+from fxint4.kernels.linear import Choice, choose, choose_blocks
+from fxint4.ops import choice_at_run_time
 
 
 def test_one_choice_is_one_range() -> None:
@@ -41,7 +42,11 @@ def test_a_choice_that_comes_back_is_a_range_of_its_own() -> None:
     assert ranges == [(1, 1, "odd"), (2, 2, "even"), (3, 3, "odd"), (4, None, "even")]
 
 
-@pytest.mark.parametrize("choice", [choose, choose_blocks, choice_for_the_host])
+def launched_by_the_host(m: int, n: int, k: int) -> Choice:
+    return choice_at_run_time(m, n, k, torch.bfloat16, replayed=False)
+
+
+@pytest.mark.parametrize("choice", [choose, choose_blocks, launched_by_the_host])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (6144, 4096), (28672, 4096), (64, 65536)])
 def test_the_ranges_say_what_the_kernels_say(
     choice: Callable[[int, int, int], object], n: int, k: int, monkeypatch: pytest.MonkeyPatch
@@ -72,3 +77,16 @@ def test_the_ranges_say_what_the_kernels_say(
 )
 def test_a_range_as_text(first: int, last: int | None, text: str) -> None:
     assert range_text(first, last) == text
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_own(
+    dtype: torch.dtype, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "triton", object())
+    n, k = 28672, 4096
+    few, many = (choice_at_run_time(m, n, k, dtype, replayed) for m in (8, 100))
+    host = dtype is torch.bfloat16 and not replayed
+    assert few == (Choice("aten") if host else choose(8, n, k))
+    assert many == choose(100, n, k)

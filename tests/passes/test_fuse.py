@@ -580,11 +580,11 @@ def test_results_have_the_strides_of_eager() -> None:
 def _choices_as_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels' choices tell what was asked, and change at 100 rows."""
 
-    def choice(kind: str) -> Callable[[int, int, int], str]:
-        return lambda m, n, k: f"{kind} {'few' if m < 100 else 'many'} {n}x{k}"
+    def choice(m: int, n: int, k: int, *others: Any) -> str:
+        return f"{'few' if m < 100 else 'many'} {n}x{k} {others}"
 
-    monkeypatch.setattr("fxint4.passes.fuse.choose", choice("best"))
-    monkeypatch.setattr("fxint4.passes.fuse.choice_for_the_host", choice("host"))
+    monkeypatch.setattr("fxint4.passes.fuse.choose", choice)
+    monkeypatch.setattr("fxint4.passes.fuse.choice_at_run_time", choice)
     _kernels_by_m.cache_clear()
     yield
     _kernels_by_m.cache_clear()
@@ -604,10 +604,10 @@ def described(captured: Captured, form: str = "tiles", **options: bool) -> list[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernel_of_the_whole_matmul_is_named(dtype: torch.dtype) -> None:
     captured = two(dtype, lambda w, v, x: (x @ w.t(), x @ v.t()), torch.randn(M, K, dtype=dtype))
-    kernels = (f"M={M}: best few 80x{K}",)
+    kernels = (f"M={M}: few 80x{K} ()",)
     assert described(captured) == [(("w1",), kernels), (("w0",), kernels)]
     k = K if dtype is torch.float16 else 256  # ATen's op is given x with its pad
-    alone = [((), (f"M={M}: best few {n}x{k}",)) for n in (48, 32)]
+    alone = [((), (f"M={M}: few {n}x{k} ()",)) for n in (48, 32)]
     assert described(captured, fuse_projections=False) == alone
     assert described(captured, form="cpu") == [(("w1",), ()), (("w0",), ())]
 
@@ -622,8 +622,8 @@ def test_a_number_of_rows_that_varies_has_a_kernel_for_each_range(cuda_graphs: b
         torch.randn(M, K),
         tracing_mode="symbolic",
     )
-    kind = "best" if cuda_graphs else "host"  # without them launches count
-    kernels = (f"M<=99: {kind} few 80x{K}", f"M>=100: {kind} many 80x{K}")
+    asked = (torch.bfloat16, cuda_graphs)  # without CUDA graphs launches count
+    kernels = (f"M<=99: few 80x{K} {asked}", f"M>=100: many 80x{K} {asked}")
     assert described(captured, cuda_graphs=cuda_graphs) == [(("w1",), kernels), (("w0",), kernels)]
 
 
@@ -632,7 +632,7 @@ def test_a_weight_that_two_sites_share_counts_once() -> None:
     captured = two(
         torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t(), x @ w.t()), bf16(M, K).half()
     )
-    kernels = (f"M={M}: best few 80x{K}",)
+    kernels = (f"M={M}: few 80x{K} ()",)
     assert described(captured) == [
         (("w1",), kernels),
         (("w0",), kernels),
