@@ -136,7 +136,7 @@ def rewrite_program(
         }
         after = graph_text(program.graph_module, targets, labels)
     report = Report()
-    records = [dataclasses.replace(record, held_bytes=0) for record in records]
+    records = [_of_a_program(record) for record in records]
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
     remember(report)
     return program
@@ -160,6 +160,14 @@ def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
     if reason:
         return dataclasses.replace(entry.record, reason=reason)
     return dataclasses.replace(entry, beyond=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
+
+
+def _of_a_program(record: Record) -> Record:
+    """What a program's report says of a matmul."""
+    reason = record.reason
+    if record.action == "packed" and record.batch > 1:
+        reason = "; ".join(filter(None, [reason, "needs fxint4 where the program runs"]))
+    return dataclasses.replace(record, reason=reason, held_bytes=0)
 
 
 def _with_matmuls(
@@ -271,6 +279,7 @@ class _Program:
         self._program = program
         self._weights = weights
         self._gm = rewritten.gm
+        self._copies = rewritten.copies
         self._fake_mode = fake_mode
         nodes = placeholders(self._gm.graph)
         kept = len(rewritten.kept_inputs)
@@ -297,16 +306,11 @@ class _Program:
                 for spec, node in zip(program.graph_signature.output_specs, results, strict=True)
             ],
         )
-        renamed = {
-            old.arg.name: new.arg.name
-            for old, new in zip(
-                program.graph_signature.output_specs, signature.output_specs, strict=True
-            )
-        }
+        names = {old.name: new.name for old, new in self._copies.items()}
         for entry in program.module_call_graph:
             if entry.signature is not None:
                 for argument in (*entry.signature.inputs, *entry.signature.outputs):
-                    argument.name = renamed.get(argument.name, argument.name)
+                    argument.name = names.get(argument.name, argument.name)
         graph.lint()
         self._gm.recompile()
         kept = {spec.target for spec in self._specs.values()}
@@ -383,16 +387,26 @@ class _Program:
         first = next(node for node in graph.nodes if node.op != "placeholder")
         build = Build(first, self._fake_mode, like=x_node)
         y = build(aten._weight_int4pack_mm_for_cpu.default, x_node, tiles, size, parameters)
-        same = build(aten.all.default, build(aten.eq.Tensor, y, expected))
-        build(
-            aten._assert_async.msg, same, _OTHER_CPU.format(torch.backends.cpu.get_cpu_capability())
-        )
+        equal = build(aten.eq.Tensor, y, expected)
+        same = build(aten.all.default, equal)
+        message = _OTHER_CPU.format(torch.backends.cpu.get_cpu_capability())
+        checked = build(aten._assert_async.msg, same, message)
+        outermost = _outermost_module(graph)
+        for node in (y, equal, same, checked):
+            node.meta["nn_module_stack"] = outermost
 
 
 _OTHER_CPU = (
     "fxint4: the int4 weights of this program were packed for CPUs with {} instructions, and here "
     "the int4 op reads them in another order. Export and rewrite it again on a CPU like this one"
 )
+
+
+def _outermost_module(graph: fx.Graph) -> dict[str, Any]:
+    """Where nodes stand that belong to the whole model, as torch.export has it."""
+    stacks = (node.meta.get("nn_module_stack") for node in graph.nodes)
+    stack: dict[str, Any] = next(filter(None, stacks), {})
+    return dict(list(stack.items())[:1])
 
 
 def _renamed(spec: Any, node: Any) -> Any:

@@ -45,11 +45,14 @@ class Rewritten:
         gm: the graph. Its placeholders are `kept_inputs`, then those of each slot in order.
         kept_inputs: which placeholders of the captured graph it still has, by position.
         slots: where its other inputs come from.
+        copies: for each node of the captured graph what stands for it now; some are in no graph any
+            more.
     """
 
     gm: fx.GraphModule
     kept_inputs: tuple[int, ...]
     slots: tuple[Slot, ...]
+    copies: Mapping[fx.Node, fx.Node]
 
 
 def rewrite(
@@ -86,7 +89,7 @@ def rewrite(
     kept = _drop_unread(captured, copies, droppable)
     gm.graph.lint()
     gm.recompile()
-    return Rewritten(gm, kept, tuple(inputs.nodes))
+    return Rewritten(gm, kept, tuple(inputs.nodes), copies)
 
 
 class _PackedInputs:
