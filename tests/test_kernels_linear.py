@@ -1,4 +1,4 @@
-"""The matmuls of one weight: in Triton's interpreter, as PTX for Hopper, and on a GPU."""
+"""The dense matmuls: in Triton's interpreter, as PTX for Hopper, and on a GPU."""
 
 from __future__ import annotations
 
@@ -11,29 +11,38 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_within
-from test_kernels_experts import (
+from kernel_support import (
     INTERPRETED,
+    assert_hopper_waits,
     check,
+    compile_for,
     compiled_only,
     interpreted_only,
+    make_experts,
     needs_memory,
     needs_triton,
+    quiet_triton,
     rows,
     run_in_the_interpreter,
 )
-from test_kernels_experts import make as make_experts
+from support import assert_within
 from torch import Tensor
 
 from fxint4.kernels import common
 from fxint4.kernels import linear as kernels
 from fxint4.kernels.common import Blocks
-from fxint4.kernels.linear import Choice, choose, choose_blocks, dequantize, linear
+from fxint4.kernels.linear import (
+    Choice,
+    choose,
+    configurations,
+    dequantize,
+    linear,
+    linears,
+)
 from fxint4.quantize import dequantize as dequantise_plainly
-from fxint4.tiles import TileShape, pack, pack_scale_and_zero
+from fxint4.tiles import TileShape, pack, pack_scale_and_zero, unpack, unpack_scale_and_zero
 
-# Triton 3.9 says that its default will change.
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+pytestmark = quiet_triton
 
 DEQUANTISE = Choice("dequantise")
 ATEN = Choice("aten")
@@ -53,16 +62,50 @@ class Weight:
         return linear(x, self.tiles, self.scale_and_zero, self.shape.group_size, n, choice)
 
     def check(self, y: Tensor, x: Tensor) -> None:
+        assert y.dtype == x.dtype
+        if x.dtype == torch.float16:
+            self._check_half(y, x)
+            return
         # On a GPU the weight goes through bf16 once, as `bfloat16` does here.
         weight = self.weight.bfloat16() if x.is_cuda else self.weight
         n, k = y.shape[1], x.shape[1]
         index = torch.zeros(len(x), device=x.device)
         check(y, x, weight[None, :n, :k], index, exact_weight=x.is_cuda)
 
+    def _check_half(self, y: Tensor, x: Tensor) -> None:
+        """As kernel_support.check: y rounds to fp16; in the interpreter so does each weight."""
+        n, k = y.shape[1], x.shape[1]
+        weight = self.half() if x.is_cuda else self.half_unrounded()
+        weight = weight[:n, :k].double()
+        share = (1 + 2.0**-11) ** (1 if x.is_cuda else 2) * (1 + 2.0**-24) ** (4 * k + 3) - 1
+        tiny = 2.0**-25 * (x.double().abs().sum(1, True) + 1)  # half the least fp16
+        x = x.double()
+        assert_within(y, x @ weight.T, share * (x.abs() @ weight.abs().T) + tiny)
+
+    def half_unrounded(self) -> Tensor:
+        """The weight with fp16 scales and zeros, float64."""
+        scale, zero = (p.half() for p in unpack_scale_and_zero(self.scale_and_zero))
+        codes, shape = unpack(self.tiles), self.shape
+        weight = dequantise_plainly(codes, scale, zero, shape.group_size, torch.float64)
+        return weight[: shape.n, : shape.k]
+
+    def half(self) -> Tensor:
+        """The weight as fp16 numbers, rounded once: torch would go from float64 through float32."""
+        weight = self.half_unrounded()
+        return torch.from_numpy(weight.cpu().numpy().astype("float16")).to(weight.device)
+
 
 def make(n: int, k: int, group: int = 128, inner: int = 8, device: str = "cpu") -> Weight:
     made = make_experts(1, n, k, group, inner, device)
     return Weight(made.shape, made.tiles[0], made.scale_and_zero[0], made.weight[0])
+
+
+def together(
+    x: Tensor, many: list[Weight], choice: Choice | None = None, ns: list[int] | None = None
+) -> Tensor:
+    weights = [(one.tiles, one.scale_and_zero) for one in many]
+    ns = [one.shape.n for one in many] if ns is None else ns
+    return linears(x, weights, many[0].shape.group_size, ns, choice)
 
 
 def triton_choice(**blocks: int) -> Choice:
@@ -100,6 +143,7 @@ CHOICES = [
     triton_choice(rows=32, features=128, warps=8),
     triton_choice(rows=64, features=256, warps=4, splits=8),
     triton_choice(rows=64, splits=3),
+    triton_choice(whole=1, rest_splits=3),
 ]
 
 
@@ -108,16 +152,17 @@ CHOICES = [
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_shapes(case: tuple[int, int, int, int], choice: Choice | None) -> None:
     made = make(*case)
-    for count in (1, 21):
-        x = rows(count, case[1])
+    for count, dtype in ((1, torch.bfloat16), (21, torch.bfloat16), (5, torch.float16)):
+        x = rows(count, case[1], dtype=dtype)
         made.check(made.times(x, choice), x)
 
 
 @interpreted_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("step", [128, 256])
 @pytest.mark.parametrize("inner", [2, 4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-def test_exact_numbers(group: int, inner: int, step: int) -> None:
+def test_exact_numbers(group: int, inner: int, step: int, dtype: torch.dtype) -> None:
     """Integers that bf16 holds: not one code, scale or zero may be in the wrong place."""
     k, n = 512, 24
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
@@ -125,12 +170,106 @@ def test_exact_numbers(group: int, inner: int, step: int) -> None:
     zero = torch.randint(-4, 5, (n, k // group)).bfloat16()
     tiles, parameters = pack(codes, inner), pack_scale_and_zero(scale, zero)
     weight = dequantise_plainly(codes, scale, zero, group, torch.float64)
-    assert torch.equal(dequantize(tiles, parameters, group, n).double(), weight)
-    x = torch.eye(k, dtype=torch.bfloat16)[::5].contiguous()  # each row has one k
+    assert torch.equal(dequantize(tiles, parameters, group, n, dtype=dtype).double(), weight)
+    x = torch.eye(k, dtype=dtype)[::5].contiguous()  # each row has one k
     for splits in (1, 2):
         choice = triton_choice(rows=64, splits=splits, step=step)
         y = linear(x, tiles, parameters, group, n, choice)
         assert torch.equal(y.double(), weight.T[::5])
+
+
+@interpreted_only
+@pytest.mark.parametrize("choice", [None, DEQUANTISE, *CHOICES[-2:]], ids=str)
+@pytest.mark.parametrize("ns", [(64, 72), (8, 130, 65), (24, 1, 100, 40), (0, 16, 0)], ids=str)
+def test_several_weights(ns: tuple[int, ...], choice: Choice | None) -> None:
+    """Side by side they give the bits that each gives alone with the same blocks."""
+    many = [make(max(n, 8), 200, 64, 4) for n in ns]
+    x = rows(21, 200)
+    y = together(x, many, choice, list(ns))
+    choice = choose(21, sum(ns), 200) if choice is None else choice
+    alone = [one.times(x, choice, n) for one, n in zip(many, ns, strict=True)]
+    assert torch.equal(y, torch.cat(alone, 1))
+
+
+def partial_sums(x: Tensor, many: list[Weight], blocks: Blocks) -> Tensor:
+    """fp32 [splits, M, N], as a compiler gets them that sums them itself."""
+    shape, tiles = many[0].shape, many[0].tiles
+    sizes = [(one.shape.n, one.shape.n_padded) for one in many]
+    launch = kernels.launch_of(
+        *x.shape,
+        sizes,
+        shape.k_padded,
+        shape.group_size,
+        tiles.shape[-1],
+        x.dtype,
+        blocks,
+        reduce=False,
+    )
+    partial = x.new_full((blocks.splits, len(x), sum(n for n, _ in sizes)), float("nan"))
+    partial = partial.float()
+    buffers = kernels._buffers([(one.tiles, one.scale_and_zero) for one in many])
+    common.run(launch, [x, *buffers, x, partial, x])
+    return partial
+
+
+@interpreted_only
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_partial_sums(splits: int) -> None:
+    # In fp16: where Triton's interpreter makes bf16 of fp32, it cuts off.
+    check_partial_sums(splits, torch.float16, "cpu")
+
+
+def check_partial_sums(splits: int, dtype: torch.dtype, device: str) -> None:
+    """They are what the kernel would add, in its order."""
+    many = [make(n, 1000, 64, 4, device) for n in (72, 65)]
+    x = rows(17, 1000, device, dtype)
+    blocks = Blocks(rows=16, features=64, splits=splits)
+    partial = partial_sums(x, many, blocks)
+    total = torch.zeros_like(partial[0])
+    for part in partial:
+        assert part.any()
+        total += part
+    assert torch.equal(total.to(dtype), together(x, many, Choice("triton", blocks)))
+
+
+def of_few_codes(scale: float, zero: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight [16, 32] whose rows have the codes 0 to 15, in groups of 32."""
+    codes = torch.arange(16, dtype=torch.uint8, device=device)[:, None].repeat(1, 32)
+    parameters = [torch.full((16, 1), v, device=device).bfloat16() for v in (scale, zero)]
+    weight = (codes.double() - 8) * parameters[0].double() + parameters[1].double()
+    return pack(codes, 2), pack_scale_and_zero(*parameters), weight
+
+
+FP16_RANGE = [  # scale, zero
+    (8192.0, 0.0),  # from -65536, which is the first to become infinite, to 57344
+    (4096.0, 32768.0),
+    (1e5, 0.0),  # a scale beyond fp16: code 8 is still 0
+    (2.0**-20, 1.0),
+    (2.0**-24, 0.0),  # the least fp16
+    (2.0**-30, 2.0**-14),  # a scale below it
+    (0.0, 1e5),  # a zero beyond fp16
+]
+
+
+def check_fp16_range(device: str) -> None:
+    for scale, zero in FP16_RANGE:
+        tiles, parameters, weight = of_few_codes(scale, zero, device)
+        x = torch.eye(32, dtype=torch.float16, device=device)[:1].contiguous()
+        w = dequantize(tiles, parameters, 32, 16, dtype=torch.float16)
+        y = linear(x, tiles, parameters, 32, 16, triton_choice())
+        assert not w.isnan().any()
+        fits = weight.abs().amax(1) <= 65504
+        assert torch.equal(w[fits].double(), weight[fits].half().double())
+        assert (w[~fits].abs() >= 65504).all()
+        assert torch.equal(w[~fits].sign().double(), weight[~fits].sign())
+        # Against the other k, which are 0 in x, an infinite weight counts as in any fp16 matmul.
+        assert torch.equal(y[0, fits], w[fits, 0])
+
+
+@interpreted_only
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # infinity, and times 0
+def test_fp16_range() -> None:
+    check_fp16_range("cpu")
 
 
 @interpreted_only
@@ -156,11 +295,26 @@ def test_fewer_features_and_columns() -> None:
     assert torch.equal(dequantize(made.tiles, made.scale_and_zero, 32, 33, 50), whole[:33, :50])
 
 
-def test_choose_splits_no_more_than_there_are_steps() -> None:
-    for m, n, k in itertools.product((1, 16, 17, 64, 128, 300, 4096), (8, 4096), (1, 200, 14336)):
-        choice = choose(m, n, k)
-        if choice.blocks is not None:
-            assert choice.blocks.splits == 1 or k > choice.blocks.splits * choice.blocks.step
+SIZES = list(
+    itertools.product((1, 16, 17, 64, 128, 300, 512, 1024, 4096), (8, 4096, 28672), (1, 200, 14336))
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("gpu", [(132, True), (108, False), (16, False)], ids=str)
+def test_choice(gpu: tuple[int, bool]) -> None:
+    for m, n, k in SIZES:
+        blocks = choose(m, n, k, *gpu).blocks
+        if blocks is None:
+            assert m > 128
+            continue
+        # Every split has a step to sum, and no program is without a split.
+        splits = max(blocks.splits, blocks.rest_splits)
+        assert splits == 1 or k > splits * blocks.step
+        count = -(-m // blocks.rows) * -(-n // blocks.features)
+        assert 0 <= blocks.whole < count
+        assert blocks.whole % (2 * gpu[0]) == 0
+        assert replace(blocks, whole=0) in configurations()
 
 
 def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +334,19 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
     refused("groups of 64", group_size=64)
     refused("group_size is 16", group_size=16)
     refused("n is 25", n=25)
+    pair = (made.tiles, made.scale_and_zero)
+    for weights, ns, match in (
+        ([], [], "0 weights and 0 n"),
+        ([pair] * 5, [24] * 5, "5 weights and 5 n"),
+        ([pair] * 2, [24], "2 weights and 1 n"),
+        (
+            [pair, (make(24, 128, 32, 4).tiles, make(24, 128, 32, 4).scale_and_zero)],
+            [24, 24],
+            "same",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            linears(x, weights, 32, ns)
     with pytest.raises(ValueError, match="k is 65"):
         dequantize(made.tiles, made.scale_and_zero, 32, 24, 65)
     if INTERPRETED:
@@ -195,40 +362,9 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
             made.times(x, choice)
 
 
-def chosen() -> list[Blocks]:
-    """All blocks that `choose` gives, but for the splits."""
-    sizes = itertools.product((1, 16, 32, 64, 128, 256, 512), (4096, 28672), (4096, 28672))
-    return sorted({replace(choose_blocks(*size), splits=1) for size in sizes}, key=str)
-
-
-def compiled(launch: common.Launch, dtype: str) -> str:
-    """The PTX for Hopper of a launch of aligned tensors; dtype is that of x, y and w."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {name: value for name, value in launch.arguments.items() if name in CONSTANTS}
-    names = launch.kernel.arg_names
-    types = dict.fromkeys(names, "i32") | dict.fromkeys(("x_ptr", "y_ptr", "w_ptr"), f"*{dtype}")
-    types |= {"one": "fp32", "partial_ptr": "*fp32", "counters_ptr": "*i32"}
-    types |= {f"tiles{i}_ptr": "*i32" for i in range(4)}
-    types |= {f"params{i}_ptr": "*bf16" for i in range(4)} | dict.fromkeys(constants, "constexpr")
-    unaligned = {*constants, *common.VARYING, "one"}
-    source = ASTSource(
-        launch.kernel,
-        {name: types[name] for name in names},
-        constants,
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in unaligned},
-    )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return str(made.asm["ptx"])
-
-
-CONSTANTS = (
-    *("WEIGHTS", "SPLITS", "REDUCE", "BM", "BN", "BK", "GROUP", "HALF_INNER", "WARPS"),
-    *("EVEN_N", "EVEN_K", "FAST", "INTERPRETED"),
-)
+def dtypes(dtype: torch.dtype) -> list[torch.dtype]:
+    """Of the kernel's tensors, for x of a dtype."""
+    return [dtype, *[torch.int32, torch.bfloat16] * 4, dtype, torch.float32, torch.int32]
 
 
 def a_launch(blocks: Blocks, dtype: torch.dtype, weights: int = 1, reduce: bool = True) -> Any:
@@ -239,17 +375,14 @@ def a_launch(blocks: Blocks, dtype: torch.dtype, weights: int = 1, reduce: bool 
 @needs_triton
 @compiled_only
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("blocks", chosen(), ids=str)
+@pytest.mark.parametrize(
+    "blocks", [b for b in configurations() if b.splits == b.rest_splits == 1], ids=str
+)
 def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
     """No wgmma is in flight when the registers that it reads are written again."""
-    launch = a_launch(replace(blocks, splits=2), torch.bfloat16)
+    launch = a_launch(blocks, torch.bfloat16)
     launch.arguments["FAST"] = fast
-    ptx = compiled(launch, "bf16")
-    found = re.findall(r"wgmma\.(mma_async|commit_group|wait_group)", ptx)
-    # Those of a step, 16 k and, in a warp, 16 features at a time, and then the wait.
-    count = blocks.step // 16 * (blocks.features // (16 * blocks.warps))
-    assert found == ["mma_async"] * count + ["commit_group", "wait_group"]
-    assert re.findall(r"wgmma\.wait_group\S*\s+(\d+)", ptx) == ["0"]
+    assert_hopper_waits(compile_for(90, launch, dtypes(torch.bfloat16)), launch)
 
 
 @needs_triton
@@ -257,19 +390,20 @@ def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
 def test_every_variant_moves_as_many_bytes_at_once() -> None:
     """Several weights, or fp16, take the loads and stores that one bf16 weight takes."""
 
+    def ptx(launch: common.Launch, dtype: torch.dtype) -> str:
+        return compile_for(90, launch, dtypes(dtype)).ptx
+
     def moves(ptx: str) -> list[str]:
         copies = re.findall(r"cp\.async\.c[ag]\S*.*?\], (0x\w+),", ptx)
         return sorted(copies + re.findall(r"\b(?:ld|st|atom)\.(?:global|shared)\S*", ptx))
 
     for blocks in (Blocks(16, 64, 2, step=256), Blocks(128, 128, 1)):
-        one = moves(compiled(a_launch(blocks, torch.bfloat16), "bf16"))
+        one = moves(ptx(a_launch(blocks, torch.bfloat16), torch.bfloat16))
         assert one.count("0x10") > one.count("0x4") > 0
         assert "ld.global.b16" not in one
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-            for weights in (1, 2, 4):
-                ptx = compiled(a_launch(blocks, dtype, weights), name)
-                assert moves(ptx) == one
-        partial = compiled(a_launch(blocks, torch.bfloat16, reduce=False), "bf16")
+        for dtype, weights in itertools.product((torch.bfloat16, torch.float16), (1, 2, 4)):
+            assert moves(ptx(a_launch(blocks, dtype, weights), dtype)) == one
+        partial = ptx(a_launch(blocks, torch.bfloat16, reduce=False), torch.bfloat16)
         assert "atom" not in partial
 
 
@@ -284,6 +418,7 @@ GPU_CHOICES = (
     triton_choice(rows=64, features=128, warps=8, splits=8),
     triton_choice(rows=128, features=128, stages=3),
     triton_choice(rows=128, features=128, splits=3),
+    triton_choice(rows=128, features=128, whole=1, rest_splits=2),
 )
 
 
@@ -320,6 +455,70 @@ def test_gpu_shapes(case: tuple[int, int, int, int]) -> None:
         x = rows(count, k, "cuda")
         for choice in GPU_CHOICES:
             made.check(made.times(x, choice), x)
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*SHAPES, (4096, 4096), (520, 2880, 64, 2)], ids=str)
+def test_gpu_fp16(case: tuple[int, ...]) -> None:
+    made = make(*case, device="cuda")
+    n, k = case[:2]
+    w = dequantize(
+        made.tiles, made.scale_and_zero, made.shape.group_size, n, k, dtype=torch.float16
+    )
+    assert torch.equal(w, made.half())
+    for count in (1, 21, 130):
+        x = rows(count, k, "cuda", torch.float16)
+        for choice in GPU_CHOICES:
+            made.check(made.times(x, choice), x)
+    x = rows(3, k, "cuda", torch.float16)
+    y = made.times(x.bfloat16(), ATEN)
+    assert torch.equal(made.times(x, ATEN), y.half())
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+def test_gpu_fp16_range() -> None:
+    check_fp16_range("cuda")
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "ns", [(4096, 1024, 1024), (1000, 8), (64, 1, 300, 130), (0, 512, 0, 24)], ids=str
+)
+def test_gpu_several_weights(ns: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Side by side they give the bits that each gives alone with the same blocks.
+
+    Unless the order of the sums depends on how many there are: that of cuBLAS may, and
+    `Blocks.whole` counts blocks of all of them.
+    """
+    many = [make(max(n, 8), 2048, device="cuda") for n in ns]
+    for count in (1, 33, 300):
+        x = rows(count, 2048, "cuda", dtype)
+        for choice in (*GPU_CHOICES, ATEN):
+            choice = choose(count, sum(ns), 2048) if choice is None else choice
+            y = together(x, many, choice, list(ns))
+            if choice.blocks is None or choice.blocks.rest_splits > 1:
+                for one, part, n in zip(many, y.split(ns, 1), ns, strict=True):
+                    if n and (choice != ATEN or dtype == torch.bfloat16):
+                        one.check(part, x)
+            else:
+                alone = [one.times(x, choice, n) for one, n in zip(many, ns, strict=True)]
+                assert torch.equal(y, torch.cat(alone, 1))
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_gpu_partial_sums(splits: int, dtype: torch.dtype) -> None:
+    check_partial_sums(splits, dtype, "cuda")
 
 
 @needs_triton

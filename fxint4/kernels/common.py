@@ -63,6 +63,8 @@ class Blocks:
     splits: programs that share the sum over k.
     warps, stages: Triton's num_warps, at least 4, and num_stages.
     step: columns of k at a time, 128 or 256.
+    whole, rest_splits: where splits is 1, the first `whole` blocks have one program each and the
+        rest, which alone would not fill the GPU, this many, if the kernel itself adds their sums.
     """
 
     rows: int
@@ -71,6 +73,8 @@ class Blocks:
     warps: int = 4
     stages: int = 3
     step: int = 128
+    whole: int = 0
+    rest_splits: int = 1
 
 
 def jit(**options: Any) -> Any:
@@ -105,7 +109,7 @@ class Launch:
     stages: int
 
 
-VARYING = ("M", "row_blocks")
+VARYING = ("M", "row_blocks", "whole")
 """Arguments that change from call to call, for which kernels have no variants of their own."""
 
 _compiled: dict[Hashable, Any] = {}

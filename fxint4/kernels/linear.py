@@ -19,8 +19,10 @@ Importing this module works without Triton.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, no_type_check
 
@@ -56,8 +58,10 @@ __all__ = [
     "Choice",
     "choose",
     "choose_blocks",
+    "configurations",
     "dequantize",
     "dequantize_launch_of",
+    "gpu_of",
     "launch_of",
     "linear",
     "linears",
@@ -80,59 +84,97 @@ class Choice:
     kernel: Literal["aten", "triton", "dequantise"]
     blocks: Blocks | None = None
 
+    def __str__(self) -> str:
+        """For people: "aten", "dequantise + cuBLAS", or the Triton kernel's blocks as MxN."""
+        if self.blocks is None:
+            return "dequantise + cuBLAS" if self.kernel == "dequantise" else self.kernel
+        splits = f", {self.blocks.splits} splits" if self.blocks.splits > 1 else ""
+        return f"{self.kernel} {self.blocks.rows}x{self.blocks.features}{splits}"
 
-def choose(m: int, n: int, k: int) -> Choice:
-    """How to multiply x ``[m, k]`` with a weight ``[n, k]``; "aten" where Triton is missing.
+
+def choose(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = True) -> Choice:
+    """How to multiply x ``[m, k]`` with weights of n out features; "aten" where Triton is missing.
 
     Measured on an H200 with groups of 128 and inner_k_tiles 8.
+
+    multiprocessors: of the GPU; those of an H100 or H200.
+    wgmma: whether the GPU has these instructions: Hopper's, which read x from shared memory.
     """
     if triton is None:
         return Choice("aten")
-    # Small weights have too few blocks for the Triton kernel to fill the GPU evenly.
-    if m >= 2048 or (n * k <= _SMALL and m * n >= 3 * 2**20):
+    if m > (1024 if wgmma else 128):
         return Choice("dequantise")
-    return Choice("triton", choose_blocks(m, n, k))
+    blocks = choose_blocks(m, n, k, multiprocessors, wgmma)
+    # The more blocks of rows, the more often W is unpacked. At 1024 rows that costs as much as
+    # writing it out once, and less only where no program waits for another.
+    if m == 1024 and wgmma and _count(m, n, blocks) > 2 * multiprocessors:
+        return Choice("dequantise")
+    return Choice("triton", blocks)
 
 
-_SMALL = 2**25
-"""Elements of a weight, up to which more programs count for more than larger ones."""
+def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = True) -> Blocks:
+    """The Triton kernel's blocks, see `choose`.
+
+    Programs of large blocks read x and W, and unpack W, less often. But those that run at once, two
+    on each multiprocessor, have to be about as many as the GPU takes, and what each of them sums
+    long enough for that to pay.
+    """
+    at_once = 2 * multiprocessors
+    rows = next((rows for rows in (16, 32, 64) if m <= rows), 128 if wgmma else 64)
+
+    def columns(blocks: Blocks) -> float:
+        """Of k that a program sums where all that run at once share the blocks' work evenly."""
+        return _count(m, n, blocks) * k / at_once
+
+    blocks = Blocks(rows, features=128, step=256 if rows < 64 else 128)
+    if not wgmma:
+        blocks = Blocks(rows, features=64)
+    elif columns(blocks) < _ENOUGH:
+        blocks = replace(blocks, features=64)
+        if rows == 128 and columns(blocks) < _ENOUGH_OF_HALF:
+            blocks = replace(blocks, rows=64)
+        if rows == 32:
+            blocks = replace(blocks, step=128)
+    count = _count(m, n, blocks)
+    if blocks.rows < 128:
+        # More than two run on each multiprocessor; only two have room for more of W on its way.
+        splits = _splits(k, blocks, lambda s: s * count < 1.5 * at_once)
+        deep = blocks.step == 128 and blocks.features == 64 and splits * count <= at_once
+        return replace(blocks, splits=splits, stages=4 if deep else 3)
+    rest = count % at_once
+    if not rest:
+        return blocks
+    splits = _splits(k, blocks, lambda s: s * rest <= at_once)
+    if rest == count:
+        return replace(blocks, splits=splits)
+    return replace(blocks, whole=count - rest, rest_splits=splits) if splits > 1 else blocks
 
 
-def choose_blocks(m: int, n: int, k: int) -> Blocks:
-    """The Triton kernel's blocks for x ``[m, k]`` and a weight ``[n, k]``."""
-    small = n * k <= _SMALL
-    if m <= 16:
-        # Reading W is the bottleneck: small programs, many of them, with much of W on its way.
-        blocks = Blocks(rows=16, features=64, step=256)
-    elif m <= 32:
-        blocks = Blocks(rows=32, features=64 if small else 128, step=256)
-    elif m <= 64:
-        blocks = Blocks(rows=64, features=64 if small else 128)
-    elif m <= 128:
-        if n >= 16384:
-            blocks = Blocks(rows=128, features=128)
-        else:
-            blocks = Blocks(rows=64, features=64 if small else 128)
-    else:
-        # Reading x again for every 128 or 64 out features is the bottleneck.
-        blocks = Blocks(rows=128, features=128)
-        if _programs(m, n, blocks) < 150:
-            blocks = Blocks(rows=128, features=64)
-    # Fill 132 multiprocessors (H100, H200): with one or two programs each where these are large,
-    # with several where memory is to be kept busy. There, none may take very long, either.
-    work = _programs(m, n, blocks)
-    if m <= 64:
-        work *= blocks.features // 64
-    enough = 150 if blocks.rows == 128 else 200
+def configurations() -> list[Blocks]:
+    """What `choose_blocks` can return, but for `Blocks.whole`, which is no constant of a kernel."""
+    sizes = itertools.product(
+        (1, 32, 64, 128, 129, 256, 384, 512, 1024),
+        (8, *(i << e for e in range(8, 17) for i in (2, 3))),
+        (32, *(1 << e for e in range(9, 16))),
+        (132,),
+        (True, False),
+    )
+    return sorted({replace(choose_blocks(*size), whole=0) for size in sizes}, key=str)
+
+
+def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
+    """The largest of 1, 2, 4, 8 that is allowed and leaves each program two steps."""
     splits = 1
-    while (work * splits < enough or (m <= 64 and k > 8192 * splits)) and (
-        splits < 8 and k >= 4 * splits * blocks.step
-    ):
+    while splits < 8 and allowed(2 * splits) and k >= 4 * splits * blocks.step:
         splits *= 2
-    return replace(blocks, splits=splits)
+    return splits
 
 
-def _programs(m: int, n: int, blocks: Blocks) -> int:
+#: Columns that make blocks of 128 out features, or else of 128 rows, pay.
+_ENOUGH, _ENOUGH_OF_HALF = 3400, 1900
+
+
+def _count(m: int, n: int, blocks: Blocks) -> int:
     return -(-m // blocks.rows) * -(-n // blocks.features)
 
 
@@ -178,7 +220,7 @@ def linears(
     (m, k), n = x.shape, sum(ns)
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros((m, n))
-    choice = choose(m, n, k) if choice is None else choice
+    choice = choose(m, n, k, *gpu_of(x.device)) if choice is None else choice
     if choice.kernel == "aten":
         products = [
             _aten(x.to(torch.bfloat16), *weight, group_size, n).to(x.dtype)
@@ -191,6 +233,15 @@ def linears(
     if choice.blocks is None:
         raise ValueError('a Choice of "triton" needs blocks')
     return _multiply(x, weights, group_size, ns, choice.blocks)
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> tuple[int, bool]:
+    """What `choose` wants to know of a device: multiprocessors, and whether it has wgmma."""
+    if device.type != "cuda":
+        return 132, True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major == 9
 
 
 def dequantize(
@@ -240,27 +291,31 @@ def launch_of(
     weights: of each n, the out features to compute, and n_padded, those that it has.
     half_inner: inner_k_tiles / 2.
     dtype: of x and y, bf16 or fp16.
-    reduce: with several splits, whether the last program of each block sums what the others left in
-        partial_ptr, fp32 ``[splits, m, N]``, and writes y; for that counters_ptr has an int32 zero
-        for each block of y, and the launch leaves zeros there. Else partial_ptr is the result, to
-        be summed along the first axis. With one split the kernel writes y.
+    reduce: with several splits, whether the last program of each block sums what the others left
+        in partial_ptr, fp32 ``[split blocks, splits, rows, features]``, and writes y; for that
+        counters_ptr has an int32 zero for each split block, and the launch leaves zeros there. Else
+        partial_ptr, fp32 ``[splits, m, N]``, is the result, to be summed along the first axis, and
+        `Blocks.rest_splits` does not count. With one split the kernel writes y.
     """
     need_triton()
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}, it must be one of {_DTYPES}")
     row_blocks = -(-m // blocks.rows)
-    feature_blocks = sum(-(-n // blocks.features) for n, _ in weights)
+    count = row_blocks * sum(-(-n // blocks.features) for n, _ in weights)
+    in_part = reduce and blocks.rest_splits > 1
+    whole, splits = (blocks.whole, blocks.rest_splits) if in_part else (0, blocks.splits)
     return Launch(
         _linear_kernel,
-        row_blocks * feature_blocks * blocks.splits,
+        whole + (count - whole) * splits,
         {
             "M": m,
             "row_blocks": row_blocks,
+            "whole": whole,
             "K": k,
             "k_padded": k_padded,
             **_weights_arguments(weights),
             "one": 1.0,
-            "SPLITS": blocks.splits,
+            "SPLITS": splits,
             "REDUCE": reduce,
             "BM": blocks.rows,
             "BN": blocks.features,
@@ -357,9 +412,11 @@ def _multiply(
     launch = launch_of(m, k, sizes, k_padded, group_size, half_inner, x.dtype, blocks, reduce=True)
     y = x.new_empty((m, n))
     partial = counters = y  # not used
-    if blocks.splits > 1:
-        partial = x.new_empty((blocks.splits, m, n), dtype=torch.float32)
-        counters = _counters(launch.programs // blocks.splits, x)
+    splits, whole = int(launch.arguments["SPLITS"]), int(launch.arguments["whole"])
+    if splits > 1:
+        shared = launch.programs - whole
+        partial = x.new_empty(shared * blocks.rows * blocks.features, dtype=torch.float32)
+        counters = _counters(shared // splits, x)
     run(launch, [x, *_buffers(weights), y, partial, counters])
     return y
 
@@ -427,6 +484,10 @@ def _further(weights: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 # same time share counters: launches on one stream follow each other and share a part of the
 # buffer; each launch that is captured in a graph, which may be replayed on any stream, keeps a
 # part for itself, for good. Where a part is not to be had, zeros are made after all.
+#
+# So counters are zeros whenever a launch begins. One that Triton or CUDA refuses has run no
+# program; a kernel that faults or is killed ends the process's CUDA context, and its counters with
+# it; a capture that fails leaves a part that is never used.
 
 _COUNTERS = 2**20
 _COUNTERS_A_STREAM = 2**12
@@ -565,10 +626,11 @@ def _kernel_of_linear(
     tiles3_ptr,
     params3_ptr,
     y_ptr,  # [M, N], where partial_ptr is not the result; N is the sum of the n
-    partial_ptr,  # fp32 [SPLITS, M, N], where SPLITS > 1
-    counters_ptr,  # int32 [blocks of y], zeros, where SPLITS > 1 and REDUCE
+    partial_ptr,  # fp32 [split blocks, SPLITS, BM, BN] if REDUCE, else [SPLITS, M, N]; SPLITS > 1
+    counters_ptr,  # int32 [split blocks], zeros, where SPLITS > 1 and REDUCE
     M,
     row_blocks,
+    whole,  # the first blocks, which are not split
     K,
     k_padded,
     n0,  # out features; 0 from weight WEIGHTS on
@@ -597,8 +659,10 @@ def _kernel_of_linear(
     """y[block].T = W[block] @ x[block].T."""
     # Neighbours read the same part of W, or the same rows of it.
     program = tl.program_id(0)
-    split = program % SPLITS
-    block = program // SPLITS
+    shared = program - whole
+    is_whole = (SPLITS == 1) | (shared < 0)
+    block = tl.where(is_whole, program, whole + shared // SPLITS)
+    split = tl.where(is_whole, 0, shared % SPLITS)
     m_first = block % row_blocks * BM
     tiles_ptr, params_ptr, n, n_padded, column, n_first = _weight_of(
         block // row_blocks,
@@ -621,7 +685,7 @@ def _kernel_of_linear(
         WEIGHTS,
         BN,
     )
-    per_split = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
+    per_split = tl.where(is_whole, K, tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK)
     k_first = split * per_split
     acc = multiply(
         x_ptr + m_first.to(tl.int64) * K,
@@ -650,27 +714,40 @@ def _kernel_of_linear(
     at, there = _block_of_y(m_first, n_first, M, N, n, column, BM, BN)
     if SPLITS == 1:
         tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=there)
+    elif not REDUCE:
+        tl.store(partial_ptr + split * (tl.cast(M, tl.int64) * N) + at, acc, mask=there)
+    elif is_whole:
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=there)
     else:
-        size = tl.cast(M, tl.int64) * N
-        tl.store(partial_ptr + split * size + at, acc, mask=there)
-        if REDUCE:
-            tl.debug_barrier()  # every thread's part is stored before one thread says so
-            if tl.atomic_add(counters_ptr + block, 1, sem="acq_rel") == SPLITS - 1:
-                tl.debug_barrier()
-                # Few rows at a time take few registers, of which the product wants many.
-                for first in range(0, BM, 16):
-                    part, of_it = _block_of_y(m_first + first, n_first, M, N, n, column, 16, BN)
-                    total = tl.zeros((BN, 16), dtype=tl.float32)
-                    for i in tl.static_range(SPLITS):
-                        # Past the L1 cache, which knows nothing of the other programs.
-                        total += tl.load(
-                            partial_ptr + i * size + part,
-                            mask=of_it,
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-                    tl.store(y_ptr + part, total.to(y_ptr.dtype.element_ty), mask=of_it)
-                tl.store(counters_ptr + block, 0)
+        sums_ptr = partial_ptr + (shared - split).to(tl.int64) * (BM * BN)
+        tl.store(sums_ptr + split * (BM * BN) + _in_block(0, BM, BN), acc, mask=there)
+        tl.debug_barrier()  # every thread's part is stored before one thread says so
+        counter_ptr = counters_ptr + shared // SPLITS
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLITS - 1:
+            tl.debug_barrier()
+            # All at once would take more registers than the product, and slow that down.
+            ROWS: tl.constexpr = min(BM, 64 if SPLITS == 2 else 32 if SPLITS <= 4 else 16)
+            for first in range(0, BM, ROWS):
+                part, of_it = _block_of_y(m_first + first, n_first, M, N, n, column, ROWS, BN)
+                total = tl.zeros((BN, ROWS), dtype=tl.float32)
+                for i in tl.static_range(SPLITS):
+                    # Past the L1 cache, which knows nothing of the other programs.
+                    total += tl.load(
+                        sums_ptr + i * (BM * BN) + _in_block(first, ROWS, BN),
+                        mask=of_it,
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                tl.store(y_ptr + part, total.to(y_ptr.dtype.element_ty), mask=of_it)
+            tl.store(counter_ptr, 0)
+
+
+@jit()
+@no_type_check
+def _in_block(m_first, ROWS: tl.constexpr, FEATURES: tl.constexpr):
+    """Where in a block ``[rows, FEATURES]`` some of its rows lie: [FEATURES, ROWS]."""
+    m = m_first + tl.arange(0, ROWS)[None, :]
+    return m * FEATURES + tl.arange(0, FEATURES)[:, None]
 
 
 @jit()
