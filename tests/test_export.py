@@ -1,0 +1,382 @@
+"""`rewrite`: programs of torch.export with packed weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import assert_rounded, assert_within, dequantised, module, rounding_bound
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+import fxint4
+from fxint4 import Report
+from fxint4._torch import mkldnn_supports
+from fxint4.errors import OptionError
+
+CPU_OP = "aten._weight_int4pack_mm_for_cpu.default"
+#: For models of `module`, which take *inputs.
+ROWS = (({0: Dim.DYNAMIC},),)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def ops(program: ExportedProgram) -> list[str]:
+    return [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+
+
+def int4_matmuls(program: ExportedProgram) -> int:
+    """Without the one that checks the order of the bytes."""
+    return ops(program).count(CPU_OP) - 1
+
+
+def rewritten(
+    model: nn.Module,
+    *inputs: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[ExportedProgram, Report]:
+    program = fxint4.rewrite(export(model, inputs, **kwargs), options)
+    report = fxint4.last_report()
+    assert report is not None
+    return program, report
+
+
+def in_another_process(
+    source: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python that must do without fxint4."""
+    source += "\nimport sys\nassert not any(name.startswith('fxint4') for name in sys.modules)\n"
+    command = [sys.executable, "-W", "ignore", "-c", source]
+    env = {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+def two_matmuls() -> nn.Module:
+    return module(lambda m, x: x @ m.w.t() @ m.v + m.b, w=(96, 64), v=(96, 80), b=(80,))
+
+
+WEIGHTS = {"w": "NK", "v": "KN"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_program_multiplies_by_packed_weights(dtype: torch.dtype, strict: bool) -> None:
+    torch.manual_seed(0)
+    model = two_matmuls().to(dtype)
+    x = torch.randn(4, 64).to(dtype)
+    program, report = rewritten(model, x, strict=strict)
+    program.validate()
+    assert int4_matmuls(program) == 2
+    assert not {"aten.mm.default", "aten.addmm.default"} & set(ops(program))
+    assert [record.action for record in report.records] == ["packed"] * 2
+    y = program.module()(x)
+    assert (y.shape, y.dtype) == ((4, 80), dtype)
+    assert_rounded(y, model, (x,), report, WEIGHTS, roundings=8)  # twice those of one matmul
+
+
+def test_only_ops_of_torch_are_left() -> None:
+    program, _ = rewritten(two_matmuls().half(), torch.randn(4, 64).half())
+    assert {op.partition(".")[0] for op in ops(program)} <= {"aten", "prims"}
+
+
+def test_dimensions_stay_dynamic() -> None:
+    model = module(lambda m, x: x @ m.w.t(), w=(96, 64)).bfloat16()
+    x = torch.randn(3, 2, 64).bfloat16()
+    program, report = rewritten(
+        model, x, dynamic_shapes=(({0: Dim("batch", max=16), 1: Dim.DYNAMIC},),)
+    )
+    w = dequantised(model.w, report.records[0].group_size or 0, torch.float64)
+    for shape in [(2, 2, 64), (7, 3, 64), (16, 40, 64)]:
+        x = torch.randn(shape).bfloat16()
+        y = program.module()(x)
+        assert_within(y, x.double() @ w.t(), rounding_bound(x, w))
+    with pytest.raises(Exception, match="16"):
+        program.module()(torch.randn(17, 2, 64).bfloat16())
+
+
+def test_the_program_as_captured_is_not_changed() -> None:
+    captured = export(two_matmuls(), (torch.randn(4, 64),))
+    before = (str(captured.graph), dict(captured.state_dict), str(captured.graph_signature))
+    fxint4.rewrite(captured)
+    after = (str(captured.graph), dict(captured.state_dict), str(captured.graph_signature))
+    assert (before[0], before[2]) == (after[0], after[2])
+    assert all(before[1][name] is value for name, value in after[1].items())
+    assert all(value.requires_grad for value in captured.state_dict.values())
+
+
+def test_what_nothing_reads_any_more_is_gone() -> None:
+    model = module(
+        lambda m, x: x @ m.w.t() + m.b, w=(96, 64), b=(96,), unread=(7,), other=torch.ones(3)
+    )
+    program, _ = rewritten(model, torch.randn(4, 64))
+    check = ["x", "cpu_tiles", "scale_and_zero", "y"]
+    assert sorted(program.state_dict) == sorted(
+        ["b", "w_cpu_tiles", "w_scale_and_zero", *(f"fxint4_check_{part}" for part in check)]
+    )
+    assert dict(program.module().named_buffers()).keys() == program.state_dict.keys() - {"b"}
+
+
+def test_a_saved_program_is_as_small_as_its_packed_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024)).bfloat16().eval()
+    captured = export(model, (torch.randn(4, 1024).bfloat16(),))
+    torch.export.save(captured, tmp_path / "before.pt2")
+    program = fxint4.rewrite(captured)
+    torch.export.save(program, tmp_path / "after.pt2")
+    before, after = ((tmp_path / name).stat().st_size for name in ("before.pt2", "after.pt2"))
+    weights = 2 * 1024 * 1024
+    packed = weights // 2 + 4 * weights // 128  # a nibble each; scale and zero for each group
+    assert before > 2 * weights
+    assert packed < after < packed + 200_000  # the graph, as JSON, and the small tensors
+
+
+def test_a_saved_program_runs_without_fxint4_under_any_backend(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program, _ = rewritten(
+        two_matmuls().bfloat16(),
+        torch.randn(4, 64).bfloat16(),
+        dynamic_shapes=ROWS,
+    )
+    x = torch.randn(5, 64).bfloat16()
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save([x, program.module()(x)], tmp_path / "data.pt")
+    done = in_another_process(f"""
+import torch
+x, y = torch.load({str(tmp_path / "data.pt")!r})
+program = torch.export.load({str(tmp_path / "program.pt2")!r})
+program.validate()
+assert torch.equal(program.module()(x), y)
+assert torch.equal(program.run_decompositions().module()(x), y)
+for backend in ("aot_eager", "inductor"):
+    compiled = torch.compile(program.module(), backend=backend, fullgraph=True)
+    # Inductor adds the bias in fp32
+    torch.testing.assert_close(compiled(x), y, rtol=2**-7, atol=2**-7)
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="needs a CPU with AVX2 or AVX-512, to run as one without",
+)
+def test_another_kind_of_cpu_is_refused(tmp_path: Path) -> None:
+    program, _ = rewritten(two_matmuls().bfloat16(), torch.randn(4, 64).bfloat16())
+    torch.export.save(program, tmp_path / "program.pt2")
+    source = f"""
+import torch
+torch.export.load({str(tmp_path / "program.pt2")!r}).module()(torch.ones(4, 64).bfloat16())
+"""
+    assert in_another_process(source).returncode == 0
+    done = in_another_process(source, {"ATEN_CPU_CAPABILITY": "default"})
+    *_, last = done.stderr.strip().splitlines()
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert last == (
+        f"RuntimeError: fxint4: the int4 weights of this program were packed for CPUs with "
+        f"{capability} instructions, and here the int4 op reads them in another order. Export and "
+        "rewrite it again on a CPU like this one"
+    )
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("calls", torch.zeros(64))
+        self.register_buffer("factor", torch.full((64,), 2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.fc(x) * self.factor + self.calls + torch.tensor([3.0])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_buffers_that_are_written_to_are(strict: bool, tmp_path: Path) -> None:
+    model = Counter().eval()
+    x = torch.randn(4, 64)
+    program, report = rewritten(model, x, strict=strict)
+    assert [record.action for record in report.records] == ["packed"]
+    assert program.graph_signature.buffers_to_mutate.values() == {"calls"} or list(
+        program.graph_signature.buffers_to_mutate.values()
+    ) == ["calls"]
+    torch.export.save(program, tmp_path / "program.pt2")
+    for again in (program, torch.export.load(tmp_path / "program.pt2")):
+        run = again.module()
+        first, second = run(x), run(x)
+        torch.testing.assert_close(second - first, torch.ones(4, 64), rtol=0, atol=1e-5)
+        assert torch.equal(dict(run.named_buffers())["calls"], torch.full((64,), 2.0))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(128, 64)
+        self.first = nn.Linear(64, 128, bias=False)
+        self.second = nn.Linear(64, 128, bias=False)
+        self.first.weight = self.second.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return self.first(x) + self.second(x * 2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_tied_weights_are_packed_once(strict: bool) -> None:
+    model = Tied().eval()
+    ids = torch.tensor([3, 1, 4])
+    program, report = rewritten(model, ids, strict=strict)
+    assert int4_matmuls(program) == 2
+    assert report.totals["weights_packed"] == 1
+    tiles = [name for name in program.state_dict if name.endswith("_tiles")]
+    assert len(tiles) == 2  # one is that of the check
+    w = dequantised(model.embedding.weight, 64, torch.float64)
+    x = model.embedding(ids).detach()
+    expected = x.double() @ w.t() * 3
+    # Each product is rounded by itself, and their sum in fp32.
+    assert_within(program.module()(ids), expected, 3.1 * rounding_bound(x, w))
+
+
+def test_weights_that_are_computed_are_packed() -> None:
+    model = module(lambda m, x: x @ (m.w + m.a @ m.b).t(), w=(64, 64), a=(64, 4), b=(4, 64))
+    x = torch.randn(4, 64)
+    program, report = rewritten(model, x)
+    assert [set(record.parameters) for record in report.records] == [{"w", "a", "b"}]
+    assert not {"w", "a", "b"} & program.state_dict.keys()
+    w = dequantised((model.w + model.a @ model.b).detach(), 64, torch.float64)
+    assert_within(program.module()(x), x.double() @ w.t(), rounding_bound(x, w))
+
+
+def test_weights_packed_in_place_before_are_taken_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)).eval()
+    fxint4.pack_(model)
+    x = torch.randn(4, 64)
+    program, report = rewritten(model, x)
+    assert int4_matmuls(program) == 2
+    assert [record.action for record in report.records] == ["packed"] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x), rtol=2**-7, atol=2**-7)
+
+
+def test_changes_of_the_model_afterwards_do_not_reach_the_program() -> None:
+    model = module(lambda m, x: x @ m.w.t(), w=(96, 64))
+    x = torch.randn(4, 64)
+    program, _ = rewritten(model, x)
+    before = program.module()(x)
+    with torch.no_grad():
+        fast = torch.compile(model, backend="int4tile")
+        fast(x)
+        model.w.mul_(2)
+        fast(x)
+    assert torch.equal(program.module()(x), before)
+
+
+# torch.export.unflatten inserts its own nodes before what they refer to.
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+def test_modules_keep_their_signatures_and_come_back_by_unflatten() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 96)), nn.Sequential(nn.Linear(96, 64)))
+    x = torch.randn(4, 64)
+    program, _ = rewritten(model.eval(), x, preserve_module_call_signature=("0", "1"))
+    flat = torch.export.unflatten(program)
+    assert torch.equal(flat(x), program.module()(x))
+
+
+@pytest.mark.parametrize(("rows", "action"), [(64, "packed"), (65, "kept")])
+def test_many_rows_in_the_example_keep_a_matmul_on_the_cpu(rows: int, action: str) -> None:
+    x = torch.randn(rows, 64)
+    program, report = rewritten(two_matmuls(), x, dynamic_shapes=ROWS)
+    assert {record.action for record in report.records} == {action}
+    reasons = {record.reason for record in report.records}
+    if action == "kept":
+        assert reasons == {
+            "M=65 in the example inputs: on the CPU a dense matmul is faster than int4 from M=65 on"
+        }
+        assert CPU_OP not in ops(program)
+        torch.testing.assert_close(program.module()(x), two_matmuls_like(program)(x))
+    else:
+        program.module()(torch.randn(100, 64))  # any number when it runs
+
+
+def two_matmuls_like(program: ExportedProgram) -> Any:
+    state = program.state_dict
+    return lambda x: x @ state["w"].t() @ state["v"] + state["b"]
+
+
+def test_bf16_rows_follow_the_hardware() -> None:
+    x = torch.randn(9, 64).bfloat16()
+    _, report = rewritten(two_matmuls().bfloat16(), x)
+    action = "kept" if mkldnn_supports(torch.bfloat16) else "packed"
+    assert {record.action for record in report.records} == {action}
+
+
+def test_experts_say_that_they_need_fxint4() -> None:
+    model = module(lambda m, x: torch.bmm(x, m.w), w=(4, 64, 96))
+    program, report = rewritten(model, torch.randn(4, 3, 64))
+    assert "fxint4.bmm.default" in ops(program)
+    [record] = report.records
+    assert record.reason.endswith("needs fxint4 where the program runs")
+
+
+def test_the_report_is_that_of_the_program() -> None:
+    model = two_matmuls()
+    _, report = rewritten(model, torch.randn(4, 64), options={"group_size": 32, "skip": ["v"]})
+    first, second = report.records
+    assert (first.name, first.group_size, first.action) == ("w", 32, "packed")
+    assert (second.name, second.reason) == ("v", "skip='v'")
+    assert report.totals["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report.totals["held_bytes"] == 0
+    assert "+%w_cpu_tiles: u8[96, 32]" in report.graph_diff
+    assert "-%w: f32[96, 64]" in report.graph_diff
+
+
+def test_options_are_checked() -> None:
+    captured = export(two_matmuls(), (torch.randn(4, 64),))
+    with pytest.raises(OptionError, match="did you mean 'group_size'"):
+        fxint4.rewrite(captured, {"groupsize": 32})
+    with pytest.raises(OptionError, match=r"'max_autotune' is an option of Inductor's: fxint4\.pa"):
+        fxint4.rewrite(captured, {"max_autotune": True})
+    with pytest.raises(OptionError, match="free_weights is for"):
+        fxint4.rewrite(captured, {"free_weights": True})
+
+
+def test_what_is_no_program_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"got a Linear, need what torch\.export"):
+        fxint4.rewrite(nn.Linear(64, 64))  # type: ignore[arg-type]
+
+
+def test_a_program_without_matmuls_comes_back() -> None:
+    program, report = rewritten(module(lambda m, x: x + m.b, b=(64,)), torch.randn(4, 64))
+    assert report.records == []
+    assert list(program.state_dict) == ["b"]
+    assert "fxint4" not in str(program.graph)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_the_gpu_aten_reads_the_tiles(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = module(lambda m, x: (x @ m.q.t(), x @ m.k.t()), q=(96, 128), k=(64, 128)).to(
+        "cuda", dtype
+    )
+    x = torch.randn(40, 128, device="cuda", dtype=dtype)
+    program, report = rewritten(model, x, dynamic_shapes=ROWS)
+    assert ops(program).count("aten._weight_int4pack_mm.default") == 2
+    assert {op.partition(".")[0] for op in ops(program)} <= {"aten", "prims"}
+    assert [record.fused_with for record in report.records] == [(), ()]
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save([x, *program.module()(x)], tmp_path / "data.pt")
+    for y, weight in zip(program.module()(x), (model.q, model.k), strict=True):
+        w = dequantised(weight.detach(), 128, torch.float64)
+        assert_within(y, x.double() @ w.t(), rounding_bound(x, w))
+    done = in_another_process(f"""
+import torch
+x, *expected = torch.load({str(tmp_path / "data.pt")!r})
+run = torch.export.load({str(tmp_path / "program.pt2")!r}).module()
+for function in (run, torch.compile(run, fullgraph=True)):
+    for y, wanted in zip(function(x), expected):
+        torch.testing.assert_close(y, wanted, rtol=0, atol=0)
+""")
+    assert done.returncode == 0, done.stderr
