@@ -146,6 +146,15 @@ def test_views_that_differ_are_not_one_activation() -> None:
     check(module(forward, w=(48, K), v=(32, K)), torch.randn(M + 1, K), alone=2)
 
 
+def test_casts_to_different_dtypes_are_not_one_activation() -> None:
+    captured = Captured.of(
+        lambda w, v, x: (x @ w.t(), x.bfloat16() @ v.t()),
+        [torch.randn(48, K), bf16(32, K)],
+        torch.randn(M, K),
+    )
+    assert groups(captured) == [(0,), (1,)]
+
+
 def test_random_numbers_of_one_distribution_are_not_one_activation() -> None:
     def function(w: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.bernoulli(x) @ w.t(), torch.bernoulli(x) @ v.t()
@@ -349,6 +358,24 @@ def test_a_dense_copy_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     _, report = compile_and_report(model, torch.randn(20, K))
     assert fused(report) == []
+
+
+def test_recompiles_share_the_packed_weights() -> None:
+    model = Heads(48, 32)
+    compiled = torch.compile(model, backend="int4tile", dynamic=False)
+    memory = []
+    for m in (2, 3):
+        x = torch.randn(m, K)
+        with torch.no_grad():
+            y = compiled(x)
+        report = fxint4.last_report()
+        assert report is not None
+        assert fused(report) == [[48, 32]]
+        assert_rounded(y, model, [x], report, weights_of(model))
+        packed = [store.of(parameter) for parameter in model.parameters()]
+        assert [len(made) for made in packed] == [1, 1]
+        memory.append([made.forms["cpu"][0].data_ptr() for [made] in packed])
+    assert memory[0] == memory[1]
 
 
 def test_one_weight_may_change_between_calls() -> None:
