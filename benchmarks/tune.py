@@ -85,7 +85,7 @@ def candidates(m: int, n: int, k: int) -> Iterator[Blocks]:
                 yield blocks
             if rows == 128 and splits == 1 and 0 < rest < count:
                 for rest_splits in (2, 3, 4):
-                    yield replace(blocks, whole=count - rest, rest_splits=rest_splits)
+                    yield replace(blocks, at_once=AT_ONCE, rest_splits=rest_splits)
 
 
 def a_launch(m: int, n: int, k: int, blocks: Blocks) -> Launch:
@@ -164,7 +164,6 @@ def compile_one(case: tuple[int, int, int, Blocks]) -> dict[str, Any]:
     """Compiles what a launch needs, in a process of its own; tells registers and spills."""
     m, n, k, blocks = case
     launch = a_launch(m, n, k, blocks)
-    blocks = replace(blocks, whole=0)
     weight = [torch.int32, torch.bfloat16] * 4
     tensors = [torch.bfloat16, *weight, torch.bfloat16, torch.float32, torch.int32]
     try:
@@ -193,7 +192,7 @@ def main() -> None:
     wanted: dict[Blocks, tuple[int, int, int, Blocks]] = {}
     for case in cases:
         for blocks in candidates(*case):
-            wanted.setdefault(replace(blocks, whole=0), (*case, blocks))
+            wanted.setdefault(blocks, (*case, blocks))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         made = {found["blocks"]: found for found in pool.map(compile_one, wanted.values())}
@@ -206,7 +205,7 @@ def main() -> None:
         times = {
             blocks: case.time_us(blocks)
             for blocks in candidates(m, n, k)
-            if made[replace(blocks, whole=0)].get("spills", MOST_SPILLS + 1) <= MOST_SPILLS
+            if made[blocks].get("spills", MOST_SPILLS + 1) <= MOST_SPILLS
         }
         best = sorted(times, key=lambda blocks: times[blocks])[:SHOWN]
         choice = choose(m, n, k)

@@ -189,10 +189,11 @@ class _Matmul:
             written = {"y_ptr"}
             if blocks.splits > 1:
                 # The sum is the kernel's: it has to end in y whichever blocks are launched.
-                size = [blocks.splits, there * rows, n]
+                programs = there * row_blocks * launch.programs
+                size = [programs, blocks.rows * blocks.features]
                 tensors["partial_ptr"] = _inductor.empty(size, x, torch.float32)
-                programs = there * row_blocks * (launch.programs // blocks.splits)
-                tensors["counters_ptr"] = _inductor.zeros([programs], x, torch.int32)
+                count = there * row_blocks * (launch.programs // blocks.splits)
+                tensors["counters_ptr"] = _inductor.zeros([count], x, torch.int32)
                 written |= {"partial_ptr", "counters_ptr"}
             launch = replace(
                 launch,
@@ -227,7 +228,9 @@ class _Matmul:
 
 def _blocks_by_m(n: int, k: int) -> list[tuple[int, int | None, Blocks]]:
     """First and last M, and the blocks of the Triton kernel for them; the last range has no end."""
-    return [
-        (first, last, choice.blocks or choose_blocks(first, n, k))
-        for first, last, choice in by_m(lambda m: choose(m, n, k))
-    ]
+
+    def blocks_of(m: int) -> Blocks:
+        blocks = choose(m, n, k).blocks or choose_blocks(m, n, k)
+        return replace(blocks, at_once=0, rest_splits=1)
+
+    return by_m(blocks_of)

@@ -6,7 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -143,7 +143,7 @@ CHOICES = [
     triton_choice(rows=32, features=128, warps=8),
     triton_choice(rows=64, features=256, warps=4, splits=8),
     triton_choice(rows=64, splits=3),
-    triton_choice(whole=1, rest_splits=3),
+    triton_choice(at_once=2, rest_splits=3),
 ]
 
 
@@ -312,9 +312,9 @@ def test_choice(gpu: tuple[int, bool]) -> None:
         splits = max(blocks.splits, blocks.rest_splits)
         assert splits == 1 or k > splits * blocks.step
         count = -(-m // blocks.rows) * -(-n // blocks.features)
-        assert 0 <= blocks.whole < count
-        assert blocks.whole % (2 * gpu[0]) == 0
-        assert replace(blocks, whole=0) in configurations()
+        assert blocks.at_once in (0, 2 * gpu[0])
+        assert blocks.rest_splits == 1 or count > blocks.at_once > 0
+        assert blocks in configurations()
 
 
 def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +418,7 @@ GPU_CHOICES = (
     triton_choice(rows=64, features=128, warps=8, splits=8),
     triton_choice(rows=128, features=128, stages=3),
     triton_choice(rows=128, features=128, splits=3),
-    triton_choice(rows=128, features=128, whole=1, rest_splits=2),
+    triton_choice(rows=128, features=128, at_once=5, rest_splits=2),
 )
 
 
@@ -495,7 +495,7 @@ def test_gpu_several_weights(ns: tuple[int, ...], dtype: torch.dtype) -> None:
     """Side by side they give the bits that each gives alone with the same blocks.
 
     Unless the order of the sums depends on how many there are: that of cuBLAS may, and
-    `Blocks.whole` counts blocks of all of them.
+    `Blocks.at_once` counts blocks of all of them.
     """
     many = [make(max(n, 8), 2048, device="cuda") for n in ns]
     for count in (1, 33, 300):

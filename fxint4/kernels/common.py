@@ -63,8 +63,8 @@ class Blocks:
     splits: programs that share the sum over k.
     warps, stages: Triton's num_warps, at least 4, and num_stages.
     step: columns of k at a time, 128 or 256.
-    whole, rest_splits: where splits is 1, the first `whole` blocks have one program each and the
-        rest, which alone would not fill the GPU, this many, if the kernel itself adds their sums.
+    at_once, rest_splits: where splits is 1 and the kernel itself adds, the blocks that are left
+        over when the others fill the GPU, at_once at a time, have this many programs each.
     """
 
     rows: int
@@ -73,7 +73,7 @@ class Blocks:
     warps: int = 4
     stages: int = 3
     step: int = 128
-    whole: int = 0
+    at_once: int = 0
     rest_splits: int = 1
 
 

@@ -102,12 +102,12 @@ def choose(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = Tru
     """
     if triton is None:
         return Choice("aten")
-    if m > (1024 if wgmma else 128):
+    if m > (_MOST_ROWS if wgmma else 128):
         return Choice("dequantise")
     blocks = choose_blocks(m, n, k, multiprocessors, wgmma)
-    # The more blocks of rows, the more often W is unpacked. At 1024 rows that costs as much as
+    # The more blocks of rows, the more often W is unpacked. At the most that costs as much as
     # writing it out once, and less only where no program waits for another.
-    if m == 1024 and wgmma and _count(m, n, blocks) > 2 * multiprocessors:
+    if m == _MOST_ROWS and wgmma and _count(m, n, blocks) > 2 * multiprocessors:
         return Choice("dequantise")
     return Choice("triton", blocks)
 
@@ -142,16 +142,16 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: boo
         deep = blocks.step == 128 and blocks.features == 64 and splits * count <= at_once
         return replace(blocks, splits=splits, stages=4 if deep else 3)
     rest = count % at_once
-    if not rest:
+    if not rest or m > _MOST_ROWS:
         return blocks
     splits = _splits(k, blocks, lambda s: s * rest <= at_once)
     if rest == count:
         return replace(blocks, splits=splits)
-    return replace(blocks, whole=count - rest, rest_splits=splits) if splits > 1 else blocks
+    return replace(blocks, at_once=at_once, rest_splits=splits) if splits > 1 else blocks
 
 
 def configurations() -> list[Blocks]:
-    """What `choose_blocks` can return, but for `Blocks.whole`, which is no constant of a kernel."""
+    """What `choose_blocks` can return for an H100 or H200, and for GPUs without wgmma."""
     sizes = itertools.product(
         (1, 32, 64, 128, 129, 256, 384, 512, 1024),
         (8, *(i << e for e in range(8, 17) for i in (2, 3))),
@@ -159,7 +159,7 @@ def configurations() -> list[Blocks]:
         (132,),
         (True, False),
     )
-    return sorted({replace(choose_blocks(*size), whole=0) for size in sizes}, key=str)
+    return sorted({choose_blocks(*size) for size in sizes}, key=str)
 
 
 def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
@@ -170,6 +170,8 @@ def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
     return splits
 
 
+#: For more rows W is written out.
+_MOST_ROWS = 1024
 #: Columns that make blocks of 128 out features, or else of 128 rows, pay.
 _ENOUGH, _ENOUGH_OF_HALF = 3400, 1900
 
@@ -302,8 +304,9 @@ def launch_of(
         raise ValueError(f"dtype is {dtype}, it must be one of {_DTYPES}")
     row_blocks = -(-m // blocks.rows)
     count = row_blocks * sum(-(-n // blocks.features) for n, _ in weights)
-    in_part = reduce and blocks.rest_splits > 1
-    whole, splits = (blocks.whole, blocks.rest_splits) if in_part else (0, blocks.splits)
+    whole, splits = 0, blocks.splits
+    if reduce and blocks.rest_splits > 1:
+        whole, splits = count - count % blocks.at_once, blocks.rest_splits
     return Launch(
         _linear_kernel,
         whole + (count - whole) * splits,
