@@ -65,13 +65,15 @@ def _linears_cuda(
     rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
     m, k = rows.shape
     weights = [(t.contiguous(), p.contiguous()) for t, p in zip(tiles, scale_and_zero, strict=True)]
-    choice = choice_at_run_time(m, sum(n), k, rows.dtype, replayed)
+    choice = choice_at_run_time(m, sum(n), k, x.device, rows.dtype, replayed)
     y = linear.linears(rows, weights, group_size, n, choice)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
 
-def choice_at_run_time(m: int, n: int, k: int, dtype: torch.dtype, replayed: bool) -> linear.Choice:
-    """How `linears` multiplies x ``[m, k]`` of a dtype.
+def choice_at_run_time(
+    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, replayed: bool
+) -> linear.Choice:
+    """How `linears` multiplies x ``[m, k]`` of a dtype on a device.
 
     Where the host launches each kernel anew, that takes it longer for a Triton kernel than for the
     aten op. So the aten op, which reads W again for every 16 rows, is the faster one while the GPU
@@ -80,7 +82,7 @@ def choice_at_run_time(m: int, n: int, k: int, dtype: torch.dtype, replayed: boo
     few = m <= 8 or -(-m // 16) * n * k <= _ATEN_ELEMENTS
     if few and not replayed and dtype is torch.bfloat16:
         return linear.Choice("aten")
-    return linear.choose(m, n, k)
+    return linear.choose(m, n, k, *linear.gpu_of(device))
 
 
 def _linear_cpu(

@@ -13,7 +13,7 @@ from fxint4._torch import is_pure
 from fxint4.config import Int4Config
 from fxint4.forms import aten_op, fuses
 from fxint4.kernel_ranges import by_m, range_text
-from fxint4.kernels.linear import MOST_WEIGHTS, choose
+from fxint4.kernels.linear import MOST_WEIGHTS, choose, gpu_of
 from fxint4.ops import choice_at_run_time
 from fxint4.passes.find import Site
 from fxint4.passes.pattern import value_of
@@ -89,14 +89,19 @@ def _kernels(sites: Sequence[Site], form: Form | None, cuda_graphs: bool) -> tup
     n, k = sum(shape.n for shape in shapes), match.k
     if aten_op(form, sites[0].activation_dtype, len(shapes)) is not None:
         n, k = shape.n_padded, shape.k_padded  # as the op sees them
+    device = value_of(match.weight).device
     if isinstance(match.m, int):
-        return (f"{range_text(match.m, match.m)}: {choose(match.m, n, k)}",)
-    return _kernels_by_m(n, k, sites[0].activation_dtype, cuda_graphs)
+        chosen = choose(match.m, n, k, *gpu_of(device))
+        return (f"{range_text(match.m, match.m)}: {chosen}",)
+    return _kernels_by_m(n, k, device, sites[0].activation_dtype, cuda_graphs)
 
 
 @cache
-def _kernels_by_m(n: int, k: int, dtype: torch.dtype, cuda_graphs: bool) -> tuple[str, ...]:
-    ranges = by_m(lambda m: choice_at_run_time(m, n, k, dtype, cuda_graphs))
+def _kernels_by_m(
+    n: int, k: int, device: torch.device, dtype: torch.dtype, cuda_graphs: bool
+) -> tuple[str, ...]:
+    # As text, which leaves out what changes with every M.
+    ranges = by_m(lambda m: str(choice_at_run_time(m, n, k, device, dtype, cuda_graphs)))
     return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fxint4.kernel_ranges import by_m, range_text
 from fxint4.kernels import linear
-from fxint4.kernels.linear import Choice, choose, choose_blocks
+from fxint4.kernels.linear import Blocks, Choice, choose
 from fxint4.ops import choice_at_run_time
 
 
@@ -43,10 +43,10 @@ def test_a_choice_that_comes_back_is_a_range_of_its_own() -> None:
 
 
 def launched_by_the_host(m: int, n: int, k: int) -> Choice:
-    return choice_at_run_time(m, n, k, torch.bfloat16, replayed=False)
+    return choice_at_run_time(m, n, k, torch.device("cpu"), torch.bfloat16, replayed=False)
 
 
-@pytest.mark.parametrize("choice", [choose, choose_blocks, launched_by_the_host])
+@pytest.mark.parametrize("choice", [choose, launched_by_the_host])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (6144, 4096), (28672, 4096), (64, 65536)])
 def test_the_ranges_say_what_the_kernels_say(
     choice: Callable[[int, int, int], object], n: int, k: int, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +86,22 @@ def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_ow
 ) -> None:
     monkeypatch.setattr(linear, "triton", object())
     n, k = 28672, 4096
-    few, many = (choice_at_run_time(m, n, k, dtype, replayed) for m in (8, 100))
+    few, many = (
+        choice_at_run_time(m, n, k, torch.device("cpu"), dtype, replayed) for m in (8, 100)
+    )
     host = dtype is torch.bfloat16 and not replayed
     assert few == (Choice("aten") if host else choose(8, n, k))
     assert many == choose(100, n, k)
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        (Choice("aten"), "aten"),
+        (Choice("dequantise"), "dequantise + cuBLAS"),
+        (Choice("triton", Blocks(rows=16, features=64, splits=4)), "triton 16x64, 4 splits"),
+        (Choice("triton", Blocks(rows=128, features=128)), "triton 128x128"),
+    ],
+)
+def test_a_choice_as_text(choice: Choice, text: str) -> None:
+    assert str(choice) == text

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, Report
+from fxint4.kernels.linear import gpu_of
 from fxint4.passes import folded_record, matmuls, with_matmuls
 from fxint4.passes.fuse import _kernels_by_m
 from fxint4.store import store
@@ -41,6 +42,7 @@ from fxint4.store import store
 M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 aten = torch.ops.aten
+H200 = gpu_of(torch.device("cpu"))  # what choices are made for where there is no GPU
 
 
 @pytest.fixture(autouse=True)
@@ -631,10 +633,10 @@ def described(captured: Captured, form: str = "tiles", **options: bool) -> list[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernel_of_the_whole_matmul_is_named(dtype: torch.dtype) -> None:
     captured = two(dtype, lambda w, v, x: (x @ w.t(), x @ v.t()), torch.randn(M, K, dtype=dtype))
-    kernels = (f"M={M}: few 80x{K} ()",)
+    kernels = (f"M={M}: few 80x{K} {H200}",)
     assert described(captured) == [(("w1",), kernels), (("w0",), kernels)]
     k = K if dtype is torch.float16 else 256  # ATen's op is given x with its pad
-    alone = [((), (f"M={M}: few {n}x{k} ()",)) for n in (48, 32)]
+    alone = [((), (f"M={M}: few {n}x{k} {H200}",)) for n in (48, 32)]
     assert described(captured, fuse_projections=False) == alone
     assert described(captured, form="cpu") == [(("w1",), ()), (("w0",), ())]
 
@@ -649,7 +651,7 @@ def test_a_number_of_rows_that_varies_has_a_kernel_for_each_range(cuda_graphs: b
         torch.randn(M, K),
         tracing_mode="symbolic",
     )
-    asked = (torch.bfloat16, cuda_graphs)  # without CUDA graphs launches count
+    asked = (torch.device("cpu"), torch.bfloat16, cuda_graphs)  # without CUDA graphs launches count
     kernels = (f"M<=99: few 80x{K} {asked}", f"M>=100: many 80x{K} {asked}")
     assert described(captured, cuda_graphs=cuda_graphs) == [(("w1",), kernels), (("w0",), kernels)]
 
@@ -659,7 +661,7 @@ def test_a_weight_that_two_sites_share_counts_once() -> None:
     captured = two(
         torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t(), x @ w.t()), bf16(M, K).half()
     )
-    kernels = (f"M={M}: few 80x{K} ()",)
+    kernels = (f"M={M}: few 80x{K} {H200}",)
     assert described(captured) == [
         (("w1",), kernels),
         (("w0",), kernels),
