@@ -1,0 +1,304 @@
+"""`package`: programs compiled ahead of time, run without fxint4 and without Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import assert_within, dequantised, module, rounding_bound
+from torch import Tensor, nn
+from torch._inductor import aoti_load_package
+from torch.export import Dim, export
+from torch.utils import cpp_extension
+
+import fxint4
+from fxint4 import Report
+from fxint4.aot import METADATA
+from fxint4.errors import OptionError, UnsupportedOpError
+
+K, N = 64, 96
+MEBI = 2**20
+
+
+class Views(nn.Module):
+    """Two weights that are small parts of one large storage: one is packed, and one is not."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        large = torch.randn(2 * MEBI, device=device, dtype=torch.bfloat16)
+        self.w = nn.Parameter(large[: N * K].view(N, K))
+        self.kept = nn.Parameter(large[-2 * K :].view(K, 2)[:, 0])  # every second element
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.w.t() * scale, x * self.kept
+
+
+def views_expected(model: Views, x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Views` gives for a scale of 2, with the bound on the error of the first."""
+    w = dequantised(model.w, group_size, torch.float64)
+    return 2 * x.double() @ w.t(), 2 * rounding_bound(x, w), x * model.kept.detach()
+
+
+@dataclass(frozen=True)
+class Packaged:
+    path: str
+    model: Views
+    report: Report
+
+
+def packaged(folder: Path, device: str) -> Packaged:
+    torch.manual_seed(0)
+    model = Views(device).eval()
+    x = torch.randn(4, K, device=device, dtype=torch.bfloat16)
+    scale = torch.tensor(2.0, device=device, dtype=torch.bfloat16)
+    captured = export(
+        model, (x,), {"scale": scale}, dynamic_shapes={"x": {0: Dim.DYNAMIC}, "scale": None}
+    )
+    path = fxint4.package(captured, folder / "model.pt2")
+    report = fxint4.last_report()
+    assert report is not None
+    return Packaged(path, model, report)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packaged]:
+    """Compiled once for all tests, which only run it."""
+    folder = tmp_path_factory.mktemp("package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
+        yield packaged(folder, "cpu")
+
+
+def check_every_m(made: Packaged, device: str, sizes: list[int]) -> None:
+    loaded = aoti_load_package(made.path)
+    [record] = made.report.records
+    assert (record.name, record.action) == ("w", "packed")
+    assert record.group_size is not None
+    scale = torch.tensor(2.0, device=device, dtype=torch.bfloat16)
+    for m in sizes:
+        x = torch.randn(m, K, device=device, dtype=torch.bfloat16)
+        y, other = loaded(x, scale=scale)
+        expected, bound, expected_other = views_expected(made.model, x, record.group_size)
+        assert_within(y, expected, bound)
+        assert torch.equal(other, expected_other)
+
+
+def test_a_package_takes_any_number_of_rows(on_cpu: Packaged) -> None:
+    check_every_m(on_cpu, "cpu", [2, 3, 4, 17, 100])
+
+
+def test_a_package_holds_no_storage_that_its_tensors_do_not_fill(on_cpu: Packaged) -> None:
+    large = on_cpu.model.w.untyped_storage().nbytes()
+    assert large == 4 * MEBI
+    assert os.path.getsize(on_cpu.path) < large  # code and metadata are 2 MB at most
+
+
+def test_a_package_says_what_its_inputs_are(on_cpu: Packaged) -> None:
+    described = json.loads(aoti_load_package(on_cpu.path).get_metadata()[METADATA])
+    x = {"shape": [None, K], "example": [4, K], "dtype": "bfloat16", "device": "cpu"}
+    assert described == [x, {**x, "shape": [], "example": []}]
+
+
+def without_fxint4(
+    path: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a package of `Views` on ones, in a process that never imports fxint4."""
+    source = f"""
+import sys
+import torch
+run = torch._inductor.aoti_load_package({path!r})
+device = run.get_metadata()["AOTI_DEVICE_KEY"]
+x = torch.ones(3, {K}, device=device, dtype=torch.bfloat16)
+y, _ = run(x, scale=torch.tensor(2.0, device=device, dtype=torch.bfloat16))
+print(*y[0].tolist())
+assert not any(name.startswith("fxint4") for name in sys.modules)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", source]
+    env = {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+def assert_on_ones(printed: str, made: Packaged) -> None:
+    y = torch.tensor([float(number) for number in printed.split()]).to(made.model.w.device)
+    x = torch.ones(1, K, dtype=torch.bfloat16, device=made.model.w.device)
+    expected, bound, _ = views_expected(made.model, x, made.report.records[0].group_size or 0)
+    assert_within(y, expected[0], bound[0])
+
+
+def test_a_package_runs_in_a_process_without_fxint4(on_cpu: Packaged) -> None:
+    done = without_fxint4(on_cpu.path)
+    assert done.returncode == 0, done.stderr
+    assert_on_ones(done.stdout, on_cpu)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="needs a CPU with AVX2 or AVX-512, to run as one without",
+)
+def test_another_kind_of_cpu_is_refused(on_cpu: Packaged) -> None:
+    done = without_fxint4(on_cpu.path, {"ATEN_CPU_CAPABILITY": "default"})
+    assert done.returncode == 1
+    assert "fxint4: the int4 weights of this program were packed for CPUs with" in done.stderr
+
+
+CPP = """
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <ATen/ATen.h>
+#include <iostream>
+
+int main(int, char** argv) {
+  torch::inductor::AOTIModelPackageLoader model(argv[1]);
+  auto bf16 = at::TensorOptions(at::kBFloat16);
+  auto outputs = model.run({at::ones({3, 64}, bf16), at::full({}, 2.0, bf16)});
+  auto first = outputs[0].to(at::kFloat).contiguous();
+  for (int64_t i = 0; i < first.size(1); ++i)
+    std::cout << first.const_data_ptr<float>()[i] << ' ';
+}
+"""
+
+
+def no_cpp() -> str:
+    """Why C++ can't be built here; empty where it can."""
+    header = "torch/csrc/inductor/aoti_package/model_package_loader.h"
+    if shutil.which("g++") is None:
+        return "needs g++"
+    if not any((Path(folder) / header).is_file() for folder in cpp_extension.include_paths()):
+        return f"needs {header}"
+    return ""
+
+
+@pytest.mark.skipif(bool(no_cpp()), reason=no_cpp())
+def test_a_package_runs_in_cpp(on_cpu: Packaged, tmp_path: Path) -> None:
+    (tmp_path / "main.cpp").write_text(CPP)
+    includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]
+    folders = cpp_extension.library_paths()
+    libraries = [f"-L{folder}" for folder in folders]
+    libraries += [f"-Wl,-rpath,{folder}" for folder in folders]
+    libraries += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = ["g++", "-std=c++20", "-O0", "main.cpp", *includes, *libraries, "-o", "main"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run(
+        ["./main", on_cpu.path], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_on_ones(done.stdout, on_cpu)
+
+
+def program(**kwargs: Any) -> torch.export.ExportedProgram:
+    model = module(lambda m, x: x @ m.w.t(), w=(N, K))
+    return export(model, (torch.randn(4, K),), **kwargs)
+
+
+def test_a_rewritten_program_is_taken_as_it_is(tmp_path: Path) -> None:
+    rewritten = fxint4.rewrite(program(), {"group_size": 32})
+    path = fxint4.package(rewritten, tmp_path / "model.pt2", {"max_autotune": False})
+    x = torch.randn(4, K)
+    torch.testing.assert_close(aoti_load_package(path)(x), rewritten.module()(x))
+    with pytest.raises(OptionError, match="rewritten already, so 'group_size' comes too late"):
+        fxint4.package(rewritten, tmp_path / "model.pt2", {"group_size": 64})
+
+
+def test_experts_stay_as_they_are_in_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = module(lambda m, x: torch.bmm(x, m.w), w=(4, K, N))
+    captured = export(model, (torch.randn(4, 3, K),))
+    compiled: list[torch.export.ExportedProgram] = []
+    monkeypatch.setattr("fxint4._torch.aoti_package", lambda given, *_: compiled.append(given))
+    fxint4.package(captured, "model.pt2")
+    report = fxint4.last_report()
+    assert report is not None
+    assert [record.reason for record in report.records] == [
+        "experts need ops of fxint4, which a package runs without"
+    ]
+    assert "fxint4" not in str(compiled[0].graph)
+    with pytest.raises(UnsupportedOpError, match=r"calls fxint4\.bmm\.default, an op of fxint4"):
+        fxint4.package(fxint4.rewrite(captured), "model.pt2")
+
+
+def test_what_no_package_is_made_of() -> None:
+    with pytest.raises(OptionError, match=r"a package is a file whose name ends in \.pt2"):
+        fxint4.package(program(), "model.so")
+    with pytest.raises(OptionError, match="there is no folder '/nowhere'"):
+        fxint4.package(program(), "/nowhere/model.pt2")
+    with pytest.raises(OptionError, match="did you mean 'group_size'"):
+        fxint4.package(program(), "model.pt2", {"groupsize": 32})
+    with pytest.raises(TypeError, match="got a Linear"):
+        fxint4.package(nn.Linear(K, N), "model.pt2")  # type: ignore[arg-type]
+    bare = program()
+    bare.example_inputs = None
+    with pytest.raises(OptionError, match="the program has no example inputs"):
+        fxint4.package(bare, "model.pt2")
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+#: A package's C++ is built against the system's libstdc++, and conda's may be older.
+_LIBSTDCPP = Path("/usr/lib/x86_64-linux-gnu/libstdc++.so.6")
+PRELOAD = {"LD_PRELOAD": str(_LIBSTDCPP)} if _LIBSTDCPP.exists() else {}
+
+
+@pytest.mark.gpu
+def test_a_package_on_the_gpu_has_our_kernels(tmp_path: Path) -> None:
+    made = packaged(tmp_path, "cuda")
+    assert os.path.getsize(made.path) < 4 * MEBI + 16 * MEBI  # kernels for every M come along
+    done = without_fxint4(made.path, PRELOAD)
+    assert done.returncode == 0, done.stderr
+    assert_on_ones(done.stdout, made)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fused_projections_and_dtypes_in_a_package(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = module(lambda m, x: (x @ m.q.t(), x @ m.k.t()), q=(96, 128), k=(64, 128))
+    model = model.to("cuda", dtype)
+    x = torch.randn(40, 128, device="cuda", dtype=dtype)
+    captured = export(model, (x,), dynamic_shapes=(({0: Dim.DYNAMIC},),))
+    path = fxint4.package(captured, tmp_path / "model.pt2")
+    report = fxint4.last_report()
+    assert report is not None
+    assert [record.fused_with for record in report.records] == [("k",), ("q",)]
+    weights = [dequantised(w.detach(), 128, torch.float64) for w in (model.q, model.k)]
+    data = tmp_path / "data.pt"
+    torch.save([torch.randn(m, 128, device="cuda", dtype=dtype) for m in (2, 40, 300)], data)
+    results = tmp_path / "results.pt"
+    source = f"""
+import torch, sys
+run = torch._inductor.aoti_load_package({path!r})
+torch.save([run(x) for x in torch.load({str(data)!r})], {str(results)!r})
+assert not any(name.startswith("fxint4") for name in sys.modules)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", source]
+    subprocess.run(command, env={**os.environ, **PRELOAD}, check=True)
+    for inputs, outputs in zip(torch.load(data), torch.load(results), strict=True):
+        for y, w in zip(outputs, weights, strict=True):
+            assert_within(y, inputs.double() @ w.t(), rounding_bound(inputs, w))
+
+
+@pytest.mark.gpu
+def test_compiling_holds_no_second_copy_of_the_weights(tmp_path: Path) -> None:
+    size = 4096
+    layers = [nn.Linear(size, size, bias=False) for _ in range(4)]
+    model = nn.Sequential(*layers).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(4, size, device="cuda", dtype=torch.bfloat16)
+    captured = export(model, (x,))
+    rewritten = fxint4.rewrite(captured)
+    original = sum(p.numel() * p.element_size() for p in model.parameters())
+    packed = sum(value.nbytes for value in rewritten.state_dict.values())
+    del model, captured, layers
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fxint4.package(rewritten, tmp_path / "model.pt2")
+    peak = torch.cuda.max_memory_allocated() - before
+    assert packed < 0.3 * original
+    assert peak < packed / 2, f"{peak} bytes beside {packed} of packed weights"
