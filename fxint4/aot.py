@@ -22,8 +22,7 @@ from fxint4.lowering import lowered
 
 __all__ = ["METADATA", "package"]
 
-#: Under this key a package's metadata has, as JSON, a list with an entry for each input, in the
-#: order in which they are flattened: what `_described` says.
+#: Under this key a package's metadata has, as JSON, what its inputs are like; see `_described`.
 METADATA = "fxint4.inputs"
 
 
@@ -122,11 +121,13 @@ def _without_shared_storages(program: ExportedProgram) -> ExportedProgram:
     return with_tensors(program, state, constants) if copies else program
 
 
-def _described(program: ExportedProgram) -> list[dict[str, Any]]:
+def _described(program: ExportedProgram) -> dict[str, list[Any]]:
     """What the inputs of a program are like.
 
-    Of a tensor: "shape", with None for what varies; "example", its shape in the example inputs;
-    "dtype"; "device"; and of integers "low" and "high" in the example. Of anything else nothing.
+    "names" has the names of positional arguments; "inputs" has an entry for each input, in the
+    order in which they are flattened. Of a tensor: "shape", with None for what varies; "example",
+    its shape in the example inputs; "dtype"; "device"; and of integers "low" and "high" in the
+    example. Of anything else nothing.
     """
     specs = program.graph_signature.input_specs
     nodes = [
@@ -135,7 +136,14 @@ def _described(program: ExportedProgram) -> list[dict[str, Any]]:
         if spec.kind is InputKind.USER_INPUT
     ]
     examples = _torch.flat(program.example_inputs)
-    return [_description(node, value) for node, value in zip(nodes, examples, strict=True)]
+    assert program.example_inputs is not None
+    args, _ = program.example_inputs
+    signature = program.module_call_graph[0].signature
+    names = (signature.forward_arg_names if signature is not None else None) or []
+    return {
+        "names": names[: len(args)],
+        "inputs": [_description(node, value) for node, value in zip(nodes, examples, strict=True)],
+    }
 
 
 def _description(node: fx.Node, example: Any) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def run(argv: Sequence[str]) -> int:
         "--inputs",
         metavar="X.pt",
         help="a file of torch.save with a tensor, a tuple or list of arguments, or a dict of "
-        "keyword arguments; random ones, shaped like the example, unless given",
+        "arguments by name; random ones, shaped like the example, unless given",
     )
     parser.add_argument("--output", metavar="Y.pt", help="where to torch.save what comes out")
     parser.add_argument("--bench", action="store_true", help=f"time {_CALLS} calls")
@@ -239,9 +239,10 @@ def run(argv: Sequence[str]) -> int:
         raise CommandError(f"{args.package} can't be loaded: {_first_line(error)}") from error
     described = json.loads(metadata[METADATA]) if METADATA in metadata else None
     if args.inputs is not None:
-        inputs, keywords = _loaded(args.inputs)
+        inputs, keywords = _loaded(args.inputs, described["names"] if described else [])
     elif described is not None:
-        inputs, keywords = _torch.aoti_inputs(model, [_random(entry) for entry in described])
+        leaves = [_random(entry) for entry in described["inputs"]]
+        inputs, keywords = _torch.aoti_inputs(model, leaves)
     else:
         raise CommandError(
             f"{args.package} does not say what its inputs are like (fxint4.package writes it): "
@@ -249,7 +250,7 @@ def run(argv: Sequence[str]) -> int:
         )
     inputs, keywords = _torch.map_tensors(lambda value: value.to(device), (inputs, keywords))
     if described is not None:
-        _check_inputs(_torch.flat((inputs, keywords)), described)
+        _check_inputs(_torch.flat((inputs, keywords)), described["inputs"])
     with torch.no_grad():
         outputs = model(*inputs, **keywords)
         for index, value in enumerate(_torch.flat(outputs)):
@@ -272,9 +273,14 @@ def _metadata(path: str) -> dict[str, str]:
             names = archive.namelist()
             inside = [name for name in names if "/data/aotinductor/" in name]
             texts = [archive.read(name) for name in inside if name.endswith("_metadata.json")]
+            damaged = archive.testzip()  # the loader does not look
         found = {key: value for text in texts for key, value in json.loads(text).items()}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise CommandError(f"{path} is damaged, or no package: {_first_line(error)}") from error
+    if damaged is not None:
+        raise CommandError(
+            f"{path} is damaged: its part {damaged} has changed since it was written"
+        )
     if not inside:
         raise CommandError(
             f"{path} holds no compiled model; fxint4.package(torch.export.load(...), ...) makes one"
@@ -284,14 +290,20 @@ def _metadata(path: str) -> dict[str, str]:
     return found
 
 
-def _loaded(path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs from a file, by position and by name."""
+def _loaded(path: str, names: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs from a file, by position and by name.
+
+    names: of what the package takes by position.
+    """
     try:
         loaded = torch.load(path, weights_only=True)
     except Exception as error:
         raise CommandError(f"inputs {path!r} can't be loaded: {_first_line(error)}") from error
     if isinstance(loaded, dict):
-        return (), loaded
+        missing = [name for name in names if name not in loaded]
+        if missing:
+            raise CommandError(f"inputs {path!r} have no {missing[0]!r}, which the package takes")
+        return tuple(loaded.pop(name) for name in names), loaded
     if isinstance(loaded, Tensor):
         return (loaded,), {}
     if isinstance(loaded, (tuple, list)):

@@ -105,7 +105,8 @@ def test_a_package_holds_no_storage_that_its_tensors_do_not_fill(on_cpu: Package
 def test_a_package_says_what_its_inputs_are(on_cpu: Packaged) -> None:
     described = json.loads(aoti_load_package(on_cpu.path).get_metadata()[METADATA])
     x = {"shape": [None, K], "example": [4, K], "dtype": "bfloat16", "device": "cpu"}
-    assert described == [x, {**x, "shape": [], "example": []}]
+    scale = {**x, "shape": [], "example": []}
+    assert described == {"names": ["x"], "inputs": [x, scale]}
 
 
 def without_fxint4(

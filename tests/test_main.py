@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import re
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor import aoti_load_package
 
 import fxint4
-from fxint4 import demo
+from fxint4 import cli, demo
 from fxint4.__main__ import COMMANDS, main
 
 USAGE = "python -m fxint4"
@@ -164,3 +169,269 @@ def test_the_demo_packs_a_trained_model_and_keeps_its_embeddings(
     assert mean >= 1 / math.sqrt(1 + share)
     assert 0 < least <= mean < 1  # int4 is not the original
     assert table["eager"][:2] == ["1.0000", "1.0000"]
+
+
+# --- export and run ------------------------------------------------------------------------------
+
+TARGETS = """
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.fc = nn.Linear(64, 96)
+
+    def forward(self, ids, *, shift):
+        return self.fc(self.embedding(ids)) + shift
+
+
+def model():
+    return Model().bfloat16().eval(), (torch.randint(0, 50, (2, 3)),), {"shift": torch.ones(96)}
+
+
+def by_name():
+    return Model().eval(), {"ids": torch.zeros(1, 3, dtype=torch.long), "shift": torch.ones(96)}
+
+
+def training():
+    return Model(), torch.zeros(2, 3, dtype=torch.long)
+
+
+def nothing():
+    pass
+
+
+def three():
+    return 3, 4
+
+
+def sentence():
+    return Model().eval(), "hello"
+
+
+def broken():
+    raise RuntimeError("two\\nlines")
+
+
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("targets") / "targets.py"
+    path.write_text(TARGETS)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def package(targets: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Made once, by the command, for all tests that run it."""
+    folder = tmp_path_factory.mktemp("package")
+    path = str(folder / "model.pt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
+        argv = ["export", f"{targets}:model", "-o", path, "--dynamic", "0:1", "--group-size", "32"]
+        assert main(argv) == 0
+    return path
+
+
+def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line that a command which fails has to say."""
+    assert main(list(argv)) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
+    start = f"{USAGE} {argv[0]}: "
+    assert line.startswith(start)
+    return line.removeprefix(start)
+
+
+def test_a_package_of_the_command_runs(
+    package: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_CALLS", 4)
+    assert main(["run", package, "--bench"]) == 0
+    out, err = capsys.readouterr()
+    first, second = out.splitlines()
+    assert first.startswith("output 0: float32 [2, 3, 96], mean ")
+    assert re.fullmatch(r"4 calls: median [\d.]+ ms, half within [\d.]+ to [\d.]+ ms", second)
+    assert err == ""  # no bar in a pipe
+
+
+def test_the_export_command_reports(
+    targets: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "model.pt2"
+    monkeypatch.setattr("fxint4._torch.aoti_package", lambda *_: path.write_bytes(bytes(1234567)))
+    argv = ["export", f"{targets}:model", "-o", str(path), "--skip", "embedding", "--device", "cpu"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{fxint4.last_report()}\n\nwrote {path}, 1.2 MB\n"
+    assert err == ""
+
+
+def test_inputs_come_from_a_file_and_outputs_go_to_one(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = {"ids": torch.arange(10).view(2, 5), "shift": torch.zeros(96)}
+    torch.save(inputs, tmp_path / "x.pt")
+    argv = ["run", package, "--inputs", str(tmp_path / "x.pt")]
+    assert main([*argv, "--output", str(tmp_path / "y.pt")]) == 0
+    assert capsys.readouterr().out.startswith("output 0: float32 [2, 5, 96]")
+    saved = torch.load(tmp_path / "y.pt")
+    ids, shift = inputs.values()
+    assert torch.equal(saved, aoti_load_package(package)(ids, shift=shift))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([torch.zeros(2, 3)], "got 1 inputs, the package takes 2"),
+        (
+            [torch.zeros(2, 3), torch.zeros(96)],
+            "input 0 is float32 [2, 3], the package takes int64 [2, *]",
+        ),
+        (
+            {"ids": torch.zeros(3, 3, dtype=torch.long), "shift": torch.zeros(96)},
+            "input 0 is int64 [3, 3], the package takes int64 [2, *]",
+        ),
+        (
+            {"ids": torch.zeros(2, 3, dtype=torch.long), "shift": "x"},
+            "input 1 is a str, the package takes float32 [96]",
+        ),
+        ({"shift": torch.zeros(96)}, "inputs 'x.pt' have no 'ids', which the package takes"),
+        (3, "inputs 'x.pt' are an int; need a tensor, tuple, list or dict"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(
+    inputs: object,
+    message: str,
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(inputs, "x.pt")
+    assert failure(capsys, "run", package, "--inputs", "x.pt") == message
+
+
+def test_inputs_are_never_unpickled_code(
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(subprocess.run, "x.pt")
+    said = failure(capsys, "run", package, "--inputs", "x.pt")
+    assert said.startswith("inputs 'x.pt' can't be loaded: Weights only load failed")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nocolon"], "TARGET is 'nocolon'; it takes MODULE:FACTORY or FILE.py:FACTORY"),
+        (["missing.py:model"], "there is no file 'missing.py'"),
+        (["no_such_module:x"], "module 'no_such_module' can't be imported: No module named "),
+        (["TARGETS:other"], "TARGETS has no 'other'; it takes a function that returns a model"),
+        (["TARGETS:number"], "TARGETS has an int for 'number'; it takes a function that "),
+        (
+            ["TARGETS:nothing"],
+            "TARGETS:nothing must return (model, example inputs) or (model, args, kwargs); it "
+            "returned None",
+        ),
+        (["TARGETS:three"], "TARGETS:three must return (model, example inputs) or (model, args, "),
+        (["TARGETS:sentence"], "TARGETS:sentence must return (model, example inputs) or (model, "),
+        (
+            ["TARGETS:training"],
+            "the model of TARGETS:training is in training mode; call model.eval() in it",
+        ),
+        (["TARGETS:broken"], "RuntimeError: two (--traceback shows where)"),
+        (["TARGETS:model", "--device", "toaster"], "device 'toaster' can't be used: "),
+        (["TARGETS:model", "--dynamic", "0"], "--dynamic is '0'; it takes INPUT:DIM, such as 0:0"),
+        (
+            ["TARGETS:model", "--dynamic", "2:0"],
+            "--dynamic 2:0: the tensors among the inputs are 0, shift",
+        ),
+        (
+            ["TARGETS:model", "--dynamic", "shift:1"],
+            "--dynamic shift:1: input shift has shape [96], and no dimension 1",
+        ),
+        (
+            ["TARGETS:by_name", "--dynamic", "ids:0"],
+            "--dynamic ids:0: that dimension is 1 in the example, which torch.export takes for "
+            "fixed; let the factory make it 2 or more",
+        ),
+        (["TARGETS:model", "-o", "model.so"], "path is 'model.so'; a package is a file whose "),
+    ],
+)
+def test_what_can_not_be_exported_is_named(
+    argv: list[str], message: str, targets: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [argument.replace("TARGETS", targets) for argument in argv]
+    said = failure(capsys, "export", "-o", "model.pt2", *argv)
+    assert said.startswith(message.replace("TARGETS", targets))
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(targets: str) -> None:
+    argv = ["export", "-o", "model.pt2", f"{targets}:broken"]
+    for asked in (["--traceback", *argv], [*argv, "--traceback"]):
+        with pytest.raises(RuntimeError, match="two"):
+            main(asked)
+
+
+def test_what_is_no_package_is_named(
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert failure(capsys, "run", "x.pt2") == "there is no file 'x.pt2'"
+
+    whole = Path(package).read_bytes()
+    Path("x.pt2").write_bytes(whole[: len(whole) // 2])
+    damaged = "x.pt2 is damaged, or no package: File is not a zip file"
+    assert failure(capsys, "run", "x.pt2") == damaged
+
+    with zipfile.ZipFile("x.pt2", "w") as archive:
+        archive.writestr("x/readme", "hello")
+    assert failure(capsys, "run", "x.pt2") == "x.pt2 is no package of AOTInductor"
+
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(2, 2),)), "x.pt2")
+    assert failure(capsys, "run", "x.pt2").startswith("x.pt2 holds no compiled model; ")
+
+
+def test_a_flipped_bit_is_found(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of the compiled code, which the loader unpacks."""
+    data = bytearray(Path(package).read_bytes())
+    with zipfile.ZipFile(package) as archive:
+        [code] = [entry for entry in archive.infolist() if entry.filename.endswith(".so")]
+    data[code.header_offset + code.compress_size // 2] ^= 16
+    path = tmp_path / "x.pt2"
+    path.write_bytes(data)
+    assert failure(capsys, "run", str(path)).startswith(f"{path} is damaged: its part ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_package_for_another_device_is_refused(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "x.pt2")
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            text = old.read(name)
+            if name.endswith("_metadata.json"):
+                text = json.dumps({**json.loads(text), "AOTI_DEVICE_KEY": "cuda"}).encode()
+            new.writestr(name, text)
+    assert failure(capsys, "run", path).startswith("device 'cuda' can't be used: ")
