@@ -86,9 +86,11 @@ SHAPES: list[tuple[list[int], int, int, int, torch.dtype]] = [  # n, k, group, i
 
 
 def fitted(blocks: Blocks, m: int, ns: list[int]) -> Choice:
-    """With half of the blocks whole, where the rest are split."""
+    """Where the blocks that are left over are split, about half of all are left over."""
     count = -(-m // blocks.rows) * sum(-(-n // blocks.features) for n in ns)
-    return Choice("triton", replace(blocks, whole=count // 2 * (blocks.rest_splits > 1)))
+    if blocks.rest_splits > 1:
+        blocks = replace(blocks, at_once=count // 2 + 1)
+    return Choice("triton", blocks)
 
 
 def captured(count: int, call: Callable[[], Tensor], expected: Tensor) -> tuple[Any, Tensor]:
@@ -144,7 +146,7 @@ SPLIT = [
     Choice("triton", Blocks(rows=16, features=64, splits=8, step=256)),
     Choice("triton", Blocks(rows=64, features=64, splits=4, stages=4)),
     Choice("triton", Blocks(rows=32, features=128, splits=2, step=256)),
-    Choice("triton", Blocks(rows=128, features=128, whole=3, rest_splits=8)),
+    Choice("triton", Blocks(rows=128, features=128, at_once=3, rest_splits=8)),
 ]
 
 

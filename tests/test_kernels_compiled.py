@@ -1,0 +1,257 @@
+"""Every Triton kernel that ships, compiled for three generations of GPUs on a machine with none.
+
+What ptxas says of registers and spills is held to what golden/kernels.json records, and the PTX to
+what the kernels are built on: tensor cores, wide loads, no wait forgotten. The record is the most
+that Triton 3.6, 3.7 and 3.9 need; on a machine with one of them, after kernels have changed,
+
+    python tests/test_kernels_compiled.py
+
+adds what is new, raises what is too low and prints both; remove the file first to lower it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_support import (
+    Compiled,
+    assert_hopper_waits,
+    compile_for,
+    compiled_only,
+    launch_by,
+    needs_triton,
+    quiet_triton,
+)
+from torch import Tensor
+
+from fxint4.kernels import experts
+from fxint4.kernels import linear as kernels
+from fxint4.kernels.common import Blocks, Launch
+from fxint4.kernels.linear import Choice, configurations, dequantize, linears
+
+pytestmark = [needs_triton, compiled_only, quiet_triton]
+
+RECORD = Path(__file__).parent / "golden" / "kernels.json"
+
+CAPABILITIES = (80, 90, 100)
+SHARED = {80: 163 * 2**10, 90: 227 * 2**10, 100: 227 * 2**10}
+"""Bytes of shared memory that a program may have."""
+
+BF16, FP16 = torch.bfloat16, torch.float16
+N, K = 4096, 4096
+RAGGED_N, RAGGED_K = 4104, 4000  # no multiples of a block and of a step
+
+
+def meta(
+    *batch: int, n: int = N, k: int = K, group: int = 128, inner: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Tiles and scale_and_zero that have a shape and no numbers."""
+    tiles = (*batch, n // 8, -(-k // (16 * inner)), 32, inner // 2)
+    params = (*batch, tiles[-3] * 16 * inner // group, n, 2)
+    return (
+        torch.empty(tiles, dtype=torch.int32, device="meta"),
+        torch.empty(params, dtype=BF16, device="meta"),
+    )
+
+
+# --- what ships ----------------------------------------------------------------------------------
+
+
+def linear_launch(
+    blocks: Blocks,
+    dtype: torch.dtype,
+    group: int,
+    inner: int,
+    weights: int = 1,
+    n: int = N,
+    k: int = K,
+    reduce: bool = True,
+) -> tuple[Launch, list[torch.dtype]]:
+    x = torch.empty((512, k), dtype=dtype, device="meta")
+    packed = [meta(n=n, k=k, group=group, inner=inner) for _ in range(weights)]
+    launch, dtypes = launch_by(
+        lambda: linears(x, packed, group, [n] * weights, Choice("triton", blocks))
+    )
+    return replace(launch, arguments={**launch.arguments, "REDUCE": reduce}), dtypes
+
+
+def dequantise_launch(
+    dtype: torch.dtype, group: int, inner: int, n: int = N, k: int = K
+) -> tuple[Launch, list[torch.dtype]]:
+    packed = meta(n=n, k=k, group=group, inner=inner)
+    return launch_by(lambda: dequantize(*packed, group, n, k, dtype))
+
+
+def experts_launch(
+    rows: int, by_row: bool, group: int, inner: int, n: int = N, k: int = K
+) -> tuple[Launch, list[torch.dtype]]:
+    x = torch.empty((rows, k), dtype=BF16, device="meta")
+    packed = meta(8, n=n, k=k, group=group, inner=inner)
+    if by_row:
+        index = torch.empty(rows, dtype=torch.int64, device="meta")
+        return launch_by(lambda: experts.indexed_mm(x, *packed, index, group, n))
+    ends = torch.empty(8, dtype=torch.int32, device="meta")
+    return launch_by(lambda: experts.grouped_mm(x, *packed, ends, group, n))
+
+
+Case = Callable[[], tuple[Launch, list[torch.dtype]]]
+
+
+def linear_cases() -> dict[str, Case]:
+    """All blocks and numbers of splits, and for the most splits every value of every option.
+
+    Not every combination of options, and not other splits with them: that would be thousands.
+    """
+    ragged = {"n": RAGGED_N, "k": RAGGED_K}
+    made: dict[str, Case] = {}
+    for b in configurations():
+        if b.rest_splits > 1:
+            continue  # the kernel is that of as many splits for all
+        name = f"linear {b.rows}x{b.features}x{b.step}, {b.warps} warps, {b.stages} stages"
+        name += f", {b.splits} splits"
+        made[name] = lambda b=b: linear_launch(b, BF16, 128, 8)
+        if b.splits == 8:
+            made |= {
+                f"{name}, fp16": lambda b=b: linear_launch(b, FP16, 32, 2, weights=4),
+                f"{name}, ragged": lambda b=b: linear_launch(b, BF16, 64, 4, **ragged),
+                f"{name}, ragged, fp16": lambda b=b: linear_launch(
+                    b, FP16, 256, 8, 2, reduce=False, **ragged
+                ),
+            }
+    return made
+
+
+def other_cases() -> dict[str, Case]:
+    ragged = {"n": RAGGED_N, "k": RAGGED_K}
+    made: dict[str, Case] = {
+        "dequantise": lambda: dequantise_launch(BF16, 128, 8),
+        "dequantise, group 32": lambda: dequantise_launch(BF16, 32, 2),
+        "dequantise, ragged": lambda: dequantise_launch(BF16, 64, 4, **ragged),
+        "dequantise, ragged, fp16": lambda: dequantise_launch(FP16, 256, 8, **ragged),
+    }
+    grouped = [(8 * min(most, 10**4), False) for most, _ in experts._BY_ROWS]
+    for rows, by_row in [(8, True), *grouped]:
+        blocks = experts._blocks(rows, 8)
+        name = f"experts {'by row' if by_row else 'grouped'} {blocks.rows}x{blocks.features}"
+        args = (rows, by_row)
+        made |= {
+            f"{name}": lambda args=args: experts_launch(*args, 128, 8),
+            f"{name}, group 32": lambda args=args: experts_launch(*args, 32, 2),
+            f"{name}, ragged": lambda args=args: experts_launch(*args, 64, 4, **ragged),
+            f"{name}, group 256": lambda args=args: experts_launch(*args, 256, 8),
+        }
+    return made
+
+
+CASES = linear_cases() | other_cases()
+
+
+# --- what they need ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_registers_spills_and_instructions(name: str) -> None:
+    launch, dtypes = CASES[name]()
+    bounds = json.loads(RECORD.read_text()).get(name)
+    assert bounds is not None, f"golden/kernels.json has no {name!r}: see this file's docstring"
+    for capability in CAPABILITIES:
+        compiled = compile_for(capability, launch, dtypes)
+        registers, spilled = bounds[str(capability)]
+        # An SM hands registers out by 8 for each thread: fewer make no difference.
+        assert -(-compiled.registers // 8) * 8 <= registers, f"sm_{capability}"
+        assert compiled.spilled <= spilled, f"sm_{capability}"
+        assert compiled.shared <= SHARED[capability], f"sm_{capability}"
+        if name.startswith("dequantise"):
+            continue
+        assert_tensor_cores(capability, compiled, launch)
+        if launch.arguments["EVEN_N"] and launch.arguments["EVEN_K"]:
+            assert_wide_loads(compiled, launch)
+            if capability == 90 and launch.arguments["HALF_INNER"] == 4:
+                assert_w_stays_in_registers(compiled)
+
+
+def assert_tensor_cores(capability: int, compiled: Compiled, launch: Launch) -> None:
+    if capability == 80:
+        assert "mma.sync.aligned.m16n8k16.row.col.f32" in compiled.ptx
+    elif capability == 90:
+        assert_hopper_waits(compiled, launch)
+    else:
+        assert_blackwell_waits(compiled, launch)
+
+
+def assert_blackwell_waits(compiled: Compiled, launch: Launch) -> None:
+    """No tcgen05.mma is in flight when the tensor memory that it reads is written again."""
+    pattern = r"tcgen05\.(?:(mma|commit)|(st)\.sync)|mbarrier\.(try_wait)"
+    found = ["".join(groups) for groups in re.findall(pattern, compiled.ptx)]
+    start, *step = found
+    assert start == "st"  # the sum is 0
+    first = step.index("st")
+    step = step[first:] + step[:first]  # a loop: where it begins does not matter
+    count = launch.arguments["BK"] // 16
+    assert re.fullmatch(rf"(st )+(mma ){{{count}}}commit try_wait( st)*", " ".join(step)), found
+
+
+def up_to_the_last_product(ptx: str) -> str:
+    """The PTX without what becomes of the sums."""
+    return ptx[: max(m.end() for m in re.finditer(r"wgmma|mma\.sync|tcgen05\.mma", ptx))]
+
+
+def assert_wide_loads(compiled: Compiled, launch: Launch) -> None:
+    """Tiles and x are copied 16 bytes at a time; parameters are all that is narrower."""
+    if launch.kernel is kernels._linear_kernel:  # that of experts looks up where they end
+        assert "ld.global" not in up_to_the_last_product(compiled.ptx)
+    copies = re.findall(r"cp\.async\.c[ag].*?\], (0x\w+),", compiled.ptx)
+    copies = [int(size, 16) for size in copies]
+    values = launch.arguments
+    step, threads = int(values["BK"]), 32 * launch.warps
+    words = step * values["BN"] // 8 * 4
+    x = step * values["BM"] * 2
+    assert copies.count(16) * 16 * threads >= launch.stages * (words + x)
+    params = math.ceil(step / values["GROUP"]) * values["BN"] * 4
+    narrow = sum(size for size in copies if size < 16)
+    assert narrow * threads <= launch.stages * max(params, 4 * threads)
+
+
+def assert_w_stays_in_registers(compiled: Compiled) -> None:
+    assert not re.search(r"st\.shared|stmatrix", up_to_the_last_product(compiled.ptx))
+
+
+def test_the_record_names_nothing_else() -> None:
+    assert sorted(json.loads(RECORD.read_text())) == sorted(CASES)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if re.search(r"8 splits$|ped \d+x\d+$", name)]
+)
+def test_plain_triton_waits_for_each_dot(name: str) -> None:
+    """As does what other makers' GPUs run, should it be compiled for Hopper."""
+    launch, dtypes = CASES[name]()
+    launch = replace(launch, arguments={**launch.arguments, "FAST": False})
+    assert_hopper_waits(compile_for(90, launch, dtypes), launch)
+
+
+def record() -> None:
+    """Raises what is recorded to what this Triton needs."""
+    old = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    new = {}
+    for name, make in CASES.items():
+        launch, dtypes = make()
+        made = {str(c): compile_for(c, launch, dtypes) for c in CAPABILITIES}
+        needs = {c: [-(-m.registers // 8) * 8, m.spilled] for c, m in made.items()}
+        known = old.get(name, needs)
+        new[name] = {c: list(map(max, needs[c], known[c])) for c in needs}
+        if new[name] != old.get(name):
+            print(name, old.get(name), "->", new[name])  # noqa: T201
+    lines = [f"  {json.dumps(name)}: {json.dumps(needs)}" for name, needs in new.items()]
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    record()
