@@ -10,8 +10,10 @@ import contextlib
 import functools
 import importlib
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -21,25 +23,28 @@ from torch import fx
 from fxint4._torch import aten
 
 __all__ = [
+    "autotunes",
+    "cache_folder",
     "call",
     "call_as_it_is",
     "ceil_div",
     "compile_fx_inner",
     "contiguous",
     "empty",
+    "floor_div",
     "for_another_process",
     "in_force",
+    "lasting_zeros",
     "launch_triton",
     "one_if_between",
     "static",
-    "zeros",
 ]
 
 
 def compile_fx_inner(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    lowerings: Callable[[bool], Mapping[Any, Callable[..., Any]]],
+    lowerings: Mapping[Any, Callable[..., Any]],
     key: str,
     **kwargs: Any,
 ) -> Callable[[list[Any]], Sequence[Any]]:
@@ -48,14 +53,13 @@ def compile_fx_inner(
     Args:
         gm: the graph.
         example_inputs: its inputs.
-        lowerings: told whether CUDA graphs are used, has for some ops what lowers them.
+        lowerings: for some ops what lowers them, called like the op.
         key: of the lowerings in Inductor's caches.
         **kwargs: for Inductor.
     """
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
-    with in_force(lowerings(bool(config.triton.cudagraphs)), key):
+    with in_force(lowerings, key):
         return cast(
             "Callable[[list[Any]], Sequence[Any]]",
             inductor_compile_fx_inner(gm, example_inputs, **kwargs),
@@ -93,6 +97,20 @@ def in_force(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[
         yield
 
 
+def autotunes() -> bool:
+    """Whether Inductor is asked to measure what it chooses among."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps what it need not find out twice."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
 def static(size: Any) -> int | None:
     """A size as an int; None where it is known only when the graph runs."""
     return int(size) if isinstance(size, int) or size.is_Integer else None
@@ -110,6 +128,13 @@ def ceil_div(size: Any, divisor: int) -> Any:
     from torch.utils._sympy.functions import FloorDiv
 
     return FloorDiv(size + divisor - 1, divisor)
+
+
+def floor_div(size: Any, divisor: int) -> Any:
+    """A size divided by a number, rounded down."""
+    from torch.utils._sympy.functions import FloorDiv
+
+    return FloorDiv(size, divisor)
 
 
 def one_if_between(size: Any, first: int, last: int | None) -> Any:
@@ -154,10 +179,29 @@ def empty(size: Sequence[Any], like: Any, dtype: torch.dtype) -> Any:
     )
 
 
-def zeros(size: Sequence[Any], like: Any, dtype: torch.dtype) -> Any:
-    """Memory full of zeros, for kernels that write to it."""
+def lasting_zeros(count: Any, like: Any) -> Any:
+    """int32 ``[at least count]`` of zeros on the device of another value.
+
+    For kernels that leave zeros behind: where the count is known, all of a graph share them.
+    """
+    from torch._inductor.virtualized import V
+
+    known = static(count)
+    if known is None:
+        return _zeros(count, like)
+    of_graph = _counters.setdefault(V.graph, {})
+    key = (like.get_device(), 1 << max(10, (known - 1).bit_length()))
+    if key not in of_graph:
+        of_graph[key] = _zeros(key[1], like)
+    return of_graph[key]
+
+
+_counters: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _zeros(count: Any, like: Any) -> Any:
     device = like.get_device()
-    value = call(aten.full.default, list(size), 0, dtype=dtype, device=device)
+    value = call(aten.full.default, [count], 0, dtype=torch.int32, device=device)
     value.realize()
     return value
 
@@ -177,7 +221,7 @@ def launch_triton(
         kernel: what `triton.jit` returned.
         programs: the grid's size along its one axis; where it is 0, nothing is launched.
         tensors: by the names of the kernel's arguments; contiguous, those written made by `empty`
-            or `zeros`.
+            or `lasting_zeros`.
         arguments: all others: ints, sizes, floats, bools.
         written: the names of the tensors that the kernel writes to.
         warps: Triton's num_warps.

@@ -14,6 +14,7 @@ from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.constants import Constants, Standing
 from fxint4.errors import Int4Error, TrainingError
+from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
 from fxint4.names import (
     Inputs,
@@ -73,7 +74,7 @@ def int4tile(
 def last_report() -> Report | None:
     """The newest report, or None.
 
-    Of the `torch.compile(..., backend="int4tile")` that compiled last, or of `rewrite` or `package`.
+    Of the `torch.compile(..., backend="int4tile")` that compiled last, of `rewrite` or `package`.
     """
     return _newest
 
@@ -166,21 +167,21 @@ def _compile_graph(
         sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
         key = (_torch.frame_id(), *sorted(weights.parameters))
         names, labels = weights.labels, dict[str, str]()
-        cuda_graphs = _torch.uses_cuda_graphs()
+        policy = Policy.now(config)
         before = after = graph_text(captured, names, labels)
         if sites:
-            met = _Meetings(report, key, sites, config, cuda_graphs)
+            met = _Meetings(report, key, sites, config, policy)
             graph = Int4Graph(
-                captured, fake_inputs, sites, weights.tensors, config, state, kwargs, met
+                captured, fake_inputs, sites, weights.tensors, config, policy, state, kwargs, met
             )
             after = graph.compile_first(lambda gm: graph_text(gm, names, labels))
             packed = [record for record in records if record.action == "packed"]
-            packed = with_matmuls(packed, sites, graph.expected_forms, config, cuda_graphs)
+            packed = with_matmuls(packed, sites, graph.expected_forms, config, policy)
             records = [packed.pop(0) if record.action == "packed" else record for record in records]
         parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
         remember(report)
-        return graph if sites else compile_graph(captured, fake_inputs, **kwargs)
+        return graph if sites else compile_graph(captured, fake_inputs, policy, **kwargs)
 
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
 
@@ -298,7 +299,7 @@ class _Meetings:
         key: of the graph in it.
         sites: of the graph.
         config: what the user asked for.
-        cuda_graphs: whether the graph is replayed from CUDA graphs.
+        policy: which kernels the graph's compile chooses.
     """
 
     def __init__(
@@ -307,13 +308,13 @@ class _Meetings:
         key: Hashable,
         sites: Sequence[Site],
         config: Int4Config,
-        cuda_graphs: bool,
+        policy: Policy,
     ) -> None:
         self._report = report
         self._key = key
         self._sites = sites
         self._config = config
-        self._cuda_graphs = cuda_graphs
+        self._policy = policy
         self._known = {site.record.weight_key for site in sites}
 
     def __call__(self, meeting: Meeting) -> None:
@@ -345,7 +346,7 @@ class _Meetings:
                     record, name=layer_name(names[0]), parameters=names, weight_key=keys[position]
                 )
             )
-        records = with_matmuls(records, self._sites, meeting.forms, self._config, self._cuda_graphs)
+        records = with_matmuls(records, self._sites, meeting.forms, self._config, self._policy)
         self._known.update(keys[position] for position in new)
         met = [root for position in new for root in roots[position]]
         elements = parameters_in_call(met) or {id(root): root.numel() for root in met}

@@ -21,6 +21,8 @@ GROUP_SIZES = (32, 64, 128, 256)
 #: Values of inner_k_tiles that `aten._weight_int4pack_mm` takes.
 INNER_K_TILES = (2, 4, 8)
 METHODS = ("rtn",)
+#: Ways to multiply by int4 weights on a GPU.
+KERNELS = ("triton", "dequantise", "aten")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Int4Config:
             that the originals are freed; see `fxint4.pack_`.
         fuse_projections: on the GPU, multiply weights that share an activation (q, k and v; gate
             and up) in one matmul.
+        kernel: on the GPU, how to multiply, whatever M is: "triton" (a kernel that unpacks weights
+            in registers), "dequantise" (write the weight out, then cuBLAS) or "aten" (PyTorch's
+            int4 op). None is the fastest: by rule, or with mode="max-autotune" by measurement.
 
     Raises:
         OptionError: a value is outside its range.
@@ -60,12 +65,14 @@ class Int4Config:
     progress: bool = False
     free_weights: bool = False
     fuse_projections: bool = True
+    kernel: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field, and turn lists of patterns into tuples."""
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("inner_k_tiles", self.inner_k_tiles, INNER_K_TILES)
         _one_of("method", self.method, METHODS)
+        _one_of("kernel", self.kernel, (None, *KERNELS))
         for field in ("include", "skip"):
             object.__setattr__(self, field, _patterns(field, getattr(self, field)))
         if self.min_sqnr_db is not None and not _is_number(self.min_sqnr_db):

@@ -25,6 +25,7 @@ from fxint4.config import Int4Config, split_options
 from fxint4.constants import Constants, Standing
 from fxint4.errors import OptionError
 from fxint4.forms import UNBOUNDED
+from fxint4.kernel_choice import Policy
 from fxint4.passes import (
     DECOMPOSITIONS,
     PATTERNS,
@@ -176,7 +177,7 @@ def _with_matmuls(
     """Records that say which sites are multiplied together, and by what where M is fixed."""
     packed = [record for record in records if record.action == "packed"]
     forms = [site.int4 for site in sites]
-    made = iter(with_matmuls(packed, sites, forms, config, cuda_graphs=True))
+    made = iter(with_matmuls(packed, sites, forms, config, Policy(cuda_graphs=True)))
     merged = [next(made) if record.action == "packed" else record for record in records]
     return [
         dataclasses.replace(record, kernels=record.kernels if len(record.kernels) == 1 else ())

@@ -24,12 +24,12 @@ from torch import fx
 
 from fxint4 import _inductor
 from fxint4._torch import aten
-from fxint4.kernel_ranges import by_m
+from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import common, linear
 from fxint4.kernels.common import Blocks, Launch
-from fxint4.kernels.linear import MOST_WEIGHTS, choose, choose_blocks
+from fxint4.kernels.linear import MOST_WEIGHTS, choose_blocks, gpu_of
 
-__all__ = ["compile_graph", "lowered", "lowerings"]
+__all__ = ["compile_graph", "lowered"]
 
 #: For Inductor's caches: another one whenever something else may be made of a graph.
 _KEY = hashlib.sha256(
@@ -37,31 +37,35 @@ _KEY = hashlib.sha256(
 ).hexdigest()
 
 
+_BY_RULE = Policy()
+
+
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
+    gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy, **kwargs: Any
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """Compile an aten graph with Inductor. The result takes a list that it empties.
 
     Args:
         gm: the graph.
         example_inputs: its inputs.
+        policy: which kernels to choose.
         **kwargs: for Inductor.
     """
-    return _inductor.compile_fx_inner(gm, example_inputs, lowerings, _KEY, **kwargs)
+    key = f"{_KEY} {policy}"
+    return _inductor.compile_fx_inner(gm, example_inputs, _lowerings(policy), key, **kwargs)
 
 
-def lowered() -> AbstractContextManager[None]:
-    """A while in which whatever Inductor compiles ahead of time is lowered as ours is."""
-    return _inductor.in_force(lowerings(cuda_graphs=False), _KEY)
-
-
-def lowerings(cuda_graphs: bool) -> Mapping[Any, Callable[..., Any]]:
-    """For each op of ours the function that lowers it.
+def lowered(policy: Policy = _BY_RULE) -> AbstractContextManager[None]:
+    """A while in which whatever Inductor compiles is lowered as ours is.
 
     Args:
-        cuda_graphs: whether kernels are replayed from CUDA graphs, so that launching one from
-            Python costs nothing.
+        policy: which kernels to choose.
     """
+    return _inductor.in_force(_lowerings(policy), f"{_KEY} {policy}")
+
+
+def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
+    """For each op of ours the function that lowers it."""
 
     def int4pack_mm(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:
         n = int(scale_and_zero.get_size()[1])
@@ -74,16 +78,7 @@ def lowerings(cuda_graphs: bool) -> Mapping[Any, Callable[..., Any]]:
         group_size: int,
         n: Sequence[int],
     ) -> Any:
-        matmul = _Matmul(x, tiles, scale_and_zero, group_size, n)
-        m = _inductor.static(x.get_size()[0])
-        if m is None and _inductor.for_another_process() and common.triton:
-            return matmul.multiplied_for_any_m()
-        choice = choose(m, sum(n), matmul.k) if m else None
-        if choice is None or choice.kernel == "aten":
-            return matmul.run_time_choice(cuda_graphs)
-        if choice.blocks is None:
-            return matmul.dequantised()
-        return matmul.multiplied(choice.blocks)
+        return _Matmul(x, tiles, scale_and_zero, group_size, n).lower(policy)
 
     return {
         aten._weight_int4pack_mm.default: int4pack_mm,
@@ -114,7 +109,29 @@ class _Matmul:
         """In features."""
         return int(self.x.get_size()[1])
 
-    def run_time_choice(self, cuda_graphs: bool) -> Any:
+    def lower(self, policy: Policy) -> Any:
+        """The product."""
+        m = _inductor.static(self.x.get_size()[0])
+        kernels = common.triton is not None and self.x.get_device().type == "cuda"
+        if m is None and kernels and _inductor.for_another_process():
+            return self.multiplied_for_any_m()
+        if not m or not kernels:
+            return self.chosen_at_run_time(policy.cuda_graphs, policy.kernel)
+        _, _, half_inner = self._sizes()
+        choice = policy.choose(
+            m,
+            sum(self.n),
+            self.k,
+            self.group_size,
+            half_inner,
+            self.x.get_dtype(),
+            self.x.get_device(),
+        )
+        if choice.kernel == "aten":
+            return self.chosen_at_run_time(policy.cuda_graphs, "aten")
+        return self.multiplied(choice.blocks) if choice.blocks else self.dequantised()
+
+    def chosen_at_run_time(self, replayed: bool, kernel: str | None) -> Any:
         """The product by the op that chooses when it is called."""
         return _inductor.call_as_it_is(
             torch.ops.fxint4.linears.default,
@@ -123,7 +140,8 @@ class _Matmul:
             self.scale_and_zero,
             self.group_size,
             self.n,
-            cuda_graphs,
+            replayed,
+            kernel,
         )
 
     def dequantised(self) -> Any:
@@ -133,75 +151,85 @@ class _Matmul:
         launch = linear.dequantize_launch_of(
             self.k, weights, k_padded, self.group_size, half_inner, self.x.get_dtype()
         )
-        self._launch(launch, {"w_ptr": w}, {"w_ptr"})
+        self._launch(launch, {"w": w})
         return _inductor.call(
             aten.mm.default, self.x, _inductor.call(aten.permute.default, w, [1, 0])
         )
 
     def multiplied(self, blocks: Blocks) -> Any:
         """The product by the Triton kernel, and the sum of what its splits leave."""
-        x = _inductor.contiguous(self.x)
-        m, dtype, splits = int(x.get_size()[0]), x.get_dtype(), blocks.splits
-        weights, k_padded, half_inner = self._sizes()
-        launch = linear.launch_of(
-            m, self.k, weights, k_padded, self.group_size, half_inner, dtype, blocks, reduce=False
-        )
-        size = [m, sum(self.n)]
-        tensors = {"x_ptr": x, "y_ptr": x, "partial_ptr": x, "counters_ptr": x}
+        x, n, splits = _inductor.contiguous(self.x), sum(self.n), blocks.splits
+        m = int(x.get_size()[0])
         if splits == 1:
-            tensors["y_ptr"] = y = _inductor.empty(size, x, dtype)
-            self._launch(launch, tensors, {"y_ptr"})
+            y = _inductor.empty([m, n], x, x.get_dtype())
+            launch = self._launch_of(m, blocks, reduce=True)
+            whole, rest_splits = launch.arguments["whole"], launch.arguments["SPLITS"]
+            shared = int(launch.programs - whole) if rest_splits > 1 else 0
+            self._launch_into(y, x, launch, shared, shared)
             return y
-        tensors["partial_ptr"] = partial = _inductor.empty([splits, *size], x, torch.float32)
-        self._launch(launch, tensors, {"partial_ptr"})
+        partial = _inductor.empty([splits, m, n], x, torch.float32)
+        self._launch(self._launch_of(m, blocks, reduce=False), {"x": x, "partial": partial})
         # Not a reduction, which would keep what follows from being fused with it.
         y = _inductor.call(aten.select.int, partial, 0, 0)
         for split in range(1, splits):
             part = _inductor.call(aten.select.int, partial, 0, split)
             y = _inductor.call(aten.add.Tensor, y, part)
-        return _inductor.call(torch.ops.prims.convert_element_type.default, y, dtype)
+        return _inductor.call(torch.ops.prims.convert_element_type.default, y, x.get_dtype())
 
     def multiplied_for_any_m(self) -> Any:
         """The product by the Triton kernel, in the blocks that the M of each run asks for.
 
-        Every run launches it in all blocks that there are, with no programs where M is another.
+        Every run launches it in all blocks that there are, with no programs where M is another. The
+        sum of splits is the kernel's: it has to end in y whichever blocks are launched.
         """
-        x = _inductor.contiguous(self.x)
-        rows, dtype = x.get_size()[0], x.get_dtype()
-        weights, k_padded, half_inner = self._sizes()
-        n = sum(self.n)
-        y = _inductor.empty([rows, n], x, dtype)
-        for first, last, blocks in _blocks_by_m(n, self.k):
-            there = _inductor.one_if_between(rows, first, last)
+        x, n = _inductor.contiguous(self.x), sum(self.n)
+        rows = x.get_size()[0]
+        y = _inductor.empty([rows, n], x, x.get_dtype())
+        for first, last, blocks in _blocks_by_m(n, self.k, x.get_device()):
             row_blocks = _inductor.ceil_div(rows, blocks.rows)
-            launch = linear.launch_of(
-                1,
-                self.k,
-                weights,
-                k_padded,
-                self.group_size,
-                half_inner,
-                dtype,
-                blocks,
-                reduce=True,
-            )
-            tensors = {"x_ptr": x, "y_ptr": y, "partial_ptr": x, "counters_ptr": x}
-            written = {"y_ptr"}
-            if blocks.splits > 1:
-                # The sum is the kernel's: it has to end in y whichever blocks are launched.
-                programs = there * row_blocks * launch.programs
-                size = [programs, blocks.rows * blocks.features]
-                tensors["partial_ptr"] = _inductor.empty(size, x, torch.float32)
-                count = there * row_blocks * (launch.programs // blocks.splits)
-                tensors["counters_ptr"] = _inductor.zeros([count], x, torch.int32)
-                written |= {"partial_ptr", "counters_ptr"}
+            there = _inductor.one_if_between(rows, first, last)
+            launch = self._launch_of(1, blocks, reduce=True)  # of one block of rows
+            most = launch.programs * -(-last // blocks.rows) if last is not None else None
             launch = replace(
                 launch,
                 programs=there * row_blocks * launch.programs,
                 arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks},
             )
-            self._launch(launch, tensors, written)
+            shared = launch.programs if blocks.splits > 1 else 0
+            self._launch_into(y, x, launch, shared, most if shared and most else shared)
         return y
+
+    def _launch_of(self, m: int, blocks: Blocks, reduce: bool) -> Launch:
+        weights, k_padded, half_inner = self._sizes()
+        return linear.launch_of(
+            m,
+            self.k,
+            weights,
+            k_padded,
+            self.group_size,
+            half_inner,
+            self.x.get_dtype(),
+            blocks,
+            reduce,
+        )
+
+    def _launch_into(self, y: Any, x: Any, launch: Launch, shared: Any, most: Any) -> None:
+        """A launch that writes y.
+
+        Args:
+            y: the product.
+            x: in memory.
+            launch: of the kernel.
+            shared: how many programs leave partial sums, which the last of each block adds.
+            most: at most so many.
+        """
+        tensors = {"x": x, "y": y}
+        if shared != 0:
+            block = launch.arguments["BM"] * launch.arguments["BN"]
+            tensors["partial"] = _inductor.empty([shared, block], x, torch.float32)
+            counters = _inductor.floor_div(most, int(launch.arguments["SPLITS"]))
+            tensors["counters"] = _inductor.lasting_zeros(counters, x)
+        self._launch(launch, tensors)
 
     def _sizes(self) -> tuple[list[tuple[int, int]], int, int]:
         """Of each weight n and n_padded; what they share: k_padded and inner_k_tiles / 2."""
@@ -209,28 +237,32 @@ class _Matmul:
         padded = [8 * int(tiles.get_size()[0]) for tiles in self.tiles]
         return list(zip(self.n, padded, strict=True)), 32 * k_tiles * half_inner, half_inner
 
-    def _launch(self, launch: Launch, tensors: Mapping[str, Any], written: set[str]) -> None:
+    def _launch(self, launch: Launch, tensors: Mapping[str, Any]) -> None:
+        """Any launch; of the tensors that the kernel takes, all but x are written."""
         buffers = {}
         for i in range(MOST_WEIGHTS):
             of = i if i < len(self.tiles) else 0
             buffers[f"tiles{i}_ptr"] = self.tiles[of]
             buffers[f"params{i}_ptr"] = self.scale_and_zero[of]
+        named = {f"{name}_ptr": value for name, value in tensors.items()}
+        unused = dict.fromkeys(launch.kernel.arg_names, self.scale_and_zero[0])
+        unused = {name: value for name, value in unused.items() if name.endswith("_ptr")}
         _inductor.launch_triton(
             launch.kernel,
             launch.programs,
-            {**buffers, **tensors},
+            {**unused, **buffers, **named},
             launch.arguments,
-            written,
+            named.keys() - {"x_ptr"},
             launch.warps,
             launch.stages,
         )
 
 
-def _blocks_by_m(n: int, k: int) -> list[tuple[int, int | None, Blocks]]:
+def _blocks_by_m(n: int, k: int, device: torch.device) -> list[tuple[int, int | None, Blocks]]:
     """First and last M, and the blocks of the Triton kernel for them; the last range has no end."""
 
     def blocks_of(m: int) -> Blocks:
-        blocks = choose(m, n, k).blocks or choose_blocks(m, n, k)
+        blocks = choose_blocks(m, n, k, *gpu_of(device))
         return replace(blocks, at_once=0, rest_splits=1)
 
     return by_m(blocks_of)

@@ -23,10 +23,11 @@ from torch.nn import functional as F
 
 from fxint4._torch import aten
 from fxint4.constants import Given
+from fxint4.kernel_choice import at_run_time
 from fxint4.kernels import experts, linear
 from fxint4.store import store
 
-__all__ = ["choice_at_run_time"]
+__all__: list[str] = []
 
 _WEIGHT = "Tensor tiles, Tensor scale_and_zero"
 _SCHEMAS = (
@@ -35,10 +36,8 @@ _SCHEMAS = (
     f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
     "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
-    "bool replayed=False) -> Tensor",
+    "bool replayed=False, str? kernel=None) -> Tensor",
 )
-#: Elements of W that the aten op reads in the time of a launch from Python.
-_ATEN_ELEMENTS = 80_000_000
 _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -56,33 +55,19 @@ def _linears_cuda(
     group_size: int,
     n: Sequence[int],
     replayed: bool = False,
+    kernel: str | None = None,
 ) -> Tensor:
     """``[..., K]`` times several weights of the same K, side by side: ``[..., sum(n)]``.
 
-    replayed: the kernel is launched from a CUDA graph, so that launching it takes no time.
+    replayed, kernel: see `fxint4.kernel_choice.at_run_time`.
     """
     native = x.dtype is torch.float16
     rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
     m, k = rows.shape
     weights = [(t.contiguous(), p.contiguous()) for t, p in zip(tiles, scale_and_zero, strict=True)]
-    choice = choice_at_run_time(m, sum(n), k, x.device, rows.dtype, replayed)
+    choice = at_run_time(m, sum(n), k, rows.dtype, x.device, replayed, kernel)
     y = linear.linears(rows, weights, group_size, n, choice)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
-
-
-def choice_at_run_time(
-    m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, replayed: bool
-) -> linear.Choice:
-    """How `linears` multiplies x ``[m, k]`` of a dtype on a device.
-
-    Where the host launches each kernel anew, that takes it longer for a Triton kernel than for the
-    aten op. So the aten op, which reads W again for every 16 rows, is the faster one while the GPU
-    needs less than the difference. It knows bf16 alone.
-    """
-    few = m <= 8 or -(-m // 16) * n * k <= _ATEN_ELEMENTS
-    if few and not replayed and dtype is torch.bfloat16:
-        return linear.Choice("aten")
-    return linear.choose(m, n, k, *linear.gpu_of(device))
 
 
 def _linear_cpu(
@@ -100,6 +85,7 @@ def _linears_cpu(
     group_size: int,
     n: Sequence[int],
     replayed: bool = False,
+    kernel: str | None = None,
 ) -> Tensor:
     weights = zip(tiles, scale_and_zero, n, strict=True)
     return torch.cat([_linear_cpu(x, t, p, group_size, rows) for t, p, rows in weights], -1)
@@ -247,6 +233,7 @@ def _fake_linears(
     group_size: int,
     n: Sequence[int],
     replayed: bool = False,
+    kernel: str | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(n)))
 

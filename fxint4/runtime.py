@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxint4 import _torch
 from fxint4.config import Int4Config
 from fxint4.forms import choose
+from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
 from fxint4.store import Form, Lookup, PackedWeight, picker, store
@@ -57,6 +58,7 @@ class Int4Graph:
         sites: its matmuls that can be packed.
         tensors: the real tensors behind its constant placeholders.
         config: what the user asked for.
+        policy: which kernels to choose.
         state: of the compiler.
         kwargs: for Inductor's last stage.
         met: told what a call met.
@@ -72,6 +74,7 @@ class Int4Graph:
         sites: Sequence[Site],
         tensors: Mapping[fx.Node, Tensor],
         config: Int4Config,
+        policy: Policy,
         state: _torch.CompileState,
         kwargs: Mapping[str, Any],
         met: Callable[[Meeting], None],
@@ -81,6 +84,7 @@ class Int4Graph:
         self._sites = sites
         self._constants = tuple(tensors)
         self._config = config
+        self._policy = policy
         self._state = state
         self._kwargs = kwargs
         self._report = met
@@ -183,7 +187,7 @@ class Int4Graph:
         static_now = [new for new, old in enumerate(kept) if old in static]
         static_now += range(len(kept), len(inputs))
         compiled = compile_graph(
-            rewritten.gm, inputs, **{**self._kwargs, "static_input_idxs": static_now}
+            rewritten.gm, inputs, self._policy, **{**self._kwargs, "static_input_idxs": static_now}
         )
         slots = [_BoundSlot(slot, self._positions, self._config) for slot in rewritten.slots]
         return _Variant(rewritten, slots, compiled)

@@ -12,9 +12,8 @@ from torch import fx
 from fxint4._torch import is_pure
 from fxint4.config import Int4Config
 from fxint4.forms import aten_op, fuses
-from fxint4.kernel_ranges import by_m, range_text
-from fxint4.kernels.linear import MOST_WEIGHTS, choose, gpu_of
-from fxint4.ops import choice_at_run_time
+from fxint4.kernel_choice import Policy, by_m, range_text
+from fxint4.kernels.linear import MOST_WEIGHTS
 from fxint4.passes.find import Site
 from fxint4.passes.pattern import value_of
 from fxint4.report import Record
@@ -58,7 +57,7 @@ def with_matmuls(
     sites: Sequence[Site],
     forms: Sequence[Form | None],
     config: Int4Config,
-    cuda_graphs: bool,
+    policy: Policy,
 ) -> list[Record]:
     """Records with what all sites of a graph together decide: `fused_with` and `kernels`.
 
@@ -67,11 +66,11 @@ def with_matmuls(
         sites: see `matmuls`.
         forms: see `matmuls`.
         config: see `matmuls`.
-        cuda_graphs: whether the graph is replayed from CUDA graphs.
+        policy: which kernels the graph's compile chooses.
     """
     made = list(records)
     for group in matmuls(sites, forms, config):
-        kernels = _kernels([sites[i] for i in group], forms[group[0]], cuda_graphs)
+        kernels = _kernels([sites[i] for i in group], forms[group[0]], policy)
         for i in group:
             others = dict.fromkeys(records[j].name for j in group if j != i)
             others.pop(records[i].name, None)
@@ -79,7 +78,7 @@ def with_matmuls(
     return made
 
 
-def _kernels(sites: Sequence[Site], form: Form | None, cuda_graphs: bool) -> tuple[str, ...]:
+def _kernels(sites: Sequence[Site], form: Form | None, policy: Policy) -> tuple[str, ...]:
     """`Record.kernels` of one matmul."""
     match = sites[0].match
     weights = {(site.weight.roots, site.weight.signature): site.shape for site in sites}
@@ -89,19 +88,19 @@ def _kernels(sites: Sequence[Site], form: Form | None, cuda_graphs: bool) -> tup
     n, k = sum(shape.n for shape in shapes), match.k
     if aten_op(form, sites[0].activation_dtype, len(shapes)) is not None:
         n, k = shape.n_padded, shape.k_padded  # as the op sees them
-    device = value_of(match.weight).device
+    dtype, device = sites[0].activation_dtype, value_of(match.weight).device
     if isinstance(match.m, int):
-        chosen = choose(match.m, n, k, *gpu_of(device))
-        return (f"{range_text(match.m, match.m)}: {chosen}",)
-    return _kernels_by_m(n, k, device, sites[0].activation_dtype, cuda_graphs)
+        group, half_inner = shape.group_size, shape.inner_k_tiles // 2
+        choice = policy.choose(match.m, n, k, group, half_inner, dtype, device)
+        return (f"{range_text(match.m, match.m)}: {choice}",)
+    return _kernels_by_m(n, k, dtype, device, policy)
 
 
 @cache
 def _kernels_by_m(
-    n: int, k: int, device: torch.device, dtype: torch.dtype, cuda_graphs: bool
+    n: int, k: int, dtype: torch.dtype, device: torch.device, policy: Policy
 ) -> tuple[str, ...]:
-    # As text, which leaves out what changes with every M.
-    ranges = by_m(lambda m: str(choice_at_run_time(m, n, k, device, dtype, cuda_graphs)))
+    ranges = by_m(lambda m: policy.choose_at_run_time(m, n, k, dtype, device))
     return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 

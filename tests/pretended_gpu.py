@@ -20,8 +20,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxint4 import _inductor
-from fxint4.lowering import _KEY, lowerings
+from fxint4.lowering import lowered
 
 _H200 = types.SimpleNamespace(
     name="NVIDIA H200",
@@ -92,7 +91,7 @@ def generated(
         pretended_gpu(),
         V.set_fake_mode(fake),
         V.set_debug_handler(DebugContext()),
-        _inductor.in_force(lowerings(cuda_graphs=False), _KEY),
+        lowered(),
     ):
         graph = GraphLowering(gm, example_inputs=made)
         with V.set_graph_handler(graph):

@@ -41,6 +41,7 @@ BAD_VALUES = [
     ("progress", 1, "progress is 1; it takes True or False"),
     ("free_weights", "yes", "free_weights is 'yes'; it takes True or False"),
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
+    ("kernel", "cuda", "kernel is 'cuda'; it takes one of None, 'triton', 'dequantise', 'aten'"),
 ]
 
 
@@ -67,6 +68,7 @@ GOOD_VALUES = [
     ("progress", True),
     ("free_weights", True),
     ("fuse_projections", False),
+    ("kernel", "aten"),
 ]
 
 
@@ -110,6 +112,7 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "progress": True,
         "free_weights": True,
         "fuse_projections": False,
+        "kernel": "triton",
     }
     # `method` has one value only.
     assert {*changed, "method"} == {field.name for field in dataclasses.fields(Int4Config)}
@@ -171,7 +174,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
         (
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, include, skip, min_sqnr_db, "
-            "min_features, progress, free_weights, fuse_projections",
+            "min_features, progress, free_weights, fuse_projections, kernel",
         ),
     ],
 )

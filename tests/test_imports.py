@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),
     ("forms",),
     ("names", "kernels", "report"),
-    ("kernel_ranges",),
+    ("kernel_choice",),
     ("ops", "lowering"),
     ("passes",),
     ("runtime",),

@@ -22,10 +22,10 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from fxint4 import Int4TileTensor, _inductor
+from fxint4 import Int4TileTensor
 from fxint4.kernels.common import triton
 from fxint4.kernels.linear import choose
-from fxint4.lowering import _KEY, _blocks_by_m, lowerings
+from fxint4.lowering import _blocks_by_m, lowered
 from fxint4.quantize import dequantize, quantize
 
 pytestmark = [
@@ -190,6 +190,17 @@ def test_code_without_a_gpu(
 
 
 @needs_triton
+def test_blocks_that_are_split_alone_share_zeros_in_a_graph() -> None:
+    n, k, rows = 28672, 4096, 512
+    assert choose(rows, n, k).blocks.rest_splits > 1  # type: ignore[union-attr]
+    code = generated(
+        lambda x, *packed: (int4pack_mm(x, *packed[:2]), int4pack_mm(x, *packed[2:])),
+        [((rows, k), torch.bfloat16), *packed_specs(n, k), *packed_specs(n, k)],
+    )
+    assert launches(code) == Counter({INT4: 2, "inductor": 1})
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_code_of_fused_projections_without_a_gpu(dtype: torch.dtype) -> None:
     def gate_times_up(x: Tensor, *packed: Tensor) -> Tensor:
@@ -314,13 +325,17 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
     weight = torch.randn(N, K, device="cuda") / K**0.5
     made = quantize(weight, 128)
     w = dequantize(made.codes, made.scale, made.zero, 128, torch.float64)
-    rows = [1, *(m for f, _, _ in _blocks_by_m(N, K)[1:] for m in (f - 1, f)), 5000]
+    rows = [
+        1,
+        *(m for f, _, _ in _blocks_by_m(N, K, torch.device("cuda"))[1:] for m in (f - 1, f)),
+        5000,
+    ]
     inputs = [torch.randn(m, K, device="cuda").bfloat16() for m in (rows if dynamic else [16])]
     dims = ({0: torch.export.Dim("m", min=1, max=2**20)},) if dynamic else None
     package, given, results = tmp_path / "op.pt2", tmp_path / "given.pt", tmp_path / "results.pt"
     with torch.no_grad():
         program = torch.export.export(Op(weight), (inputs[-1],), dynamic_shapes=dims)
-        with _inductor.in_force(lowerings(cuda_graphs=False), _KEY):
+        with lowered():
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     torch.save(inputs, given)
     # A libstdc++ that came with another package may be too old for what was compiled here.
@@ -334,7 +349,7 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
 
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_the_ranges_of_rows_leave_none_out(n: int, k: int) -> None:
-    ranges = _blocks_by_m(n, k)
+    ranges = _blocks_by_m(n, k, torch.device("cpu"))
     assert (ranges[0][0], ranges[-1][1]) == (1, None)
     for (_, last, _), (following, _, _) in itertools.pairwise(ranges):
         assert last == following - 1
@@ -344,6 +359,6 @@ def test_nothing_is_left_in_inductors_tables() -> None:
     from torch._inductor import lowering
 
     before = dict(lowering.lowerings)
-    with _inductor.in_force(lowerings(cuda_graphs=False), _KEY):
+    with lowered():
         assert lowering.lowerings != before
     assert lowering.lowerings == before

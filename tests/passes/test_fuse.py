@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, Report
+from fxint4.kernel_choice import Policy
 from fxint4.kernels.linear import gpu_of
 from fxint4.passes import folded_record, matmuls, with_matmuls
 from fxint4.passes.fuse import _kernels_by_m
@@ -612,18 +613,18 @@ def _choices_as_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def choice(m: int, n: int, k: int, *others: Any) -> str:
         return f"{'few' if m < 100 else 'many'} {n}x{k} {others}"
 
-    monkeypatch.setattr("fxint4.passes.fuse.choose", choice)
-    monkeypatch.setattr("fxint4.passes.fuse.choice_at_run_time", choice)
+    monkeypatch.setattr("fxint4.kernel_choice.choose", choice)
+    monkeypatch.setattr("fxint4.kernel_choice.at_run_time", choice)
     _kernels_by_m.cache_clear()
     yield
     _kernels_by_m.cache_clear()
 
 
 def described(captured: Captured, form: str = "tiles", **options: bool) -> list[tuple[Any, Any]]:
-    cuda_graphs = options.pop("cuda_graphs", False)
+    policy = Policy(cuda_graphs=options.pop("cuda_graphs", False))
     records = [site.record for site in captured.sites]
     forms = [form] * len(records)
-    made = with_matmuls(records, captured.sites, forms, Int4Config(**options), cuda_graphs)
+    made = with_matmuls(records, captured.sites, forms, Int4Config(**options), policy)
     for record, before in zip(made, records, strict=True):
         assert replace(record, fused_with=(), kernels=()) == before
     return [(record.fused_with, record.kernels) for record in made]
@@ -651,7 +652,12 @@ def test_a_number_of_rows_that_varies_has_a_kernel_for_each_range(cuda_graphs: b
         torch.randn(M, K),
         tracing_mode="symbolic",
     )
-    asked = (torch.device("cpu"), torch.bfloat16, cuda_graphs)  # without CUDA graphs launches count
+    asked = (
+        torch.bfloat16,
+        torch.device("cpu"),
+        cuda_graphs,
+        None,
+    )  # without CUDA graphs launches count
     kernels = (f"M<=99: few 80x{K} {asked}", f"M>=100: many 80x{K} {asked}")
     assert described(captured, cuda_graphs=cuda_graphs) == [(("w1",), kernels), (("w0",), kernels)]
 
@@ -753,9 +759,9 @@ def test_kernels_are_named_for_the_mode_asked_for(
 ) -> None:
     told = []
 
-    def spy(records: Any, sites: Any, forms: Any, config: Any, graphs: bool) -> Any:
-        told.append(graphs)
-        return with_matmuls(records, sites, forms, config, graphs)
+    def spy(records: Any, sites: Any, forms: Any, config: Any, policy: Policy) -> Any:
+        told.append(policy.cuda_graphs)
+        return with_matmuls(records, sites, forms, config, policy)
 
     monkeypatch.setattr("fxint4.backend.with_matmuls", spy)
 

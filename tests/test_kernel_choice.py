@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fxint4.kernel_ranges import by_m, range_text
+from fxint4.kernel_choice import at_run_time, by_m, range_text
 from fxint4.kernels import linear
 from fxint4.kernels.linear import Blocks, Choice, choose
-from fxint4.ops import choice_at_run_time
 
 
 def test_one_choice_is_one_range() -> None:
@@ -43,7 +42,7 @@ def test_a_choice_that_comes_back_is_a_range_of_its_own() -> None:
 
 
 def launched_by_the_host(m: int, n: int, k: int) -> Choice:
-    return choice_at_run_time(m, n, k, torch.device("cpu"), torch.bfloat16, replayed=False)
+    return at_run_time(m, n, k, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("choice", [choose, launched_by_the_host])
@@ -86,9 +85,7 @@ def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_ow
 ) -> None:
     monkeypatch.setattr(linear, "triton", object())
     n, k = 28672, 4096
-    few, many = (
-        choice_at_run_time(m, n, k, torch.device("cpu"), dtype, replayed) for m in (8, 100)
-    )
+    few, many = (at_run_time(m, n, k, dtype, torch.device("cpu"), replayed) for m in (8, 100))
     host = dtype is torch.bfloat16 and not replayed
     assert few == (Choice("aten") if host else choose(8, n, k))
     assert many == choose(100, n, k)
