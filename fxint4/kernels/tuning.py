@@ -46,7 +46,8 @@ def fastest(
     name = f"m={m} n={n} k={k} group_size={group_size} half_inner={half_inner} dtype={dtype}"
     known = _read(path)
     if name not in known:
-        known = {**_read(path), name: _measured(m, n, k, group_size, half_inner, dtype)}
+        measured = _measured(m, n, k, group_size, half_inner, dtype)
+        known = {**_read(path), name: measured}  # others may have written meanwhile
         _write(path, known)
     return _choice(min(known[name], key=lambda entry: entry["us"]))
 
@@ -98,8 +99,12 @@ def _measured(
         except (RuntimeError, triton.runtime.OutOfResources) as error:
             logger.debug("%s does not run on this GPU: %s", choice, error)
             continue
-        results.append({**dataclasses.asdict(choice), "us": round(1e3 * time_ms, 2)})
+        results.append(_entry(choice, round(1e3 * time_ms, 2)))
     return results
+
+
+def _entry(choice: Choice, time_us: float) -> dict[str, Any]:
+    return {**dataclasses.asdict(choice), "us": time_us}
 
 
 def _choice(entry: dict[str, Any]) -> Choice:
@@ -115,10 +120,10 @@ def _machine() -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):  # none yet, or not ours: it is measured anew
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:

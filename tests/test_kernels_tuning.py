@@ -1,0 +1,102 @@
+"""Kernels chosen by measuring them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxint4 import _inductor
+from fxint4.kernel_choice import Policy
+from fxint4.kernels import tuning
+from fxint4.kernels.common import Blocks
+from fxint4.kernels.linear import Choice
+from fxint4.kernels.tuning import candidates, fastest
+
+SHAPE = (16, 256, 512, 128, 4, torch.bfloat16)  # m, n, k, group_size, inner_k_tiles / 2, dtype
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
+    """Pretends to measure; what was measured, in which the second is the fastest."""
+    measured: list[Choice] = []
+
+    def measure(m: int, n: int, k: int, *_: Any) -> list[dict[str, Any]]:
+        found = [Choice("aten"), Choice("triton", Blocks(16, 64, splits=2)), Choice("dequantise")]
+        measured.extend(found)
+        return [tuning._entry(choice, us) for choice, us in zip(found, (3, 1, 2), strict=True)]
+
+    monkeypatch.setattr(tuning, "_measured", measure)
+    monkeypatch.setattr(tuning, "_machine", lambda: "gpu")
+    return measured
+
+
+def test_the_fastest_is_measured_once(timed: list[Choice], tmp_path: Path) -> None:
+    for _ in range(2):
+        assert fastest(*SHAPE, tmp_path) == Choice("triton", Blocks(16, 64, splits=2))
+    assert len(timed) == 3
+    fastest(17, *SHAPE[1:], tmp_path)  # another M is another question
+    assert len(timed) == 6
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"m=16": 3}'])
+def test_a_damaged_file_is_measured_anew(timed: list[Choice], text: str, tmp_path: Path) -> None:
+    (tmp_path / "fxint4-kernels-gpu.json").write_text(text)
+    assert fastest(*SHAPE, tmp_path).kernel == "triton"
+    assert len(timed) == 3
+    [file] = tmp_path.iterdir()
+    assert json.loads(file.read_text())
+
+
+def test_a_choice_can_be_edited(timed: list[Choice], tmp_path: Path) -> None:
+    fastest(*SHAPE, tmp_path)
+    [file] = tmp_path.iterdir()
+    known = json.loads(file.read_text())
+    for entries in known.values():
+        entries[0]["us"] = 0
+    file.write_text(json.dumps(known))
+    assert fastest(*SHAPE, tmp_path) == Choice("aten")
+
+
+@pytest.mark.parametrize("kernel", ["triton", "dequantise", "aten"])
+def test_what_was_asked_for_is_not_chosen(kernel: str) -> None:
+    device = torch.device("cpu")
+    for policy in (Policy(kernel), Policy(kernel, cuda_graphs=True, measured=True)):
+        for m in (1, 100, 5000):
+            assert policy.choose(m, *SHAPE[1:], device).kernel == kernel
+            chosen = policy.choose_at_run_time(m, 256, 512, torch.bfloat16, device)
+            assert chosen.kernel == kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 512, 1024), (512, 512, 1024)])
+def test_every_candidate_runs_and_is_timed(m: int, n: int, k: int) -> None:
+    measured = tuning._measured(m, n, k, 128, 4, torch.bfloat16)
+    assert [tuning._choice(entry) for entry in measured] == candidates(m, n, k)
+    assert all(0 < entry["us"] < 10_000 for entry in measured)
+
+
+@pytest.mark.gpu
+def test_max_autotune_measures_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    def counting(*args: Any, original: Callable[..., Any] = tuning._measured) -> Any:
+        nonlocal asked
+        asked += 1
+        return original(*args)
+
+    monkeypatch.setattr(tuning, "_measured", counting)
+    model = nn.Linear(512, 256, device="cuda", dtype=torch.bfloat16).eval()
+    x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(2):
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend="int4tile", mode="max-autotune", dynamic=False)
+            compiled(x)
+    assert asked == 1
+    assert list(_inductor.cache_folder().glob("fxint4-kernels-*.json"))
