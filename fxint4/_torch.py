@@ -390,8 +390,16 @@ def aoti_load(path: str) -> Any:
     return aoti_load_package(path)
 
 
+def aoti_leaves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Inputs of what `aoti_load` returned in their flattened form; ValueError for other names."""
+    from torch.export._tree_utils import reorder_kwargs
+    from torch.utils._pytree import treespec_loads
+
+    return flat((args, reorder_kwargs(kwargs, treespec_loads(model.loader.get_call_spec()[0]))))
+
+
 def aoti_inputs(model: Any, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of what `aoti_load` returned, by position and by name, from their flattened form."""
+    """Inputs by position and by name from their flattened form; see `aoti_leaves`."""
     from torch.utils._pytree import tree_unflatten, treespec_loads
 
     args, kwargs = tree_unflatten(leaves, treespec_loads(model.loader.get_call_spec()[0]))

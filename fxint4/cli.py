@@ -94,22 +94,25 @@ def export(argv: Sequence[str]) -> int:
     with tqdm(
         total=3, disable=not watched, leave=False, bar_format="{desc}: step {n} of {total}"
     ) as bar:
-        bar.set_description_str("fxint4: making the model")
-        bar.update()
+        _next_stage(bar, "making the model")
         model, inputs, keywords = _made(args.target, args.device)
         dynamic = _dynamic_shapes(args.dynamic, inputs, keywords)
-        bar.set_description_str("fxint4: capturing")
-        bar.update()
+        _next_stage(bar, "capturing")
         with torch.no_grad(), warnings.catch_warnings():
             # torch 2.13 says it of its own code
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             program = torch.export.export(model, inputs, keywords, dynamic_shapes=dynamic)
-            bar.set_description_str("fxint4: folding and compiling")
-            bar.update()
+            _next_stage(bar, "folding and compiling")
             fxint4.package(program, args.output, {**options, "progress": watched})
     print(fxint4.last_report())
     print(f"\nwrote {args.output}, {os.path.getsize(args.output) / 1e6:.1f} MB")
     return 0
+
+
+def _next_stage(bar: tqdm[Any], what: str) -> None:
+    bar.set_description_str(f"fxint4: {what}", refresh=False)
+    bar.n += 1
+    bar.refresh()
 
 
 def _made(target: str, device: str | None) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -239,18 +242,24 @@ def run(argv: Sequence[str]) -> int:
         raise CommandError(f"{args.package} can't be loaded: {_first_line(error)}") from error
     described = json.loads(metadata[METADATA]) if METADATA in metadata else None
     if args.inputs is not None:
-        inputs, keywords = _loaded(args.inputs, described["names"] if described else [])
+        leaves = _loaded(args.inputs, described["names"] if described else [], model)
     elif described is not None:
         leaves = [_random(entry) for entry in described["inputs"]]
-        inputs, keywords = _torch.aoti_inputs(model, leaves)
     else:
         raise CommandError(
             f"{args.package} does not say what its inputs are like (fxint4.package writes it): "
             "give some with --inputs"
         )
-    inputs, keywords = _torch.map_tensors(lambda value: value.to(device), (inputs, keywords))
     if described is not None:
-        _check_inputs(_torch.flat((inputs, keywords)), described["inputs"])
+        _check_inputs(leaves, described["inputs"])
+    entries = described["inputs"] if described else [{}] * len(leaves)
+    inputs, keywords = _torch.aoti_inputs(
+        model,
+        [
+            value.to(entry.get("device", device)) if isinstance(value, Tensor) else value
+            for value, entry in zip(leaves, entries, strict=True)
+        ],
+    )
     with torch.no_grad():
         outputs = model(*inputs, **keywords)
         for index, value in enumerate(_torch.flat(outputs)):
@@ -290,10 +299,11 @@ def _metadata(path: str) -> dict[str, str]:
     return found
 
 
-def _loaded(path: str, names: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs from a file, by position and by name.
+def _loaded(path: str, names: Sequence[str], model: Any) -> list[Any]:
+    """Inputs from a file, flattened.
 
     names: of what the package takes by position.
+    model: what was loaded of it.
     """
     try:
         loaded = torch.load(path, weights_only=True)
@@ -303,11 +313,13 @@ def _loaded(path: str, names: Sequence[str]) -> tuple[tuple[Any, ...], dict[str,
         missing = [name for name in names if name not in loaded]
         if missing:
             raise CommandError(f"inputs {path!r} have no {missing[0]!r}, which the package takes")
-        return tuple(loaded.pop(name) for name in names), loaded
-    if isinstance(loaded, Tensor):
-        return (loaded,), {}
-    if isinstance(loaded, (tuple, list)):
-        return tuple(loaded), {}
+        args = tuple(loaded.pop(name) for name in names)
+        try:
+            return _torch.aoti_leaves(model, args, loaded)
+        except ValueError as error:
+            raise CommandError(f"inputs {path!r} do not fit: {_first_line(error)}") from error
+    if isinstance(loaded, (Tensor, tuple, list)):
+        return _torch.flat(loaded)
     raise CommandError(f"inputs {path!r} are {_kind(loaded)}; need a tensor, tuple, list or dict")
 
 

@@ -280,13 +280,13 @@ def test_the_export_command_reports(
 def test_inputs_come_from_a_file_and_outputs_go_to_one(
     package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = {"ids": torch.arange(10).view(2, 5), "shift": torch.zeros(96)}
+    inputs = {"shift": torch.zeros(96), "ids": torch.arange(10).view(2, 5)}
     torch.save(inputs, tmp_path / "x.pt")
     argv = ["run", package, "--inputs", str(tmp_path / "x.pt")]
     assert main([*argv, "--output", str(tmp_path / "y.pt")]) == 0
     assert capsys.readouterr().out.startswith("output 0: float32 [2, 5, 96]")
     saved = torch.load(tmp_path / "y.pt")
-    ids, shift = inputs.values()
+    shift, ids = inputs.values()
     assert torch.equal(saved, aoti_load_package(package)(ids, shift=shift))
 
 
@@ -305,6 +305,11 @@ def test_inputs_come_from_a_file_and_outputs_go_to_one(
         (
             {"ids": torch.zeros(2, 3, dtype=torch.long), "shift": "x"},
             "input 1 is a str, the package takes float32 [96]",
+        ),
+        (
+            {"ids": torch.zeros(2, 3, dtype=torch.long), "other": torch.zeros(96)},
+            "inputs 'x.pt' do not fit: Ran into a kwarg keyword mismatch: Got the following "
+            "keywords ['other'] but expected ['shift']",
         ),
         ({"shift": torch.zeros(96)}, "inputs 'x.pt' have no 'ids', which the package takes"),
         (3, "inputs 'x.pt' are an int; need a tensor, tuple, list or dict"),
@@ -435,3 +440,18 @@ def test_a_package_for_another_device_is_refused(
                 text = json.dumps({**json.loads(text), "AOTI_DEVICE_KEY": "cuda"}).encode()
             new.writestr(name, text)
     assert failure(capsys, "run", path).startswith("device 'cuda' can't be used: ")
+
+
+def test_bars_are_shown_on_a_terminal_alone(
+    targets: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "model.pt2"
+    monkeypatch.setattr("fxint4._torch.aoti_package", lambda *_: path.touch())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["export", f"{targets}:model", "-o", str(path)]) == 0
+    bars = capsys.readouterr().err
+    assert "fxint4: capturing: step 2 of 3" in bars
+    assert "fxint4: folding weights" in bars
