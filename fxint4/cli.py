@@ -236,6 +236,7 @@ def run(argv: Sequence[str]) -> int:
 
     metadata = _metadata(args.package)
     device = _device(metadata.get("AOTI_DEVICE_KEY", "cpu"))
+    _check_cpu(args.package, metadata.get("AOTI_CPU_ISA", ""))
     try:
         model = _torch.aoti_load(args.package)
     except Exception as error:
@@ -297,6 +298,21 @@ def _metadata(path: str) -> dict[str, str]:
             else f"{path} is no package of AOTInductor"
         )
     return found
+
+
+def _check_cpu(path: str, instructions: str) -> None:
+    """Refuse code that would end the process at the first instruction that the CPU lacks.
+
+    instructions: what the package's code was compiled for, such as "AVX512 AVX512_VNNI".
+    """
+    ranks = ("DEFAULT", "AVX2", "AVX512")
+    needed = instructions.partition(" ")[0]
+    have = torch.backends.cpu.get_cpu_capability()
+    if needed in ranks and have in ranks and ranks.index(have) < ranks.index(needed):
+        raise CommandError(
+            f"{path} was compiled for CPUs with {needed} instructions, and this one has "
+            f"{'none of them' if have == 'DEFAULT' else have}: export it on a CPU like this one"
+        )
 
 
 def _loaded(path: str, names: Sequence[str], model: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 import shutil
@@ -242,9 +243,8 @@ def test_what_no_package_is_made_of() -> None:
 
 # --- on a GPU ------------------------------------------------------------------------------------
 
-#: A package's C++ is built against the system's libstdc++, and conda's may be older.
-_LIBSTDCPP = Path("/usr/lib/x86_64-linux-gnu/libstdc++.so.6")
-PRELOAD = {"LD_PRELOAD": str(_LIBSTDCPP)} if _LIBSTDCPP.exists() else {}
+#: A package is built against the system's libstdc++, and the one next to Python may be older.
+PRELOAD = {"LD_PRELOAD": ctypes.util.find_library("stdc++") or ""}
 
 
 @pytest.mark.gpu

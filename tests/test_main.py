@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -19,6 +20,7 @@ from torch._inductor import aoti_load_package
 import fxint4
 from fxint4 import cli, demo
 from fxint4.__main__ import COMMANDS, main
+from fxint4.errors import CommandError
 
 USAGE = "python -m fxint4"
 
@@ -426,6 +428,23 @@ def test_a_flipped_bit_is_found(
     path = tmp_path / "x.pt2"
     path.write_bytes(data)
     assert failure(capsys, "run", str(path)).startswith(f"{path} is damaged: its part ")
+
+
+@pytest.mark.parametrize(
+    ("have", "message"),
+    [
+        ("AVX512", ""),
+        ("AVX2", "was compiled for CPUs with AVX512 instructions, and this one has AVX2: export"),
+        ("DEFAULT", "was compiled for CPUs with AVX512 instructions, and this one has none of"),
+    ],
+)
+def test_a_package_for_a_newer_cpu_is_refused(
+    have: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: have)
+    with pytest.raises(CommandError, match=message) if message else contextlib.nullcontext():
+        cli._check_cpu("x.pt2", "AVX512 AVX512_VNNI")
+    cli._check_cpu("x.pt2", "ASIMD")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
