@@ -50,16 +50,17 @@ def package(
     Raises:
         OptionError: an option that is not known; or a path or program that no package is made of.
         FoldError: a weight could not be folded.
-        UnsupportedOpError: the program has experts packed by `fxint4.rewrite`.
+        UnsupportedOpError: the program has experts that are packed.
     """
     path = os.fspath(path)
     _check_path(path)
     config, patches = split_options(None, options)
     if is_rewritten(exported_program):
         program = exported_program
-        _check_rewritten(program, options or {})
+        _check_options(options or {})
     else:
         program = rewrite_program(exported_program, config, only_aten=False)
+    _check_ops(program)
     if program.example_inputs is None:
         raise OptionError(
             "the program has no example inputs, which AOTInductor needs: set its example_inputs to "
@@ -81,7 +82,8 @@ def _check_path(path: str) -> None:
         raise OptionError(f"path is {path!r}, but there is no folder {str(folder)!r}")
 
 
-def _check_rewritten(program: ExportedProgram, options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Options for a program that is rewritten already."""
     ours = {field.name for field in dataclasses.fields(Int4Config)}
     late = [name for name in options if name.replace("-", "_") in ours]
     if late:
@@ -89,11 +91,16 @@ def _check_rewritten(program: ExportedProgram, options: Mapping[str, Any]) -> No
             f"the program is rewritten already, so {late[0]!r} comes too late: give it to "
             "fxint4.rewrite, or give fxint4.package the program as it was captured"
         )
+
+
+def _check_ops(program: ExportedProgram) -> None:
+    known = torch.ops.fxint4.linears.default  # to our lowering
     for node in program.graph.nodes:
-        if getattr(node.target, "namespace", None) == "fxint4":
+        if getattr(node.target, "namespace", None) == "fxint4" and node.target is not known:
             raise UnsupportedOpError(
                 f"the program calls {node.target}, an op of fxint4, which a package runs without: "
-                "give fxint4.package the program as it was captured, and experts stay as they are"
+                "its experts were packed by fxint4.rewrite or fxint4.pack_. Package a program "
+                "whose experts are not, and they stay as they are"
             )
 
 

@@ -68,7 +68,8 @@ def rewrite(
         options: fields of `Int4Config`.
 
     Raises:
-        OptionError: an option that is not known, or not for programs.
+        OptionError: an option that is not known, or not for programs; or a program that is
+            rewritten already.
         FoldError: a weight could not be folded.
     """
     config, patches = split_options(None, options)
@@ -77,16 +78,21 @@ def rewrite(
             f"rewrite takes fields of Int4Config, and {next(iter(patches))!r} is an option of "
             "Inductor's: fxint4.package takes these"
         )
+    if is_rewritten(exported_program):
+        raise OptionError("the program is rewritten already; rewrite the one that was captured")
     return rewrite_program(exported_program, config, only_aten=True)
 
 
 def is_rewritten(program: ExportedProgram) -> bool:
-    """Whether a program has int4 matmuls; TypeError for what is no program."""
+    """Whether a program comes from `rewrite`; TypeError for what is no program.
+
+    Its buffers say so, which a saved program still has. Other people's programs may have the same
+    ops, and programs of models that `pack_` packed have ours.
+    """
     _check_program(program)
-    ops = (aten._weight_int4pack_mm.default, aten._weight_int4pack_mm_for_cpu.default)
     return any(
-        node.target in ops or getattr(node.target, "namespace", None) == "fxint4"
-        for node in program.graph.nodes
+        spec.kind is InputKind.BUFFER and str(spec.target).endswith("_scale_and_zero")
+        for spec in program.graph_signature.input_specs
     )
 
 

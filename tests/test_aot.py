@@ -226,6 +226,17 @@ def test_experts_stay_as_they_are_in_a_package(monkeypatch: pytest.MonkeyPatch) 
         fxint4.package(fxint4.rewrite(captured), "model.pt2")
 
 
+def test_weights_packed_in_place_before_are_in_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K)).eval()
+    fxint4.pack_(model)
+    compiled: list[torch.export.ExportedProgram] = []
+    monkeypatch.setattr("fxint4._torch.aoti_package", lambda given, *_: compiled.append(given))
+    fxint4.package(export(model, (torch.randn(4, K),)), "model.pt2")
+    graph = str(compiled[0].graph)
+    assert "fxint4." not in graph
+    assert graph.count("call_function[target=torch.ops.aten._weight_int4pack_mm_for_cpu") == 2 + 1
+
+
 def test_what_no_package_is_made_of() -> None:
     with pytest.raises(OptionError, match=r"a package is a file whose name ends in \.pt2"):
         fxint4.package(program(), "model.so")

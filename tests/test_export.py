@@ -344,6 +344,25 @@ def test_options_are_checked() -> None:
         fxint4.rewrite(captured, {"free_weights": True})
 
 
+def test_a_program_is_rewritten_once() -> None:
+    program, _ = rewritten(two_matmuls(), torch.randn(4, 64))
+    with pytest.raises(OptionError, match="the program is rewritten already"):
+        fxint4.rewrite(program)
+
+
+# what torch.export.load of torch 2.11 says of its own buffers
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+def test_a_program_from_a_file_is_rewritten(tmp_path: Path) -> None:
+    model = two_matmuls()
+    x = torch.randn(4, 64)
+    torch.export.save(export(model, (x,), dynamic_shapes=ROWS), tmp_path / "program.pt2")
+    program = fxint4.rewrite(torch.export.load(tmp_path / "program.pt2"))
+    direct = fxint4.rewrite(export(model, (x,), dynamic_shapes=ROWS))
+    assert int4_matmuls(program) == 2
+    x = torch.randn(7, 64)
+    assert torch.equal(program.module()(x), direct.module()(x))
+
+
 def test_what_is_no_program_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"got a Linear, need what torch\.export"):
         fxint4.rewrite(nn.Linear(64, 64))  # type: ignore[arg-type]
