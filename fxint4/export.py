@@ -58,10 +58,10 @@ def rewrite(
     ops are needed, so that the program runs where fxint4 is not installed; but for experts, whose
     ops are fxint4's own. `fxint4.last_report()` says what was done.
 
-    A program has one form of each weight. On the CPU, whose int4 op is slower than a dense matmul
-    for many rows, the example inputs that the program was exported with decide: where these have
-    many, a matmul stays as it is. Packed bytes of the CPU are for the kind of CPU that packed them;
-    on another one the program raises a RuntimeError that says so.
+    A program has one form of each weight, the packed one, for any number of rows; where a dense
+    matmul would be faster for the rows of the example inputs, which on the CPU it is for many, the
+    report says so. Packed bytes of the CPU are for the kind of CPU that packed them; on another one
+    the program raises a RuntimeError that says so.
 
     Args:
         exported_program: of `torch.export.export`, for inference; it is not changed.
@@ -125,9 +125,9 @@ def rewrite_program(
     inline_regions(captured, fake_mode)
     constants = Constants(captured, weights.standings)
     found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
-    found = [_in_a_program(entry, only_aten) for entry in found]
+    wanted = [_in_a_program(entry, only_aten) for entry in found]
     store = Store()  # of its own: the others write over what they hold when parameters change
-    sites, records = fold(found, weights.tensors, expected_rows, config, store)
+    sites, records = fold(wanted, weights.tensors, expected_rows, config, store)
     forms = [site.int4 for site in sites]
     labels = dict[str, str]()
     before = after = graph_text(captured, weights.targets, labels)
@@ -143,38 +143,42 @@ def rewrite_program(
         }
         after = graph_text(program.graph_module, targets, labels)
     report = Report()
-    records = [_of_a_program(record) for record in records]
+    records = list(map(_of_a_program, records, found))
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
     remember(report)
     return program
 
 
 def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
-    """A site with its one form, or the record of one that is kept where another form is better."""
+    """A site with its one form, or the record of one that is kept."""
     if isinstance(entry, Record):
         return entry
-    rows = expected_rows(entry)
-    reason = ""
-    if rows == 0:
-        reason = "no rows in the example inputs"
-    elif rows is not None and rows > entry.most_rows:
-        reason = (
-            f"M={rows} in the example inputs: on the CPU a dense matmul is faster than int4 from "
-            f"M={entry.most_rows + 1} on"
-        )
-    elif entry.shape.batch and not only_aten:
+    if entry.shape.batch and not only_aten:
         reason = "experts need ops of fxint4, which a package runs without"
-    if reason:
         return dataclasses.replace(entry.record, reason=reason)
+    if expected_rows(entry) == 0:
+        return dataclasses.replace(entry.record, reason="no rows in the example inputs")
     return dataclasses.replace(entry, beyond=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
 
 
-def _of_a_program(record: Record) -> Record:
-    """What a program's report says of a matmul."""
-    reason = record.reason
-    if record.action == "packed" and record.batch > 1:
-        reason = "; ".join(filter(None, [reason, "needs fxint4 where the program runs"]))
-    return dataclasses.replace(record, reason=reason, held_bytes=0)
+def _of_a_program(record: Record, entry: Site | Record) -> Record:
+    """What a program's report says of a matmul.
+
+    Args:
+        record: what it says of any.
+        entry: what `find` found.
+    """
+    reasons = [record.reason]
+    if isinstance(entry, Site) and record.action == "packed":
+        rows = expected_rows(entry)
+        if entry.shape.batch:
+            reasons.append("needs fxint4 where the program runs")
+        elif rows is not None and rows > entry.most_rows:
+            reasons.append(
+                f"M={rows} in the example: on this CPU a dense matmul is faster from "
+                f"M={entry.most_rows + 1} on"
+            )
+    return dataclasses.replace(record, reason="; ".join(filter(None, reasons)), held_bytes=0)
 
 
 def _with_matmuls(
