@@ -119,9 +119,9 @@ def run(launch: Launch, tensors: Sequence[Tensor]) -> None:
     """Launches a kernel on the current stream of the tensors' device.
 
     Triton looks at each argument of each launch for the variant that was compiled for its like,
-    which costs the host up to 25 us, more than the GPU needs for a small matmul. So the variant is
-    kept by what it depends on: device, dtypes, and the arguments that do not vary, where all
-    tensors are aligned.
+    which can cost the host more time than the GPU needs for a small matmul. So the variant is kept
+    by what it depends on: device, dtypes, and the arguments that do not vary, where all tensors are
+    aligned.
 
     tensors: in the order of the kernel's signature.
     """
