@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxint4 import _inductor
+from fxint4 import _inductor, kernel_choice
 from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import common, linear
@@ -33,7 +33,9 @@ __all__ = ["compile_graph", "lowered"]
 
 #: For Inductor's caches: another one whenever something else may be made of a graph.
 _KEY = hashlib.sha256(
-    "".join(map(inspect.getsource, (sys.modules[__name__], _inductor, common, linear))).encode()
+    "".join(
+        map(inspect.getsource, (sys.modules[__name__], _inductor, kernel_choice, common, linear))
+    ).encode()
 ).hexdigest()
 
 
