@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_torch",),
     ("_inductor",),
     ("config",),
-    ("quantize", "fast_paths"),
+    ("quantize", "fast_paths", "html_page"),
     ("tiles",),
     ("blocks",),
     ("tensor",),

@@ -1,0 +1,431 @@
+"""A report as one HTML file that needs nothing else: no network, no fonts, no other files."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from itertools import zip_longest
+from string import Template
+from typing import Any, NamedTuple
+
+__all__ = ["page"]
+
+#: Changed lines shown around a matmul; with more, only those that lead to it.
+_LINES_SHOWN = 40
+#: Weights that are not packed and are named at the top.
+_KEPT_SHOWN = 3
+#: What has a place of its own on the page; other fields of a record are listed with its details.
+_PLACED = (
+    *("name", "op", "n", "k", "batch", "group_size", "action", "reason", "sqnr_db", "source"),
+    *("bytes_before", "bytes_after", "dense_bytes", "held_bytes"),
+    *("fused_with", "kernels", "parameters"),
+)
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The report as HTML: totals, what is not packed, and a table of all matmuls.
+
+    The table can be sorted and searched. A layer opens to its shapes, kernels, source and its part
+    of the graph before and after.
+
+    Args:
+        report: what `Report.to_dict` gives. Missing fields leave out what they would have shown.
+            The parts of graphs come from its `graphs`, a list of mappings with the texts `before`
+            and `after`.
+    """
+    records: Sequence[Mapping[str, Any]] = report.get("records") or ()
+    graphs = [
+        _Graph(graph.get("before") or "", graph.get("after") or "")
+        for graph in report.get("graphs") or ()
+    ]
+    details = [
+        {"facts": _facts(record), "graph": rows}
+        for record, rows in zip(records, _excerpts(records, graphs), strict=True)
+    ]
+    files = resources.files("fxint4") / "page"
+    script = (files / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = Template((files / "page.html").read_text(encoding="utf-8")).substitute(
+        script_hash=digest,
+        style=(files / "page.css").read_text(encoding="utf-8"),
+        summary=_summary(report, records),
+        table=_table(records),
+        # "<" would end the script element, or open a comment in it.
+        details=json.dumps(details).replace("<", "\\u003c"),
+        script=script,
+    )
+    return text.encode("utf-8", "replace").decode("utf-8")  # names may hold lone surrogates
+
+
+# --- the top -------------------------------------------------------------------------------------
+
+
+def _summary(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    totals: Mapping[str, Any] = report.get("totals") or {}
+    parts = []
+    if "parameter_share" in totals:
+        share = f"{100 * totals['parameter_share']:.1f}%"
+        parts.append(
+            f'<p class="share" style="--part:{share}"><b>{share}</b>'
+            " of parameters packed to int4</p>"
+        )
+    parts.append(f'<dl class="totals">{"".join(_cards(totals, records))}</dl>')
+    parts.append(_not_packed(records, totals.get("parameters") or 0))
+    breaks = report.get("graph_breaks") or ()
+    if breaks:
+        items = "".join(f"<li>{escape(str(reason))}</li>" for reason in breaks)
+        parts.append(f"<h2>Graph breaks</h2><ul>{items}</ul>")
+    return "\n".join(filter(None, parts))
+
+
+def _cards(totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """The numbers at the top, each with what it is."""
+
+    def card(label: str, value: str) -> str:
+        return f"<div><dt>{label}</dt><dd>{escape(value)}</dd></div>"
+
+    if "matmuls" in totals:
+        yield card("matmuls packed", f"{totals.get('packed', 0)} of {totals['matmuls']}")
+    if totals.get("bytes_before"):
+        sizes = _size(totals["bytes_before"]), _size(totals.get("bytes_after") or 0)
+        yield card("packed weights", " → ".join(sizes))
+    measured = [record["sqnr_db"] for record in records if record.get("sqnr_db") is not None]
+    if measured:
+        yield card("lowest SQNR", f"{min(measured):.1f} dB")
+    if totals.get("dense_bytes"):
+        yield card("dense copies", _size(totals["dense_bytes"]))
+    if totals.get("held_bytes"):
+        yield card("originals in memory", _size(totals["held_bytes"]))
+    if totals.get("graphs"):
+        yield card("graphs, graph breaks", f"{totals['graphs']}, {totals.get('graph_breaks', 0)}")
+
+
+def _not_packed(records: Sequence[Mapping[str, Any]], parameters: int) -> str:
+    """The largest weights that are kept, with their share of the parameters and the reason."""
+    packed = {_weight(record) for record in records if record.get("action") == "packed"}
+    kept = {
+        _weight(record): record
+        for record in records
+        if record.get("action") == "kept" and _weight(record) not in packed
+    }
+    largest = sorted(kept.values(), key=lambda record: -_elements(record))[:_KEPT_SHOWN]
+    if not largest:
+        return ""
+    items = []
+    for record in largest:
+        share = f", {100 * _elements(record) / parameters:.1f}%" if parameters else ""
+        items.append(
+            f'<li><span class="name">{_name(record)}</span>{share}: '
+            f"{escape(str(record.get('reason') or ''))}</li>"
+        )
+    return f"<h2>The largest weights not packed</h2><ol>{''.join(items)}</ol>"
+
+
+def _weight(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Equal for records of one weight."""
+    return tuple(record.get("parameters") or (str(record.get("name")),))
+
+
+def _elements(record: Mapping[str, Any]) -> int:
+    return int((record.get("batch") or 1) * (record.get("n") or 0) * (record.get("k") or 0))
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+class _Cell(NamedTuple):
+    """A cell: its HTML, what it sorts by where that is not its text, and its bar of 0 to 1."""
+
+    html: str
+    key: float | None = None
+    bar: float | None = None
+
+
+def _table(records: Sequence[Mapping[str, Any]]) -> str:
+    """All matmuls, a row each; columns that would be empty are left out."""
+    biggest = max((record.get("bytes_before") or 0 for record in records), default=0)
+    best = max((record.get("sqnr_db") or 0.0 for record in records), default=0.0)
+    columns: dict[str, list[_Cell]] = {
+        "layer": [_layer(record, number) for number, record in enumerate(records)],
+        "op": [_Cell(escape(str(record.get("op") or ""))) for record in records],
+        "N × K": [_Cell(_dimensions(record), _elements(record)) for record in records],
+        "group": [_number(record.get("group_size"), "{}") for record in records],
+        "action": [_action(record) for record in records],
+        "SQNR, dB": [_number(record.get("sqnr_db"), "{:.1f}", best) for record in records],
+        "before": [_bytes(record.get("bytes_before"), biggest) for record in records],
+        "after": [_bytes(record.get("bytes_after"), biggest) for record in records],
+        "kernels": [_lines(record.get("kernels")) for record in records],
+        "fused with": [_lines(record.get("fused_with")) for record in records],
+        "reason": [_Cell(escape(str(record.get("reason") or ""))) for record in records],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(c.html for c in cells)}
+    if not columns:
+        return ""
+    heads = "".join(
+        f'<th scope="col" class="{_css(title)}"><button type="button">{title}</button></th>'
+        for title in columns
+    )
+    rows = "\n".join(
+        "<tr>" + "".join(map(_cell, columns, cells)) + "</tr>"
+        for cells in zip(*columns.values(), strict=True)
+    )
+    return f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
+
+
+def _cell(title: str, cell: _Cell) -> str:
+    key = "" if cell.key is None else f' data-key="{cell.key}"'
+    bar = "" if cell.bar is None else f' style="--part:{100 * cell.bar:.1f}%"'
+    label = f' data-label="{title}"' if cell.html else ""
+    return f'<td class="{_css(title)}{" bar" * bool(bar)}"{label}{key}{bar}>{cell.html}</td>'
+
+
+def _css(title: str) -> str:
+    """The class of a column."""
+    return re.sub(r"\W+", "-", title.replace("×", "x").lower())
+
+
+def _layer(record: Mapping[str, Any], number: int) -> _Cell:
+    return _Cell(
+        f'<button type="button" class="name" aria-expanded="false" data-record="{number}">'
+        f"{_name(record)}</button>"
+    )
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    """The name as HTML, with a place to break the line behind every dot."""
+    return escape(str(record.get("name") or "")).replace(".", ".<wbr>")
+
+
+def _action(record: Mapping[str, Any]) -> _Cell:
+    action = escape(str(record.get("action") or ""))
+    return _Cell(f'<span class="{action}">{action}</span>')
+
+
+def _number(value: float | None, form: str, largest: float = 0) -> _Cell:
+    if value is None:
+        return _Cell("")
+    bar = min(max(value / largest, 0.0), 1.0) if largest else None
+    return _Cell(form.format(value), value, bar)
+
+
+def _bytes(value: int | None, largest: int) -> _Cell:
+    cell = _number(value, "{}", largest)
+    return cell if value is None else cell._replace(html=_size(value))
+
+
+def _lines(values: Iterable[str] | None) -> _Cell:
+    return _Cell("<br>".join(escape(str(value)) for value in values or ()))
+
+
+def _dimensions(record: Mapping[str, Any]) -> str:
+    experts = f"{record['batch']} × " if (record.get("batch") or 1) > 1 else ""
+    return f"{experts}{record.get('n')} × {record.get('k')}"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+# --- the details of a layer ----------------------------------------------------------------------
+
+
+def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
+    """What the details list above the graph: a title, and one value or several."""
+    n, k, batch = record.get("n"), record.get("k"), record.get("batch") or 1
+    experts = f"{batch}, " if batch > 1 else ""
+    shapes = f"x [M, {k}], W [{experts}{n}, {k}], y [M, {n}]"
+    if record.get("group_size"):
+        shapes += f", {record['group_size']} weights of a row share a scale and a zero"
+    before, after = record.get("bytes_before"), record.get("bytes_after")
+    memory = [] if before is None or after is None else [f"{_size(before)} → {_size(after)}"]
+    if record.get("dense_bytes"):
+        memory.append(f"{_size(record['dense_bytes'])} in a dense copy")
+    if record.get("held_bytes"):
+        memory.append(f"{_size(record['held_bytes'])} in the original, which stays in memory")
+    error = record.get("sqnr_db")
+    facts: list[tuple[str, str | list[str]]] = [
+        ("reason", str(record.get("reason") or "")),
+        ("shapes", shapes),
+        ("memory", memory),
+        ("error of the weight", "" if error is None else f"{error:.2f} dB SQNR"),
+        ("kernels", list(record.get("kernels") or ())),
+        ("one matmul with", list(record.get("fused_with") or ())),
+        ("parameters", list(record.get("parameters") or ())),
+        ("source", str(record.get("source") or "")),
+    ]
+    for field, value in record.items():
+        if field not in _PLACED and value not in (None, ""):
+            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            facts.append((field.replace("_", " "), text))
+    return [fact for fact in facts if fact[1]]
+
+
+class _Graph:
+    """The texts of a graph before and after, and which of their lines are the same."""
+
+    def __init__(self, before: str, after: str) -> None:
+        self.before, self.after = before.splitlines(), after.splitlines()
+        self.same = _same_lines(self.before, self.after)
+        self.defined = {_label(line): number for number, line in enumerate(self.before)}
+        self.defined_after = {_label(line): number for number, line in enumerate(self.after)}
+        self.users: dict[str, list[int]] = {}
+        for number, line in enumerate(self.before):
+            for name in _operands(line):
+                self.users.setdefault(name, []).append(number)
+
+    def matmuls(self, parameters: Sequence[str], op: str) -> list[list[int]]:
+        """The lines of `before` from a weight to a matmul that it is in, for each such matmul."""
+        reached = {f"%{name}" for name in parameters if f"%{name}" in self.defined}
+        chain = sorted(self.defined[name] for name in reached)
+        waiting, ends = set(reached), set()
+        while waiting:
+            for number in self.users.get(waiting.pop(), ()):
+                line = self.before[number]
+                if _operands(line) <= reached:  # still a computation on the weight alone
+                    if _label(line) not in reached:
+                        reached.add(_label(line))
+                        waiting.add(_label(line))
+                        chain.append(number)
+                else:
+                    ends.add(number)
+        called = re.compile(rf"[.= ]{re.escape(op)}(\.\w+)?\(")
+        matmuls = sorted(end for end in ends if called.search(self.before[end]))
+        return [[*chain, end] for end in matmuls or sorted(ends)[:1]]
+
+    def excerpt(self, chain: Sequence[int]) -> list[tuple[str | None, str | None]]:
+        """Rows of a matmul's part of the graph, before and after; a row of None is a gap."""
+        end = chain[-1]
+        place = bisect_left(self.same, (end, -1))
+        first, first_after = self.same[place - 1] if place else (-1, -1)
+        stop, stop_after = (
+            self.same[place] if place < len(self.same) else (len(self.before), len(self.after))
+        )
+        if stop == end:  # the matmul itself is unchanged: its neighbours are the context
+            first, stop = max(end - 2, -1), min(end + 2, len(self.before))
+            lines, lines_after = {*chain, *range(first + 1, stop)}, set[int]()
+        else:
+            lines = {*chain, *range(max(first, 0), min(stop + 1, len(self.before)))}
+            if len(lines) > _LINES_SHOWN:
+                lines = set(chain)
+            lines_after = self._with_operands(range(first_after + 1, stop_after))
+        return self._rows(lines, lines_after)
+
+    def _with_operands(self, numbers: Iterable[int]) -> set[int]:
+        """Lines of `after`, and the new lines that they depend on."""
+        same = {number for _, number in self.same}
+        found: set[int] = set()
+        waiting = list(numbers)
+        while waiting and len(found) < _LINES_SHOWN:
+            number = waiting.pop(0)
+            if number in found or number in same:
+                continue
+            found.add(number)
+            operands = sorted(_operands(self.after[number]))
+            waiting += [self.defined_after[name] for name in operands if name in self.defined_after]
+        return found
+
+    def _rows(self, before: set[int], after: set[int]) -> list[tuple[str | None, str | None]]:
+        """Chosen lines side by side: equal ones in one row, changed ones in the order they have."""
+        same_after = [number for _, number in self.same]
+        stretches: dict[int, tuple[list[int], list[int]]] = {}
+        pairs: set[int] = set()  # positions in `same`
+        for number in sorted(before):
+            place = bisect_left(self.same, (number, -1))
+            if place < len(self.same) and self.same[place][0] == number:
+                pairs.add(place)
+            else:
+                stretches.setdefault(place, ([], []))[0].append(number)
+        for number in sorted(after):
+            stretches.setdefault(bisect_left(same_after, number), ([], []))[1].append(number)
+        numbers: list[tuple[int | None, int | None]] = []
+        for place in sorted({*stretches, *pairs}):
+            numbers += zip_longest(*stretches.get(place, ((), ())))
+            if place in pairs:
+                numbers.append(self.same[place])
+        rows: list[tuple[str | None, str | None]] = []
+        last: tuple[int | None, int | None] = (None, None)
+        for row in numbers:
+            if any(
+                new is not None and old is not None and new > old + 1
+                for new, old in zip(row, last, strict=True)
+            ):
+                rows.append((None, None))
+            rows.append(
+                (
+                    None if row[0] is None else self.before[row[0]],
+                    None if row[1] is None else self.after[row[1]],
+                )
+            )
+            last = (
+                row[0] if row[0] is not None else last[0],
+                row[1] if row[1] is not None else last[1],
+            )
+        return rows
+
+
+def _excerpts(
+    records: Sequence[Mapping[str, Any]], graphs: Sequence[_Graph]
+) -> list[list[tuple[str | None, str | None]]]:
+    """For each record its part of the graph as rows; none where no graph has its weight.
+
+    Records of one weight stand in the order of its matmuls.
+    """
+    seen: dict[tuple[tuple[str, ...], str], int] = {}
+    found = []
+    for record in records:
+        key = (tuple(record.get("parameters") or ()), str(record.get("op") or ""))
+        places = [(graph, chain) for graph in graphs for chain in graph.matmuls(*key)]
+        number = seen.get(key, 0)
+        seen[key] = number + 1
+        if places:
+            graph, chain = places[min(number, len(places) - 1)]
+            found.append(graph.excerpt(chain))
+        else:
+            found.append([])
+    return found
+
+
+def _same_lines(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, int]]:
+    """Numbers of the lines that both texts have in the same order: as many as there can be.
+
+    A graph has no line twice, so these are the longest rising sequence of positions.
+    """
+    places = {line: number for number, line in enumerate(after)}
+    ends: list[int] = []  # for each length, the lowest position that a sequence ends with
+    chosen: list[tuple[int, int]] = []  # for each length, the pair that does
+    previous: dict[tuple[int, int], tuple[int, int] | None] = {}
+    for number, line in enumerate(before):
+        if line not in places:
+            continue
+        pair = (number, places[line])
+        length = bisect_left(ends, pair[1])
+        previous[pair] = chosen[length - 1] if length else None
+        ends[length:] = [pair[1], *ends[length + 1 :]]
+        chosen[length:] = [pair, *chosen[length + 1 :]]
+    pairs = []
+    last = chosen[-1] if chosen else None
+    while last is not None:
+        pairs.append(last)
+        last = previous[last]
+    return pairs[::-1]
+
+
+def _label(line: str) -> str:
+    """What a line of a graph defines: "%addmm" of "%addmm = aten.addmm(...): bf16[3, 50]"."""
+    return re.split(r" = |: ", line, maxsplit=1)[0]
+
+
+def _operands(line: str) -> set[str]:
+    """What a line of a graph reads."""
+    return set(re.findall(r"%[^\s,()\[\]]+", line.partition(" = ")[2]))
