@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
+from torch._dynamo.source import ConstantSource
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
@@ -19,6 +20,7 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxint4.lowering import lowered
 
@@ -75,25 +77,39 @@ def pretended_gpu() -> Iterator[None]:
 
 
 def generated(
-    function: Callable[..., Any], specs: Sequence[tuple[Sequence[int], torch.dtype]]
+    function: Callable[..., Any],
+    specs: Sequence[tuple[Sequence[int], torch.dtype]],
+    package: bool = False,
 ) -> str:
     """The code that Inductor makes of a function with our lowerings in force.
 
     Args:
         function: of tensors on a GPU.
         specs: size and dtype of each of them.
+        package: whether it is compiled for a package, and for any number of rows of the first.
     """
-    fake = FakeTensorMode()
+    env = ShapeEnv()
+    fake = FakeTensorMode(shape_env=env)
+    sizes = [list[Any](size) for size, _ in specs]
+    if package:
+        rows = sizes[0][0]
+        symbol = env.create_symbol(rows, ConstantSource("rows"), dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[0][0] = env.create_symintnode(symbol, hint=rows)
     with fake:
-        made = [torch.empty(*size, dtype=dtype, device="cuda:0") for size, dtype in specs]
+        made = [
+            torch.empty(*size, dtype=dtype, device="cuda:0")
+            for size, (_, dtype) in zip(sizes, specs, strict=True)
+        ]
         gm = make_fx(function, decomposition_table=select_decomp_table())(*made)
     with (
         pretended_gpu(),
         V.set_fake_mode(fake),
         V.set_debug_handler(DebugContext()),
         lowered(),
+        # Inductor's own mode for packages would go on to compile C++.
+        mock.patch("fxint4._inductor.for_another_process", return_value=package),
     ):
-        graph = GraphLowering(gm, example_inputs=made)
+        graph = GraphLowering(gm, example_inputs=made, shape_env=env)
         with V.set_graph_handler(graph):
             graph.run(*made)
             code: Any = graph.codegen()[0]

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fxint4 import Int4TileTensor
 from fxint4.kernels.common import triton
-from fxint4.kernels.linear import choose
+from fxint4.kernels.linear import choose, choose_blocks
 from fxint4.lowering import _blocks_by_m, lowered
 from fxint4.quantize import dequantize, quantize
 
@@ -196,6 +196,26 @@ def test_blocks_that_are_split_alone_share_zeros_in_a_graph() -> None:
         [((rows, k), torch.bfloat16), *packed_specs(n, k), *packed_specs(n, k)],
     )
     assert launches(code) == Counter({INT4: 2, "inductor": 1})
+
+
+@needs_triton
+@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (28672, 4096), (72, 256)])
+def test_a_package_launches_one_kernel_for_each_number_of_rows(n: int, k: int) -> None:
+    specs = [((77, k), torch.bfloat16), *packed_specs(n, k)]
+    code = generated(int4pack_mm, specs, package=True)
+    assert launches(code).keys() <= {INT4, "inductor"}  # no op of ours, which a package has not
+    assert launches(code)["inductor"] <= 1  # counters, for all launches
+    # The grid's size is what stands in front of its other two axes, 1 and 1.
+    grids = re.findall(r"_kernel_of_linear_\d+\.run\((.*), 1, 1, stream=", code)
+    [symbol] = set(re.findall(r"\bs\d+\b", " ".join(grids)))
+    outside = [grid.rpartition("1.0, ")[2] for grid in grids]
+    assert len(outside) == len(_blocks_by_m(n, k, torch.device("cpu")))
+    for rows in (*range(1, 1100, 7), 128, 256, 1024, 2048, 4096, 20_000, 2**20):
+        programs = [eval(grid, {symbol: rows, "min": min, "max": max}) for grid in outside]
+        assert sum(count > 0 for count in programs) == 1, rows
+        blocks = choose_blocks(rows, n, k)
+        expected = -(-rows // blocks.rows) * -(-n // blocks.features) * blocks.splits
+        assert sum(programs) == expected, rows
 
 
 @needs_triton
