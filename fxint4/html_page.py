@@ -18,13 +18,11 @@ __all__ = ["page"]
 
 #: Changed lines shown around a matmul; with more, only those that lead to it.
 _LINES_SHOWN = 40
-#: Weights that are not packed and are named at the top.
-_KEPT_SHOWN = 3
 #: What has a place of its own on the page; other fields of a record are listed with its details.
 _PLACED = (
     *("name", "op", "n", "k", "batch", "group_size", "action", "reason", "sqnr_db", "source"),
     *("bytes_before", "bytes_after", "dense_bytes", "held_bytes"),
-    *("fused_with", "kernels", "parameters"),
+    *("fused_with", "kernels", "parameters", "graph", "weight"),
 )
 
 
@@ -35,9 +33,7 @@ def page(report: Mapping[str, Any]) -> str:
     of the graph before and after.
 
     Args:
-        report: what `Report.to_dict` gives. Missing fields leave out what they would have shown.
-            The parts of graphs come from its `graphs`, a list of mappings with the texts `before`
-            and `after`.
+        report: what `Report.to_dict` gives. A missing field leaves out what it would have shown.
     """
     records: Sequence[Mapping[str, Any]] = report.get("records") or ()
     graphs = [
@@ -45,10 +41,10 @@ def page(report: Mapping[str, Any]) -> str:
         for graph in report.get("graphs") or ()
     ]
     details = [
-        {"facts": _facts(record), "graph": rows}
-        for record, rows in zip(records, _excerpts(records, graphs), strict=True)
+        {"facts": _facts(record), "lines": lines}
+        for record, lines in zip(records, _excerpts(records, graphs), strict=True)
     ]
-    files = resources.files("fxint4") / "page"
+    files = resources.files(__package__) / "page"
     script = (files / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = Template((files / "page.html").read_text(encoding="utf-8")).substitute(
@@ -68,6 +64,7 @@ def page(report: Mapping[str, Any]) -> str:
 
 def _summary(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     totals: Mapping[str, Any] = report.get("totals") or {}
+    coverage: Mapping[str, Any] = report.get("coverage") or {}
     parts = []
     if "parameter_share" in totals:
         share = f"{100 * totals['parameter_share']:.1f}%"
@@ -75,13 +72,27 @@ def _summary(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
             f'<p class="share" style="--part:{share}"><b>{share}</b>'
             " of parameters packed to int4</p>"
         )
+    kept = [
+        f'<span class="name">{_name(entry)}</span>, {100 * entry["parameter_share"]:.1f}% of'
+        f" parameters: {escape(str(entry['reason']))}"
+        for entry in coverage.get("not_packed") or ()
+    ]
+    parts.append(_list("The largest weights that are not packed", kept))
+    breaks = [escape(str(reason)) for reason in coverage.get("graph_breaks") or ()]
+    parts.append(_list("Graph breaks", breaks))
     parts.append(f'<dl class="totals">{"".join(_cards(totals, records))}</dl>')
-    parts.append(_not_packed(records, totals.get("parameters") or 0))
-    breaks = report.get("graph_breaks") or ()
-    if breaks:
-        items = "".join(f"<li>{escape(str(reason))}</li>" for reason in breaks)
-        parts.append(f"<h2>Graph breaks</h2><ul>{items}</ul>")
+    options = [
+        f"{name}={value!r}" for name, value in (report.get("options") or {}).items() if value
+    ]
+    made = [f"{name} {report[name]}" for name in ("fxint4", "torch") if name in report]
+    parts.append(f'<p class="made">{escape(", ".join(made + options))}</p>')
     return "\n".join(filter(None, parts))
+
+
+def _list(title: str, items: Sequence[str]) -> str:
+    """A heading and a list of HTML, or nothing where there is no item."""
+    entries = "".join(f"<li>{item}</li>" for item in items)
+    return f"<h2>{title}</h2>\n<ul>{entries}</ul>" if items else ""
 
 
 def _cards(totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> Iterable[str]:
@@ -103,33 +114,8 @@ def _cards(totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> I
     if totals.get("held_bytes"):
         yield card("originals in memory", _size(totals["held_bytes"]))
     if totals.get("graphs"):
-        yield card("graphs, graph breaks", f"{totals['graphs']}, {totals.get('graph_breaks', 0)}")
-
-
-def _not_packed(records: Sequence[Mapping[str, Any]], parameters: int) -> str:
-    """The largest weights that are kept, with their share of the parameters and the reason."""
-    packed = {_weight(record) for record in records if record.get("action") == "packed"}
-    kept = {
-        _weight(record): record
-        for record in records
-        if record.get("action") == "kept" and _weight(record) not in packed
-    }
-    largest = sorted(kept.values(), key=lambda record: -_elements(record))[:_KEPT_SHOWN]
-    if not largest:
-        return ""
-    items = []
-    for record in largest:
-        share = f", {100 * _elements(record) / parameters:.1f}%" if parameters else ""
-        items.append(
-            f'<li><span class="name">{_name(record)}</span>{share}: '
-            f"{escape(str(record.get('reason') or ''))}</li>"
-        )
-    return f"<h2>The largest weights not packed</h2><ol>{''.join(items)}</ol>"
-
-
-def _weight(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Equal for records of one weight."""
-    return tuple(record.get("parameters") or (str(record.get("name")),))
+        breaks = totals.get("graph_breaks") or 0
+        yield card("graphs", f"{totals['graphs']}, {breaks} break{'s' * (breaks != 1)}")
 
 
 def _elements(record: Mapping[str, Any]) -> int:
@@ -154,7 +140,7 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
     columns: dict[str, list[_Cell]] = {
         "layer": [_layer(record, number) for number, record in enumerate(records)],
         "op": [_Cell(escape(str(record.get("op") or ""))) for record in records],
-        "N × K": [_Cell(_dimensions(record), _elements(record)) for record in records],
+        "N x K": [_Cell(_dimensions(record), _elements(record)) for record in records],
         "group": [_number(record.get("group_size"), "{}") for record in records],
         "action": [_action(record) for record in records],
         "SQNR, dB": [_number(record.get("sqnr_db"), "{:.1f}", best) for record in records],
@@ -187,7 +173,7 @@ def _cell(title: str, cell: _Cell) -> str:
 
 def _css(title: str) -> str:
     """The class of a column."""
-    return re.sub(r"\W+", "-", title.replace("×", "x").lower())
+    return re.sub(r"\W+", "-", title.lower())
 
 
 def _layer(record: Mapping[str, Any], number: int) -> _Cell:
@@ -224,8 +210,11 @@ def _lines(values: Iterable[str] | None) -> _Cell:
 
 
 def _dimensions(record: Mapping[str, Any]) -> str:
-    experts = f"{record['batch']} × " if (record.get("batch") or 1) > 1 else ""
-    return f"{experts}{record.get('n')} × {record.get('k')}"
+    """As in "8 x 64 x 128" for eight experts."""
+    experts, n, k = record.get("batch") or 1, record.get("n"), record.get("k")
+    if n is None or k is None:
+        return ""
+    return f"{experts} x {n} x {k}" if experts > 1 else f"{n} x {k}"
 
 
 def _size(count: int) -> str:
@@ -243,10 +232,12 @@ def _size(count: int) -> str:
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
     """What the details list above the graph: a title, and one value or several."""
     n, k, batch = record.get("n"), record.get("k"), record.get("batch") or 1
-    experts = f"{batch}, " if batch > 1 else ""
-    shapes = f"x [M, {k}], W [{experts}{n}, {k}], y [M, {n}]"
+    shapes = []
+    if n is not None and k is not None:
+        experts = f"{batch}, " if batch > 1 else ""
+        shapes.append(f"x [M, {k}], W [{experts}{n}, {k}], y [M, {n}]")
     if record.get("group_size"):
-        shapes += f", {record['group_size']} weights of a row share a scale and a zero"
+        shapes.append(f"{record['group_size']} weights of a row share a scale and a zero")
     before, after = record.get("bytes_before"), record.get("bytes_after")
     memory = [] if before is None or after is None else [f"{_size(before)} → {_size(after)}"]
     if record.get("dense_bytes"):
@@ -349,10 +340,16 @@ class _Graph:
         for number in sorted(after):
             stretches.setdefault(bisect_left(same_after, number), ([], []))[1].append(number)
         numbers: list[tuple[int | None, int | None]] = []
+        removed: list[int] = []
+        added: list[int] = []
         for place in sorted({*stretches, *pairs}):
-            numbers += zip_longest(*stretches.get(place, ((), ())))
+            gone, come = stretches.get(place, ((), ()))
+            removed += gone
+            added += come
             if place in pairs:
-                numbers.append(self.same[place])
+                numbers += [*zip_longest(removed, added), self.same[place]]
+                removed, added = [], []
+        numbers += zip_longest(removed, added)
         rows: list[tuple[str | None, str | None]] = []
         last: tuple[int | None, int | None] = (None, None)
         for row in numbers:
@@ -381,18 +378,18 @@ def _excerpts(
 
     Records of one weight stand in the order of its matmuls.
     """
-    seen: dict[tuple[tuple[str, ...], str], int] = {}
-    found = []
+    seen: dict[tuple[int, tuple[str, ...], str], int] = {}
+    found: list[list[tuple[str | None, str | None]]] = []
     for record in records:
-        key = (tuple(record.get("parameters") or ()), str(record.get("op") or ""))
-        places = [(graph, chain) for graph in graphs for chain in graph.matmuls(*key)]
-        number = seen.get(key, 0)
-        seen[key] = number + 1
-        if places:
-            graph, chain = places[min(number, len(places) - 1)]
-            found.append(graph.excerpt(chain))
-        else:
+        index = record.get("graph", -1)
+        if not 0 <= index < len(graphs):
             found.append([])
+            continue
+        parameters, op = tuple(record.get("parameters") or ()), str(record.get("op") or "")
+        chains = graphs[index].matmuls(parameters, op)
+        number = seen.get((index, parameters, op), 0)
+        seen[index, parameters, op] = number + 1
+        found.append(graphs[index].excerpt(chains[min(number, len(chains) - 1)]) if chains else [])
     return found
 
 

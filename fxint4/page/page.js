@@ -95,7 +95,7 @@ function side(title, lines, others, sign) {
   return box;
 }
 
-function detailsOf({ facts, graph }) {
+function detailsOf({ facts, lines }) {
   const box = element("div", "details");
   const list = element("dl");
   for (const [title, value] of facts) {
@@ -105,10 +105,10 @@ function detailsOf({ facts, graph }) {
     list.append(entry);
   }
   box.append(list);
-  if (graph.length) {
+  if (lines.length) {
     const sides = element("div", "sides");
-    const before = graph.map(([line]) => line);
-    const after = graph.map(([, line]) => line);
+    const before = lines.map(([line]) => line);
+    const after = lines.map(([, line]) => line);
     sides.append(side("before", before, after, "-"), side("after", after, before, "+"));
     box.append(sides);
   }
