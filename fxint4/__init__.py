@@ -9,6 +9,7 @@ from fxint4.errors import (
     Int4Error,
     OptionError,
     PackedFormatError,
+    ReportError,
     TrainingError,
     UnsupportedOpError,
 )
@@ -17,8 +18,7 @@ from fxint4.pack import pack_
 from fxint4.report import Record, Report
 from fxint4.saving import load_file, save_file
 from fxint4.tensor import Int4TileTensor, dequantizing
-
-__version__ = "0.1.0"
+from fxint4.version import __version__ as __version__
 
 __all__ = [
     "FoldError",
@@ -29,6 +29,7 @@ __all__ = [
     "PackedFormatError",
     "Record",
     "Report",
+    "ReportError",
     "TrainingError",
     "UnsupportedOpError",
     "dequantizing",

@@ -68,7 +68,7 @@ def int4tile(
         FoldError: a weight could not be folded.
     """
     config, patches = split_options(mode, options)
-    return _compile_graph(gm, example_inputs, config, patches, _report_of_caller())
+    return _compile_graph(gm, example_inputs, config, patches, _report_of_caller(config, patches))
 
 
 def last_report() -> Report | None:
@@ -109,7 +109,7 @@ def explain(
         FoldError: a weight could not be folded.
     """
     config, patches = split_options(mode, options)
-    report = Report()
+    report = Report(config, patches)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return _compile_graph(gm, example_inputs, config, patches, report)
@@ -349,8 +349,11 @@ class _Meetings:
         records = with_matmuls(records, self._sites, meeting.forms, self._config, self._policy)
         self._known.update(keys[position] for position in new)
         met = [root for position in new for root in roots[position]]
-        elements = parameters_in_call(met) or {id(root): root.numel() for root in met}
-        self._report.add(self._key, [records[position] for position in new], elements)
+        met_names = names_in_call(met)
+        parameters = parameters_in_call(met) or {
+            id(root): (met_names.get(id(root), ""), root.numel()) for root in met
+        }
+        self._report.add(self._key, [records[position] for position in new], parameters)
 
 
 class _Weights:
@@ -367,7 +370,7 @@ class _Weights:
         self.names: dict[fx.Node, str] = {}
         self.labels: dict[str, str] = {}
         self.standings: dict[fx.Node, Standing] = {}
-        self.parameters: dict[int, int] = {}
+        self.parameters: dict[int, tuple[str, int]] = {}
         mutated = _torch.inputs_mutated_by_graph()
         written = _written_placeholders(captured)
         for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
@@ -382,7 +385,7 @@ class _Weights:
                 is_buffer = inputs.is_registered_buffer(origin)
             self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
             if isinstance(value, nn.Parameter):
-                self.parameters[id(value)] = value.numel()
+                self.parameters[id(value)] = (name, value.numel())
             standing = standing_of(value, is_buffer)
             if standing is Standing.VARIES or index in mutated or node in written:
                 continue
@@ -444,14 +447,14 @@ def _wants_gradient(value: object) -> bool:
     return value.requires_grad and value.is_leaf
 
 
-def _report_of_caller() -> Report:
+def _report_of_caller(config: Int4Config, patches: Mapping[str, Any]) -> Report:
     """The report of the torch.compile call that asks; a new one for a new call."""
     request = _torch.compile_request(depth=3)
     _reports[:] = [(ref, report) for ref, report in _reports if ref() is not None]
     for ref, report in _reports:
         if request is not None and ref() is request:
             return report
-    report = Report()
+    report = Report(config, patches)
     if request is not None:
         _reports.append((weakref.ref(request), report))
     return report

@@ -5,16 +5,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fxint4._torch import inductor_mode_options, inductor_option_names
 from fxint4.errors import OptionError
 
-__all__ = ["GROUP_SIZES", "INNER_K_TILES", "Int4Config", "matches", "split_options"]
+__all__ = [
+    "GROUP_SIZES",
+    "INNER_K_TILES",
+    "REPORT_SUFFIXES",
+    "Int4Config",
+    "matches",
+    "split_options",
+]
 
 #: Group sizes that `aten._weight_int4pack_mm` takes.
 GROUP_SIZES = (32, 64, 128, 256)
@@ -23,6 +32,8 @@ INNER_K_TILES = (2, 4, 8)
 METHODS = ("rtn",)
 #: Ways to multiply by int4 weights on a GPU.
 KERNELS = ("triton", "dequantise", "aten")
+#: Files that a report can be written to.
+REPORT_SUFFIXES = (".json", ".txt", ".html")
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ class Int4Config:
         kernel: on the GPU, how to multiply, whatever M is: "triton" (a kernel that unpacks weights
             in registers), "dequantise" (write the weight out, then cuBLAS) or "aten" (PyTorch's
             int4 op). None is the fastest: by rule, or with mode="max-autotune" by measurement.
+        report: a file that holds the report as soon as there is one, and follows as it grows: .json
+            (which `fxint4.Report.load` reads), .txt or .html. Its folder must exist. No part of any
+            cache key: two configs that differ in it are equal.
 
     Raises:
         OptionError: a value is outside its range.
@@ -66,6 +80,7 @@ class Int4Config:
     free_weights: bool = False
     fuse_projections: bool = True
     kernel: str | None = None
+    report: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check every field, and turn lists of patterns into tuples."""
@@ -73,17 +88,18 @@ class Int4Config:
         _one_of("inner_k_tiles", self.inner_k_tiles, INNER_K_TILES)
         _one_of("method", self.method, METHODS)
         _one_of("kernel", self.kernel, (None, *KERNELS))
-        for field in ("include", "skip"):
-            object.__setattr__(self, field, _patterns(field, getattr(self, field)))
+        for name in ("include", "skip"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.min_sqnr_db is not None and not _is_number(self.min_sqnr_db):
             raise OptionError(
                 f"min_sqnr_db is {self.min_sqnr_db!r}; it takes a number of dB, or None"
             )
         if not _is_number(self.min_features) or self.min_features % 1 != 0:  # inf % 1 is NaN
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")
-        for field in ("progress", "free_weights", "fuse_projections"):
-            if not isinstance(getattr(self, field), bool):
-                raise OptionError(f"{field} is {getattr(self, field)!r}; it takes True or False")
+        for name in ("progress", "free_weights", "fuse_projections"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it takes True or False")
+        _report_file(self.report)
 
 
 def split_options(
@@ -103,7 +119,7 @@ def split_options(
     """
     patches = dict(inductor_mode_options(mode))
     ours: dict[str, Any] = {}
-    own_names = [field.name for field in dataclasses.fields(Int4Config)]
+    own_names = [one.name for one in dataclasses.fields(Int4Config)]
     for key, value in (options or {}).items():
         name = key.replace("-", "_")
         if name in own_names:
@@ -156,6 +172,14 @@ def _patterns(field: str, value: object) -> tuple[str, ...]:
                 f"{field} holds {pattern!r}, which is no regular expression: {error}"
             ) from error
     return tuple(sorted(values)) if isinstance(values, (set, frozenset)) else tuple(values)
+
+
+def _report_file(path: object) -> None:
+    suffix = Path(path).suffix.lower() if isinstance(path, (str, os.PathLike)) else None
+    if path is not None and suffix not in REPORT_SUFFIXES:
+        raise OptionError(
+            f"report is {path!r}; it takes the name of a {', '.join(REPORT_SUFFIXES)} file"
+        )
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:

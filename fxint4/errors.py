@@ -8,6 +8,7 @@ __all__ = [
     "Int4Error",
     "OptionError",
     "PackedFormatError",
+    "ReportError",
     "TrainingError",
     "UnsupportedOpError",
 ]
@@ -31,6 +32,10 @@ class FoldError(Int4Error, RuntimeError):
 
 class PackedFormatError(Int4Error, ValueError):
     """Packed buffers of a wrong dtype or layout, or that disagree: a damaged file, say."""
+
+
+class ReportError(Int4Error, ValueError):
+    """A file that is no report, or of another schema; or a report that can't be written."""
 
 
 class CommandError(Int4Error):

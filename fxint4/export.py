@@ -117,6 +117,7 @@ def rewrite_program(
     _check_program(program)
     if config.free_weights:
         raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
+    report = Report(config)
     _torch.warn_if_untested()
     program = program.run_decompositions(_torch.decompositions(DECOMPOSITIONS))
     captured = program.graph_module
@@ -142,7 +143,6 @@ def rewrite_program(
             if spec.target is not None
         }
         after = graph_text(program.graph_module, targets, labels)
-    report = Report()
     records = list(map(_of_a_program, records, found))
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
     remember(report)
@@ -222,7 +222,7 @@ class _Weights:
         tensors: the real tensors behind these.
         names: their full names.
         unread: the placeholders that may go where nothing reads them.
-        parameters: elements of each parameter, by identity.
+        parameters: full name and elements of each parameter, by identity.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -233,7 +233,7 @@ class _Weights:
         self.tensors: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, str] = {}
         self.unread: list[fx.Node] = []
-        self.parameters: dict[int, int] = {}
+        self.parameters: dict[int, tuple[str, int]] = {}
         first: dict[int, fx.Node] = {}
         for node, spec in zip(placeholders(program.graph), signature.input_specs, strict=True):
             value = _value(program, spec)
@@ -241,7 +241,7 @@ class _Weights:
                 continue
             self.targets[node.name] = spec.target
             if spec.kind is InputKind.PARAMETER:
-                self.parameters[id(value)] = value.numel()
+                self.parameters[id(value)] = (spec.target, value.numel())
             standing = standing_of(value, is_buffer=spec.kind is not InputKind.PARAMETER)
             if spec.target in written:
                 continue

@@ -19,6 +19,7 @@ __all__ = [
     "names_in_call",
     "outermost_in_call",
     "parameters_in_call",
+    "parameters_of",
 ]
 
 _STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
@@ -151,15 +152,24 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield full, tensor.scale_and_zero
 
 
-def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, int]:
-    """Elements of every parameter, by identity, of the modules being called that own `tensors`."""
+def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int]]:
+    """The `parameters_of` the modules being called that own `tensors`."""
     wanted = {id(tensor) for tensor in tensors}
-    elements: dict[int, int] = {}
+    found: dict[int, tuple[str, int]] = {}
     for module in _modules_in_call():
-        own = {id(parameter): parameter.numel() for parameter in module.parameters()}
+        own = parameters_of(module)
         if wanted & own.keys():
-            elements.update(own)
-    return elements
+            found.update(own)
+    return found
+
+
+def parameters_of(module: nn.Module) -> Mapping[int, tuple[str, int]]:
+    """Full name and elements of a module's parameters, by identity; named as `names_in_call`."""
+    return {
+        id(tensor): (name.replace("_orig_mod.", ""), tensor.numel())
+        for name, tensor in _named_tensors(module)
+        if isinstance(tensor, nn.Parameter)
+    }
 
 
 def _modules_in_call() -> list[nn.Module]:

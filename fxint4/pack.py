@@ -11,6 +11,7 @@ from torch import nn
 from fxint4.backend import candidates_of
 from fxint4.config import split_options
 from fxint4.errors import OptionError
+from fxint4.names import parameters_of
 from fxint4.packing import Owners, from_modules, replace_parameters, settle_parametrized
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
@@ -50,12 +51,14 @@ def pack_(
 
     Raises:
         OptionError: an option that `Int4Config` does not have.
+        ReportError: the report can't be written.
         FoldError: a weight could not be packed (out of memory, say). It names the layer; what was
             packed before it stays packed, and calling again goes on.
     """
     config, patches = split_options(None, options)
     if patches:
         raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
+    report = Report(config)
     settle_parametrized(model, config)
     owners = Owners([("", model)])
     kept: list[Record] = []
@@ -69,9 +72,7 @@ def pack_(
     records = replace_parameters(candidates, owners, config, target)
     if target is not None:
         _move_rest(model, target)
-    report = Report()
-    elements = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    report.put("pack_", GraphReport((*records, *kept), elements, "", ""))
+    report.put("pack_", GraphReport((*records, *kept), parameters_of(model), "", ""))
     return report
 
 

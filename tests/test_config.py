@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,8 @@ BAD_VALUES = [
     ("progress", 1, "progress is 1; it takes True or False"),
     ("free_weights", "yes", "free_weights is 'yes'; it takes True or False"),
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
+    ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
+    ("report", True, "report is True; it takes the name of a .json, .txt, .html file"),
     ("kernel", "cuda", "kernel is 'cuda'; it takes one of None, 'triton', 'dequantise', 'aten'"),
 ]
 
@@ -69,6 +72,8 @@ GOOD_VALUES = [
     ("free_weights", True),
     ("fuse_projections", False),
     ("kernel", "aten"),
+    ("report", "out/run.HTML"),
+    ("report", Path("run.txt")),
 ]
 
 
@@ -114,8 +119,11 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "fuse_projections": False,
         "kernel": "triton",
     }
-    # `method` has one value only.
-    assert {*changed, "method"} == {field.name for field in dataclasses.fields(Int4Config)}
+    # `method` has one value only, and where the report goes changes nothing that is packed.
+    assert Int4Config(report="run.json") == Int4Config()
+    assert {*changed, "method", "report"} == {
+        field.name for field in dataclasses.fields(Int4Config)
+    }
     configs = {Int4Config(), *(Int4Config(**{field: value}) for field, value in changed.items())}
     assert len(configs) == 1 + len(changed)
 
@@ -174,7 +182,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
         (
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, include, skip, min_sqnr_db, "
-            "min_features, progress, free_weights, fuse_projections, kernel",
+            "min_features, progress, free_weights, fuse_projections, kernel, report",
         ),
     ],
 )

@@ -362,9 +362,9 @@ def test_candidates_are_asked_where_no_module_is_called() -> None:
 def test_all_parameters_of_the_modules_called_are_counted() -> None:
     child = Looks(lambda: parameters_in_call([child.fc.weight]))
     model = Calls(child)
-    assert model() == {id(p): p.numel() for p in model.parameters()}
+    assert model() == {id(p): (name, p.numel()) for name, p in model.named_parameters()}
     assert len(model()) == 4
-    assert child() == {id(p): p.numel() for p in child.parameters()}
+    assert child() == {id(p): (name, p.numel()) for name, p in child.named_parameters()}
 
 
 def test_modules_without_a_part_in_it_are_not_counted() -> None:

@@ -7,7 +7,9 @@ import json
 import math
 import operator
 import os
+import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fxint4 import Record, Report
+import fxint4
+from fxint4 import Int4Config, OptionError, Record, Report, ReportError
 from fxint4.report import GraphReport, graph_text
 
 aten = torch.ops.aten
@@ -50,9 +53,16 @@ def kept(
     return record(name, reason=reason, **{**defaults, **values})
 
 
+def sizes(**elements: int) -> dict[int, tuple[str, int]]:
+    """Parameters as a graph reports them, `fc_weight` as fc.weight; equal names are one."""
+    named = {name.replace("_", "."): size for name, size in elements.items()}
+    return {hash(name): (name, size) for name, size in named.items()}
+
+
 def report_of(*records: Record, **values: Any) -> Report:
     report = Report()
-    report.put("graph", GraphReport(records, values.pop("parameters", {}), "g", "g", **values))
+    texts = values.pop("before", "g"), values.pop("after", "g")
+    report.put("graph", GraphReport(records, values.pop("parameters", {}), *texts, **values))
     return report
 
 
@@ -106,7 +116,10 @@ def test_an_sqnr_that_json_cannot_hold_is_null(sqnr: float) -> None:
 def test_a_report_is_json() -> None:
     report = report_of(record(sqnr_db=math.inf), kept("head"), graph_break="print() was called")
     read = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert read["version"] == 1
+    assert list(read)[:6] == ["schema", "fxint4", "torch", "options", "coverage", "graph_breaks"]
+    assert (read["schema"], read["fxint4"]) == (1, fxint4.__version__)
+    assert read["torch"] == torch.__version__
+    assert read["coverage"] == report.coverage
     assert [entry["name"] for entry in read["records"]] == ["fc", "head"]
     assert read["totals"] == report.totals
     assert read["graph_breaks"] == ["print() was called"]
@@ -134,8 +147,9 @@ def test_a_graph_without_matmuls(terminal: Any) -> None:
 
 
 def test_totals_add_up() -> None:
-    report = report_of(record("a"), kept("b"), parameters={1: 64 * 128, 2: 64 * 128, 3: 64})
-    report.put("other", GraphReport((record("c"),), {2: 64 * 128, 4: 64 * 128}, "g", "g", "why"))
+    report = report_of(record("a"), kept("b"), parameters=sizes(a=64 * 128, b=64 * 128, bias=64))
+    shared = sizes(b=64 * 128, c=64 * 128)
+    report.put("other", GraphReport((record("c"),), shared, "g", "g", "why"))
     assert report.totals == {
         "matmuls": 3,
         "packed": 2,
@@ -146,7 +160,7 @@ def test_totals_add_up() -> None:
         "bytes_saved": 2 * (16384 - 4352),
         "dense_bytes": 0,
         "held_bytes": 2 * 16384,
-        "parameters": 3 * 64 * 128 + 64,  # number 2 is read by both graphs
+        "parameters": 3 * 64 * 128 + 64,  # b is read by both graphs
         "parameter_share": 2 * 64 * 128 / (3 * 64 * 128 + 64),
         "graphs": 2,
         "graph_breaks": 1,
@@ -157,7 +171,7 @@ def test_a_shared_weight_counts_once() -> None:
     report = report_of(
         record("embed", weight_key="tied"),
         record("head", weight_key="tied"),
-        parameters={1: 64 * 128},
+        parameters=sizes(tied=64 * 128),
     )
     totals = report.totals
     assert (totals["matmuls"], totals["packed"], totals["weights_packed"]) == (2, 2, 1)
@@ -178,22 +192,22 @@ def test_a_weight_made_of_no_parameter_covers_none() -> None:
 
 
 def test_weights_larger_than_what_they_are_made_of_cover_it_all() -> None:
-    assert report_of(record(), parameters={1: 100}).totals["parameter_share"] == 1.0
+    assert report_of(record(), parameters=sizes(w=100)).totals["parameter_share"] == 1.0
 
 
 def test_a_recompile_replaces_what_its_graph_said() -> None:
     report = Report()
-    report.put("f", GraphReport((record("old"),), {1: 10}, "a", "b", "break"))
-    report.put("g", GraphReport((record("g"),), {2: 10}, "a", "b"))
-    report.put("f", GraphReport((record("new"),), {3: 10}, "a", "c"))
+    report.put("f", GraphReport((record("old"),), sizes(a=10), "a", "b", "break"))
+    report.put("g", GraphReport((record("g"),), sizes(b=10), "a", "b"))
+    report.put("f", GraphReport((record("new"),), sizes(c=10), "a", "c"))
     assert [entry.name for entry in report.records] == ["g", "new"]  # the newest last
     totals = report.totals
     assert (totals["graphs"], totals["graph_breaks"], totals["parameters"]) == (2, 0, 20)
 
 
 def test_what_a_graph_meets_later_is_added_to_it() -> None:
-    report = report_of(record("layers.0"), parameters={1: 64 * 128})
-    report.add("graph", [record("layers.1")], {2: 64 * 128})
+    report = report_of(record("layers.0"), parameters=sizes(a=64 * 128))
+    report.add("graph", [record("layers.1")], sizes(b=64 * 128))
     assert [entry.name for entry in report.records] == ["layers.0", "layers.1"]
     totals = report.totals
     assert (totals["graphs"], totals["weights_packed"], totals["parameters"]) == (
@@ -230,7 +244,7 @@ def test_the_table_fits_the_terminal(columns: int, count: int, terminal: Any) ->
     report = report_of(
         *WIDE[:count],
         *(record(f"model.layers.{i}.mlp.down_proj", dense_bytes=16384) for i in range(30)),
-        parameters={1: 10**9},
+        parameters=sizes(short_weight=10**9),
         graph_break=LONG_BREAK,
     )
     too_wide = [line for line in str(report).splitlines() if len(line) > columns]
@@ -285,12 +299,12 @@ def test_a_short_report_in_full(terminal: Any) -> None:
     report = report_of(
         record("fc", dense_bytes=16384, reason="runs as a dense copy"),
         kept("gate", n=8, bytes_before=2048, bytes_after=2048),
-        parameters={1: 64 * 128, 2: 8 * 128, 3: 72},
+        parameters=sizes(fc_weight=64 * 128, gate_weight=8 * 128, bias=72),
     )
     assert str(report) == "\n".join(
         [
             "fxint4: 88.2% of parameters packed to int4, 1 of 2 matmuls, 1 graph, 0 graph breaks",
-            "  not packed: gate, 11.0% of parameters",
+            "  not packed: gate, 11.0% of parameters: 8x128 is small: min_features is 32",
             "",
             "layer  op      N x K  group  action  SQNR   before   after  why",
             "                                       dB",
@@ -309,17 +323,51 @@ def test_a_short_report_in_full(terminal: Any) -> None:
     )
 
 
-def test_the_largest_kept_weights_come_first(terminal: Any) -> None:
-    sizes = {"a": 64, "b": 640, "c": 128, "d": 320, "tied": 512}
-    layers = [kept(name, n=n, k=100, weight_key=name) for name, n in sizes.items()]
-    packed = record("head", n=512, k=100, weight_key="tied")
-    report = report_of(*layers, packed, parameters={1: 100 * sum(sizes.values())})
+def test_the_largest_weights_that_are_not_packed_come_first(terminal: Any) -> None:
+    rows = {"a": 64, "b": 640, "c": 128, "d": 320, "tied": 512}
+    layers = [kept(name, f"why {name}", n=n, k=100) for name, n in rows.items()]
+    packed = record("head", n=512, k=100, weight_key="tied", parameters=("tied.weight",))
+    parameters = sizes(**{f"{name}_weight": 100 * n for name, n in rows.items()})
+    report = report_of(*layers, packed, parameters=parameters)
+    assert report.coverage == {
+        "parameter_share": pytest.approx(512 / 1664),
+        "not_packed": [
+            {
+                "name": name,
+                "elements": 100 * rows[name],
+                "parameter_share": pytest.approx(rows[name] / 1664),
+                "reason": f"why {name}",
+            }
+            for name in "bdc"
+        ],
+    }
     assert str(report).splitlines()[1:5] == [
-        "  not packed: b, 38.5% of parameters",
-        "  not packed: d, 19.2% of parameters",
-        "  not packed: c, 7.7% of parameters",
+        "  not packed: b, 38.5% of parameters: why b",
+        "  not packed: d, 19.2% of parameters: why d",
+        "  not packed: c, 7.7% of parameters: why c",
         "",
     ]
+
+
+def test_a_parameter_that_no_matmul_reads_is_named_with_what_does(terminal: Any) -> None:
+    text = (
+        "%words.weight: f32[8, 4]\n%x: i64[2]\n"
+        "%embedding = aten.embedding(%words.weight, %x): f32[2, 4]\n"
+        "%cat = aten.cat([%embedding, %words.weight]): f32[10, 4]\n"
+        "%sum = aten.sum(%words.weight_norm): f32[]"
+    )
+    parameters = sizes(words_weight=600, elsewhere=300, fc_weight=100, bias=9)
+    report = report_of(record(n=10, k=10), parameters=parameters, before=text)
+    assert [(each["name"], each["reason"]) for each in report.coverage["not_packed"]] == [
+        ("words.weight", "no matmul reads it, but aten.embedding, aten.cat"),
+        ("elsewhere", "no matmul reads it"),
+    ]
+
+
+def test_nothing_is_named_where_all_is_packed() -> None:
+    report = report_of(record(), parameters=sizes(fc_weight=64 * 128, bias=64))
+    assert report.coverage == {"parameter_share": pytest.approx(128 / 129), "not_packed": []}
+    assert report_of(kept()).coverage == {"parameter_share": 0.0, "not_packed": []}
 
 
 def test_a_report_with_nothing_packed_ends_with_the_table(terminal: Any) -> None:
@@ -438,6 +486,158 @@ def test_a_merged_name_keeps_its_count_when_it_is_cut(terminal: Any) -> None:
     [row] = rows(report)
     assert row.startswith("…")
     assert row.split()[1] == "(21)"
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def full_report() -> Report:
+    """One with every kind of value in it."""
+    report = Report(Int4Config(group_size=64, skip=["head"], min_sqnr_db=math.inf), {"x": (1, {2})})
+    packed = record("é%1", fused_with=("k",), kernels=("M=1: a",), sqnr_db=20.123456789)
+    report.put("f", GraphReport((packed, kept("head")), sizes(w=640, b=3), "%x\n", "%y\n", "why"))
+    report.put("g", GraphReport((record("k", weight_key="é%1"),), sizes(w=640, c=5), "%a", "%a"))
+    return report
+
+
+def test_a_report_is_the_same_after_a_file(tmp_path: Path, terminal: Any) -> None:
+    report = full_report()
+    report.save(tmp_path / "run.json")
+    loaded = Report.load(tmp_path / "run.json")
+    assert type(loaded) is Report
+    assert loaded.to_dict() == report.to_dict()
+    assert (loaded.records, loaded.totals) == (report.records, report.totals)
+    assert (str(loaded), loaded.graph_diff) == (str(report), report.graph_diff)
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "run.json").read_bytes()
+
+
+def test_options_are_kept_as_json_can_hold_them() -> None:
+    options = full_report().options
+    assert (options["group_size"], options["skip"]) == (64, ["head"])
+    assert (options["min_sqnr_db"], options["x"]) == ("inf", [1, "{2}"])
+    assert "report" not in options
+
+
+def test_a_report_of_nothing_is_the_same_after_a_file(tmp_path: Path) -> None:
+    Report().save(tmp_path / "run.json")
+    assert Report.load(tmp_path / "run.json").to_dict() == Report().to_dict()
+
+
+def test_the_suffix_says_what_is_written(tmp_path: Path, terminal: Any) -> None:
+    report = full_report()
+    report.save(tmp_path / "run.TXT")
+    assert (tmp_path / "run.TXT").read_text(encoding="utf-8") == f"{report}\n"  # 120 columns
+    report.save(str(tmp_path / "run.html"))
+    assert "<html" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    with pytest.raises(OptionError, match=r"'run' is no \.json, \.txt, \.html file"):
+        report.save("run")
+
+
+def test_a_folder_that_is_not_there_is_an_error_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "run.json"
+    message = re.escape(f"there is no folder {str(path.parent)!r}; make it first")
+    with pytest.raises(ReportError, match=message):
+        Report().save(path)
+    with pytest.raises(ReportError, match=message):
+        Report(Int4Config(report=path))
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def full_disk(self: Path, *_: Any, **__: Any) -> None:
+        with open(self, "w") as file:
+            file.write("ha")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(ReportError, match=r"can't be written: .*No space left on device"):
+        full_report().save(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_with_a_file_writes_it_whenever_it_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = Report(Int4Config(report="run.json"))
+    path = tmp_path / "run.json"
+    monkeypatch.chdir("/")  # it stays where it was
+    assert Report.load(path).to_dict() == report.to_dict()
+    report.put("f", GraphReport((record("a"),), sizes(a=1), "a", "b"))
+    assert Report.load(path).to_dict() == report.to_dict()
+    report.add("f", [record("b")], sizes(b=1))
+    assert [each.name for each in Report.load(path).records] == ["a", "b"]
+
+
+def damaged(change: Any) -> str:
+    values = full_report().to_dict()
+    change(values)
+    return json.dumps(values)
+
+
+DAMAGED = {
+    "empty": ("", "is no report in JSON, or a damaged one"),
+    "cut": (json.dumps({"schema": 1})[:-1], "is no report in JSON, or a damaged one"),
+    "bytes": (b"\xff\xfe\x00", "is no report in JSON, or a damaged one"),
+    "a list": ("[]", "is no report: it has no schema"),
+    "a text": ('"schema"', "is no report: it has no schema"),
+    "no schema": ('{"version": 1}', "is no report: it has no schema"),
+    "a strange schema": ('{"schema": true}', "is no report: it has no schema"),
+    "later": (
+        '{"schema": 2, "fxint4": "9.0"}',
+        f"has schema 2 and fxint4 {fxint4.__version__} reads 1: make it anew, or use the fxint4 "
+        "that wrote it, 9.0",
+    ),
+    "nothing else": ('{"schema": 1}', "is a damaged report: 'options' is missing"),
+    "no name": (
+        damaged(lambda v: v["records"][0].pop("name")),
+        "is a damaged report: 'name' is missing",
+    ),
+    "a wrong number": (
+        damaged(lambda v: v["records"][0].update(n="64")),
+        "is a damaged report: n is '64'",
+    ),
+    "a truth for a number": (
+        damaged(lambda v: v["records"][0].update(n=True)),
+        "is a damaged report: n is True",
+    ),
+    "a wrong list": (
+        damaged(lambda v: v["records"][0].update(kernels=[1])),
+        "is a damaged report: kernels is [1]",
+    ),
+    "a graph that is not there": (
+        damaged(lambda v: v["records"][0].update(graph=2)),
+        "is a damaged report: list index out of range",
+    ),
+    "a record that is none": (
+        damaged(lambda v: v.update(records=[3])),
+        "is a damaged report: 'int' object is not subscriptable",
+    ),
+    "a graph without text": (
+        damaged(lambda v: v["graphs"][0].pop("before")),
+        "is a damaged report: 'before' is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_one_clear_error(kind: str, tmp_path: Path) -> None:
+    text, message = DAMAGED[kind]
+    path = tmp_path / "run.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ReportError, match=re.escape(f"{str(path)!r} {message}")):
+        Report.load(path)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"run\.json' can't be read: No such file"):
+        Report.load(tmp_path / "run.json")
 
 
 # --- graphs as text ------------------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""Graphs as text, and the difference of two."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["coloured", "graph_text", "readers", "unified_diff"]
+
+_GREEN, _RED, _CYAN, _BOLD, _PLAIN = "\033[32m", "\033[31m", "\033[36m", "\033[1m", "\033[0m"
+#: How a line of a unified diff begins, and its colour.
+_COLOURS = (
+    ("--- ", _BOLD),
+    ("+++ ", _BOLD),
+    ("@@", _CYAN),
+    ("-", _RED),
+    ("+", _GREEN),
+)
+
+
+def graph_text(
+    gm: fx.GraphModule, names: Mapping[str, str], labels: dict[str, str] | None = None
+) -> str:
+    """A graph in a stable, readable form, one node a line.
+
+    Args:
+        gm: the graph.
+        names: what to call its placeholders, by node name.
+        labels: what to call its other nodes, by node name; those it lacks are added. Two versions
+            of a graph that share it differ only where something changed.
+    """
+    labels = {} if labels is None else labels
+    taken = set(labels.values())
+    numbers: dict[fx.Node, str] = {}
+    used: dict[str, int] = {}
+    lines = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            label = names.get(node.name, node.name)
+        elif node.name in labels:
+            label = labels[node.name]
+        else:
+            label = base = re.sub(r"(_default)?(_\d+)?$", "", node.name)
+            while label in taken:
+                used[base] = used.get(base, 0) + 1
+                label = f"{base}_{used[base]}"
+            labels[node.name] = label
+            taken.add(label)
+        numbers[node] = f"%{label}"
+        if node.op == "placeholder":
+            if node.users:
+                lines.append(f"{numbers[node]}: {_shape(node)}")
+        elif node.op == "output":
+            lines.append(f"return {_argument(node.args[0], numbers)}")
+        else:
+            arguments = [_argument(value, numbers) for value in node.args]
+            arguments += [
+                f"{key}={_argument(value, numbers)}" for key, value in node.kwargs.items()
+            ]
+            lines.append(
+                f"{numbers[node]} = {_target(node)}({', '.join(arguments)}): {_shape(node)}"
+            )
+    return "\n".join(lines)
+
+
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bool: "b8",
+    torch.uint8: "u8",
+}
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, (BuiltinFunctionType, FunctionType)):
+        return node.target.__name__  # as text it would hold an address
+    return str(node.target).removesuffix(".default")
+
+
+def _argument(value: Any, numbers: Mapping[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return numbers[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(item, numbers) for item in value)}]"
+    return str(value)
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        dtype = _DTYPES.get(
+            value.dtype, str(value.dtype).removeprefix("torch.").replace("int", "i")
+        )
+        return f"{dtype}[{', '.join(map(str, value.shape))}]"
+    return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
+
+
+def unified_diff(before: str, after: str, name: str) -> list[str]:
+    """The lines of a unified diff of two graphs as text; none where they are equal.
+
+    Args:
+        before: one graph.
+        after: the other.
+        name: of the graph.
+    """
+    return list(
+        difflib.unified_diff(
+            before.splitlines(),
+            after.splitlines(),
+            f"{name} before",
+            f"{name} after",
+            lineterm="",
+            n=1,
+        )
+    )
+
+
+def coloured(lines: Iterable[str]) -> list[str]:
+    """Lines of a unified diff with the colours of a terminal."""
+    return [
+        next(
+            (f"{colour}{line}{_PLAIN}" for start, colour in _COLOURS if line.startswith(start)),
+            line,
+        )
+        for line in lines
+    ]
+
+
+def readers(text: str, name: str) -> list[str]:
+    """The ops of a graph as text that read an input, each once.
+
+    Args:
+        text: of `graph_text`.
+        name: of the input.
+    """
+    call = re.compile(rf"^%\S+ = ([\w.]+)\((?:.*[\[\s=])?%{re.escape(name)}[,)\]]", re.MULTILINE)
+    return list(dict.fromkeys(call.findall(text)))
