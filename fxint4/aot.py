@@ -18,6 +18,7 @@ from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError, UnsupportedOpError
 from fxint4.export import is_rewritten, placeholders, rewrite_program, with_tensors
+from fxint4.kernel_choice import Policy
 from fxint4.lowering import lowered
 
 __all__ = ["METADATA", "package"]
@@ -42,7 +43,8 @@ def package(
         exported_program: of `torch.export.export`, as captured or from `fxint4.rewrite`; it is not
             changed.
         path: of the file to write, which ends in ".pt2".
-        options: fields of `Int4Config`, for a program as captured, and options of Inductor.
+        options: fields of `Int4Config`, of which a program that is rewritten takes `kernel` alone,
+            and options of Inductor.
 
     Returns:
         The path.
@@ -69,7 +71,7 @@ def package(
     program = _without_shared_storages(program)
     known = patches.get("aot_inductor.metadata") or {}
     patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
-    with lowered():
+    with lowered(Policy(config.kernel)):
         _torch.aoti_package(program, path, patches)
     return path
 
@@ -84,7 +86,7 @@ def _check_path(path: str) -> None:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Options for a program that is rewritten already."""
-    ours = {field.name for field in dataclasses.fields(Int4Config)}
+    ours = {field.name for field in dataclasses.fields(Int4Config)} - {"kernel"}
     late = [name for name in options if name.replace("-", "_") in ours]
     if late:
         raise OptionError(

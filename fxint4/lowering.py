@@ -27,7 +27,7 @@ from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import common, linear
 from fxint4.kernels.common import Blocks, Launch
-from fxint4.kernels.linear import MOST_WEIGHTS, choose_blocks, gpu_of
+from fxint4.kernels.linear import MOST_WEIGHTS, Choice, choose_blocks, gpu_of
 
 __all__ = ["compile_graph", "lowered"]
 
@@ -114,24 +114,27 @@ class _Matmul:
     def lower(self, policy: Policy) -> Any:
         """The product."""
         m = _inductor.static(self.x.get_size()[0])
-        kernels = common.triton is not None and self.x.get_device().type == "cuda"
-        if m is None and kernels and _inductor.for_another_process():
-            return self.multiplied_for_any_m()
-        if not m or not kernels:
+        if common.triton is None or self.x.get_device().type != "cuda" or m == 0:
             return self.chosen_at_run_time(policy.cuda_graphs, policy.kernel)
+        kernel, blocks = policy.kernel, None
+        if m is not None:
+            choice = self.choice(m, policy)
+            kernel, blocks = choice.kernel, choice.blocks
+        if kernel == "aten":
+            return self.by_aten()
+        if kernel == "dequantise":
+            return self.dequantised()
+        if blocks is not None:
+            return self.multiplied(blocks)
+        if _inductor.for_another_process():
+            return self.multiplied_for_any_m()
+        return self.chosen_at_run_time(policy.cuda_graphs, kernel)
+
+    def choice(self, m: int, policy: Policy) -> Choice:
+        """That of the policy for a number of rows."""
+        dtype, device = self.x.get_dtype(), self.x.get_device()
         _, _, half_inner = self._sizes()
-        choice = policy.choose(
-            m,
-            sum(self.n),
-            self.k,
-            self.group_size,
-            half_inner,
-            self.x.get_dtype(),
-            self.x.get_device(),
-        )
-        if choice.kernel == "aten":
-            return self.chosen_at_run_time(policy.cuda_graphs, "aten")
-        return self.multiplied(choice.blocks) if choice.blocks else self.dequantised()
+        return policy.choose(m, sum(self.n), self.k, self.group_size, half_inner, dtype, device)
 
     def chosen_at_run_time(self, replayed: bool, kernel: str | None) -> Any:
         """The product by the op that chooses when it is called."""
@@ -145,6 +148,20 @@ class _Matmul:
             replayed,
             kernel,
         )
+
+    def by_aten(self) -> Any:
+        """The product by ATen's op, once for each weight."""
+        weights, k_padded, _ = self._sizes()
+        x = _as(torch.bfloat16, self.x)
+        if k_padded > self.k:
+            x = _inductor.call(aten.constant_pad_nd.default, x, [0, k_padded - self.k], 0.0)
+        x, op = _inductor.contiguous(x), aten._weight_int4pack_mm.default
+        products = []
+        for (n, _), tiles, parameters in zip(weights, self.tiles, self.scale_and_zero, strict=True):
+            y = _inductor.call_as_it_is(op, x, tiles, self.group_size, parameters)
+            products.append(_inductor.call(aten.slice.Tensor, y, 1, 0, n))
+        y = products[0] if len(products) == 1 else _inductor.call(aten.cat.default, products, 1)
+        return _as(self.x.get_dtype(), y)
 
     def dequantised(self) -> Any:
         """The product by W written out, and Inductor's matmul."""
@@ -176,7 +193,7 @@ class _Matmul:
         for split in range(1, splits):
             part = _inductor.call(aten.select.int, partial, 0, split)
             y = _inductor.call(aten.add.Tensor, y, part)
-        return _inductor.call(torch.ops.prims.convert_element_type.default, y, x.get_dtype())
+        return _as(x.get_dtype(), y)
 
     def multiplied_for_any_m(self) -> Any:
         """The product by the Triton kernel, in the blocks that the M of each run asks for.
@@ -258,6 +275,12 @@ class _Matmul:
             launch.warps,
             launch.stages,
         )
+
+
+def _as(dtype: torch.dtype, value: Any) -> Any:
+    if value.get_dtype() is dtype:
+        return value
+    return _inductor.call(torch.ops.prims.convert_element_type.default, value, dtype)
 
 
 def _blocks_by_m(n: int, k: int, device: torch.device) -> list[tuple[int, int | None, Blocks]]:

@@ -1,8 +1,8 @@
 """The graph passes, in the order they run.
 
-`analyse` reads a captured graph: it inlines nested regions, finds every matmul with a constant
-weight and folds those weights. `rewrite` then makes the graph that runs, once for each choice of
-forms (see `fxint4.forms`).
+`inline_regions` opens nested regions of a captured graph, `find` finds every matmul with a constant
+weight, and `fold` folds those weights. `rewrite` then makes the graph that runs, once for each
+choice of forms (see `fxint4.forms`), with `matmuls` that read several weights at once.
 """
 
 from __future__ import annotations

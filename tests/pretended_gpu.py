@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from fxint4.kernel_choice import Policy
 from fxint4.lowering import lowered
 
 _H200 = types.SimpleNamespace(
@@ -80,6 +81,7 @@ def generated(
     function: Callable[..., Any],
     specs: Sequence[tuple[Sequence[int], torch.dtype]],
     package: bool = False,
+    kernel: str | None = None,
 ) -> str:
     """The code that Inductor makes of a function with our lowerings in force.
 
@@ -87,6 +89,7 @@ def generated(
         function: of tensors on a GPU.
         specs: size and dtype of each of them.
         package: whether it is compiled for a package, and for any number of rows of the first.
+        kernel: see `Int4Config.kernel`.
     """
     env = ShapeEnv()
     fake = FakeTensorMode(shape_env=env)
@@ -105,7 +108,7 @@ def generated(
         pretended_gpu(),
         V.set_fake_mode(fake),
         V.set_debug_handler(DebugContext()),
-        lowered(),
+        lowered(Policy(kernel)),
         # Inductor's own mode for packages would go on to compile C++.
         mock.patch("fxint4._inductor.for_another_process", return_value=package),
     ):

@@ -161,10 +161,11 @@ def test_a_known_number_of_rows_decides_while_compiling() -> None:
 
 
 def launches(code: str) -> Counter[str]:
-    """How often generated code launches our kernels, Inductor's, and cuBLAS's matmul."""
+    """How often generated code launches our kernels, Inductor's, cuBLAS's matmul and ATen's op."""
     ran = re.findall(r"^\s*(\w+?)(?:_\d+)?\.run\(", code, re.MULTILINE)
     ours = Counter(name if name in (INT4, DEQUANTISE) else "inductor" for name in ran)
-    return ours + Counter(mm=len(re.findall(r"extern_kernels\.mm\(", code)))
+    others = {"mm": r"extern_kernels\.mm\(", "aten": r"aten\._weight_int4pack_mm\.default\("}
+    return ours + Counter({name: len(re.findall(call, code)) for name, call in others.items()})
 
 
 @needs_triton
@@ -216,6 +217,33 @@ def test_a_package_launches_one_kernel_for_each_number_of_rows(n: int, k: int) -
         blocks = choose_blocks(rows, n, k)
         expected = -(-rows // blocks.rows) * -(-n // blocks.features) * blocks.splits
         assert sum(programs) == expected, rows
+
+
+@needs_triton
+@pytest.mark.parametrize("package", [False, True])
+@pytest.mark.parametrize("rows", [1, 4096])
+@pytest.mark.parametrize(
+    ("kernel", "expected"), [("aten", {"aten": 1}), ("dequantise", {DEQUANTISE: 1, "mm": 1})]
+)
+def test_code_of_the_kernel_asked_for(
+    kernel: str, expected: dict[str, int], rows: int, package: bool
+) -> None:
+    specs = [((rows, K), torch.bfloat16), *packed_specs(N, K)]
+    code = generated(int4pack_mm, specs, package=package, kernel=kernel)
+    assert launches(code) == Counter(expected)
+
+
+@needs_triton
+def test_code_of_atens_op_for_fused_projections() -> None:
+    """Two calls; of fp16 rows of fewer columns than are stored a padded copy in bf16."""
+
+    def both(x: Tensor, *packed: Tensor) -> Tensor:
+        buffers = (list(packed[0::2]), list(packed[1::2]))
+        return torch.ops.fxint4.linears(x, *buffers, 128, [N, N - 8])
+
+    specs = [((5, K - 64), torch.float16), *packed_specs(N, K), *packed_specs(N, K)]
+    code = generated(both, specs, kernel="aten")
+    assert launches(code) == Counter({"aten": 2, "inductor": 2})
 
 
 @needs_triton
