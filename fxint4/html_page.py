@@ -161,7 +161,11 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
         "<tr>" + "".join(map(_cell, columns, cells)) + "</tr>"
         for cells in zip(*columns.values(), strict=True)
     )
-    return f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
+    widths = " ".join(f"var(--{_css(title)})" for title in columns)
+    return (
+        f'<table aria-labelledby="matmuls" style="--columns: {widths}">\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    )
 
 
 def _cell(title: str, cell: _Cell) -> str:
@@ -172,7 +176,7 @@ def _cell(title: str, cell: _Cell) -> str:
 
 
 def _css(title: str) -> str:
-    """The class of a column."""
+    """The class of a column, and the variable of its width."""
     return re.sub(r"\W+", "-", title.lower())
 
 
@@ -268,6 +272,7 @@ class _Graph:
     def __init__(self, before: str, after: str) -> None:
         self.before, self.after = before.splitlines(), after.splitlines()
         self.same = _same_lines(self.before, self.after)
+        self.same_after = [number for _, number in self.same]
         self.defined = {_label(line): number for number, line in enumerate(self.before)}
         self.defined_after = {_label(line): number for number, line in enumerate(self.after)}
         self.users: dict[str, list[int]] = {}
@@ -314,21 +319,24 @@ class _Graph:
 
     def _with_operands(self, numbers: Iterable[int]) -> set[int]:
         """Lines of `after`, and the new lines that they depend on."""
-        same = {number for _, number in self.same}
         found: set[int] = set()
         waiting = list(numbers)
         while waiting and len(found) < _LINES_SHOWN:
             number = waiting.pop(0)
-            if number in found or number in same:
+            if number in found or self._is_same(number):
                 continue
             found.add(number)
             operands = sorted(_operands(self.after[number]))
             waiting += [self.defined_after[name] for name in operands if name in self.defined_after]
         return found
 
+    def _is_same(self, number: int) -> bool:
+        """Whether a line of `after` is in `before` too."""
+        place = bisect_left(self.same_after, number)
+        return place < len(self.same) and self.same_after[place] == number
+
     def _rows(self, before: set[int], after: set[int]) -> list[tuple[str | None, str | None]]:
         """Chosen lines side by side: equal ones in one row, changed ones in the order they have."""
-        same_after = [number for _, number in self.same]
         stretches: dict[int, tuple[list[int], list[int]]] = {}
         pairs: set[int] = set()  # positions in `same`
         for number in sorted(before):
@@ -338,7 +346,7 @@ class _Graph:
             else:
                 stretches.setdefault(place, ([], []))[0].append(number)
         for number in sorted(after):
-            stretches.setdefault(bisect_left(same_after, number), ([], []))[1].append(number)
+            stretches.setdefault(bisect_left(self.same_after, number), ([], []))[1].append(number)
         numbers: list[tuple[int | None, int | None]] = []
         removed: list[int] = []
         added: list[int] = []
@@ -408,8 +416,8 @@ def _same_lines(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, 
         pair = (number, places[line])
         length = bisect_left(ends, pair[1])
         previous[pair] = chosen[length - 1] if length else None
-        ends[length:] = [pair[1], *ends[length + 1 :]]
-        chosen[length:] = [pair, *chosen[length + 1 :]]
+        ends[length : length + 1] = [pair[1]]
+        chosen[length : length + 1] = [pair]
     pairs = []
     last = chosen[-1] if chosen else None
     while last is not None:

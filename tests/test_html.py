@@ -506,13 +506,15 @@ def test_a_phone_shows_it_without_scrolling_sideways(tmp_path: Path) -> None:
     const overflow = [...inner.querySelectorAll("main *")].filter((element) =>
       !element.closest(".code") && element.getBoundingClientRect().right > 390);
     return [inner.documentElement.clientWidth, inner.documentElement.scrollWidth,
-      overflow.map((element) => element.outerHTML.slice(0, 80))];
+      overflow.map((element) => element.outerHTML.slice(0, 80)),
+      inner.querySelector(".details").getBoundingClientRect().height];
     """
     open_first = 'document.querySelector("td .name").click();'
-    width, scrolled, overflow = browse(page(report), open_first + script, tmp_path)
+    width, scrolled, overflow, opened = browse(page(report), open_first + script, tmp_path)
     assert width <= 390
     assert scrolled <= 390
     assert overflow == []
+    assert opened > 100
 
 
 @needs_chromium
@@ -559,6 +561,7 @@ def test_a_thousand_matmuls_sort_and_filter_at_once(tmp_path: Path) -> None:
       document.body.offsetHeight; // waits for the layout
       return performance.now() - start;
     };
+    timed(() => {});
     const times = {
       sort: timed(() => head("SQNR, dB").click()),
       search: timed(() => type("layers.99")),
