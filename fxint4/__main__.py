@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from fxint4.errors import Int4Error
+from fxint4.errors import CommandError, Int4Error
 
 # Command -> (module, function(argv) -> int, what it does). Imported only when it is asked for.
 COMMANDS = {
     "export": ("fxint4.cli", "export", "compile a model ahead of time into a package"),
     "run": ("fxint4.cli", "run", "run a package, and time it"),
+    "diff": (
+        "fxint4.cli",
+        "diff",
+        "what a report's run changed in its graphs, or two runs differ in",
+    ),
     "demo": (
         "fxint4.demo",
         "main",
@@ -37,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all went well, 1 for a command that failed, 2 for a wrong command
-        line.
+        line. Of `diff`, 1 is for reports that differ, and 2 for those that can't be read.
     """
     width = max(map(len, COMMANDS))
     parser = _Parser(
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback or arguments != args.arguments:
             raise
         print(f"{parser.prog} {args.command}: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return error.status if isinstance(error, CommandError) else 1
 
 
 def _one_line(error: Exception) -> str:

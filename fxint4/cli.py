@@ -1,4 +1,4 @@
-"""`python -m fxint4 export` and `run`: a model to a package, and a package run."""
+"""`python -m fxint4 export`, `run` and `diff`: packages made and run, reports compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -25,9 +26,10 @@ import fxint4
 from fxint4 import _torch
 from fxint4.aot import METADATA
 from fxint4.config import GROUP_SIZES, INNER_K_TILES
-from fxint4.errors import CommandError
+from fxint4.errors import CommandError, ReportError
+from fxint4.report import Report, changes, stdout_has_colour
 
-__all__ = ["export", "run"]
+__all__ = ["diff", "export", "run"]
 
 #: Timed calls of `run --bench`, and calls before them.
 _CALLS, _WARM_UP = 50, 5
@@ -272,6 +274,44 @@ def run(argv: Sequence[str]) -> int:
             low, middle, high = (1e3 * time for time in statistics.quantiles(times, n=4))
             print(f"{_CALLS} calls: median {middle:.3f} ms, half within {low:.3f} to {high:.3f} ms")
     return 0
+
+
+def diff(argv: Sequence[str]) -> int:
+    """Show what changed in the graphs of one report, or what two reports differ in.
+
+    Args:
+        argv: the arguments after the command's name.
+
+    Returns:
+        0 if nothing differs, 1 if something does.
+
+    Raises:
+        CommandError: a file can't be read, or is no report; its status is 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fxint4 diff",
+        description="With one report, the graphs before and after as a unified diff. With two, "
+        "the layers that differ: packed or not, error, bytes, kernels. The exit status is 0 where "
+        "nothing differs, 1 where something does, 2 where a report can't be read.",
+    )
+    help_of_first = "a report in JSON: options={'report': 'a.json'}, or Report.save"
+    parser.add_argument("before", metavar="A.json", help=help_of_first)
+    parser.add_argument("after", metavar="B.json", nargs="?", help="another")
+    args = parser.parse_args(argv)
+    try:
+        before = Report.load(args.before)
+        after = Report.load(args.after) if args.after is not None else None
+    except ReportError as error:
+        raise CommandError(str(error), status=2) from error
+    if after is None:
+        text = before.diff()
+        print(text or f"{args.before}: no graph changed")
+        return int(bool(text))
+    columns = shutil.get_terminal_size((120, 24)).columns
+    names = args.before, args.after
+    differs, text = changes(before, after, names, columns, colour=stdout_has_colour())
+    print(text)
+    return int(differs)
 
 
 def _metadata(path: str) -> dict[str, str]:

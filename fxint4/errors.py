@@ -39,7 +39,16 @@ class ReportError(Int4Error, ValueError):
 
 
 class CommandError(Int4Error):
-    """What a command of `python -m fxint4` was given and can't use, in one line."""
+    """What a command of `python -m fxint4` was given and can't use, in one line.
+
+    Attributes:
+        status: the exit status.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        """An error with its message and exit status."""
+        super().__init__(message)
+        self.status = status
 
 
 class UnsupportedOpError(Int4Error, NotImplementedError):

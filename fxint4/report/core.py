@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -108,7 +107,7 @@ class Report:
                 environment sets no NO_COLOR.
         """
         if colour is None:
-            colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            colour = graphs.stdout_has_colour()
         lines: list[str] = []
         for number, graph in enumerate(self._graphs.values()):
             lines += graphs.unified_diff(graph.before, graph.after, f"graph {number}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["coloured", "graph_text", "readers", "unified_diff"]
+__all__ = ["coloured", "graph_text", "readers", "stdout_has_colour", "unified_diff"]
 
 _GREEN, _RED, _CYAN, _BOLD, _PLAIN = "\033[32m", "\033[31m", "\033[36m", "\033[1m", "\033[0m"
 #: How a line of a unified diff begins, and its colour.
@@ -132,6 +134,11 @@ def coloured(lines: Iterable[str]) -> list[str]:
         )
         for line in lines
     ]
+
+
+def stdout_has_colour() -> bool:
+    """Whether stdout is a terminal, and the environment sets no NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def readers(text: str, name: str) -> list[str]:

@@ -12,12 +12,12 @@ from tabulate import tabulate
 
 from fxint4.report.records import Record
 
-__all__ = ["SHARE_SHOWN", "dimensions", "size_text", "text"]
+__all__ = ["ROWS_SHOWN", "SHARE_SHOWN", "dimensions", "ending", "numberless", "size_text", "text"]
 
 #: Weights with less of the parameters than this are not singled out where they are not packed.
 SHARE_SHOWN = 0.01
 #: More rows than this are shown one line for each set of equal layers.
-_ROWS_SHOWN = 20
+ROWS_SHOWN = 20
 #: Columns of the terminal that layers and reasons need to stand side by side; with fewer left, the
 #: reasons go below the table.
 _ROOM_FOR_REASONS = 48
@@ -64,7 +64,7 @@ def _headline(
 
 def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
     """The table, and the reasons where they find no room in it."""
-    rows = _merged(records) if len(records) > _ROWS_SHOWN else records
+    rows = _merged(records) if len(records) > ROWS_SHOWN else records
     whys = list(map(_why, rows))
     cells = [
         [
@@ -99,7 +99,7 @@ def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
         why = min(why, max(room - layer, room // 2))
     layer = max(len(headers[0]), min(layer, room - why))
     for row_cells in cells:
-        row_cells[0] = _tail(row_cells[0], layer)
+        row_cells[0] = ending(row_cells[0], layer)
     # tabulate would make a column two wider than its header: here the header is a row.
     rule = ["-" * width for width in (layer, *others, why)]
     table = tabulate(
@@ -134,7 +134,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
     """One row for records that differ only in numbers within their names; its SQNR is the worst."""
     rows: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        name = _numberless(record.name)
+        name = numberless(record.name)
         key = (
             name,
             record.op,
@@ -144,7 +144,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             record.group_size,
             record.action,
             record.reason,
-            tuple(map(_numberless, record.fused_with)),
+            tuple(map(numberless, record.fused_with)),
             record.kernels,
         )
         rows.setdefault(key, []).append(record)
@@ -157,8 +157,8 @@ def _merged(records: Iterable[Record]) -> list[Record]:
         merged.append(
             dataclasses.replace(
                 group[0],
-                name=f"{_numberless(group[0].name)} ({len(group)})",
-                fused_with=tuple(map(_numberless, group[0].fused_with)),
+                name=f"{numberless(group[0].name)} ({len(group)})",
+                fused_with=tuple(map(numberless, group[0].fused_with)),
                 sqnr_db=min(measured, default=None),
                 bytes_before=sum(record.bytes_before for record in group),
                 bytes_after=sum(record.bytes_after for record in group),
@@ -193,7 +193,8 @@ def dimensions(record: Record) -> str:
     return f"{experts}{record.n}x{record.k}"
 
 
-def _numberless(name: str) -> str:
+def numberless(name: str) -> str:
+    """A name with its numbers as `*`."""
     return re.sub(r"\d+", "*", name)
 
 
@@ -201,7 +202,8 @@ def _wrapped(lines: Iterable[str], columns: int) -> str:
     return "\n".join(textwrap.fill(line, columns, subsequent_indent="  ") for line in lines)
 
 
-def _tail(text: str, width: int) -> str:
+def ending(text: str, width: int) -> str:
+    """The last `width` characters of a text, marked where others are gone."""
     return text if len(text) <= width else "…" + text[1 - width :]
 
 
