@@ -105,8 +105,8 @@ def choose(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = Tru
     if m > (_MOST_ROWS if wgmma else 128):
         return Choice("dequantise")
     blocks = choose_blocks(m, n, k, multiprocessors, wgmma)
-    # The more blocks of rows, the more often W is unpacked. With the most of them that costs as much
-    # as writing it out once, and less only where no program waits for another.
+    # The more blocks of rows, the more often W is unpacked. With the most of them that costs as
+    # much as writing it out once, and less only where no program waits for another.
     if m > _MOST_ROWS - 128 and wgmma and _count(m, n, blocks) > 2 * multiprocessors:
         return Choice("dequantise")
     return Choice("triton", blocks)
