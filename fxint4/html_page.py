@@ -78,7 +78,11 @@ def _summary(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
         for entry in coverage.get("not_packed") or ()
     ]
     parts.append(_list("The largest weights that are not packed", kept))
-    breaks = [escape(str(reason)) for reason in coverage.get("graph_breaks") or ()]
+    breaks = [
+        escape(str(graph["graph_break"]))
+        for graph in report.get("graphs") or ()
+        if graph.get("graph_break")
+    ]
     parts.append(_list("Graph breaks", breaks))
     parts.append(f'<dl class="totals">{"".join(_cards(totals, records))}</dl>')
     options = [

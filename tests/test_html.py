@@ -67,7 +67,7 @@ def kept(name: str, reason: str = "8x128 is small", **values: Any) -> dict[str, 
     return record(name, **{"action": "kept", "reason": reason, "sqnr_db": None, **values})
 
 
-def graph_of(*names: str) -> dict[str, Any]:
+def graph_of(*names: str, graph_break: str | None = None) -> dict[str, Any]:
     """A graph of linears one after the other, as captured and as rewritten."""
     before = ["%x: bf16[3, 128]"]
     after = ["%x: bf16[3, 128]"]
@@ -82,7 +82,7 @@ def graph_of(*names: str) -> dict[str, Any]:
         after.append(f"%int4_{number} = aten._weight_int4pack_mm(%x, %tiles_{number}): bf16[3, 64]")
         for lines in before, after:
             lines.append(f"%relu_{number} = aten.relu(%y_{number}): bf16[3, 64]")
-    return {"before": "\n".join(before), "after": "\n".join(after), "graph_break": None}
+    return {"before": "\n".join(before), "after": "\n".join(after), "graph_break": graph_break}
 
 
 def report_of(*records: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -151,7 +151,6 @@ def test_totals_and_what_is_not_packed_stand_before_the_table() -> None:
         "not_packed": [
             {"name": "embed", "elements": 9, "parameter_share": 0.5, "reason": "no matmul reads it"}
         ],
-        "graph_breaks": ["print() was called"],
     }
     totals = {
         **{"matmuls": 3, "packed": 2, "parameter_share": 0.474, "graphs": 2, "graph_breaks": 1},
@@ -162,6 +161,7 @@ def test_totals_and_what_is_not_packed_stand_before_the_table() -> None:
             report_of(
                 record("fc"),
                 coverage=coverage,
+                graphs=[graph_of("fc", graph_break="print() was called"), graph_of()],
                 totals=totals,
                 torch="2.13.0",
                 options={"group_size": 32},
@@ -207,16 +207,22 @@ def test_names_are_text(name: str) -> None:
     def made(name: str) -> Parsed:
         coverage = {
             "not_packed": [{"name": name, "elements": 1, "parameter_share": 0.5, "reason": name}],
-            "graph_breaks": [name],
         }
         given = record(
             name, op=name, reason=name, action=name, kernels=[name], fused_with=[name], source=name
         )
-        return Parsed(page(report_of(given, coverage=coverage, torch=name, options={"skip": name})))
+        report = report_of(
+            given,
+            coverage=coverage,
+            graphs=[graph_of(name, graph_break=name)],
+            torch=name,
+            options={"skip": name},
+        )
+        return Parsed(page(report))
 
     parsed = made(name)
     assert elements(parsed) == elements(made("plain"))
-    assert parsed.text.count(name) >= 8
+    assert parsed.text.count(name) >= 10  # four above the table, six in it
     assert ["source", name] in parsed.details()[0]["facts"]
 
 
