@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_torch",),
     ("_inductor",),
     ("config",),
-    ("quantize", "fast_paths", "html_page"),
+    ("quantize", "fast_paths"),
     ("tiles",),
     ("blocks",),
     ("tensor",),

@@ -16,8 +16,8 @@ import torch
 
 from fxint4.config import REPORT_SUFFIXES, Int4Config
 from fxint4.errors import OptionError, ReportError
-from fxint4.html_page import page
 from fxint4.report import graphs, table
+from fxint4.report.html_page import page
 from fxint4.report.records import GraphReport, Record, checked
 from fxint4.version import __version__
 

@@ -14,6 +14,8 @@ from itertools import zip_longest
 from string import Template
 from typing import Any, NamedTuple
 
+from fxint4.report.table import size_text
+
 __all__ = ["page"]
 
 #: Changed lines shown around a matmul; with more, only those that lead to it.
@@ -108,15 +110,15 @@ def _cards(totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> I
     if "matmuls" in totals:
         yield card("matmuls packed", f"{totals.get('packed', 0)} of {totals['matmuls']}")
     if totals.get("bytes_before"):
-        sizes = _size(totals["bytes_before"]), _size(totals.get("bytes_after") or 0)
+        sizes = size_text(totals["bytes_before"]), size_text(totals.get("bytes_after") or 0)
         yield card("packed weights", " → ".join(sizes))
     measured = [record["sqnr_db"] for record in records if record.get("sqnr_db") is not None]
     if measured:
         yield card("lowest SQNR", f"{min(measured):.1f} dB")
     if totals.get("dense_bytes"):
-        yield card("dense copies", _size(totals["dense_bytes"]))
+        yield card("dense copies", size_text(totals["dense_bytes"]))
     if totals.get("held_bytes"):
-        yield card("originals in memory", _size(totals["held_bytes"]))
+        yield card("originals in memory", size_text(totals["held_bytes"]))
     if totals.get("graphs"):
         breaks = totals.get("graph_breaks") or 0
         yield card("graphs", f"{totals['graphs']}, {breaks} break{'s' * (breaks != 1)}")
@@ -210,7 +212,7 @@ def _number(value: float | None, form: str, largest: float = 0) -> _Cell:
 
 def _bytes(value: int | None, largest: int) -> _Cell:
     cell = _number(value, "{}", largest)
-    return cell if value is None else cell._replace(html=_size(value))
+    return cell if value is None else cell._replace(html=size_text(value))
 
 
 def _lines(values: Iterable[str] | None) -> _Cell:
@@ -223,15 +225,6 @@ def _dimensions(record: Mapping[str, Any]) -> str:
     if n is None or k is None:
         return ""
     return f"{experts} x {n} x {k}" if experts > 1 else f"{n} x {k}"
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
 
 
 # --- the details of a layer ----------------------------------------------------------------------
@@ -247,11 +240,13 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
     if record.get("group_size"):
         shapes.append(f"{record['group_size']} weights of a row share a scale and a zero")
     before, after = record.get("bytes_before"), record.get("bytes_after")
-    memory = [] if before is None or after is None else [f"{_size(before)} → {_size(after)}"]
+    memory = (
+        [] if before is None or after is None else [f"{size_text(before)} → {size_text(after)}"]
+    )
     if record.get("dense_bytes"):
-        memory.append(f"{_size(record['dense_bytes'])} in a dense copy")
+        memory.append(f"{size_text(record['dense_bytes'])} in a dense copy")
     if record.get("held_bytes"):
-        memory.append(f"{_size(record['held_bytes'])} in the original, which stays in memory")
+        memory.append(f"{size_text(record['held_bytes'])} in the original, which stays in memory")
     error = record.get("sqnr_db")
     facts: list[tuple[str, str | list[str]]] = [
         ("reason", str(record.get("reason") or "")),
