@@ -14,7 +14,7 @@ from itertools import zip_longest
 from string import Template
 from typing import Any, NamedTuple
 
-from fxint4.report.table import size_text
+from fxint4.report.table import beside, size_text
 
 __all__ = ["page"]
 
@@ -112,7 +112,11 @@ def _cards(totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> I
     if totals.get("bytes_before"):
         sizes = size_text(totals["bytes_before"]), size_text(totals.get("bytes_after") or 0)
         yield card("packed weights", " → ".join(sizes))
-    measured = [record["sqnr_db"] for record in records if record.get("sqnr_db") is not None]
+    measured = [
+        record["sqnr_db"]
+        for record in records
+        if record.get("action") == "packed" and record.get("sqnr_db") is not None
+    ]
     if measured:
         yield card("lowest SQNR", f"{min(measured):.1f} dB")
     if totals.get("dense_bytes"):
@@ -153,7 +157,7 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
         "before": [_bytes(record.get("bytes_before"), biggest) for record in records],
         "after": [_bytes(record.get("bytes_after"), biggest) for record in records],
         "kernels": [_lines(record.get("kernels")) for record in records],
-        "fused with": [_lines(record.get("fused_with")) for record in records],
+        "fused with": [_fused(record) for record in records],
         "reason": [_Cell(escape(str(record.get("reason") or ""))) for record in records],
     }
     columns = {title: cells for title, cells in columns.items() if any(c.html for c in cells)}
@@ -216,7 +220,12 @@ def _bytes(value: int | None, largest: int) -> _Cell:
 
 
 def _lines(values: Iterable[str] | None) -> _Cell:
-    return _Cell("<br>".join(escape(str(value)) for value in values or ()))
+    return _Cell("".join(f"<div>{escape(str(value))}</div>" for value in values or ()))
+
+
+def _fused(record: Mapping[str, Any]) -> _Cell:
+    name = str(record.get("name") or "")
+    return _lines(beside(name, str(other)) for other in record.get("fused_with") or ())
 
 
 def _dimensions(record: Mapping[str, Any]) -> str:

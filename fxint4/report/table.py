@@ -171,14 +171,14 @@ def _why(record: Record) -> str:
     """What the last column of the table says of a record."""
     parts = [record.reason]
     if record.fused_with:
-        names = (_beside(record.name, other) for other in record.fused_with)
+        names = (beside(record.name, other) for other in record.fused_with)
         parts.append(f"one matmul with {', '.join(names)}")
     kernels = record.kernels
     parts += kernels if len(kernels) < 4 else (kernels[0], "...", kernels[-1])
     return "; ".join(filter(None, parts))
 
 
-def _beside(name: str, other: str) -> str:
+def beside(name: str, other: str) -> str:
     """The name of another layer without the modules that hold both."""
     parts, others = name.split("."), other.split(".")
     shared = 0
