@@ -359,8 +359,8 @@ def test_a_parameter_that_no_matmul_reads_is_named_with_what_does(terminal: Any)
     parameters = sizes(words_weight=600, elsewhere=300, fc_weight=100, bias=9)
     report = report_of(record(n=10, k=10), parameters=parameters, before=text)
     assert [(each["name"], each["reason"]) for each in report.coverage["not_packed"]] == [
-        ("words.weight", "no matmul reads it, but aten.embedding, aten.cat"),
-        ("elsewhere", "no matmul reads it"),
+        ("words.weight", "read by aten.embedding, aten.cat, by no matmul"),
+        ("elsewhere", "in no matmul that was found"),
     ]
 
 

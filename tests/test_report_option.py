@@ -75,7 +75,7 @@ def test_every_way_gives_one_kind_of_report_and_writes_it(
     ]
     [words] = [each for each in report.coverage["not_packed"] if each["name"] == "words.weight"]
     assert words["elements"] == 64 * 64
-    assert words["reason"].startswith("no matmul reads it")
+    assert "no matmul" in words["reason"]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -94,7 +94,7 @@ def test_a_folder_that_is_not_there_is_an_error_before_anything_is_done(
 def test_what_reads_a_parameter_that_is_not_packed_is_named(model: Model) -> None:
     [words, *_] = fxint4.explain(model, X).coverage["not_packed"]
     assert words["name"] == "words.weight"
-    assert words["reason"] == "no matmul reads it, but aten.embedding"
+    assert words["reason"] == "read by aten.embedding, by no matmul"
 
 
 def test_the_file_follows_graph_by_graph(tmp_path: Path) -> None:

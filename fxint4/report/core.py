@@ -196,7 +196,7 @@ class Report:
 
     def _why_in_no_matmul(self, name: str) -> str:
         ops = {op: None for graph in self.graphs for op in graphs.readers(graph.before, name)}
-        return f"no matmul reads it, but {', '.join(ops)}" if ops else "no matmul reads it"
+        return f"read by {', '.join(ops)}, by no matmul" if ops else "in no matmul that was found"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it.
