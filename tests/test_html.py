@@ -294,6 +294,36 @@ def test_matmuls_of_one_weight_have_a_part_each_in_their_order() -> None:
     assert lines_of(report, 19)[-1][0] == "%mm_19 = aten.mm(%x, %w): bf16[3, 64]"
 
 
+def test_a_computed_weight_shows_its_computation_and_the_matmul_it_is_in() -> None:
+    before = """
+        %w: bf16[64, 64]
+        %a: bf16[8, 64]
+        %b: bf16[64, 8]
+        %x: bf16[3, 64]
+        %permute = aten.permute(%a, [1, 0]): bf16[64, 8]
+        %permute_1 = aten.permute(%permute, [1, 0]): bf16[8, 64]
+        %mm = aten.mm(%b, %permute_1): bf16[64, 64]
+        %add = aten.add(%w, %mm): bf16[64, 64]
+        %relu = aten.relu(%x): bf16[3, 64]
+        %mm_1 = aten.mm(%relu, %add): bf16[3, 64]
+        return [%mm_1]
+    """
+    lines = [line.strip() for line in before.strip().splitlines()]
+    after = [
+        "%x: bf16[3, 64]",
+        "%tiles: i32[8]",
+        lines[8],
+        "%y = aten.int4(%relu, %tiles): bf16[3]",
+    ]
+    report = report_of(
+        record("fc", op="mm", parameters=["w", "a", "b"]),
+        graphs=[{"before": "\n".join(lines), "after": "\n".join(after)}],
+    )
+    rows = lines_of(report)
+    assert [line for line, _ in rows if line] == [line for line in lines if "%x:" not in line]
+    assert [line for _, line in rows if line] == after[1:]
+
+
 def test_a_weight_that_no_graph_has_shows_none() -> None:
     assert lines_of(report_of(record("elsewhere"))) == []
     assert lines_of(report_of(record("fc"), graphs=[])) == []

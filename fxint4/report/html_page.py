@@ -12,7 +12,7 @@ from html import escape
 from importlib import resources
 from itertools import zip_longest
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from fxint4.report.table import beside, size_text
 
@@ -274,6 +274,10 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
     return [fact for fact in facts if fact[1]]
 
 
+#: A line of a graph before, and what stands beside it after; None where there is nothing.
+_Row: TypeAlias = tuple[str | None, str | None]
+
+
 class _Graph:
     """The texts of a graph before and after, and which of their lines are the same."""
 
@@ -304,10 +308,12 @@ class _Graph:
                 else:
                     ends.add(number)
         called = re.compile(rf"[.= ]{re.escape(op)}(\.\w+)?\(")
-        matmuls = sorted(end for end in ends if called.search(self.before[end]))
-        return [[*chain, end] for end in matmuls or sorted(ends)[:1]]
+        # A computation whose other operands were reached later is no end.
+        found = sorted(end for end in ends if not _operands(self.before[end]) <= reached)
+        matmuls = [end for end in found if called.search(self.before[end])]
+        return [[*chain, end] for end in matmuls or found[:1]]
 
-    def excerpt(self, chain: Sequence[int]) -> list[tuple[str | None, str | None]]:
+    def excerpt(self, chain: Sequence[int]) -> list[_Row]:
         """Rows of a matmul's part of the graph, before and after; a row of None is a gap."""
         end = chain[-1]
         place = bisect_left(self.same, (end, -1))
@@ -343,7 +349,7 @@ class _Graph:
         place = bisect_left(self.same_after, number)
         return place < len(self.same) and self.same_after[place] == number
 
-    def _rows(self, before: set[int], after: set[int]) -> list[tuple[str | None, str | None]]:
+    def _rows(self, before: set[int], after: set[int]) -> list[_Row]:
         """Chosen lines side by side: equal ones in one row, changed ones in the order they have."""
         stretches: dict[int, tuple[list[int], list[int]]] = {}
         pairs: set[int] = set()  # positions in `same`
@@ -366,7 +372,7 @@ class _Graph:
                 numbers += [*zip_longest(removed, added), self.same[place]]
                 removed, added = [], []
         numbers += zip_longest(removed, added)
-        rows: list[tuple[str | None, str | None]] = []
+        rows: list[_Row] = []
         last: tuple[int | None, int | None] = (None, None)
         for row in numbers:
             if any(
@@ -387,15 +393,13 @@ class _Graph:
         return rows
 
 
-def _excerpts(
-    records: Sequence[Mapping[str, Any]], graphs: Sequence[_Graph]
-) -> list[list[tuple[str | None, str | None]]]:
+def _excerpts(records: Sequence[Mapping[str, Any]], graphs: Sequence[_Graph]) -> list[list[_Row]]:
     """For each record its part of the graph as rows; none where no graph has its weight.
 
     Records of one weight stand in the order of its matmuls.
     """
     seen: dict[tuple[int, tuple[str, ...], str], int] = {}
-    found: list[list[tuple[str | None, str | None]]] = []
+    found: list[list[_Row]] = []
     for record in records:
         index = record.get("graph", -1)
         if not 0 <= index < len(graphs):
