@@ -516,8 +516,8 @@ def test_the_keyboard_reaches_everything(tmp_path: Path) -> None:
       return document.activeElement === element && element.tabIndex === 0;
     });
     // Whether the window itself has the focus, and so shows it, is not up to the page.
-    const outlines = [...document.styleSheets[0].cssRules].filter((rule) => rule.style?.outlineStyle)
-      .map((rule) => [rule.selectorText, rule.style.outlineStyle]);
+    const rules = [...document.styleSheets[0].cssRules].filter((rule) => rule.style?.outline);
+    const outlines = rules.map((rule) => [rule.selectorText, rule.style.outline]);
     return [searching, focused, outlines];
     """
     report = report_of(record("fc"))
@@ -525,7 +525,7 @@ def test_the_keyboard_reaches_everything(tmp_path: Path) -> None:
     assert searching == "search"
     # Columns, the layer, search and filter, both sides of the graph.
     assert focused == [True] * (8 + 1 + 2 + 2)
-    assert outlines == [[":focus-visible", "solid"]]
+    assert outlines == [[":focus-visible", "3px solid var(--accent)"]]
 
 
 @needs_chromium
