@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxint4.backend import _standing
+from fxint4.backend import standing_of
 from fxint4.constants import AXES, Constants, Standing, Weight
 
 aten = torch.ops.aten
@@ -200,7 +200,7 @@ def test_a_tensor_of_the_graph_helps_and_a_module_of_it_varies() -> None:
     ],
 )
 def test_the_standing_of_an_input(value: object, is_buffer: bool, expected: Standing) -> None:
-    assert _standing(value, is_buffer) is expected
+    assert standing_of(value, is_buffer) is expected
 
 
 # --- the computation behind a weight -------------------------------------------------------------
