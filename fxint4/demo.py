@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -268,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(SENTENCES)} sentences in batches of {', '.join(map(str, tokens))} tokens\n"
     )
 
-    options = {"group_size": args.group_size, "progress": True}
+    options = {"group_size": args.group_size, "progress": sys.stderr.isatty()}
     with torch.no_grad(), cold_cache():
         eager = measure(model, batches)
         warm_up(model.encoder.layer[0], model.config.hidden_size, device)
