@@ -12,8 +12,8 @@ import importlib.util
 import math
 import os
 import statistics
-import tempfile
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
