@@ -38,32 +38,24 @@ __all__ = [
     "launch_triton",
     "one_if_between",
     "static",
+    "uses_cuda_graphs",
 ]
 
 
 def compile_fx_inner(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    lowerings: Mapping[Any, Callable[..., Any]],
-    key: str,
-    **kwargs: Any,
+    gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """Inductor's last stage: an aten graph to code. The result takes a list that it empties.
 
     Args:
         gm: the graph.
         example_inputs: its inputs.
-        lowerings: for some ops what lowers them, called like the op.
-        key: of the lowerings in Inductor's caches.
         **kwargs: for Inductor.
     """
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
-    with in_force(lowerings, key):
-        return cast(
-            "Callable[[list[Any]], Sequence[Any]]",
-            inductor_compile_fx_inner(gm, example_inputs, **kwargs),
-        )
+    compiled = inductor_compile_fx_inner(gm, example_inputs, **kwargs)
+    return cast("Callable[[list[Any]], Sequence[Any]]", compiled)
 
 
 @contextlib.contextmanager
@@ -97,6 +89,13 @@ def in_force(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[
         yield
 
 
+def uses_cuda_graphs() -> bool:
+    """Whether Inductor, as it is configured now, replays its kernels from CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(config.triton.cudagraphs)
+
+
 def autotunes() -> bool:
     """Whether Inductor is asked to measure what it chooses among."""
     from torch._inductor import config
@@ -125,9 +124,7 @@ def for_another_process() -> bool:
 
 def ceil_div(size: Any, divisor: int) -> Any:
     """A size divided by a number, rounded up."""
-    from torch.utils._sympy.functions import FloorDiv
-
-    return FloorDiv(size + divisor - 1, divisor)
+    return floor_div(size + divisor - 1, divisor)
 
 
 def floor_div(size: Any, divisor: int) -> Any:
@@ -170,13 +167,8 @@ def contiguous(value: Any) -> Any:
 
 def empty(size: Sequence[Any], like: Any, dtype: torch.dtype) -> Any:
     """Memory on the device of another value; nothing is run to make it."""
-    return call(
-        aten.empty_strided.default,
-        list(size),
-        _contiguous_strides(size),
-        dtype=dtype,
-        device=like.get_device(),
-    )
+    device = like.get_device()
+    return call(aten.empty_strided.default, list(size), None, dtype=dtype, device=device)
 
 
 def lasting_zeros(count: Any, like: Any) -> Any:
@@ -230,19 +222,15 @@ def launch_triton(
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._inductor import ir
 
-    launched = ir.UserDefinedTritonKernel
-    further = {"launch_kwargs": ()}  # torch 2.15 asks for them
+    asked = signature(ir.UserDefinedTritonKernel).parameters
+    further = {"launch_kwargs": ()} if "launch_kwargs" in asked else {}  # torch 2.15
     with _knowing_what_is_written(written):
-        launched(
+        ir.UserDefinedTritonKernel(
             kernel_idx=kernel_side_table.add_kernel(_with_config(kernel, warps, stages)),
             grid=[(programs, 1, 1)],
             tma_descriptor_metadata={},
             kernel_args={**tensors, **arguments},
-            **{
-                key: value
-                for key, value in further.items()
-                if key in signature(launched).parameters
-            },
+            **further,
         )
 
 
@@ -276,12 +264,6 @@ def _knowing_what_is_written(written: Collection[str]) -> Iterator[None]:
         answer = triton_kernel_wrap.TensorAccesses(accesses, can_fuse_epilogue=False)
     with mock.patch.object(triton_kernel_wrap, name, return_value=answer):
         yield
-
-
-def _contiguous_strides(size: Sequence[Any]) -> list[Any]:
-    from torch._inductor import ir
-
-    return list(ir.FlexibleLayout.contiguous_strides(list(size)))
 
 
 @contextlib.contextmanager

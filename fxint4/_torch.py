@@ -122,13 +122,6 @@ def compile_fx(
         )
 
 
-def uses_cuda_graphs() -> bool:
-    """Whether Inductor, as it is configured now, replays its kernels from CUDA graphs."""
-    from torch._inductor import config
-
-    return bool(config.triton.cudagraphs)
-
-
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:
     """Where a graph's inputs tell the value of each size symbol.
 

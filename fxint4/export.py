@@ -187,7 +187,7 @@ def _with_matmuls(
     """Records that say which sites are multiplied together, and by what where M is fixed."""
     packed = [record for record in records if record.action == "packed"]
     forms = [site.int4 for site in sites]
-    made = iter(with_matmuls(packed, sites, forms, config, Policy(cuda_graphs=True)))
+    made = iter(with_matmuls(packed, sites, forms, config, Policy(config.kernel)))
     merged = [next(made) if record.action == "packed" else record for record in records]
     return [
         dataclasses.replace(record, kernels=record.kernels if len(record.kernels) == 1 else ())

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from fxint4 import _inductor
-from fxint4._torch import real_tensors, uses_cuda_graphs
+from fxint4._torch import real_tensors
 from fxint4.config import Int4Config
 from fxint4.kernels.linear import Choice, choose, choose_blocks, gpu_of
 from fxint4.kernels.tuning import fastest
@@ -44,7 +44,7 @@ class Policy:
     @classmethod
     def now(cls, config: Int4Config) -> Policy:
         """That of the compile that runs, by the options of the user and of Inductor."""
-        return cls(config.kernel, uses_cuda_graphs(), _inductor.autotunes())
+        return cls(config.kernel, _inductor.uses_cuda_graphs(), _inductor.autotunes())
 
     def choose(
         self,

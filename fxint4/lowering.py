@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,19 +28,9 @@ from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import common, linear
 from fxint4.kernels.common import Blocks, Launch
-from fxint4.kernels.linear import MOST_WEIGHTS, Choice, choose_blocks, gpu_of
+from fxint4.kernels.linear import Choice, choose_blocks, gpu_of
 
 __all__ = ["compile_graph", "lowered"]
-
-#: For Inductor's caches: another one whenever something else may be made of a graph.
-_KEY = hashlib.sha256(
-    "".join(
-        map(inspect.getsource, (sys.modules[__name__], _inductor, kernel_choice, common, linear))
-    ).encode()
-).hexdigest()
-
-
-_BY_RULE = Policy()
 
 
 def compile_graph(
@@ -53,17 +44,24 @@ def compile_graph(
         policy: which kernels to choose.
         **kwargs: for Inductor.
     """
-    key = f"{_KEY} {policy}"
-    return _inductor.compile_fx_inner(gm, example_inputs, _lowerings(policy), key, **kwargs)
+    with lowered(policy):
+        return _inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 
 
-def lowered(policy: Policy = _BY_RULE) -> AbstractContextManager[None]:
+def lowered(policy: Policy) -> AbstractContextManager[None]:
     """A while in which whatever Inductor compiles is lowered as ours is.
 
     Args:
         policy: which kernels to choose.
     """
-    return _inductor.in_force(_lowerings(policy), f"{_KEY} {policy}")
+    return _inductor.in_force(_lowerings(policy), f"{_version()} {policy}")
+
+
+@cache
+def _version() -> str:
+    """For Inductor's caches: another one whenever something else may be made of a graph."""
+    modules = (sys.modules[__name__], _inductor, kernel_choice, common, linear)
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
 def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
@@ -120,20 +118,18 @@ class _Matmul:
         if m is not None:
             choice = self.choice(m, policy)
             kernel, blocks = choice.kernel, choice.blocks
-        if kernel == "aten":
-            return self.by_aten()
         if kernel == "dequantise":
             return self.dequantised()
         if blocks is not None:
             return self.multiplied(blocks)
-        if _inductor.for_another_process():
-            return self.multiplied_for_any_m()
-        return self.chosen_at_run_time(policy.cuda_graphs, kernel)
+        if not _inductor.for_another_process():
+            return self.chosen_at_run_time(policy.cuda_graphs, kernel)
+        return self.by_aten() if kernel == "aten" else self.multiplied_for_any_m()
 
     def choice(self, m: int, policy: Policy) -> Choice:
         """That of the policy for a number of rows."""
         dtype, device = self.x.get_dtype(), self.x.get_device()
-        _, _, half_inner = self._sizes()
+        _, _, half_inner = self._sizes
         return policy.choose(m, sum(self.n), self.k, self.group_size, half_inner, dtype, device)
 
     def chosen_at_run_time(self, replayed: bool, kernel: str | None) -> Any:
@@ -150,8 +146,8 @@ class _Matmul:
         )
 
     def by_aten(self) -> Any:
-        """The product by ATen's op, once for each weight."""
-        weights, k_padded, _ = self._sizes()
+        """The product by ATen's op, once for each weight; it counts elements in 32 bits."""
+        weights, k_padded, _ = self._sizes
         x = _as(torch.bfloat16, self.x)
         if k_padded > self.k:
             x = _inductor.call(aten.constant_pad_nd.default, x, [0, k_padded - self.k], 0.0)
@@ -166,7 +162,7 @@ class _Matmul:
     def dequantised(self) -> Any:
         """The product by W written out, and Inductor's matmul."""
         w = _inductor.empty([sum(self.n), self.k], self.x, self.x.get_dtype())
-        weights, k_padded, half_inner = self._sizes()
+        weights, k_padded, half_inner = self._sizes
         launch = linear.dequantize_launch_of(
             self.k, weights, k_padded, self.group_size, half_inner, self.x.get_dtype()
         )
@@ -181,10 +177,7 @@ class _Matmul:
         m = int(x.get_size()[0])
         if splits == 1:
             y = _inductor.empty([m, n], x, x.get_dtype())
-            launch = self._launch_of(m, blocks, reduce=True)
-            whole, rest_splits = launch.arguments["whole"], launch.arguments["SPLITS"]
-            shared = int(launch.programs - whole) if rest_splits > 1 else 0
-            self._launch_into(y, x, launch, shared, shared)
+            self._launch_into(y, x, self._launch_of(m, blocks, reduce=True))
             return y
         partial = _inductor.empty([splits, m, n], x, torch.float32)
         self._launch(self._launch_of(m, blocks, reduce=False), {"x": x, "partial": partial})
@@ -214,12 +207,11 @@ class _Matmul:
                 programs=there * row_blocks * launch.programs,
                 arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks},
             )
-            shared = launch.programs if blocks.splits > 1 else 0
-            self._launch_into(y, x, launch, shared, most if shared and most else shared)
+            self._launch_into(y, x, launch, most)
         return y
 
     def _launch_of(self, m: int, blocks: Blocks, reduce: bool) -> Launch:
-        weights, k_padded, half_inner = self._sizes()
+        weights, k_padded, half_inner = self._sizes
         return linear.launch_of(
             m,
             self.k,
@@ -232,40 +224,38 @@ class _Matmul:
             reduce,
         )
 
-    def _launch_into(self, y: Any, x: Any, launch: Launch, shared: Any, most: Any) -> None:
+    def _launch_into(self, y: Any, x: Any, launch: Launch, most: int | None = None) -> None:
         """A launch that writes y.
 
         Args:
             y: the product.
             x: in memory.
             launch: of the kernel.
-            shared: how many programs leave partial sums, which the last of each block adds.
-            most: at most so many.
+            most: programs that it has at most, where their number varies.
         """
         tensors = {"x": x, "y": y}
+        shared = linear.shared_programs(launch)
         if shared != 0:
             block = launch.arguments["BM"] * launch.arguments["BN"]
             tensors["partial"] = _inductor.empty([shared, block], x, torch.float32)
-            counters = _inductor.floor_div(most, int(launch.arguments["SPLITS"]))
+            splits = int(launch.arguments["SPLITS"])
+            counters = _inductor.floor_div(shared if most is None else most, splits)
             tensors["counters"] = _inductor.lasting_zeros(counters, x)
         self._launch(launch, tensors)
 
+    @property
     def _sizes(self) -> tuple[list[tuple[int, int]], int, int]:
-        """Of each weight n and n_padded; what they share: k_padded and inner_k_tiles / 2."""
-        _, k_tiles, _, half_inner = map(int, self.tiles[0].get_size())
-        padded = [8 * int(tiles.get_size()[0]) for tiles in self.tiles]
-        return list(zip(self.n, padded, strict=True)), 32 * k_tiles * half_inner, half_inner
+        """See `fxint4.kernels.linear.sizes_of`."""
+        return linear.sizes_of([list(map(int, t.get_size())) for t in self.tiles], self.n)
 
     def _launch(self, launch: Launch, tensors: Mapping[str, Any]) -> None:
         """Any launch; of the tensors that the kernel takes, all but x are written."""
-        buffers = {}
-        for i in range(MOST_WEIGHTS):
-            of = i if i < len(self.tiles) else 0
-            buffers[f"tiles{i}_ptr"] = self.tiles[of]
-            buffers[f"params{i}_ptr"] = self.scale_and_zero[of]
+        names = [name for name in launch.kernel.arg_names if name.endswith("_ptr")]
         named = {f"{name}_ptr": value for name, value in tensors.items()}
-        unused = dict.fromkeys(launch.kernel.arg_names, self.scale_and_zero[0])
-        unused = {name: value for name, value in unused.items() if name.endswith("_ptr")}
+        weights = list(zip(self.tiles, self.scale_and_zero, strict=True))
+        of_weights = [name for name in names if name.startswith(("tiles", "params"))]
+        buffers = dict(zip(of_weights, linear.buffers_of(weights), strict=True))
+        unused = dict.fromkeys(names, self.scale_and_zero[0])
         _inductor.launch_triton(
             launch.kernel,
             launch.programs,

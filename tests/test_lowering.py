@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from fxint4 import Int4TileTensor
+from fxint4.kernel_choice import Policy
 from fxint4.kernels.common import triton
 from fxint4.kernels.linear import choose, choose_blocks
 from fxint4.lowering import _blocks_by_m, lowered
@@ -161,10 +162,14 @@ def test_a_known_number_of_rows_decides_while_compiling() -> None:
 
 
 def launches(code: str) -> Counter[str]:
-    """How often generated code launches our kernels, Inductor's, cuBLAS's matmul and ATen's op."""
+    """How often generated code launches our kernels and Inductor's, cuBLAS, ATen's op and ours."""
     ran = re.findall(r"^\s*(\w+?)(?:_\d+)?\.run\(", code, re.MULTILINE)
     ours = Counter(name if name in (INT4, DEQUANTISE) else "inductor" for name in ran)
-    others = {"mm": r"extern_kernels\.mm\(", "aten": r"aten\._weight_int4pack_mm\.default\("}
+    others = {
+        "mm": r"extern_kernels\.mm\(",
+        "aten": r"aten\._weight_int4pack_mm\.default\(",
+        "op": r"fxint4\.linears\.default\(",
+    }
     return ours + Counter({name: len(re.findall(call, code)) for name, call in others.items()})
 
 
@@ -220,13 +225,18 @@ def test_a_package_launches_one_kernel_for_each_number_of_rows(n: int, k: int) -
 
 
 @needs_triton
-@pytest.mark.parametrize("package", [False, True])
 @pytest.mark.parametrize("rows", [1, 4096])
 @pytest.mark.parametrize(
-    ("kernel", "expected"), [("aten", {"aten": 1}), ("dequantise", {DEQUANTISE: 1, "mm": 1})]
+    ("kernel", "package", "expected"),
+    [
+        ("aten", True, {"aten": 1}),
+        ("aten", False, {"op": 1}),  # which splits what ATen's op is too narrow for
+        ("dequantise", True, {DEQUANTISE: 1, "mm": 1}),
+        ("dequantise", False, {DEQUANTISE: 1, "mm": 1}),
+    ],
 )
 def test_code_of_the_kernel_asked_for(
-    kernel: str, expected: dict[str, int], rows: int, package: bool
+    kernel: str, package: bool, expected: dict[str, int], rows: int
 ) -> None:
     specs = [((rows, K), torch.bfloat16), *packed_specs(N, K)]
     code = generated(int4pack_mm, specs, package=package, kernel=kernel)
@@ -235,14 +245,14 @@ def test_code_of_the_kernel_asked_for(
 
 @needs_triton
 def test_code_of_atens_op_for_fused_projections() -> None:
-    """Two calls; of fp16 rows of fewer columns than are stored a padded copy in bf16."""
+    """In a package two calls; of fp16 rows narrower than what is stored a padded copy in bf16."""
 
     def both(x: Tensor, *packed: Tensor) -> Tensor:
         buffers = (list(packed[0::2]), list(packed[1::2]))
         return torch.ops.fxint4.linears(x, *buffers, 128, [N, N - 8])
 
     specs = [((5, K - 64), torch.float16), *packed_specs(N, K), *packed_specs(N, K)]
-    code = generated(both, specs, kernel="aten")
+    code = generated(both, specs, kernel="aten", package=True)
     assert launches(code) == Counter({"aten": 2, "inductor": 2})
 
 
@@ -381,7 +391,7 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
     package, given, results = tmp_path / "op.pt2", tmp_path / "given.pt", tmp_path / "results.pt"
     with torch.no_grad():
         program = torch.export.export(Op(weight), (inputs[-1],), dynamic_shapes=dims)
-        with lowered():
+        with lowered(Policy()):
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     torch.save(inputs, given)
     # A libstdc++ that came with another package may be too old for what was compiled here.
@@ -405,6 +415,6 @@ def test_nothing_is_left_in_inductors_tables() -> None:
     from torch._inductor import lowering
 
     before = dict(lowering.lowerings)
-    with lowered():
+    with lowered(Policy()):
         assert lowering.lowerings != before
     assert lowering.lowerings == before

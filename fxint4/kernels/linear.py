@@ -56,6 +56,7 @@ __all__ = [
     "MOST_WEIGHTS",
     "Blocks",
     "Choice",
+    "buffers_of",
     "choose",
     "choose_blocks",
     "configurations",
@@ -65,6 +66,8 @@ __all__ = [
     "launch_of",
     "linear",
     "linears",
+    "shared_programs",
+    "sizes_of",
 ]
 
 MOST_WEIGHTS = 4
@@ -216,7 +219,7 @@ def linears(
     """
     _check(weights, group_size, ns)
     tiles, scale_and_zero = weights[0]
-    check_x(x, _k_padded(tiles), _DTYPES)
+    check_x(x, _k_padded(tiles.shape), _DTYPES)
     named = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero}
     check_devices(_linear_kernel, named | _further(weights))
     (m, k), n = x.shape, sum(ns)
@@ -263,9 +266,9 @@ def dequantize(
     """
     weights = [(tiles, scale_and_zero)]
     _check(weights, group_size, [n])
-    k = _k_padded(tiles) if k is None else k
-    if not 0 <= k <= _k_padded(tiles):
-        raise ValueError(f"k is {k}, it must be in 0..{_k_padded(tiles)}")
+    k = _k_padded(tiles.shape) if k is None else k
+    if not 0 <= k <= _k_padded(tiles.shape):
+        raise ValueError(f"k is {k}, it must be in 0..{_k_padded(tiles.shape)}")
     need_triton()
     check_devices(_dequantize_kernel, {"tiles": tiles, "scale_and_zero": scale_and_zero})
     return _dequantize(weights, group_size, [n], k, dtype)
@@ -384,23 +387,40 @@ def _weights_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
     }
 
 
-def _buffers(weights: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Of each weight, tiles and scale_and_zero; those that lack are the first one's."""
+def buffers_of(weights: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """What kernels take for weights: of each tiles and scale_and_zero, as often as they have room.
+
+    Those that lack are the first one's.
+    """
     rest = [weights[0]] * (MOST_WEIGHTS - len(weights))
     return [buffer for weight in (*weights, *rest) for buffer in weight]
 
 
-def _sizes(
-    weights: Sequence[tuple[Tensor, Tensor]], ns: Sequence[int]
+def sizes_of(
+    tiles: Sequence[Sequence[int]], ns: Sequence[int]
 ) -> tuple[list[tuple[int, int]], int, int]:
-    """Of each weight n and n_padded, and what they share: k_padded and half_inner."""
-    tiles = weights[0][0]
-    sizes = [(n, 8 * t.shape[0]) for (t, _), n in zip(weights, ns, strict=True)]
-    return sizes, _k_padded(tiles), tiles.shape[-1]
+    """Of each weight n and n_padded, and what they share: k_padded and half_inner.
+
+    tiles: their shapes.
+    ns: out features to compute of each.
+    """
+    sizes = [(n, 8 * n_tiles) for (n_tiles, *_), n in zip(tiles, ns, strict=True)]
+    return sizes, _k_padded(tiles[0]), tiles[0][3]
 
 
-def _k_padded(tiles: Tensor) -> int:
-    return 32 * tiles.shape[1] * tiles.shape[3]
+def _k_padded(tiles: Sequence[int]) -> int:
+    """Of the shape of tiles."""
+    return 32 * tiles[1] * tiles[3]
+
+
+def shared_programs(launch: Launch) -> Any:
+    """How many programs of a launch leave partial sums that the last of each block adds.
+
+    For each there is fp32 ``[rows, features]`` in partial_ptr, and for the splits of one block a
+    counter in counters_ptr; see `launch_of`.
+    """
+    adds = launch.arguments["REDUCE"] and launch.arguments["SPLITS"] > 1
+    return launch.programs - launch.arguments["whole"] if adds else 0
 
 
 def _multiply(
@@ -410,17 +430,16 @@ def _multiply(
     ns: Sequence[int],
     blocks: Blocks,
 ) -> Tensor:
-    sizes, k_padded, half_inner = _sizes(weights, ns)
+    sizes, k_padded, half_inner = sizes_of([tiles.shape for tiles, _ in weights], ns)
     (m, k), n = x.shape, sum(ns)
     launch = launch_of(m, k, sizes, k_padded, group_size, half_inner, x.dtype, blocks, reduce=True)
     y = x.new_empty((m, n))
     partial = counters = y  # not used
-    splits, whole = int(launch.arguments["SPLITS"]), int(launch.arguments["whole"])
-    if splits > 1:
-        shared = launch.programs - whole
+    shared = shared_programs(launch)
+    if shared:
         partial = x.new_empty(shared * blocks.rows * blocks.features, dtype=torch.float32)
-        counters = _counters(shared // splits, x)
-    run(launch, [x, *_buffers(weights), y, partial, counters])
+        counters = _counters(shared // int(launch.arguments["SPLITS"]), x)
+    run(launch, [x, *buffers_of(weights), y, partial, counters])
     return y
 
 
@@ -431,11 +450,11 @@ def _dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    sizes, k_padded, half_inner = _sizes(weights, ns)
+    sizes, k_padded, half_inner = sizes_of([tiles.shape for tiles, _ in weights], ns)
     launch = dequantize_launch_of(k, sizes, k_padded, group_size, half_inner, dtype)
     w = weights[0][1].new_empty((sum(ns), k), dtype=dtype)
     if w.numel():
-        run(launch, [*_buffers(weights), w])
+        run(launch, [*buffers_of(weights), w])
     return w
 
 
