@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxint4 import _torch
+from fxint4.capture import Analysis, inputs_of, run_once
 from fxint4.config import Int4Config, split_options
-from fxint4.constants import Constants, Standing
-from fxint4.errors import Int4Error, TrainingError
+from fxint4.errors import TrainingError
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
 from fxint4.names import (
@@ -23,25 +23,12 @@ from fxint4.names import (
     outermost_in_call,
     parameters_in_call,
 )
-from fxint4.packing import Candidate, Owners, from_graph, from_modules, replace_parameters
-from fxint4.passes import (
-    DECOMPOSITIONS,
-    PATTERNS,
-    Site,
-    find,
-    fold,
-    folded_record,
-    inline_regions,
-    with_matmuls,
-)
-from fxint4.report import GraphReport, Record, Report, graph_text
+from fxint4.packing import Owners, from_modules, replace_parameters
+from fxint4.passes import DECOMPOSITIONS, Site, fold, folded_record, with_matmuls
+from fxint4.report import GraphReport, Report, graph_text
 from fxint4.runtime import Int4Graph, Meeting, expected_rows
-from fxint4.tensor import Int4TileTensor
 
-__all__ = ["candidates_of", "explain", "int4tile", "last_report", "remember", "standing_of"]
-
-#: Integer buffers hold quantised weights; a float buffer by itself may be a cache.
-_QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+__all__ = ["explain", "int4tile", "last_report", "remember"]
 
 _reports: list[tuple[weakref.ref[object], Report]] = []
 _newest: Report | None = None
@@ -114,25 +101,8 @@ def explain(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return _compile_graph(gm, example_inputs, config, patches, report)
 
-    _run_once(model, backend, args, kwargs)
+    run_once(model, backend, args, kwargs)
     return report
-
-
-def _run_once(
-    model: Callable[..., Any],
-    backend: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Compile a model anew with a backend of ours and call it; our errors come out as they are."""
-    with torch.no_grad(), _torch.roomy_recompile_limit():
-        try:
-            torch.compile(model, backend=backend)(*args, **kwargs)
-        except Exception as error:
-            cause = getattr(error, "inner_exception", None)
-            if isinstance(cause, Int4Error):
-                raise cause from None
-            raise
 
 
 def _compile_graph(
@@ -152,7 +122,7 @@ def _compile_graph(
         report: grows by this graph.
     """
     _torch.warn_if_untested()
-    inputs = _inputs(gm, example_inputs)
+    inputs = inputs_of(gm, example_inputs)
     _refuse_training(inputs, example_inputs)
     graph_break = _torch.graph_break_reason(gm)
 
@@ -160,7 +130,7 @@ def _compile_graph(
         captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
     ) -> Callable[..., Any]:
         state = _torch.CompileState(patches)
-        analysis = _Analysis(captured, gm, inputs, example_inputs, config, state)
+        analysis = Analysis(captured, gm, inputs, example_inputs, config, state)
         if config.free_weights and _free(analysis, inputs, config):
             _torch.restart_trace()
         weights = analysis.weights
@@ -174,7 +144,9 @@ def _compile_graph(
             graph = Int4Graph(
                 captured, fake_inputs, sites, weights.tensors, config, policy, state, kwargs, met
             )
-            after = graph.compile_first(lambda gm: graph_text(gm, names, labels))
+            after = graph.compile_first(
+                lambda made: graph_text(made.gm, {**names, **made.labels}, labels)
+            )
             packed = [record for record in records if record.action == "packed"]
             packed = with_matmuls(packed, sites, graph.expected_forms, config, policy)
             records = [packed.pop(0) if record.action == "packed" else record for record in records]
@@ -186,78 +158,7 @@ def _compile_graph(
     return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
 
 
-def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
-    return Inputs([node for node in gm.graph.nodes if node.op == "placeholder"], example_inputs)
-
-
-def candidates_of(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
-) -> tuple[list[Candidate], list[Record]]:
-    """What a model's graphs multiply by, found by running it once, without compiling anything.
-
-    Args:
-        model: the model.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        config: what to pack.
-
-    Returns:
-        The parameters that may be packed, and records of the matmuls that stay as they are.
-    """
-    candidates: dict[int, Candidate] = {}
-    kept: list[Record] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        inputs = _inputs(gm, example_inputs)
-
-        def inner_compile(
-            captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
-        ) -> Callable[..., Any]:
-            state = _torch.CompileState({})
-            analysis = _Analysis(captured, gm, inputs, example_inputs, config, state)
-            kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
-            for candidate in analysis.candidates():
-                known = candidates.setdefault(id(candidate.parameter), candidate)
-                if known.k_axis != candidate.k_axis:
-                    known.fault = known.fault or "multiplied along different axes"
-                known.fault = known.fault or candidate.fault
-            return _torch.mark_boxed(lambda arguments: captured(*arguments))
-
-        return _torch.compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS)
-
-    _run_once(model, backend, args, kwargs)
-    found = list(candidates.values())
-    candidates.clear()  # Dynamo keeps the backend, which must not keep the parameters
-    return found, kept
-
-
-class _Analysis:
-    """What the passes found in one captured graph."""
-
-    def __init__(
-        self,
-        captured: fx.GraphModule,
-        dynamo_gm: fx.GraphModule,
-        inputs: Inputs,
-        example_inputs: Sequence[Any],
-        config: Int4Config,
-        state: _torch.CompileState,
-    ) -> None:
-        self.captured = captured
-        self.weights = _Weights(captured, dynamo_gm, inputs, example_inputs)
-        inline_regions(captured, state.fake_mode)
-        self.constants = Constants(captured, self.weights.standings)
-        tensors, names = self.weights.tensors, self.weights.names
-        self.found = find(captured, PATTERNS, self.constants, tensors, names, config)
-
-    def candidates(self) -> list[Candidate]:
-        """Parameters that could be packed in place."""
-        sites = [entry for entry in self.found if isinstance(entry, Site)]
-        with _torch.real_tensors():
-            return from_graph(self.captured, sites, self.constants, self.weights.tensors)
-
-
-def _free(analysis: _Analysis, inputs: Inputs, config: Int4Config) -> bool:
+def _free(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:
     """Pack what this graph and its modules multiply by; whether there was any."""
     owners = Owners(_sharing_code(inputs.outermost_modules))
     found = {id(candidate.parameter): candidate for candidate in from_modules(owners)}
@@ -354,73 +255,6 @@ class _Meetings:
             id(root): (met_names.get(id(root), ""), root.numel()) for root in met
         }
         self._report.add(self._key, [records[position] for position in new], parameters)
-
-
-class _Weights:
-    """The constant placeholders of AOTAutograd's graph, and the real tensors behind them."""
-
-    def __init__(
-        self,
-        captured: fx.GraphModule,
-        dynamo_gm: fx.GraphModule,
-        inputs: Inputs,
-        example_inputs: Sequence[Any],
-    ) -> None:
-        self.tensors: dict[fx.Node, Tensor] = {}
-        self.names: dict[fx.Node, str] = {}
-        self.labels: dict[str, str] = {}
-        self.standings: dict[fx.Node, Standing] = {}
-        self.parameters: dict[int, tuple[str, int]] = {}
-        mutated = _torch.inputs_mutated_by_graph()
-        written = _written_placeholders(captured)
-        for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
-            source = _torch.outer_input(node)
-            if source is None:
-                continue
-            origin, attribute = source
-            if isinstance(origin, str):
-                value, name, is_buffer = dynamo_gm.get_parameter(origin), origin, False
-            else:
-                value, name = example_inputs[origin], inputs.names[origin]
-                is_buffer = inputs.is_registered_buffer(origin)
-            self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
-            if isinstance(value, nn.Parameter):
-                self.parameters[id(value)] = (name, value.numel())
-            standing = standing_of(value, is_buffer)
-            if standing is Standing.VARIES or index in mutated or node in written:
-                continue
-            self.standings[node] = standing
-            self.tensors[node] = value if attribute is None else getattr(value, attribute)
-            self.names[node] = name
-
-
-def standing_of(value: object, is_buffer: bool) -> Standing:
-    """The standing of an input of a graph that the graph does not write to.
-
-    Args:
-        value: the input.
-        is_buffer: whether it is a buffer that a module registered.
-    """
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        return Standing.VARIES
-    if type(value) in (nn.Parameter, Int4TileTensor):  # others have their own idea of their values
-        return Standing.WEIGHT
-    if type(value) is Tensor and is_buffer:
-        return Standing.WEIGHT if value.dtype in _QUANTISED_DTYPES else Standing.HELPER
-    return Standing.VARIES
-
-
-def _written_placeholders(captured: fx.GraphModule) -> set[Any]:
-    """Placeholders that an op of the graph writes to."""
-    written: set[Any] = set()
-    for node in captured.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.update(value if isinstance(value, (list, tuple)) else [value])
-    return written
 
 
 def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:

@@ -20,7 +20,8 @@ from torch.export.graph_signature import (
 
 from fxint4 import _torch
 from fxint4._torch import aten
-from fxint4.backend import remember, standing_of
+from fxint4.backend import remember
+from fxint4.capture import standing_of
 from fxint4.config import Int4Config, split_options
 from fxint4.constants import Constants, Standing
 from fxint4.errors import OptionError
@@ -347,13 +348,12 @@ class _Program:
     def _add_packed(self, nodes: Iterator[fx.Node], rewritten: Rewritten, store: Store) -> None:
         """Buffers for the inputs that hold packed weights."""
         for slot in rewritten.slots:
-            roots = sorted(slot.weight.roots, key=lambda root: -self._weights.tensors[root].numel())
             tensors = [self._weights.tensors[root] for root in slot.weight.roots]
             packed = store.find(slot.weight, tensors, slot.shape)
             for tensor in packed.forms[slot.form]:
                 node = next(nodes)
                 part = node.name.rpartition("_")[0]
-                self._add(node, f"{self._weights.names[roots[0]]}_{part}", tensor)
+                self._add(node, f"{slot.name}_{part}", tensor)
             packed.clear()  # lets go of them
 
     def _add(self, node: fx.Node, target: str, tensor: Tensor) -> None:

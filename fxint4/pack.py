@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxint4.backend import candidates_of
+from fxint4.capture import candidates_of
 from fxint4.config import split_options
 from fxint4.errors import OptionError
 from fxint4.names import parameters_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from fxint4.passes.pattern import Build, Match, same_strides, stride_hint, value
 from fxint4.store import Dense, Form, form_specs
 from fxint4.tiles import TileShape
 
-__all__ = ["Rewritten", "Slot", "rewrite"]
+__all__ = ["Rewritten", "Slot", "copy_graph", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Slot:
         weight: the computation behind the weight, with the placeholders of the graph as captured.
         shape: the packed shape.
         form: which form the inputs hold; a `Dense` takes one input, the others two.
+        name: full name of the parameter that the weight is made of, the largest where of several.
     """
 
     weight: Weight
     shape: TileShape
     form: Form
+    name: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Rewritten:
         gm: the graph. Its placeholders are `kept_inputs`, then those of each slot in order.
         kept_inputs: which placeholders of the captured graph it still has, by position.
         slots: where its other inputs come from.
+        labels: what to call these inputs, such as "fc.weight.tiles", by node name.
         copies: for each node of the captured graph what stands for it now; some are in no graph any
             more.
     """
@@ -52,6 +56,7 @@ class Rewritten:
     gm: fx.GraphModule
     kept_inputs: tuple[int, ...]
     slots: tuple[Slot, ...]
+    labels: Mapping[str, str]
     copies: Mapping[fx.Node, fx.Node]
 
 
@@ -73,7 +78,7 @@ def rewrite(
         droppable: placeholders that go where nothing reads them any more.
         fake_mode: the FakeTensorMode of the graph's values.
     """
-    gm, copies = _copy(captured)
+    gm, copies = copy_graph(captured)
     inputs = _PackedInputs(gm.graph, fake_mode)
     group_of = {i: group for group in matmuls(sites, forms, config) for i in group}
     made: dict[tuple[int, ...], _Int4Matmul] = {}
@@ -89,7 +94,7 @@ def rewrite(
     kept = _drop_unread(captured, copies, droppable)
     gm.graph.lint()
     gm.recompile()
-    return Rewritten(gm, kept, tuple(inputs.nodes), copies)
+    return Rewritten(gm, kept, tuple(inputs.nodes), inputs.labels, copies)
 
 
 class _PackedInputs:
@@ -101,16 +106,24 @@ class _PackedInputs:
         self._last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
         self._by_key: dict[tuple[object, ...], tuple[fx.Node, ...]] = {}
         self.nodes: dict[Slot, tuple[fx.Node, ...]] = {}
+        self.labels: dict[str, str] = {}
+        self._made_of = Counter[str]()
 
     def of(self, site: Site, form: Form) -> tuple[fx.Node, ...]:
         """The placeholders that hold one form of a site's weight."""
         device = value_of(site.match.weight).device
         key = (site.weight.roots, site.weight.signature, site.shape, form)
         if key not in self._by_key:
-            slot = Slot(site.weight, site.shape, form)
-            number = len(self._by_key)
+            slot = Slot(site.weight, site.shape, form, site.record.parameters[0])
+            number, again = len(self._by_key), self._made_of[slot.name]
+            self._made_of[slot.name] += 1
             nodes = tuple(
-                self._placeholder(f"{part}_{number}", *spec, device)
+                self._placeholder(
+                    f"{part}_{number}",
+                    f"{slot.name}.{part}" + f"_{again}" * bool(again),
+                    *spec,
+                    device,
+                )
                 for part, spec in zip(_parts(form), form_specs(site.shape, form), strict=True)
             )
             self._by_key[key] = self.nodes[slot] = nodes
@@ -119,6 +132,7 @@ class _PackedInputs:
     def _placeholder(
         self,
         name: str,
+        label: str,
         size: tuple[int, ...],
         stride: tuple[int, ...] | None,
         dtype: torch.dtype,
@@ -126,6 +140,7 @@ class _PackedInputs:
     ) -> fx.Node:
         with self._graph.inserting_after(self._last):
             self._last = self._graph.placeholder(name)
+        self.labels[self._last.name] = label
         with self._fake_mode:
             if stride is None:
                 value = torch.empty(size, dtype=dtype, device=device)
@@ -320,7 +335,7 @@ def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> Non
     node.update_arg(position, operand)
 
 
-def _copy(captured: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+def copy_graph(captured: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy of a graph that shares its tensors, and the copy of each node."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxint4.backend import standing_of
+from fxint4.capture import standing_of
 from fxint4.constants import AXES, Constants, Standing, Weight
 
 aten = torch.ops.aten

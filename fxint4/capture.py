@@ -1,0 +1,206 @@
+"""What a model's graphs multiply by constant weights: captured by Dynamo, found by the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxint4 import _torch
+from fxint4.config import Int4Config
+from fxint4.constants import Constants, Standing
+from fxint4.errors import Int4Error
+from fxint4.names import Inputs
+from fxint4.packing import Candidate, from_graph
+from fxint4.passes import DECOMPOSITIONS, PATTERNS, Site, find, inline_regions
+from fxint4.report import Record
+from fxint4.tensor import Int4TileTensor
+
+__all__ = ["Analysis", "candidates_of", "inputs_of", "run_once", "standing_of", "watching"]
+
+#: Integer buffers hold quantised weights; a float buffer by itself may be a cache.
+_QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+
+
+def run_once(
+    model: Callable[..., Any],
+    backend: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Compile a model anew with a backend of ours and call it; our errors come out as they are."""
+    with torch.no_grad(), _torch.roomy_recompile_limit():
+        try:
+            torch.compile(model, backend=backend)(*args, **kwargs)
+        except Exception as error:
+            cause = getattr(error, "inner_exception", None)
+            if isinstance(cause, Int4Error):
+                raise cause from None
+            raise
+
+
+def inputs_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
+    """Names and owners of the inputs of a graph that Dynamo captured."""
+    return Inputs([node for node in gm.graph.nodes if node.op == "placeholder"], example_inputs)
+
+
+def watching(
+    config: Int4Config, run_of: Callable[[Analysis], Callable[[list[Any]], Sequence[Any]]]
+) -> Callable[..., Any]:
+    """A backend of `torch.compile` that compiles nothing.
+
+    Args:
+        config: what to look for.
+        run_of: called with every graph that is captured; returns what runs in its place, which is
+            called with the graph's inputs.
+    """
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        inputs = inputs_of(gm, example_inputs)
+
+        def inner_compile(
+            captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
+        ) -> Callable[..., Any]:
+            state = _torch.CompileState({})
+            analysis = Analysis(captured, gm, inputs, example_inputs, config, state)
+            return _torch.mark_boxed(run_of(analysis))
+
+        return _torch.compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS)
+
+    return backend
+
+
+def candidates_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
+) -> tuple[list[Candidate], list[Record]]:
+    """What a model's graphs multiply by, found by running it once, without compiling anything.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        config: what to pack.
+
+    Returns:
+        The parameters that may be packed, and records of the matmuls that stay as they are.
+    """
+    candidates: dict[int, Candidate] = {}
+    kept: list[Record] = []
+
+    def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
+        kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
+        for candidate in analysis.candidates():
+            known = candidates.setdefault(id(candidate.parameter), candidate)
+            if known.k_axis != candidate.k_axis:
+                known.fault = known.fault or "multiplied along different axes"
+            known.fault = known.fault or candidate.fault
+        captured = analysis.captured
+        return lambda arguments: cast("Sequence[Any]", captured(*arguments))
+
+    run_once(model, watching(config, run_of), args, kwargs)
+    found = list(candidates.values())
+    candidates.clear()  # Dynamo keeps the backend, which must not keep the parameters
+    return found, kept
+
+
+class Analysis:
+    """What the passes found in one captured graph.
+
+    Attributes:
+        captured: the graph, of ATen ops, its weights among its inputs.
+        weights: its inputs that are constant.
+        found: see `fxint4.passes.find`.
+        fake_mode: the FakeTensorMode of the graph's values.
+    """
+
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        dynamo_gm: fx.GraphModule,
+        inputs: Inputs,
+        example_inputs: Sequence[Any],
+        config: Int4Config,
+        state: _torch.CompileState,
+    ) -> None:
+        self.captured = captured
+        self.fake_mode = state.fake_mode
+        self.weights = _Weights(captured, dynamo_gm, inputs, example_inputs)
+        inline_regions(captured, self.fake_mode)
+        self.constants = Constants(captured, self.weights.standings)
+        tensors, names = self.weights.tensors, self.weights.names
+        self.found = find(captured, PATTERNS, self.constants, tensors, names, config)
+
+    def candidates(self) -> list[Candidate]:
+        """Parameters that could be packed in place."""
+        sites = [entry for entry in self.found if isinstance(entry, Site)]
+        with _torch.real_tensors():
+            return from_graph(self.captured, sites, self.constants, self.weights.tensors)
+
+
+class _Weights:
+    """The constant placeholders of AOTAutograd's graph, and the real tensors behind them."""
+
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        dynamo_gm: fx.GraphModule,
+        inputs: Inputs,
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self.tensors: dict[fx.Node, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.labels: dict[str, str] = {}
+        self.standings: dict[fx.Node, Standing] = {}
+        self.parameters: dict[int, tuple[str, int]] = {}
+        mutated = _torch.inputs_mutated_by_graph()
+        written = _written_placeholders(captured)
+        for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
+            source = _torch.outer_input(node)
+            if source is None:
+                continue
+            origin, attribute = source
+            if isinstance(origin, str):
+                value, name, is_buffer = dynamo_gm.get_parameter(origin), origin, False
+            else:
+                value, name = example_inputs[origin], inputs.names[origin]
+                is_buffer = inputs.is_registered_buffer(origin)
+            self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
+            if isinstance(value, nn.Parameter):
+                self.parameters[id(value)] = (name, value.numel())
+            standing = standing_of(value, is_buffer)
+            if standing is Standing.VARIES or index in mutated or node in written:
+                continue
+            self.standings[node] = standing
+            self.tensors[node] = value if attribute is None else getattr(value, attribute)
+            self.names[node] = name
+
+
+def standing_of(value: object, is_buffer: bool) -> Standing:
+    """The standing of an input of a graph that the graph does not write to.
+
+    Args:
+        value: the input.
+        is_buffer: whether it is a buffer that a module registered.
+    """
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return Standing.VARIES
+    if type(value) in (nn.Parameter, Int4TileTensor):  # others have their own idea of their values
+        return Standing.WEIGHT
+    if type(value) is Tensor and is_buffer:
+        return Standing.WEIGHT if value.dtype in _QUANTISED_DTYPES else Standing.HELPER
+    return Standing.VARIES
+
+
+def _written_placeholders(captured: fx.GraphModule) -> set[Any]:
+    """Placeholders that an op of the graph writes to."""
+    written: set[Any] = set()
+    for node in captured.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written.update(value if isinstance(value, (list, tuple)) else [value])
+    return written
