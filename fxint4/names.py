@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxint4._torch import frame_scope, source_name
@@ -20,8 +22,15 @@ __all__ = [
     "outermost_in_call",
     "parameters_in_call",
     "parameters_of",
+    "source_line",
 ]
 
+#: A line of a stack trace that says where it is.
+_FRAME = re.compile(
+    r'^\s*File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE
+)
+#: Code in these folders is not the user's.
+_NOT_USERS = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 _STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
 _LOCAL_ROOT = re.compile(r"L\['(?P<name>[^']*)'\]")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
@@ -105,6 +114,18 @@ def layer_name(parameter: str) -> str:
         parameter = f"{owner}.{rest.split('.')[0]}".removeprefix(".")
     layer, _, last = parameter.rpartition(".")
     return layer if layer and last in ("weight", "weight_v", "weight_orig") else parameter
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of the user's code that a node comes from, such as "model.py:31 in forward".
+
+    The innermost line outside of torch and fxint4; empty where there is none.
+    """
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    for frame in reversed(frames):
+        if not frame["file"].startswith(_NOT_USERS):
+            return f"{os.path.basename(frame['file'])}:{frame['line']} in {frame['function']}"
+    return ""
 
 
 def names_in_call(

@@ -81,6 +81,7 @@ class Candidate:
         k_axis: its axis that is K: -1 or -2; 1 for a convolution.
         fault: why it stays as it is.
         turned: whether K was first looked for along its other axis, in vain.
+        source: the line of the user's code that multiplies by it, where a graph says so.
     """
 
     parameter: nn.Parameter
@@ -88,6 +89,7 @@ class Candidate:
     k_axis: int
     fault: str = ""
     turned: bool = False
+    source: str = ""
 
     @property
     def as_stored(self) -> Tensor:
@@ -221,7 +223,9 @@ def from_graph(
             if isinstance(parameter, nn.Parameter) and _is_plain(parameter) and parameter.ndim > 1:
                 direct = site.weight.node is root
                 k_axis = _K_AXES.get(site.weight.axes, -1) if direct else -1
-                candidates.setdefault(root, Candidate(parameter, site.record.op, k_axis))
+                record = site.record
+                candidate = Candidate(parameter, record.op, k_axis, source=record.source)
+                candidates.setdefault(root, candidate)
     trying = dict(candidates)
     while trying:
         failed = _try(gm, trying)
@@ -348,6 +352,7 @@ def _replace(
     parameter, stored = candidate.parameter, candidate.as_stored
     name = owners.name(parameter)
     record = _record(layer_name(name), (name,), candidate.op, stored, parameter)
+    record = dataclasses.replace(record, source=candidate.source)
     fault = candidate.fault or refusal(record, stored.dtype, device or stored.device, config)
     if fault:
         return dataclasses.replace(record, reason=fault)

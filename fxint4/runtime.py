@@ -96,7 +96,7 @@ class Int4Graph:
         dynamic = any(not isinstance(site.match.m, int) for site in sites)
         self._symbols = symbols if dynamic else {}
 
-    def compile_first(self, describe: Callable[[fx.GraphModule], str]) -> str:
+    def compile_first(self, describe: Callable[[Rewritten], str]) -> str:
         """Compile for the sizes of the example inputs, inside the compiler.
 
         Args:
@@ -107,7 +107,7 @@ class Int4Graph:
         """
         forms = self.expected_forms
         rewritten = self._rewrite(forms)
-        description = describe(rewritten.gm)
+        description = describe(rewritten)
         self._variants[forms] = self._compile(rewritten)
         return description
 

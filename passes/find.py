@@ -21,7 +21,7 @@ from fxint4.forms import (
     most_int4_rows,
     rows_multiple,
 )
-from fxint4.names import layer_name
+from fxint4.names import layer_name, source_line
 from fxint4.passes.pattern import GivenMatch, Kept, Match, Pattern, value_of
 from fxint4.report import Record
 from fxint4.store import Dense, Form
@@ -147,6 +147,7 @@ def _record(
         bytes_after=size,
         held_bytes=held,
         parameters=parameters,
+        source=source_line(node),
         weight_key=(*(id(tensors[root]) for root in weight.roots), weight.signature),
     )
 

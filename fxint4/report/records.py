@@ -19,6 +19,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "group_size": (int, NoneType),
     "action": (str,),
     "reason": (str,),
+    "source": (str,),
     "sqnr_db": (float, int, NoneType),
     **dict.fromkeys(_TUPLES, (list,)),
 }
@@ -46,6 +47,8 @@ class Record:
         kernels: on a GPU what multiplies, for each range of M, such as "M<=16: ..."; one entry
             where M is fixed, none for experts.
         parameters: full names of the parameters the weight is made of.
+        source: the line of the user's code that multiplies, such as "model.py:31 in forward"; empty
+            where it is not known.
         weight_key: equal for matmuls that share one weight; not part of `to_dict`, where
             `Report.to_dict` has a number for it.
     """
@@ -66,6 +69,7 @@ class Record:
     fused_with: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    source: str = ""
     weight_key: Hashable = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
