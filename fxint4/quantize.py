@@ -2,7 +2,8 @@
 
 Plain tensor code for any device. A code q in 0..15 stands for ``w = (q - 8) * scale + zero``; a
 group is ``group_size`` neighbouring k of one row. Scale and zero are rounded to the bf16 numbers
-that will be stored before any code is chosen, so the codes make up for that rounding.
+that will be stored before any code is chosen, so the codes make up for that rounding. How they are
+chosen is up to a `GroupParameters`: by default they span the group's range.
 
 Scratch memory is bounded by a few chunks of rows in fp32; no whole weight is ever copied.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,22 @@ _MIDDLE = 8
 # larger than this, no step between weight and code overflows fp32, nor does any op that reads them.
 _LARGEST = 252 / 256 * 2.0**128
 _LARGEST_SCALE = torch.finfo(torch.bfloat16).max / 8
+
+
+class GroupParameters(Protocol):
+    """Chooses scale and zero of groups of weights."""
+
+    def __call__(self, w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+        """Scale and zero, bf16 ``[rows, groups]``, such that ``w ~ (q - 8) * scale + zero``.
+
+        Must not fail where a weight is inf or NaN: `quantize` counts those once it is done.
+
+        w: fp32 ``[rows, groups, columns]``, any strides, not to be written to. There are
+        ``group_size`` columns, fewer where the weight ends within a group; never padding.
+        importance: fp32 ``[groups, columns]``, at least 0: how much the squared error of a weight
+        in that column counts. None: all alike. May be ignored.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,17 +92,69 @@ def nonfinite_fault(weight: Tensor) -> str | None:
     return f"{bad} of the weight's {weight.numel()} values are inf or NaN" if bad else None
 
 
-def quantize(weight: Tensor, group_size: int, k_padded: int | None = None) -> Quantized:
-    """Quantises a weight group by group, each weight to the nearest of its group's 16 values.
+def nearest_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
+    """Scale and zero that span the range of each group; a `GroupParameters`.
 
     A group whose weights all equal one number keeps that number as exactly as two bf16 numbers
     can hold it. A group so far from zero that rounding its zero to bf16 moves it by more than a
     step gets a step wide enough to reach all its weights again. Weights beyond 3.35e38, a hair
     below bf16's largest number, count as that.
 
+    importance: ignored.
+    """
+    # fp64 because high - low may be beyond fp32, and because low and high may be nearly equal.
+    low, high = (end.double().clamp_(-_LARGEST, _LARGEST) for end in (w.amin(-1), w.amax(-1)))
+    constant = low == high
+    step = (high - low).div_(15).clamp_(max=_LARGEST_SCALE)
+    exact_zero = low + 8 * step  # low itself in a constant group
+    stored_zero = exact_zero.to(torch.bfloat16)
+    zero = stored_zero.double()
+
+    reach = torch.maximum((high - zero) / 7, (zero - low) / 8)
+    step = torch.where((zero - exact_zero).abs_() > step, reach, step)
+    step = torch.where(constant, low - zero, step)  # code 9 is then low itself
+    return step.to(torch.bfloat16), stored_zero
+
+
+def choose_parameters(
+    w: Tensor,
+    group_size: int,
+    parameters: GroupParameters = nearest_parameters,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of every group of some rows.
+
+    w: fp32 ``[rows, K]``.
+    importance: fp32 ``[K]``, see `GroupParameters`.
+    Returns bf16 ``[rows, groups]`` each; the last group is shorter where group_size does not
+    divide K.
+    """
+    rows, k = w.shape
+    full, rest = divmod(k, group_size)
+    made = []
+    for start, groups, columns in ((0, full, group_size), (k - rest, 1, rest)):
+        if groups and columns:
+            part = slice(start, start + groups * columns)
+            counts = None if importance is None else importance[part].view(groups, columns)
+            made.append(parameters(w[:, part].view(rows, groups, columns), counts))
+    scales, zeros = zip(*made, strict=True)
+    return torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def quantize(
+    weight: Tensor,
+    group_size: int,
+    k_padded: int | None = None,
+    parameters: GroupParameters = nearest_parameters,
+    importance: Tensor | None = None,
+) -> Quantized:
+    """Quantises a weight group by group, each weight to the nearest of its group's 16 values.
+
     weight: ``[N, K]``, any float dtype and strides, finite.
     group_size: neighbouring k that share a scale and a zero.
     k_padded: columns to store, at least K and a multiple of group_size; by default the least.
+    parameters: chooses each group's scale and zero.
+    importance: fp32 ``[K]``, see `GroupParameters`.
 
     Raises ValueError where the weight holds inf or NaN, see `nonfinite_count`.
     """
@@ -103,29 +173,31 @@ def quantize(weight: Tensor, group_size: int, k_padded: int | None = None) -> Qu
             f"k_padded is {k_padded}, it must be a multiple of group_size={group_size} "
             f"and at least the weight's {k} columns"
         )
+    if importance is not None and importance.shape != (k,):
+        raise ValueError(f"importance is {tuple(importance.shape)}, it must be [{k}], as K is")
     weight = weight.detach()
     device = weight.device
     groups = k_padded // group_size
     codes = torch.empty((n, k_padded), dtype=torch.uint8, device=device)
-    scale = torch.empty((n, groups), dtype=torch.bfloat16, device=device)
-    zero = torch.empty_like(scale)
+    scale = torch.zeros((n, groups), dtype=torch.bfloat16, device=device)
+    zero = torch.zeros_like(scale)
     signal = torch.zeros((), dtype=torch.float64, device=device)
     noise = torch.zeros_like(signal)
 
     chunks = list(_row_chunks(codes))
     most_rows = chunks[0][1] if chunks else 0
-    w_scratch = torch.empty((most_rows, k_padded), dtype=torch.float32, device=device)
+    w_scratch = torch.zeros((most_rows, k_padded), dtype=torch.float32, device=device)
     q_scratch = torch.empty_like(w_scratch)
     for start, stop in chunks:
         w = w_scratch[: stop - start]
         w[:, :k].copy_(weight[start:stop])
-        w[:, k:] = w[:, k - 1 : k]  # leaves min and max of the last group as they are
-        w = w.view(-1, groups, group_size)
-        s, z = _group_parameters(w.amin(-1), w.amax(-1))
-        scale[start:stop] = s
-        zero[start:stop] = z
+        s, z = choose_parameters(w[:, :k], group_size, parameters, importance)
+        scale[start:stop, : s.shape[1]] = s
+        zero[start:stop, : z.shape[1]] = z
 
-        s, z = s.float().unsqueeze(-1), z.float().unsqueeze(-1)
+        w = w.view(-1, groups, group_size)
+        s = scale[start:stop].float().unsqueeze(-1)
+        z = zero[start:stop].float().unsqueeze(-1)
         q = q_scratch[: stop - start].view_as(w)
         torch.sub(w, z, out=q)
         # Where the scale is 0 the weights are within one bf16 denormal of zero: code 8.
@@ -139,9 +211,6 @@ def quantize(weight: Tensor, group_size: int, k_padded: int | None = None) -> Qu
         noise += _sum_of_squares(q.view(-1, k_padded)[:, :k])
 
     codes[:, k:] = _MIDDLE
-    first_pad_group = -(-k // group_size)
-    scale[:, first_pad_group:] = 0
-    zero[:, first_pad_group:] = 0
     total_signal, total_noise = torch.stack((signal, noise)).tolist()
     if not math.isfinite(total_signal):  # finite fp32 squares cannot overflow in fp64
         raise ValueError(
@@ -192,22 +261,6 @@ def dequantize(
         weight[start:stop].copy_(w.view(-1, k_padded)[:, :k])
         del w  # before the next chunk's is made
     return weight
-
-
-def _group_parameters(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 scale and zero of groups whose weights lie in low..high (fp32, any shape)."""
-    # fp64 because high - low may be beyond fp32, and because low and high may be nearly equal.
-    low, high = (end.double().clamp_(-_LARGEST, _LARGEST) for end in (low, high))
-    constant = low == high
-    step = (high - low).div_(15).clamp_(max=_LARGEST_SCALE)
-    exact_zero = low + 8 * step  # low itself in a constant group
-    stored_zero = exact_zero.to(torch.bfloat16)
-    zero = stored_zero.double()
-
-    reach = torch.maximum((high - zero) / 7, (zero - low) / 8)
-    step = torch.where((zero - exact_zero).abs_() > step, reach, step)
-    step = torch.where(constant, low - zero, step)  # code 9 is then low itself
-    return step.to(torch.bfloat16), stored_zero
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:

@@ -258,6 +258,40 @@ def test_all_of_fp16_survives() -> None:
     assert ((back.double() - weight).abs() <= error_bound(weight, 32) + 2.0**-11 * 65504).all()
 
 
+# --- other parameters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "columns"), [(40, [32, 8]), (64, [32]), (20, [20])])
+def test_parameters_and_importance_come_by_group_without_padding(
+    k: int, columns: list[int]
+) -> None:
+    weight = make("gaussian", 3, k).float()
+    importance = torch.arange(k, dtype=torch.float32)
+    seen = []
+
+    def halves_and_threes(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert importance is not None
+        seen.append((w.clone(), importance.clone()))
+        half = torch.full(w.shape[:2], 0.5, dtype=torch.bfloat16)
+        return half, 6 * half
+
+    q = quantize(weight, 32, 96, halves_and_threes, importance)
+    groups = -(-k // 32)
+    assert (q.scale[:, :groups] == 0.5).all()
+    assert (q.zero[:, :groups] == 3).all()
+    check_form(q, 3, k, 96, 32)
+    assert [w.shape[-1] for w, _ in seen] == columns
+    assert torch.equal(torch.cat([w.flatten(1) for w, _ in seen], 1), weight)
+    assert torch.equal(torch.cat([part.flatten() for _, part in seen]), importance)
+    expected = ((weight - 3) / 0.5).round().clamp(-8, 7) * 0.5 + 3
+    assert torch.equal(exactly(q.codes, q.scale, q.zero, 32)[:, :k], expected.double())
+
+
+def test_importance_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"importance is \(64,\), it must be \[40\]"):
+        quantize(torch.zeros(2, 40), 32, importance=torch.ones(64))
+
+
 # --- inf and NaN ---------------------------------------------------------------------------------
 
 
