@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from fxint4.names import Inputs, layer_name, names_in_call, parameters_in_call
+import fxint4
+from fxint4.names import Inputs, layer_name, names_in_call, parameters_in_call, source_line
 
 K = 4
 
@@ -370,3 +372,63 @@ def test_all_parameters_of_the_modules_called_are_counted() -> None:
 def test_modules_without_a_part_in_it_are_not_counted() -> None:
     stranger = Looks(lambda: parameters_in_call([parameter()]))
     assert Calls(stranger)() == {}
+
+
+# --- source lines --------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A layer of its own, and one of torch's that calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(64, 64))
+        self.w = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)  # first line
+        return F.linear(y, self.w)  # second line
+
+
+def lines_of(function: Callable[..., Any]) -> list[int]:
+    source, first = inspect.getsourcelines(function)
+    return [
+        first + number for number, line in enumerate(source) if "line" in line.partition("#")[2]
+    ]
+
+
+def test_a_matmul_has_the_innermost_line_that_is_not_of_torch() -> None:
+    model = Twice().eval()
+    x = torch.randn(2, 64)
+    expected = [f"test_names.py:{line} in forward" for line in lines_of(Twice.forward)]
+    assert len(expected) == 2
+    assert [record.source for record in fxint4.explain(model, x).records] == expected
+    fxint4.rewrite(torch.export.export(model, (x,)))
+    report = fxint4.last_report()
+    assert report is not None
+    assert [record.source for record in report.records] == expected
+    assert {record.source for record in fxint4.pack_(model, (x,)).records} == set(expected)
+
+
+def test_a_matmul_of_torch_alone_has_no_line() -> None:
+    [record] = fxint4.explain(nn.Linear(64, 64).eval(), torch.randn(2, 64)).records
+    assert record.source == ""
+
+
+@pytest.mark.parametrize(
+    ("trace", "line"),
+    [
+        (None, ""),
+        ("", ""),
+        ('  File "/a/b/model.py", line 7, in forward\n    y = x @ w', "model.py:7 in forward"),
+        (
+            'File "/a/model.py", line 7, in forward\n    f()\nFile "<cell>", line 2, in <lambda>\n',
+            "<cell>:2 in <lambda>",
+        ),
+        (f'File "{torch.__file__}", line 1, in mm', ""),
+    ],
+)
+def test_a_stack_trace_is_read(trace: str | None, line: str) -> None:
+    node = fx.Graph().placeholder("x")
+    node.meta["stack_trace"] = trace
+    assert source_line(node) == line
