@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "CommandError",
     "FoldError",
     "Int4Error",
@@ -32,6 +33,10 @@ class FoldError(Int4Error, RuntimeError):
 
 class PackedFormatError(Int4Error, ValueError):
     """Packed buffers of a wrong dtype or layout, or that disagree: a damaged file, say."""
+
+
+class CheckpointError(Int4Error, ValueError):
+    """A checkpoint that can't be loaded, or not into this model. The model is left as it was."""
 
 
 class ReportError(Int4Error, ValueError):

@@ -30,8 +30,10 @@ __all__ = [
     "Owners",
     "from_graph",
     "from_modules",
+    "record_of",
     "replace_parameters",
     "settle_parametrized",
+    "use_of",
 ]
 
 
@@ -143,7 +145,7 @@ def settle_parametrized(model: nn.Module, config: Int4Config) -> None:
             f"{prefix}weight",
             *(f"{prefix}parametrizations.weight.{p}" for p, _ in parts),
         ]
-        record = _record(name, tuple(parameters), "linear", matrix, weight)
+        record = record_of(name, tuple(parameters), "linear", matrix, weight)
         kept = refusal(record, weight.dtype, weight.device, config) or nonfinite_fault(matrix)
         del weight, matrix
         if not kept:
@@ -151,7 +153,7 @@ def settle_parametrized(model: nn.Module, config: Int4Config) -> None:
 
 
 def _known_use(parameter: nn.Parameter, owners: Owners) -> Candidate | None:
-    uses = [_use(module, parameter) for module in owners.of(parameter)]
+    uses = [use_of(module, parameter) for module in owners.of(parameter)]
     known = [use for use in uses if use is not None]
     if not known:
         return None
@@ -167,7 +169,7 @@ def _known_use(parameter: nn.Parameter, owners: Owners) -> Candidate | None:
 _EMBEDDED = "also read by an embedding, whose rows would become int4 too"
 
 
-def _use(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None:
+def use_of(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None:
     """Which op a module multiplies a parameter with, and which of its axes is K."""
     if isinstance(module, nn.Linear) and parameter is module.weight:
         return "linear", -1
@@ -351,7 +353,7 @@ def _replace(
 ) -> Record:
     parameter, stored = candidate.parameter, candidate.as_stored
     name = owners.name(parameter)
-    record = _record(layer_name(name), (name,), candidate.op, stored, parameter)
+    record = record_of(layer_name(name), (name,), candidate.op, stored, parameter)
     record = dataclasses.replace(record, source=candidate.source)
     fault = candidate.fault or refusal(record, stored.dtype, device or stored.device, config)
     if fault:
@@ -387,7 +389,7 @@ def _replace(
     )
 
 
-def _record(
+def record_of(
     name: str, parameters: tuple[str, ...], op: str, stored: Tensor, weight: Tensor
 ) -> Record:
     """What is known of a weight `[..., N, K]` before it is packed."""
