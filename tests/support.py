@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import fxint4
-from fxint4 import Int4Config, Report
+from fxint4 import Int4Config, Record, Report
 from fxint4.constants import AXES, Constants, Standing
 from fxint4.passes import PATTERNS, Rewritten, Site, find, rewrite
 from fxint4.store import Form, store
@@ -32,11 +32,13 @@ __all__ = [
     "dequantised",
     "int4_matmuls",
     "kept",
+    "kept_record",
     "make_exact",
     "module",
     "ops_gone",
     "peak_bytes",
     "propagated",
+    "record",
     "reference_model",
     "rounding",
     "rounding_bound",
@@ -325,6 +327,36 @@ def kept(model: Callable[..., Any], *args: Tensor, **options: Any) -> list[tuple
     assert report.graph_diff == ""
     assert {record.action for record in report.records} <= {"kept"}
     return [(record.name, record.reason) for record in report.records]
+
+
+# --- records of matmuls that there are not -------------------------------------------------------
+
+
+def record(name: str = "fc", **values: Any) -> Record:
+    """A packed matmul, unless values say otherwise; a weight of its own unless given a key."""
+    defaults: dict[str, Any] = {
+        "op": "addmm",
+        "n": 64,
+        "k": 128,
+        "group_size": 128,
+        "action": "packed",
+        "reason": "",
+        "sqnr_db": 20.0,
+        "bytes_before": 16384,
+        "bytes_after": 4352,
+        "held_bytes": 16384,
+        "parameters": (f"{name}.weight",),
+        "weight_key": name,
+    }
+    return Record(name, **{**defaults, **values})
+
+
+def kept_record(
+    name: str = "fc", reason: str = "8x128 is small: min_features is 32", **values: Any
+) -> Record:
+    """A matmul that stays as it is."""
+    defaults = {"action": "kept", "group_size": None, "sqnr_db": None, "bytes_after": 16384}
+    return record(name, reason=reason, **{**defaults, **values})
 
 
 # --- graphs without a compiler ------------------------------------------------------------------

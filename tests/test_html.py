@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import torch
 from torch import nn
 
@@ -41,30 +42,11 @@ NASTY = (
 
 def record(name: str, **values: Any) -> dict[str, Any]:
     """A packed matmul as `Report.to_dict` gives it, in graph 0."""
-    return {
-        "name": name,
-        "op": "addmm",
-        "n": 64,
-        "k": 128,
-        "group_size": 128,
-        "action": "packed",
-        "reason": "",
-        "sqnr_db": 20.0,
-        "bytes_before": 16384,
-        "bytes_after": 4352,
-        "dense_bytes": 0,
-        "held_bytes": 16384,
-        "batch": 1,
-        "fused_with": [],
-        "kernels": [],
-        "parameters": [f"{name}.weight"],
-        "graph": 0,
-        **values,
-    }
+    return {**support.record(name).to_dict(), "graph": 0, **values}
 
 
 def kept(name: str, reason: str = "8x128 is small", **values: Any) -> dict[str, Any]:
-    return record(name, **{"action": "kept", "reason": reason, "sqnr_db": None, **values})
+    return {**support.kept_record(name, reason).to_dict(), "graph": 0, **values}
 
 
 def graph_of(*names: str, graph_break: str | None = None) -> dict[str, Any]:
@@ -156,6 +138,43 @@ def test_every_matmul_has_a_row_with_all_that_is_known() -> None:
     assert ["one matmul with", ["a.key"]] in parsed.details()[0]["facts"]
 
 
+def cells(text: str, column: str) -> list[tuple[str | None, bool]]:
+    """What a column sorts by, and whether there is a bar, row by row."""
+    found = [attributes for tag, attributes in Parsed(text).elements if tag == "td"]
+    wanted = [each for each in found if (each["class"] or "").split()[0] == column]
+    return [(each.get("data-key"), "bar" in (each["class"] or "").split()) for each in wanted]
+
+
+def test_the_error_of_the_output_has_the_bar_where_it_was_measured() -> None:
+    measured = page(report_of(record("a", output_error=0.0789), kept("b")))
+    assert cells(measured, "output-error") == [("0.0789", True), (None, False)]
+    assert cells(measured, "sqnr-db") == [("20.0", False), (None, False)]
+    assert "7.89%" in Parsed(measured).text
+    plain = page(report_of(record("a"), kept("b")))
+    assert cells(plain, "output-error") == []
+    assert cells(plain, "sqnr-db") == [("20.0", True), (None, False)]
+
+
+def test_an_exact_weight_is_named_and_sorts_as_the_best() -> None:
+    text = page(report_of(record("a", sqnr_db=None, exact=True, output_error=0.0), record("b")))
+    assert cells(text, "sqnr-db") == [("Infinity", True), ("20.0", True)]
+    [errors] = [value for title, value in Parsed(text).details()[0]["facts"] if title == "error"]
+    assert errors == [
+        "none: int4 holds the weight exactly",
+        "output: 0%, measured on the example inputs",
+    ]
+
+
+def test_a_layer_has_its_errors_and_its_source_line() -> None:
+    text = page(report_of(record("a", output_error=0.0789, source="model.py:31 in forward")))
+    facts = dict(Parsed(text).details()[0]["facts"])
+    assert facts["source"] == "model.py:31 in forward"
+    assert facts["error"] == [
+        "weight: 20.00 dB SQNR",
+        "output: 7.89%, measured on the example inputs",
+    ]
+
+
 def test_totals_and_what_is_not_packed_stand_before_the_table() -> None:
     coverage = {
         "not_packed": [
@@ -173,6 +192,7 @@ def test_totals_and_what_is_not_packed_stand_before_the_table() -> None:
                 coverage=coverage,
                 graphs=[graph_of("fc", graph_break="print() was called"), graph_of()],
                 totals=totals,
+                output_error=0.0234,
                 torch="2.13.0",
                 options={"group_size": 32},
             )
@@ -180,7 +200,7 @@ def test_totals_and_what_is_not_packed_stand_before_the_table() -> None:
     ).text
     shown = [
         *("47.4%", "embed, 50.0% of parameters: no matmul reads it", "print() was called"),
-        *("2 of 3", "32.8 kB → 8.7 kB", "20.0 dB", "1.0 kB", "2.0 kB", "2, 1 break"),
+        *("2 of 3", "32.8 kB → 8.7 kB", "20.0 dB", "2.34%", "1.0 kB", "2.0 kB", "2, 1 break"),
         *("torch 2.13.0", "group_size=32", "Matmuls with constant weights"),
     ]
     places = [text.index(part) for part in shown]
@@ -498,8 +518,8 @@ def test_a_layer_opens_and_closes(tmp_path: Path) -> None:
     assert closed == last == ["false", None]
     assert (expanded, follows, hidden) == ("true", True, True)
     for part in (
-        *("x [M, 128], W [64, 128], y [M, 64]", "M<=16: registers", "model.py:7", "output error"),
-        *("0.0123", "fc.weight", "- %addmm_1 = aten.addmm", "+ %int4_1 = aten._weight_int4pack_mm"),
+        *("x [M, 128], W [64, 128], y [M, 64]", "M<=16: registers", "model.py:7"),
+        *("output: 1.23%", "fc.weight", "- %addmm_1 = aten.addmm", "+ %int4_1 = aten._weight_int4pack_mm"),
     ):
         assert part in text
 

@@ -14,43 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from support import kept_record, record
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxint4
 from fxint4 import Int4Config, OptionError, Record, Report, ReportError
-from fxint4.report import GraphReport, graph_text
+from fxint4.report import SCHEMA, GraphReport, graph_text
 
 aten = torch.ops.aten
 
 CAST = "activations cast from float32 to bfloat16"
-
-
-def record(name: str = "fc", **values: Any) -> Record:
-    """A packed matmul, unless values say otherwise; a weight of its own unless given a key."""
-    defaults: dict[str, Any] = {
-        "op": "addmm",
-        "n": 64,
-        "k": 128,
-        "group_size": 128,
-        "action": "packed",
-        "reason": "",
-        "sqnr_db": 20.0,
-        "bytes_before": 16384,
-        "bytes_after": 4352,
-        "held_bytes": 16384,
-        "parameters": (f"{name}.weight",),
-        "weight_key": name,
-    }
-    return Record(name, **{**defaults, **values})
-
-
-def kept(
-    name: str = "fc", reason: str = "8x128 is small: min_features is 32", **values: Any
-) -> Any:
-    defaults = {"action": "kept", "group_size": None, "sqnr_db": None, "bytes_after": 16384}
-    return record(name, reason=reason, **{**defaults, **values})
 
 
 def sizes(**elements: int) -> dict[int, tuple[str, int]]:
@@ -98,6 +73,10 @@ def test_a_record_is_json() -> None:
         "fused_with": [],
         "kernels": [],
         "parameters": ["fc.weight", "fc.scale"],
+        "source": "",
+        "method": "",
+        "output_error": None,
+        "exact": False,
     }
 
 
@@ -107,17 +86,21 @@ def test_a_record_of_a_fused_matmul_is_json() -> None:
     assert (read["fused_with"], read["kernels"]) == (["k", "v"], ["M<=16: a", "M>=17: b"])
 
 
-@pytest.mark.parametrize("sqnr", [math.inf, -math.inf, math.nan])
-def test_an_sqnr_that_json_cannot_hold_is_null(sqnr: float) -> None:
-    text = json.dumps(record(sqnr_db=sqnr).to_dict(), allow_nan=False)
-    assert json.loads(text)["sqnr_db"] is None
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["sqnr_db", "output_error"])
+def test_a_figure_that_json_cannot_hold_is_null(name: str, value: float) -> None:
+    text = json.dumps(record(**{name: value}).to_dict(), allow_nan=False)
+    assert json.loads(text)[name] is None
+    assert json.loads(text)["exact"] is (name == "sqnr_db" and value == math.inf)
 
 
 def test_a_report_is_json() -> None:
-    report = report_of(record(sqnr_db=math.inf), kept("head"), graph_break="print() was called")
+    report = report_of(
+        record(sqnr_db=math.inf), kept_record("head"), graph_break="print() was called"
+    )
     read = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert list(read)[:6] == ["schema", "fxint4", "torch", "options", "coverage", "graph_breaks"]
-    assert (read["schema"], read["fxint4"]) == (1, fxint4.__version__)
+    assert (read["schema"], read["fxint4"]) == (SCHEMA, fxint4.__version__)
     assert read["torch"] == torch.__version__
     assert read["coverage"] == report.coverage
     assert [entry["name"] for entry in read["records"]] == ["fc", "head"]
@@ -147,7 +130,9 @@ def test_a_graph_without_matmuls(terminal: Any) -> None:
 
 
 def test_totals_add_up() -> None:
-    report = report_of(record("a"), kept("b"), parameters=sizes(a=64 * 128, b=64 * 128, bias=64))
+    report = report_of(
+        record("a"), kept_record("b"), parameters=sizes(a=64 * 128, b=64 * 128, bias=64)
+    )
     shared = sizes(b=64 * 128, c=64 * 128)
     report.put("other", GraphReport((record("c"),), shared, "g", "g", "why"))
     assert report.totals == {
@@ -231,8 +216,10 @@ WIDE = [
         bytes_after=199_900_000,
         reason=CAST,
     ),
-    kept("model.vision_tower.vision_model.head", reason="SQNR 9.8 dB is below min_sqnr_db=20"),
-    kept("model.vision_tower.vision_model.mlp", reason="skip='" + "x" * 200 + "'"),
+    kept_record(
+        "model.vision_tower.vision_model.head", reason="SQNR 9.8 dB is below min_sqnr_db=20"
+    ),
+    kept_record("model.vision_tower.vision_model.mlp", reason="skip='" + "x" * 200 + "'"),
 ]
 LONG_BREAK = "Call to `torch._dynamo.graph_break()` in a function whose name goes on and on " * 3
 
@@ -271,7 +258,7 @@ def test_a_wide_terminal_shows_names_and_reasons_in_full(terminal: Any) -> None:
 def test_a_narrow_terminal_cuts_names_at_the_head_and_numbers_the_reasons(terminal: Any) -> None:
     terminal(80)
     packed = [record(f"model.decoder.layer.block.{part}_proj", reason=CAST) for part in "qkv"]
-    report = report_of(*packed, kept("lm_head", reason="skip='lm_head'"))
+    report = report_of(*packed, kept_record("lm_head", reason="skip='lm_head'"))
     assert str(report) == "\n".join(
         [
             "fxint4: 0.0% of parameters packed to int4, 3 of 4 matmuls, 1 graph, 0 graph",
@@ -298,7 +285,7 @@ def test_a_narrow_terminal_cuts_names_at_the_head_and_numbers_the_reasons(termin
 def test_a_short_report_in_full(terminal: Any) -> None:
     report = report_of(
         record("fc", dense_bytes=16384, reason="runs as a dense copy"),
-        kept("gate", n=8, bytes_before=2048, bytes_after=2048),
+        kept_record("gate", n=8, bytes_before=2048, bytes_after=2048),
         parameters=sizes(fc_weight=64 * 128, gate_weight=8 * 128, bias=72),
     )
     assert str(report) == "\n".join(
@@ -323,9 +310,42 @@ def test_a_short_report_in_full(terminal: Any) -> None:
     )
 
 
+def test_measured_errors_have_a_column_and_a_line(terminal: Any) -> None:
+    report = report_of(record("fc", output_error=0.07891), record("b", sqnr_db=math.inf))
+    report.output_error = 0.123456
+    assert str(report).splitlines()[2:] == [
+        "layer  op      N x K  group  action  SQNR  output   before   after  why",
+        "                                       dB   error",
+        "-----  -----  ------  -----  ------  ----  ------  -------  ------  ---",
+        "fc     addmm  64x128    128  packed  20.0   7.89%  16.4 kB  4.4 kB",
+        "b      addmm  64x128    128  packed   inf          16.4 kB  4.4 kB",
+        "",
+        "output of the model: 12.3% off the original's, for the example inputs",
+        "packed weights: 32.8 kB -> 8.7 kB, 24.1 kB less",
+        "original parameters: 32.8 kB stay in memory beside them; fxint4.pack_(model), or "
+        "options={'free_weights': True},",
+        "  releases them",
+    ]
+
+
+def test_a_merged_row_has_the_worst_errors(terminal: Any) -> None:
+    layers = [record(f"l.{i}", sqnr_db=20.0 + i, output_error=0.01 * i) for i in range(21)]
+    [row] = rows(report_of(*layers))
+    assert row.split()[6:8] == ["20.0", "20%"]
+
+
+def test_measured_errors_reach_the_packed_matmuls_of_their_weight(tmp_path: Path) -> None:
+    report = Report(Int4Config(report=tmp_path / "run.json"))
+    records = (record("a", weight_key="w"), record("b", weight_key="w"), kept_record("c"))
+    report.put("f", GraphReport(records, {}, "g", "g"))
+    report.measured(0.5, {"w": 0.25, "c": 0.125})
+    assert [each.output_error for each in report.records] == [0.25, 0.25, None]
+    assert Report.load(tmp_path / "run.json").to_dict() == report.to_dict()
+
+
 def test_the_largest_weights_that_are_not_packed_come_first(terminal: Any) -> None:
     rows = {"a": 64, "b": 640, "c": 128, "d": 320, "tied": 512}
-    layers = [kept(name, f"why {name}", n=n, k=100) for name, n in rows.items()]
+    layers = [kept_record(name, f"why {name}", n=n, k=100) for name, n in rows.items()]
     packed = record("head", n=512, k=100, weight_key="tied", parameters=("tied.weight",))
     parameters = sizes(**{f"{name}_weight": 100 * n for name, n in rows.items()})
     report = report_of(*layers, packed, parameters=parameters)
@@ -367,11 +387,11 @@ def test_a_parameter_that_no_matmul_reads_is_named_with_what_does(terminal: Any)
 def test_nothing_is_named_where_all_is_packed() -> None:
     report = report_of(record(), parameters=sizes(fc_weight=64 * 128, bias=64))
     assert report.coverage == {"parameter_share": pytest.approx(128 / 129), "not_packed": []}
-    assert report_of(kept()).coverage == {"parameter_share": 0.0, "not_packed": []}
+    assert report_of(kept_record()).coverage == {"parameter_share": 0.0, "not_packed": []}
 
 
 def test_a_report_with_nothing_packed_ends_with_the_table(terminal: Any) -> None:
-    assert str(report_of(kept("gate"))).splitlines()[-1].startswith("gate ")
+    assert str(report_of(kept_record("gate"))).splitlines()[-1].startswith("gate ")
 
 
 def test_graph_breaks_are_listed(terminal: Any) -> None:
@@ -405,7 +425,7 @@ def test_more_than_twenty_are_merged_by_equal_layers(terminal: Any) -> None:
         )
     ]
     layers[6] = record("layers.3.up", sqnr_db=19.0, reason=CAST)  # another reason is another row
-    report = report_of(*layers, kept("head"))
+    report = report_of(*layers, kept_record("head"))
     assert rows(report) == [
         "layers.*.up (11) addmm 64x128 128 packed 20.0 11.0 kB 3.3 kB",
         "layers.*.down (12) addmm 128x64 128 packed 22.0 196.6 kB 52.2 kB",
@@ -471,7 +491,7 @@ def test_equal_layers_are_merged_with_those_that_are_multiplied_alike(terminal: 
 
 
 def test_a_merged_row_without_a_figure_has_none(terminal: Any) -> None:
-    report = report_of(*(kept(f"layers.{i}.gate", reason="small") for i in range(21)))
+    report = report_of(*(kept_record(f"layers.{i}.gate", reason="small") for i in range(21)))
     assert rows(report) == ["layers.*.gate (21) addmm 64x128 kept 344.1 kB 344.1 kB small"]
 
 
@@ -494,9 +514,17 @@ def test_a_merged_name_keeps_its_count_when_it_is_cut(terminal: Any) -> None:
 def full_report() -> Report:
     """One with every kind of value in it."""
     report = Report(Int4Config(group_size=64, skip=["head"], min_sqnr_db=math.inf), {"x": (1, {2})})
-    packed = record("é%1", fused_with=("k",), kernels=("M=1: a",), sqnr_db=20.123456789)
-    report.put("f", GraphReport((packed, kept("head")), sizes(w=640, b=3), "%x\n", "%y\n", "why"))
-    report.put("g", GraphReport((record("k", weight_key="é%1"),), sizes(w=640, c=5), "%a", "%a"))
+    packed = record(
+        "é%1",
+        **{"fused_with": ("k",), "kernels": ("M=1: a",), "sqnr_db": 20.123456789},
+        **{"source": "model.py:3 in forward", "output_error": 0.0123456789},
+    )
+    exact = record("k", weight_key="é%1", sqnr_db=math.inf, output_error=0.0)
+    report.put(
+        "f", GraphReport((packed, kept_record("head")), sizes(w=640, b=3), "%x\n", "%y\n", "why")
+    )
+    report.put("g", GraphReport((exact,), sizes(w=640, c=5), "%a", "%a"))
+    report.output_error = 0.0234
     return report
 
 
@@ -583,18 +611,18 @@ def damaged(change: Any) -> str:
 
 DAMAGED = {
     "empty": ("", "is no report in JSON, or a damaged one"),
-    "cut": (json.dumps({"schema": 1})[:-1], "is no report in JSON, or a damaged one"),
+    "cut": (json.dumps({"schema": SCHEMA})[:-1], "is no report in JSON, or a damaged one"),
     "bytes": (b"\xff\xfe\x00", "is no report in JSON, or a damaged one"),
     "a list": ("[]", "is no report: it has no schema"),
     "a text": ('"schema"', "is no report: it has no schema"),
     "no schema": ('{"version": 1}', "is no report: it has no schema"),
     "a strange schema": ('{"schema": true}', "is no report: it has no schema"),
     "later": (
-        '{"schema": 2, "fxint4": "9.0"}',
-        f"has schema 2 and fxint4 {fxint4.__version__} reads 1: make it anew, or use the fxint4 "
-        "that wrote it, 9.0",
+        json.dumps({"schema": SCHEMA + 1, "fxint4": "9.0"}),
+        f"has schema {SCHEMA + 1} and fxint4 {fxint4.__version__} reads {SCHEMA}: make it anew, or "
+        "use the fxint4 that wrote it, 9.0",
     ),
-    "nothing else": ('{"schema": 1}', "is a damaged report: 'options' is missing"),
+    "nothing else": (json.dumps({"schema": SCHEMA}), "is a damaged report: 'options' is missing"),
     "no name": (
         damaged(lambda v: v["records"][0].pop("name")),
         "is a damaged report: 'name' is missing",

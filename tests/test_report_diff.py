@@ -11,7 +11,7 @@ import pytest
 
 from fxint4 import Int4Config, Record, Report
 from fxint4.__main__ import main
-from fxint4.report import GraphReport, changes
+from fxint4.report import SCHEMA, GraphReport, changes
 
 NAMES = ("a.json", "b.json")
 FC = Record(
@@ -115,6 +115,7 @@ def test_what_differs_in_full() -> None:
         ({"n": 32}, "fc addmm 64x128 -> addmm 32x128 packed 128 20.0 4.4 kB"),
         ({"batch": 8}, "fc addmm 64x128 -> addmm 8x64x128 packed 128 20.0 4.4 kB"),
         ({"sqnr_db": 20.06}, "fc addmm 64x128 packed 128 20.0 -> 20.1 4.4 kB"),
+        ({"output_error": 0.01236}, "fc addmm 64x128 packed 128 20.0 none -> 1.24% 4.4 kB"),
         ({"bytes_after": 4353}, "fc addmm 64x128 packed 128 20.0 4.4 kB"),
         ({"dense_bytes": 16384}, "fc addmm 64x128 packed 128 20.0 4.4 kB -> 20.7 kB"),
         ({"kernels": ("M<=16: x",)}, "fc addmm 64x128 packed 128 20.0 4.4 kB"),
@@ -132,6 +133,18 @@ def test_every_figure_of_a_layer_counts(change: dict[str, Any], shown: str) -> N
 def test_an_sqnr_that_looks_the_same_is_the_same(sqnr_db: float) -> None:
     after = report_of(dataclasses.replace(FC, sqnr_db=sqnr_db))
     assert not changes(report_of(FC), after, NAMES, 80)[0]
+
+
+def test_measured_errors_are_compared() -> None:
+    before, after = (
+        report_of(*(dataclasses.replace(layer, output_error=error) for layer in (FC, HEAD)))
+        for error in (0.05, 0.012345)
+    )
+    before.output_error, after.output_error = 0.071, 0.02
+    lines = compare(before, after)
+    assert lines[2] == "layer op, N x K action group SQNR dB output error bytes"
+    assert lines[4] == "fc addmm 64x128 packed 128 20.0 5% -> 1.23% 4.4 kB"
+    assert lines[-1] == "error of the output 7.1% 2%"
 
 
 def test_layers_of_one_report_alone() -> None:
@@ -270,7 +283,7 @@ def test_the_command_says_what_differs(
     [
         (None, "'c.json' can't be read: No such file or directory"),
         ("{}", "'c.json' is no report: it has no schema"),
-        ('{"schema": 1}', "'c.json' is a damaged report: 'options' is missing"),
+        (f'{{"schema": {SCHEMA}}}', "'c.json' is a damaged report: 'options' is missing"),
     ],
 )
 def test_the_command_says_in_one_line_what_it_cannot_read(

@@ -11,7 +11,14 @@ from tabulate import tabulate
 from fxint4.report.core import Report
 from fxint4.report.graphs import coloured
 from fxint4.report.records import Record
-from fxint4.report.table import ROWS_SHOWN, dimensions, ending, numberless, size_text
+from fxint4.report.table import (
+    ROWS_SHOWN,
+    dimensions,
+    ending,
+    error_text,
+    numberless,
+    size_text,
+)
 
 __all__ = ["changes"]
 
@@ -32,12 +39,13 @@ _SUMS = (
 
 @dataclass(frozen=True)
 class _Side:
-    """What one report says of a layer, or of equal layers; its SQNR is the worst of theirs."""
+    """What one report says of a layer, or of equal layers; the errors are the worst of theirs."""
 
     shape: str
     action: str
     group: str
     sqnr_db: float | None
+    output_error: float | None
     size: int
     details: tuple[str, ...]
 
@@ -45,8 +53,12 @@ class _Side:
     def sqnr(self) -> str:
         return "" if self.sqnr_db is None else f"{self.sqnr_db:.1f}"
 
+    @property
+    def error(self) -> str:
+        return "" if self.output_error is None else error_text(self.output_error)
 
-_NOWHERE = _Side("", "", "", None, 0, ())
+
+_NOWHERE = _Side("", "", "", None, None, 0, ())
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,8 @@ def changes(
     """What differs between two reports, as text.
 
     A layer differs where what is packed, its group size, its kernels, the reason, the bytes (a
-    dense copy's included) or the SQNR do, the last to a tenth of a dB. Other options and versions
-    are told, but are no difference by themselves.
+    dense copy's included) or the errors do: the SQNR to a tenth of a dB, that of the output to three
+    digits. Other options and versions are told, but are no difference by themselves.
 
     Args:
         before: one report.
@@ -124,13 +136,14 @@ def _side(record: Record) -> _Side:
         record.action,
         str(record.group_size or ""),
         record.sqnr_db,
+        record.output_error,
         record.bytes_after + record.dense_bytes,
         tuple(filter(None, (record.reason, together, *record.kernels))),
     )
 
 
 def _shown(side: _Side) -> tuple[object, ...]:
-    return side.shape, side.action, side.group, side.sqnr, side.size, side.details
+    return side.shape, side.action, side.group, side.sqnr, side.error, side.size, side.details
 
 
 def _circumstances(before: Report, after: Report) -> list[str]:
@@ -152,11 +165,15 @@ def _table(changed: Sequence[_Change], columns: int) -> str:
             _cell(row.before.action, row.after.action),
             _cell(row.before.group, row.after.group),
             _cell(row.before.sqnr, row.after.sqnr),
+            _cell(row.before.error, row.after.error),
             _cell(_size(row.before), _size(row.after)),
         ]
         for row in rows
     ]
-    headers = ["layer", "op, N x K", "action", "group", "SQNR dB", "bytes"]
+    headers = ["layer", "op, N x K", "action", "group", "SQNR dB", "output error", "bytes"]
+    if not any(row_cells[5] for row_cells in cells):
+        for row_cells in (headers, *cells):
+            del row_cells[5]
     layer, *others = (max(map(len, column)) for column in zip(headers, *cells, strict=True))
     room = max(len(headers[0]), min(layer, columns - sum(others) - 2 * len(others)))
     for row_cells in cells:
@@ -195,9 +212,11 @@ def _together(sides: Sequence[_Side]) -> _Side:
     first = sides[0]
     if first is _NOWHERE:
         return first
-    measured = [side.sqnr_db for side in sides if side.sqnr_db is not None]
+    sqnr_db = min((side.sqnr_db for side in sides if side.sqnr_db is not None), default=None)
+    errors = (side.output_error for side in sides if side.output_error is not None)
     size = sum(side.size for side in sides)
-    return _Side(first.shape, first.action, first.group, min(measured, default=None), size, ())
+    worst = max(errors, default=None)
+    return _Side(first.shape, first.action, first.group, sqnr_db, worst, size, ())
 
 
 def _details(changed: Iterable[_Change]) -> list[tuple[str, list[str]]]:
@@ -236,4 +255,9 @@ def _sums(before: Report, after: Report) -> list[list[str]]:
         )
         for report in (before, after)
     ]
-    return [*rows, ["lowest SQNR", *("" if low is None else f"{low:.1f} dB" for low in lowest)]]
+    errors = [report.output_error for report in (before, after)]
+    rows.append(["lowest SQNR", *("" if low is None else f"{low:.1f} dB" for low in lowest)])
+    if errors != [None, None]:
+        shown = ("" if error is None else error_text(error) for error in errors)
+        rows.append(["error of the output", *shown])
+    return rows

@@ -23,8 +23,8 @@ from fxint4.version import __version__
 
 __all__ = ["SCHEMA", "Report"]
 
-#: Of what `to_dict` gives. It grows when a reader of the last one would go wrong.
-SCHEMA = 1
+#: Of what `to_dict` gives. It grows when fields come, go or change their meaning.
+SCHEMA = 2
 #: Columns of a report in a text file.
 _FILE_COLUMNS = 120
 
@@ -35,6 +35,9 @@ class Report:
     Attributes:
         options: what was asked for: the fields of `Int4Config`, and options of Inductor.
         versions: of fxint4 and torch, where it was made.
+        output_error: what quantising does to the output of the whole model: |y_q - y| as a part of
+            |y| (Frobenius norms), over all float tensors in it, for the example inputs. None where
+            it was not measured; see `Int4Config.measure`.
     """
 
     def __init__(
@@ -51,10 +54,11 @@ class Report:
             ReportError: that file can't be written.
         """
         config = config or Int4Config()
-        asked = {**dataclasses.asdict(config), **(patches or {})}
+        asked = {**config.asked(), **(patches or {})}
         del asked["report"]
         self.options: dict[str, Any] = {name: _plain(value) for name, value in asked.items()}
         self.versions: dict[str, str] = {"fxint4": __version__, "torch": str(torch.__version__)}
+        self.output_error: float | None = None
         self._graphs: dict[Hashable, GraphReport] = {}
         self._path = None if config.report is None else Path(config.report).absolute()
         self._grown()
@@ -78,6 +82,25 @@ class Report:
             records=(*graph.records, *records),
             parameters={**graph.parameters, **parameters},
         )
+        self._grown()
+
+    def measured(self, output_error: float | None, of_weights: Mapping[Hashable, float]) -> None:
+        """Take in measured errors.
+
+        Args:
+            output_error: of the whole model; see `Report.output_error`.
+            of_weights: of the matmuls that are packed, by `Record.weight_key`; see
+                `Record.output_error`.
+        """
+        self.output_error = output_error
+        for key, graph in self._graphs.items():
+            records = tuple(
+                dataclasses.replace(record, output_error=of_weights.get(record.weight_key))
+                if record.action == "packed"
+                else record
+                for record in graph.records
+            )
+            self._graphs[key] = dataclasses.replace(graph, records=records)
         self._grown()
 
     def _grown(self) -> None:
@@ -202,8 +225,9 @@ class Report:
         """All of it, as JSON can hold it.
 
         Keys: schema (a number: `SCHEMA`); fxint4 and torch (versions); options; coverage;
-        graph_breaks; totals; graphs (each with before, after, graph_break and parameters); records
-        (each with the number of its graph, and of its weight: equal numbers are one weight).
+        graph_breaks; totals; output_error; graphs (each with before, after, graph_break and
+        parameters); records (those of `Record.to_dict`, each with the number of its graph, and of
+        its weight: equal numbers are one weight).
         """
         identities: dict[int, int] = {}
         weights: dict[Hashable, int] = {}
@@ -234,6 +258,7 @@ class Report:
             "coverage": self.coverage,
             "graph_breaks": self.graph_breaks,
             "totals": self.totals,
+            "output_error": self.output_error,
             "graphs": entries,
             "records": records,
         }
@@ -272,8 +297,6 @@ class Report:
     def load(cls, path: str | os.PathLike[str]) -> Report:
         """The report that `save` wrote to a .json file.
 
-        An exact weight's SQNR, which is infinite, is then None.
-
         Args:
             path: the file.
 
@@ -309,6 +332,7 @@ class Report:
         report = cls()
         report.options = checked(values, "options", dict)
         report.versions = {name: checked(values, name, str) for name in ("fxint4", "torch")}
+        report.output_error = checked(values, "output_error", float, int, type(None))
         records: list[list[Record]] = [[] for _ in checked(values, "graphs", list)]
         for entry in checked(values, "records", list):
             record = Record.from_dict(entry, checked(entry, "weight", int))
@@ -337,7 +361,14 @@ class Report:
     def _text(self, columns: int) -> str:
         if not self._graphs:
             return "fxint4: no graph was compiled"
-        return table.text(self.records, self.totals, self.coverage, self.graph_breaks, columns)
+        return table.text(
+            self.records,
+            self.totals,
+            self.coverage,
+            self.graph_breaks,
+            self.output_error,
+            columns,
+        )
 
 
 def _weights(packed: Iterable[Record]) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from itertools import zip_longest
 from string import Template
 from typing import Any, NamedTuple, TypeAlias
 
-from fxint4.report.table import beside, size_text
+from fxint4.report.table import beside, error_text, size_text
 
 __all__ = ["page"]
 
@@ -22,7 +23,8 @@ __all__ = ["page"]
 _LINES_SHOWN = 40
 #: What has a place of its own on the page; other fields of a record are listed with its details.
 _PLACED = (
-    *("name", "op", "n", "k", "batch", "group_size", "action", "reason", "sqnr_db", "source"),
+    *("name", "op", "n", "k", "batch", "group_size", "action", "reason", "source"),
+    *("sqnr_db", "exact", "output_error"),
     *("bytes_before", "bytes_after", "dense_bytes", "held_bytes"),
     *("fused_with", "kernels", "parameters", "graph", "weight"),
 )
@@ -86,7 +88,8 @@ def _summary(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
         if graph.get("graph_break")
     ]
     parts.append(_list("Graph breaks", breaks))
-    parts.append(f'<dl class="totals">{"".join(_cards(totals, records))}</dl>')
+    cards = _cards(totals, report.get("output_error"), records)
+    parts.append(f'<dl class="totals">{"".join(cards)}</dl>')
     options = [
         f"{name}={value!r}" for name, value in (report.get("options") or {}).items() if value
     ]
@@ -101,7 +104,9 @@ def _list(title: str, items: Sequence[str]) -> str:
     return f"<h2>{title}</h2>\n<ul>{entries}</ul>" if items else ""
 
 
-def _cards(totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+def _cards(
+    totals: Mapping[str, Any], output_error: float | None, records: Iterable[Mapping[str, Any]]
+) -> Iterable[str]:
     """The numbers at the top, each with what it is."""
 
     def card(label: str, value: str) -> str:
@@ -119,6 +124,8 @@ def _cards(totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> I
     ]
     if measured:
         yield card("lowest SQNR", f"{min(measured):.1f} dB")
+    if output_error is not None:
+        yield card("error of the output", error_text(output_error))
     if totals.get("dense_bytes"):
         yield card("dense copies", size_text(totals["dense_bytes"]))
     if totals.get("held_bytes"):
@@ -146,14 +153,17 @@ class _Cell(NamedTuple):
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
     """All matmuls, a row each; columns that would be empty are left out."""
     biggest = max((record.get("bytes_before") or 0 for record in records), default=0)
-    best = max((record.get("sqnr_db") or 0.0 for record in records), default=0.0)
+    worst = max((record.get("output_error") or 0.0 for record in records), default=0.0)
+    # One bar for the error: that of the output, where it was measured.
+    best = 0.0 if worst else max((record.get("sqnr_db") or 0.0 for record in records), default=0.0)
     columns: dict[str, list[_Cell]] = {
         "layer": [_layer(record, number) for number, record in enumerate(records)],
         "op": [_Cell(escape(str(record.get("op") or ""))) for record in records],
         "N x K": [_Cell(_dimensions(record), _elements(record)) for record in records],
         "group": [_number(record.get("group_size"), "{}") for record in records],
         "action": [_action(record) for record in records],
-        "SQNR, dB": [_number(record.get("sqnr_db"), "{:.1f}", best) for record in records],
+        "SQNR, dB": [_number(_sqnr_db(record), "{:.1f}", best) for record in records],
+        "output error": [_error(record.get("output_error"), worst) for record in records],
         "before": [_bytes(record.get("bytes_before"), biggest) for record in records],
         "after": [_bytes(record.get("bytes_after"), biggest) for record in records],
         "kernels": [_lines(record.get("kernels")) for record in records],
@@ -179,10 +189,15 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(title: str, cell: _Cell) -> str:
-    key = "" if cell.key is None else f' data-key="{cell.key}"'
+    key = "" if cell.key is None else f' data-key="{_javascript(cell.key)}"'
     bar = "" if cell.bar is None else f' style="--part:{100 * cell.bar:.1f}%"'
     label = f' data-label="{title}"' if cell.html else ""
     return f'<td class="{_css(title)}{" bar" * bool(bar)}"{label}{key}{bar}>{cell.html}</td>'
+
+
+def _javascript(key: float) -> str:
+    """A number as JavaScript's Number() reads it."""
+    return "Infinity" if math.isinf(key) else str(key)
 
 
 def _css(title: str) -> str:
@@ -212,6 +227,15 @@ def _number(value: float | None, form: str, largest: float = 0) -> _Cell:
         return _Cell("")
     bar = min(max(value / largest, 0.0), 1.0) if largest else None
     return _Cell(form.format(value), value, bar)
+
+
+def _sqnr_db(record: Mapping[str, Any]) -> float | None:
+    return math.inf if record.get("exact") else record.get("sqnr_db")
+
+
+def _error(value: float | None, largest: float) -> _Cell:
+    cell = _number(value, "{}", largest)
+    return cell if value is None else cell._replace(html=error_text(value))
 
 
 def _bytes(value: int | None, largest: int) -> _Cell:
@@ -256,12 +280,17 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
         memory.append(f"{size_text(record['dense_bytes'])} in a dense copy")
     if record.get("held_bytes"):
         memory.append(f"{size_text(record['held_bytes'])} in the original, which stays in memory")
-    error = record.get("sqnr_db")
+    sqnr_db, error = record.get("sqnr_db"), record.get("output_error")
+    errors = ["none: int4 holds the weight exactly"] if record.get("exact") else []
+    if sqnr_db is not None:
+        errors.append(f"weight: {sqnr_db:.2f} dB SQNR")
+    if error is not None:
+        errors.append(f"output: {error_text(error)}, measured on the example inputs")
     facts: list[tuple[str, str | list[str]]] = [
         ("reason", str(record.get("reason") or "")),
         ("shapes", shapes),
         ("memory", memory),
-        ("error of the weight", "" if error is None else f"{error:.2f} dB SQNR"),
+        ("error", errors),
         ("kernels", list(record.get("kernels") or ())),
         ("one matmul with", list(record.get("fused_with") or ())),
         ("parameters", list(record.get("parameters") or ())),

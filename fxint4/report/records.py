@@ -18,9 +18,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "op": (str,),
     "group_size": (int, NoneType),
     "action": (str,),
+    "method": (str,),
     "reason": (str,),
     "source": (str,),
     "sqnr_db": (float, int, NoneType),
+    "output_error": (float, int, NoneType),
     **dict.fromkeys(_TUPLES, (list,)),
 }
 
@@ -37,6 +39,7 @@ class Record:
         group_size: neighbouring k that share a scale and a zero; None where kept.
         action: "packed" or "kept".
         reason: why it was kept; for a packed one, what is cast or copied. May be empty.
+        method: how its codes were chosen, see `Int4Config`; empty where kept.
         sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB; None where not measured.
         bytes_before: bytes of the weight as it was.
         bytes_after: bytes of tiles and scale_and_zero, or bytes_before where kept.
@@ -49,6 +52,9 @@ class Record:
         parameters: full names of the parameters the weight is made of.
         source: the line of the user's code that multiplies, such as "model.py:31 in forward"; empty
             where it is not known.
+        output_error: what quantising this weight alone does to the product: |x W_q^T - x W^T| as a
+            part of |x W^T| (Frobenius norms), over all x of the example inputs. None where it was
+            not measured, or where no x or a product of zeros gives nothing to measure.
         weight_key: equal for matmuls that share one weight; not part of `to_dict`, where
             `Report.to_dict` has a number for it.
     """
@@ -70,10 +76,16 @@ class Record:
     kernels: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     source: str = ""
+    method: str = ""
+    output_error: float | None = None
     weight_key: Hashable = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON can hold it; an infinite SQNR (an exact weight) is None."""
+        """The record as JSON can hold it.
+
+        JSON has no infinity, so for a weight that int4 holds exactly `sqnr_db` is None, and `exact`
+        True.
+        """
         values = {
             name: getattr(self, name)
             for name in (f.name for f in dataclasses.fields(self))
@@ -81,8 +93,10 @@ class Record:
         }
         for name in _TUPLES:
             values[name] = list(values[name])
-        if self.sqnr_db is not None and not math.isfinite(self.sqnr_db):
-            values["sqnr_db"] = None
+        values["exact"] = self.sqnr_db == math.inf
+        for name in ("sqnr_db", "output_error"):
+            if values[name] is not None and not math.isfinite(values[name]):
+                values[name] = None
         return values
 
     @classmethod
@@ -103,6 +117,8 @@ class Record:
             if not all(isinstance(item, str) for item in given[name]):
                 raise TypeError(f"{name} is {given[name]!r}")
             given[name] = tuple(given[name])
+        if checked(values, "exact", bool):
+            given["sqnr_db"] = math.inf
         return cls(**given, weight_key=weight_key)
 
 

@@ -12,7 +12,16 @@ from tabulate import tabulate
 
 from fxint4.report.records import Record
 
-__all__ = ["ROWS_SHOWN", "SHARE_SHOWN", "dimensions", "ending", "numberless", "size_text", "text"]
+__all__ = [
+    "ROWS_SHOWN",
+    "SHARE_SHOWN",
+    "dimensions",
+    "ending",
+    "error_text",
+    "numberless",
+    "size_text",
+    "text",
+]
 
 #: Weights with less of the parameters than this are not singled out where they are not packed.
 SHARE_SHOWN = 0.01
@@ -28,6 +37,7 @@ def text(
     totals: Mapping[str, Any],
     coverage: Mapping[str, Any],
     graph_breaks: list[str],
+    output_error: float | None,
     columns: int,
 ) -> str:
     """A report for people: what is covered, the table, and sums below it.
@@ -37,11 +47,13 @@ def text(
         totals: its totals.
         coverage: its coverage.
         graph_breaks: why its graphs ended early.
+        output_error: of the whole model, where it was measured.
         columns: how wide a line may be.
     """
     table, notes = _table(records, columns)
     headline = _wrapped(_headline(totals, coverage, graph_breaks), columns)
-    parts = [headline, table, _wrapped(notes, columns), _wrapped(_footnotes(totals), columns)]
+    footnotes = _wrapped(_footnotes(totals, output_error), columns)
+    parts = [headline, table, _wrapped(notes, columns), footnotes]
     return "\n\n".join(filter(None, parts))
 
 
@@ -74,6 +86,7 @@ def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
             str(row.group_size or ""),
             row.action,
             "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+            "" if row.output_error is None else error_text(row.output_error),
             size_text(row.bytes_before),
             size_text(row.bytes_after),
             why,
@@ -82,7 +95,13 @@ def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
     ]
     if not cells:
         return "", []
-    headers = ["layer", "op", "N x K", "group", "action", "SQNR\ndB", "before", "after", "why"]
+    headers = [
+        *("layer", "op", "N x K", "group", "action"),
+        *("SQNR\ndB", "output\nerror", "before", "after", "why"),
+    ]
+    if all(row.output_error is None for row in rows):
+        for row_cells in (headers, *cells):
+            del row_cells[6]
     layer, *others, why = (
         max(len(line) for cell in column for line in cell.split("\n"))
         for column in zip(headers, *cells, strict=True)
@@ -107,16 +126,26 @@ def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
         tablefmt="plain",
         maxcolwidths=[None] * (len(headers) - 1) + [why],
         disable_numparse=True,
-        colalign=("left", "left", *["right"] * 2, "left", *["right"] * 3, "left"),
+        colalign=(
+            *("left", "left", "right", "right", "left"),
+            *["right"] * (len(headers) - 6),
+            "left",
+        ),
     )
     return table, notes
 
 
-def _footnotes(totals: Mapping[str, Any]) -> list[str]:
+def _footnotes(totals: Mapping[str, Any], output_error: float | None) -> list[str]:
     if not totals["packed"]:
         return []
+    lines = []
+    if output_error is not None:
+        lines.append(
+            f"output of the model: {error_text(output_error)} off the original's, for the example "
+            "inputs"
+        )
     before, after = size_text(totals["bytes_before"]), size_text(totals["bytes_after"])
-    lines = [f"packed weights: {before} -> {after}, {size_text(totals['bytes_saved'])} less"]
+    lines.append(f"packed weights: {before} -> {after}, {size_text(totals['bytes_saved'])} less")
     if totals["held_bytes"]:
         lines.append(
             f"original parameters: {size_text(totals['held_bytes'])} stay in memory beside them; "
@@ -131,7 +160,7 @@ def _footnotes(totals: Mapping[str, Any]) -> list[str]:
 
 
 def _merged(records: Iterable[Record]) -> list[Record]:
-    """One row for records that differ only in numbers within their names; its SQNR is the worst."""
+    """One row for records that differ only in numbers within their names; errors are the worst."""
     rows: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         name = numberless(record.name)
@@ -154,12 +183,14 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             merged.append(group[0])
             continue
         measured = [record.sqnr_db for record in group if record.sqnr_db is not None]
+        errors = [record.output_error for record in group if record.output_error is not None]
         merged.append(
             dataclasses.replace(
                 group[0],
                 name=f"{numberless(group[0].name)} ({len(group)})",
                 fused_with=tuple(map(numberless, group[0].fused_with)),
                 sqnr_db=min(measured, default=None),
+                output_error=max(errors, default=None),
                 bytes_before=sum(record.bytes_before for record in group),
                 bytes_after=sum(record.bytes_after for record in group),
             )
@@ -205,6 +236,11 @@ def _wrapped(lines: Iterable[str], columns: int) -> str:
 def ending(text: str, width: int) -> str:
     """The last `width` characters of a text, marked where others are gone."""
     return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def error_text(error: float) -> str:
+    """A relative error in percent."""
+    return f"{100 * error:.3g}%"
 
 
 def size_text(count: int) -> str:
