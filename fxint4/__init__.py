@@ -3,8 +3,10 @@
 from fxint4 import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
 from fxint4.aot import package
 from fxint4.backend import explain, last_report
+from fxint4.checkpoints import load_
 from fxint4.config import Int4Config
 from fxint4.errors import (
+    CheckpointError,
     FoldError,
     Int4Error,
     OptionError,
@@ -21,6 +23,7 @@ from fxint4.tensor import Int4TileTensor, dequantizing
 from fxint4.version import __version__ as __version__
 
 __all__ = [
+    "CheckpointError",
     "FoldError",
     "Int4Config",
     "Int4Error",
@@ -35,6 +38,7 @@ __all__ = [
     "dequantizing",
     "explain",
     "last_report",
+    "load_",
     "load_file",
     "pack_",
     "package",

@@ -1,0 +1,211 @@
+"""The files of a checkpoint: its tensors one at a time, and what its config says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, KeysView, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxint4.errors import CheckpointError
+
+__all__ = ["Checkpoint"]
+
+_SUFFIX = ".safetensors"
+_INDEX = ".safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+#: Where the options of the quantiser are, and under which key; the whole file where None.
+_CONFIGS = (
+    ("config.json", "quantization_config"),  # transformers
+    ("config.json", "compression_config"),  # the same in early files of compressed-tensors
+    ("quantize_config.json", None),  # AutoGPTQ, GPTQModel
+    ("quant_config.json", None),  # AutoAWQ
+)
+
+#: Names of dtypes in the header of a safetensors file.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class Checkpoint:
+    """The tensors of a safetensors file, or of all those of a folder.
+
+    A context manager: the files are open, and memory-mapped, within it. Only headers are read until
+    `read` is called.
+
+    Attributes:
+        path: as given.
+        metadata: the free-form headers of the files.
+        config: what the quantiser left beside them, empty where it left nothing.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        """Open the files.
+
+        Args:
+            path: a .safetensors file; or a folder that holds one, or several and their index.
+
+        Raises:
+            CheckpointError: there are none, there are only pickles, or one is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self._owners: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
+            for file in _files(self.path):
+                try:
+                    opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{file} can't be read: {error}") from error
+                self.metadata.update(opened.metadata() or {})
+                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    if name in self._owners:
+                        raise CheckpointError(f"{self.path}: {name} is in two files")
+                    self._owners[name] = opened
+            folder = self.path if self.path.is_dir() else self.path.parent
+            self.config = _config(folder)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Checkpoint:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        self._owners.clear()
+        self._stack.close()
+
+    @property
+    def names(self) -> KeysView[str]:
+        """The names of all tensors."""
+        return self._owners.keys()
+
+    def layers(
+        self, main: str, required: Sequence[str], optional: Sequence[str] = ()
+    ) -> Iterator[tuple[str, dict[str, str]]]:
+        """Layers that hold a tensor of some name.
+
+        Args:
+            main: its name within the layer.
+            required: other tensors that each such layer must have.
+            optional: others that it may have.
+
+        Yields:
+            The full name of the layer's weight, and of each of these tensors.
+
+        Raises:
+            CheckpointError: a required one is not there.
+        """
+        for name in sorted(self.names):
+            prefix = name.removesuffix(main)
+            if prefix == name or (prefix and not prefix.endswith(".")):
+                continue
+            parts = {part: prefix + part for part in (main, *required, *optional)}
+            parts = {part: full for part, full in parts.items() if full in self.names}
+            missing = [prefix + part for part in required if part not in parts]
+            if missing:
+                raise CheckpointError(f"{self.path} has {name} but no {', '.join(missing)}")
+            yield f"{prefix}weight", parts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._owners[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The dtype of a tensor, by its name where it is not one of PyTorch's common ones."""
+        stored: str = self._owners[name].get_slice(name).get_dtype()
+        return _DTYPES.get(stored, stored)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU; it may be a view of the mapped file."""
+        tensor: Tensor = self._owners[name].get_tensor(name)
+        return tensor
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.name.endswith(_SUFFIX):
+            return [path]
+        hint = (
+            "reading a pickle can run code; convert it with safetensors first"
+            if path.suffix in _PICKLES
+            else f"give a {_SUFFIX} file or the folder that holds it"
+        )
+        raise CheckpointError(f"{path} is no {_SUFFIX} file: {hint}")
+    if not path.is_dir():
+        raise CheckpointError(f"there is no file or folder {path}")
+    indices = sorted(path.glob(f"*{_INDEX}"))
+    files = sorted(path.glob(f"*{_SUFFIX}"))
+    if len(indices) == 1:
+        return _indexed(indices[0])
+    if not indices and len(files) == 1:
+        return files
+    if not files and any(file.suffix in _PICKLES for file in path.iterdir()):
+        raise CheckpointError(
+            f"{path} holds only pickles; reading one can run code; convert them with "
+            "safetensors first"
+        )
+    found = ", ".join(file.name for file in (*indices, *files)) or "none"
+    raise CheckpointError(
+        f"{path} must hold one {_SUFFIX} file, or several and one *{_INDEX}; there: {found}"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, all of them beside it."""
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(places.values()))
+    files = [index.parent / name for name in names]
+    for name, file in zip(names, files, strict=True):
+        if Path(name).name != name or not name.endswith(_SUFFIX) or not file.is_file():
+            raise CheckpointError(f"{index} names {name!r}, which is no {_SUFFIX} file beside it")
+    return files
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    for name, key in _CONFIGS:
+        if not (folder / name).is_file():
+            continue
+        config = _json(folder / name)
+        if key is not None:
+            text = config.get("text_config")  # that of a model which also sees or hears
+            config = config.get(key) or (text.get(key) if isinstance(text, dict) else None) or {}
+        if config:
+            return config
+    return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return values
