@@ -425,6 +425,13 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree_map_only(Tensor, function, tree)
 
 
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to everything in nested containers."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(function, tree)
+
+
 class TensorState:
     """Which data a tensor holds now: its storage, address and in-place version.
 

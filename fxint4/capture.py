@@ -29,11 +29,14 @@ def run_once(
     backend: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> None:
-    """Compile a model anew with a backend of ours and call it; our errors come out as they are."""
+) -> Any:
+    """What a model returns, compiled anew with a backend of ours; our errors come out as they are.
+
+    "Anew" but for runs with the same backend, which share what it compiled.
+    """
     with torch.no_grad(), _torch.roomy_recompile_limit():
         try:
-            torch.compile(model, backend=backend)(*args, **kwargs)
+            return torch.compile(model, backend=backend)(*args, **kwargs)
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
             if isinstance(cause, Int4Error):
@@ -140,7 +143,16 @@ class Analysis:
 
 
 class _Weights:
-    """The constant placeholders of AOTAutograd's graph, and the real tensors behind them."""
+    """The constant placeholders of AOTAutograd's graph, and the real tensors behind them.
+
+    Attributes:
+        tensors: the real tensors.
+        names: full names of the parameters and buffers that they are, or are parts of.
+        standings: see `Constants`.
+        labels: what to call placeholders, those that are not constant included, by node name.
+        parameters: full name and elements of each parameter, by identity.
+        written: the placeholders that the graph writes to, by position.
+    """
 
     def __init__(
         self,
@@ -154,9 +166,13 @@ class _Weights:
         self.labels: dict[str, str] = {}
         self.standings: dict[fx.Node, Standing] = {}
         self.parameters: dict[int, tuple[str, int]] = {}
+        self.written: list[int] = []
         mutated = _torch.inputs_mutated_by_graph()
-        written = _written_placeholders(captured)
+        by_ops = _written_placeholders(captured)
         for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
+            written = index in mutated or node in by_ops
+            if written:
+                self.written.append(index)
             source = _torch.outer_input(node)
             if source is None:
                 continue
@@ -170,7 +186,7 @@ class _Weights:
             if isinstance(value, nn.Parameter):
                 self.parameters[id(value)] = (name, value.numel())
             standing = standing_of(value, is_buffer)
-            if standing is Standing.VARIES or index in mutated or node in written:
+            if standing is Standing.VARIES or written:
                 continue
             self.standings[node] = standing
             self.tensors[node] = value if attribute is None else getattr(value, attribute)
