@@ -116,6 +116,23 @@ def nearest_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[
     return step.to(torch.bfloat16), stored_zero
 
 
+def padded_columns(k: int, group_size: int, k_padded: int | None = None) -> int:
+    """Columns to store for a weight of k: k_padded, or by default as few as there can be.
+
+    Raises ValueError where k_padded is less than k, or no multiple of group_size.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}, it must be positive")
+    if k_padded is None:
+        return -(-k // group_size) * group_size
+    if k_padded < k or k_padded % group_size:
+        raise ValueError(
+            f"k_padded is {k_padded}, it must be a multiple of group_size={group_size} "
+            f"and at least the weight's {k} columns"
+        )
+    return k_padded
+
+
 def choose_parameters(
     w: Tensor,
     group_size: int,
@@ -163,16 +180,8 @@ def quantize(
             f"the weight is {weight.dtype} {tuple(weight.shape)}, "
             "it must be a float [N, K] with at least one column"
         )
-    if group_size < 1:
-        raise ValueError(f"group_size is {group_size}, it must be positive")
     n, k = weight.shape
-    if k_padded is None:
-        k_padded = -(-k // group_size) * group_size
-    if k_padded < k or k_padded % group_size:
-        raise ValueError(
-            f"k_padded is {k_padded}, it must be a multiple of group_size={group_size} "
-            f"and at least the weight's {k} columns"
-        )
+    k_padded = padded_columns(k, group_size, k_padded)
     if importance is not None and importance.shape != (k,):
         raise ValueError(f"importance is {tuple(importance.shape)}, it must be [{k}], as K is")
     weight = weight.detach()
@@ -211,6 +220,35 @@ def quantize(
         noise += _sum_of_squares(q.view(-1, k_padded)[:, :k])
 
     codes[:, k:] = _MIDDLE
+    return _quantized(weight, codes, scale, zero, signal, noise)
+
+
+def measured(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int
+) -> Quantized:
+    """Codes that were chosen elsewhere, with what they cost.
+
+    weight: ``[N, K]``, any float dtype and strides, finite.
+    codes: uint8 ``[N, k_padded]``; scale, zero: bf16 ``[N, k_padded / group_size]``.
+
+    Raises ValueError where the weight holds inf or NaN, see `nonfinite_count`.
+    """
+    k = weight.shape[1]
+    signal = torch.zeros((), dtype=torch.float64, device=weight.device)
+    noise = torch.zeros_like(signal)
+    for start, stop in _row_chunks(codes):
+        w = weight.detach()[start:stop].to(torch.float32)
+        c, s, z = (tensor[start:stop] for tensor in (codes, scale, zero))
+        back = dequantize(c, s, z, group_size, torch.float32, k)
+        signal += _sum_of_squares(w)
+        noise += _sum_of_squares(back.sub_(w))
+    return _quantized(weight, codes, scale, zero, signal, noise)
+
+
+def _quantized(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, signal: Tensor, noise: Tensor
+) -> Quantized:
+    """The result, unless its sums say that the weight is not finite."""
     total_signal, total_noise = torch.stack((signal, noise)).tolist()
     if not math.isfinite(total_signal):  # finite fp32 squares cannot overflow in fp64
         raise ValueError(
