@@ -207,7 +207,7 @@ def partial_sums(x: Tensor, many: list[Weight], blocks: Blocks) -> Tensor:
     )
     partial = x.new_full((blocks.splits, len(x), sum(n for n, _ in sizes)), float("nan"))
     partial = partial.float()
-    buffers = kernels._buffers([(one.tiles, one.scale_and_zero) for one in many])
+    buffers = kernels.buffers_of([(one.tiles, one.scale_and_zero) for one in many])
     common.run(launch, [x, *buffers, x, partial, x])
     return partial
 
