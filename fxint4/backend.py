@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor, fx, nn
 from fxint4 import _torch
 from fxint4.capture import Analysis, inputs_of, run_once
 from fxint4.config import Int4Config, split_options
-from fxint4.errors import TrainingError
+from fxint4.errors import OptionError, TrainingError
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
+from fxint4.measure import Errors, Trials, measure
 from fxint4.names import (
     Inputs,
     layer_name,
@@ -29,6 +31,8 @@ from fxint4.report import GraphReport, Report, graph_text
 from fxint4.runtime import Int4Graph, Meeting, expected_rows
 
 __all__ = ["explain", "int4tile", "last_report", "remember"]
+
+logger = logging.getLogger("fxint4")
 
 _reports: list[tuple[weakref.ref[object], Report]] = []
 _newest: Report | None = None
@@ -55,6 +59,11 @@ def int4tile(
         FoldError: a weight could not be folded.
     """
     config, patches = split_options(mode, options)
+    if config.measure:
+        raise OptionError(
+            "measure is for fxint4.explain, pack_, rewrite and package: a backend has no inputs to "
+            "run the model on"
+        )
     return _compile_graph(gm, example_inputs, config, patches, _report_of_caller(config, patches))
 
 
@@ -79,9 +88,13 @@ def explain(
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Compile `model` with backend "int4tile", run it once on the arguments, return the report.
+    """Compile `model` with backend "int4tile", run it on the arguments, return the report.
 
-    The model is compiled anew, whatever was compiled before, and is not changed.
+    The model is compiled anew, whatever was compiled before, and is not changed. Unless the option
+    `measure` is False it also runs once with its own weights and once with the quantised ones, node
+    by node, which tells what that does to the output of every matmul and of the model. All runs
+    begin with the same random state, and leave it, the arguments, and buffers that the model writes
+    to, as they were.
 
     Args:
         model: a module in eval mode, or a function.
@@ -101,8 +114,36 @@ def explain(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return _compile_graph(gm, example_inputs, config, patches, report)
 
-    run_once(model, backend, args, kwargs)
+    if config.measure is False:
+        run_once(model, backend, args, kwargs)
+        return report
+    trials = Trials(model)
+    try:
+        errors = _measured(model, args, kwargs, config, trials)
+        with trials.run(args, kwargs) as (own_args, own_kwargs):
+            run_once(model, backend, own_args, own_kwargs)
+    finally:
+        trials.forget()
+    if errors is not None:
+        report.measured(errors.output, errors.of_weights)
     return report
+
+
+def _measured(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: Int4Config,
+    trials: Trials,
+) -> Errors | None:
+    """The errors of a model; None, and a warning in the log, where it does not run node by node."""
+    try:
+        return measure(model, args, kwargs, config, trials)
+    except Exception as error:
+        if config.measure:
+            raise
+        logger.warning("errors could not be measured: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _compile_graph(
@@ -231,7 +272,7 @@ class _Meetings:
         records, new = [], []
         for position, (site, form) in enumerate(zip(self._sites, meeting.forms, strict=True)):
             packed = meeting.packed.get((site.weight.roots, site.weight.signature))
-            record = folded_record(site, packed, form, self._config) if packed else site.record
+            record = folded_record(site, packed, form) if packed else site.record
             if packed and keys[position] not in self._known:
                 new.append(position)
             known = record.parameters  # one name for all buffers of a packed weight

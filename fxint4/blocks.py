@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from fxint4.quantize import quantize, row_blocks
+from fxint4.quantize import Quantized, dequantize, row_blocks
+from fxint4.recipe import RTN, Recipe
 from fxint4.tiles import TileShape, pack_scale_and_zero, pad_codes, pad_parameters
 
-__all__ = ["Block", "quantized_blocks", "write"]
+__all__ = ["Block", "dequantized", "quantized_blocks", "values_of", "write"]
 
 #: Blocks of rows that can be packed by themselves: the CPU op packs 64 rows together.
 _ROWS = 64
@@ -37,17 +39,59 @@ class Block:
     noise: float = 0.0
 
 
-def quantized_blocks(weight: Tensor, shape: TileShape) -> Iterator[Block]:
+def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> Iterator[Block]:
     """Quantise a weight ``[N, K]`` or ``[E, N, K]``, any float dtype and strides.
 
     shape: its group_size and k_padded are those of the blocks.
+    recipe: how codes are chosen.
     """
-    for start, stop in row_blocks(weight, _ROWS if weight.ndim == 2 else 1):
-        part = weight[start:stop]
-        made = quantize(part.reshape(-1, part.shape[-1]), shape.group_size, shape.k_padded)
-        values = (made.codes, made.scale, made.zero)
-        codes, scale, zero = (value.view(*part.shape[:-1], -1) for value in values)
-        yield Block(start, codes, scale, zero, made.signal, made.noise)
+    if recipe.statistics is None or weight.ndim == 2:
+        quantizer = recipe.quantizer(shape.group_size, shape.k_padded)
+        for start, stop in row_blocks(weight, _ROWS if weight.ndim == 2 else 1):
+            part = weight[start:stop]
+            made = quantizer(part.reshape(-1, part.shape[-1]))
+            yield _block(start, made, part.shape[:-1])
+    else:
+        for start, part in enumerate(weight):
+            quantizer = recipe.quantizer(shape.group_size, shape.k_padded, start)
+            yield _block(start, quantizer(part), (1, *part.shape[:-1]))
+
+
+def dequantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """What a weight becomes once it is quantised, ``[..., N, K]`` of dtype, contiguous.
+
+    Args:
+        weight: see `quantized_blocks`.
+        shape: see `quantized_blocks`.
+        recipe: see `quantized_blocks`.
+        dtype: of the result.
+    """
+    made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for block in quantized_blocks(weight, shape, recipe):
+        made[block.start : block.start + len(block.codes)] = values_of(block, shape, recipe, dtype)
+    return made
+
+
+def values_of(block: Block, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """What the codes of a block stand for, ``[..., rows, K]`` of dtype."""
+    pre_scale = recipe.pre_scale
+    values = dequantize(
+        block.codes.reshape(-1, shape.k_padded),
+        block.scale.reshape(-1, shape.groups),
+        block.zero.reshape(-1, shape.groups),
+        shape.group_size,
+        dtype if pre_scale is None else torch.float32,
+        shape.k,
+    ).view(*block.codes.shape[:-1], -1)
+    if pre_scale is None:
+        return values
+    return values.mul_(pre_scale.to(values.device)).to(dtype)
+
+
+def _block(start: int, made: Quantized, rows: Sequence[int]) -> Block:
+    values = (made.codes, made.scale, made.zero)
+    codes, scale, zero = (value.view(*rows, -1) for value in values)
+    return Block(start, codes, scale, zero, made.signal, made.noise)
 
 
 def write(

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fxint4._torch import inductor_mode_options, inductor_option_names
+from fxint4.calibration import Calibration
 from fxint4.errors import OptionError
 
 __all__ = [
     "GROUP_SIZES",
     "INNER_K_TILES",
+    "METHODS",
     "REPORT_SUFFIXES",
     "Int4Config",
     "matches",
@@ -29,7 +31,11 @@ __all__ = [
 GROUP_SIZES = (32, 64, 128, 256)
 #: Values of inner_k_tiles that `aten._weight_int4pack_mm` takes.
 INNER_K_TILES = (2, 4, 8)
-METHODS = ("rtn",)
+#: How codes are chosen; those after "hqq" look at activations.
+METHODS = ("rtn", "mse", "hqq", "gptq", "awq", "gptq+awq")
+_CALIBRATED = METHODS[3:]
+#: What a layer can have of its own.
+_OVERRIDDEN = ("group_size", "inner_k_tiles", "method", "min_sqnr_db")
 #: Ways to multiply by int4 weights on a GPU.
 KERNELS = ("triton", "dequantise", "aten")
 #: Files that a report can be written to.
@@ -45,7 +51,13 @@ class Int4Config:
             An upper bound: a weight whose K it does not divide takes the largest smaller one
             that does, or is padded.
         inner_k_tiles: 16-wide k tiles that one thread's words hold: 2, 4 or 8. An upper bound too.
-        method: how scale and zero are chosen; "rtn" (round to nearest).
+        method: how codes, scales and zeros are chosen. "rtn" rounds to nearest; "mse" and "hqq"
+            look for scales and zeros that lose less of the weight; "gptq" and "awq" lose less of
+            the layer's output, for which they need a `calibration`, and "gptq+awq" does both.
+        calibration: what `fxint4.calibrate` returned.
+        overrides: other options for some layers: for a pattern as in `include` the fields that
+            differ, of group_size, inner_k_tiles, method and min_sqnr_db. Where several patterns
+            match a layer, later ones win.
         include: patterns of modules to pack; empty means all.
         skip: patterns of modules to leave alone; stronger than `include`.
             A pattern is a glob, or a regular expression after the prefix "re:". It must match the
@@ -61,6 +73,10 @@ class Int4Config:
         kernel: on the GPU, how to multiply, whatever M is: "triton" (a kernel that unpacks weights
             in registers), "dequantise" (write the weight out, then cuBLAS) or "aten" (PyTorch's
             int4 op). None is the fastest: by rule, or with mode="max-autotune" by measurement.
+        measure: measure what quantising does to the output of each matmul and of the whole model,
+            by running it on the example inputs with both kinds of weights. None is for
+            `fxint4.explain` alone; `fxint4.pack_`, `rewrite` and `package` do it where it is True. A
+            backend does not: it has no inputs before the model runs. No part of any cache key.
         report: a file that holds the report as soon as there is one, and follows as it grows: .json
             (which `fxint4.Report.load` reads), .txt or .html. Its folder must exist. No part of any
             cache key: two configs that differ in it are equal.
@@ -72,6 +88,8 @@ class Int4Config:
     group_size: int = 128
     inner_k_tiles: int = 8
     method: str = "rtn"
+    calibration: Calibration | None = None
+    overrides: Any = ()
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     min_sqnr_db: float | None = None
@@ -80,6 +98,7 @@ class Int4Config:
     free_weights: bool = False
     fuse_projections: bool = True
     kernel: str | None = None
+    measure: bool | None = field(default=None, compare=False)
     report: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +107,22 @@ class Int4Config:
         _one_of("inner_k_tiles", self.inner_k_tiles, INNER_K_TILES)
         _one_of("method", self.method, METHODS)
         _one_of("kernel", self.kernel, (None, *KERNELS))
+        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+            raise OptionError(
+                f"calibration is {self.calibration!r}; it takes what fxint4.calibrate returns, or "
+                "None"
+            )
+        if self.needs_calibration and self.calibration is None:
+            raise OptionError(
+                f"method={self.method!r} looks at activations: give it "
+                "calibration=fxint4.calibrate(model, batches)"
+            )
+        object.__setattr__(self, "overrides", _overrides(self.overrides))
+        for pattern, changes in self.overrides:
+            try:
+                self._with(changes)
+            except OptionError as error:
+                raise OptionError(f"overrides for {pattern!r}: {error}") from error
         for name in ("include", "skip"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.min_sqnr_db is not None and not _is_number(self.min_sqnr_db):
@@ -99,7 +134,42 @@ class Int4Config:
         for name in ("progress", "free_weights", "fuse_projections"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it takes True or False")
+        if self.measure is not None and not isinstance(self.measure, bool):
+            raise OptionError(f"measure is {self.measure!r}; it takes True, False or None")
         _report_file(self.report)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.method in _CALIBRATED
+
+    def of(self, name: str, parameters: Iterable[str]) -> Int4Config:
+        """What was asked for one layer: this, and what `overrides` change.
+
+        Args:
+            name: full name of the layer.
+            parameters: full names of the parameters its weight is made of.
+        """
+        if not self.overrides:
+            return self
+        parameters = tuple(parameters)
+        changes = [
+            change
+            for pattern, fields in self.overrides
+            if matches(name, parameters, (pattern,)) is not None
+            for change in fields
+        ]
+        return self._with(changes) if changes else self
+
+    def asked(self) -> dict[str, Any]:
+        """The options as plain values, for a report."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        values["overrides"] = {pattern: dict(changes) for pattern, changes in self.overrides}
+        values["calibration"] = None if self.calibration is None else repr(self.calibration)
+        return values
+
+    def _with(self, changes: Iterable[tuple[str, Any]]) -> Int4Config:
+        return dataclasses.replace(self, overrides=(), **dict(changes))
 
 
 def split_options(
@@ -172,6 +242,28 @@ def _patterns(field: str, value: object) -> tuple[str, ...]:
                 f"{field} holds {pattern!r}, which is no regular expression: {error}"
             ) from error
     return tuple(sorted(values)) if isinstance(values, (set, frozenset)) else tuple(values)
+
+
+def _overrides(value: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """Patterns and what they change, hashable."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or not all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (Mapping, tuple))
+        for pair in pairs
+    ):
+        raise OptionError(f"overrides is {value!r}; it takes a dict of options by pattern")
+    made = []
+    for pattern, changes in pairs:
+        _patterns("overrides", [pattern])
+        fields = dict(changes)
+        unknown = sorted(fields.keys() - set(_OVERRIDDEN))
+        if unknown:
+            raise OptionError(
+                f"overrides for {pattern!r} hold {unknown[0]!r}; a layer can have its own "
+                f"{', '.join(_OVERRIDDEN)}"
+            )
+        made.append((pattern, tuple(fields.items())))
+    return tuple(made)
 
 
 def _report_file(path: object) -> None:

@@ -27,6 +27,7 @@ from fxint4.constants import Constants, Standing
 from fxint4.errors import OptionError
 from fxint4.forms import UNBOUNDED
 from fxint4.kernel_choice import Policy
+from fxint4.measure import Errors, measure_graph
 from fxint4.passes import (
     DECOMPOSITIONS,
     PATTERNS,
@@ -62,7 +63,8 @@ def rewrite(
     A program has one form of each weight, the packed one, for any number of rows; where a dense
     matmul would be faster for the rows of the example inputs, which on the CPU it is for many, the
     report says so. Packed bytes of the CPU are for the kind of CPU that packed them; on another one
-    the program raises a RuntimeError that says so.
+    the program raises a RuntimeError that says so. With the option `measure` the program runs twice
+    on its example inputs, to measure what quantising does to its output.
 
     Args:
         exported_program: of `torch.export.export`, for inference; it is not changed.
@@ -70,7 +72,7 @@ def rewrite(
 
     Raises:
         OptionError: an option that is not known, or not for programs; or a program that is
-            rewritten already.
+            rewritten already, or that has no example inputs to measure with.
         FoldError: a weight could not be folded.
     """
     config, patches = split_options(None, options)
@@ -131,6 +133,7 @@ def rewrite_program(
     store = Store()  # of its own: the others write over what they hold when parameters change
     sites, records = fold(wanted, weights.tensors, expected_rows, config, store)
     forms = [site.int4 for site in sites]
+    errors = _measured(program, sites, fake_mode, config) if config.measure else None
     labels = dict[str, str]()
     before = after = graph_text(captured, weights.targets, labels)
     if sites:
@@ -146,8 +149,33 @@ def rewrite_program(
         after = graph_text(program.graph_module, targets, labels)
     records = list(map(_of_a_program, records, found))
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
+    if errors is not None:
+        report.measured(errors.output, errors.of_weights)
     remember(report)
     return program
+
+
+def _measured(
+    program: ExportedProgram, sites: Sequence[Site], fake_mode: Any, config: Int4Config
+) -> Errors:
+    """What quantising does to the output of a program as captured."""
+    if program.example_inputs is None:
+        raise OptionError(
+            "measure=True needs example inputs, and the program has none: set its example_inputs "
+            "to (args, kwargs), or leave measure out"
+        )
+    signature = program.graph_signature
+    given = iter(_torch.flat(program.example_inputs))
+    arguments = [
+        next(given) if spec.kind is InputKind.USER_INPUT else _value(program, spec)
+        for spec in signature.input_specs
+    ]
+    outputs = [
+        position
+        for position, spec in enumerate(signature.output_specs)
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    return measure_graph(program.graph_module, sites, fake_mode, arguments, outputs, config)
 
 
 def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
@@ -349,7 +377,7 @@ class _Program:
         """Buffers for the inputs that hold packed weights."""
         for slot in rewritten.slots:
             tensors = [self._weights.tensors[root] for root in slot.weight.roots]
-            packed = store.find(slot.weight, tensors, slot.shape)
+            packed = store.find(slot.weight, tensors, slot.shape, slot.recipe)
             for tensor in packed.forms[slot.form]:
                 node = next(nodes)
                 part = node.name.rpartition("_")[0]

@@ -14,12 +14,14 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from fxint4._torch import aten, example_size
+from fxint4.calibration import transposed_key
 from fxint4.config import Int4Config
 from fxint4.constants import Constants
 from fxint4.errors import FoldError
 from fxint4.names import layer_name
 from fxint4.passes import Site, refusal, sqnr_fault
 from fxint4.quantize import nonfinite_fault
+from fxint4.recipe import recipe_of
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import NEW_AXIS
@@ -30,6 +32,7 @@ __all__ = [
     "Owners",
     "from_graph",
     "from_modules",
+    "packed_candidate",
     "record_of",
     "replace_parameters",
     "settle_parametrized",
@@ -351,20 +354,45 @@ def replace_parameters(
 def _replace(
     candidate: Candidate, owners: Owners, config: Int4Config, device: torch.device | None
 ) -> Record:
+    packed, record = packed_candidate(candidate, owners, config, device)
+    if packed is None:
+        return record
+    new = nn.Parameter(candidate.logical(packed), requires_grad=False)
+    owners.replace(candidate.parameter, new)
+    return dataclasses.replace(record, weight_key=id(new))
+
+
+def packed_candidate(
+    candidate: Candidate, owners: Owners, config: Int4Config, device: torch.device | None = None
+) -> tuple[Int4TileTensor | None, Record]:
+    """A parameter packed, as ``[..., N, K]``, and its record; None where it stays as it is.
+
+    Args:
+        candidate: the parameter.
+        owners: where it is.
+        config: what the user asked for.
+        device: where the packed weight goes; where the parameter is if None.
+
+    Raises:
+        FoldError: it could not be packed.
+    """
     parameter, stored = candidate.parameter, candidate.as_stored
     name = owners.name(parameter)
     record = record_of(layer_name(name), (name,), candidate.op, stored, parameter)
     record = dataclasses.replace(record, source=candidate.source)
     fault = candidate.fault or refusal(record, stored.dtype, device or stored.device, config)
     if fault:
-        return dataclasses.replace(record, reason=fault)
+        return None, dataclasses.replace(record, reason=fault)
+    config = config.of(record.name, record.parameters)
+    key = transposed_key(name) if candidate.k_axis == -2 else name
+    recipe = recipe_of(config, key, stored.shape)
     try:
         with torch.no_grad():
             moved = stored if device is None else stored.to(device, non_blocking=True)
             fault = nonfinite_fault(moved)
             if fault:
-                return dataclasses.replace(record, reason=fault)
-            packed, sqnr_db = Int4TileTensor.quantized(moved, config)
+                return None, dataclasses.replace(record, reason=fault)
+            packed, sqnr_db = Int4TileTensor.quantized(moved, config, recipe)
             del moved
     except Exception as error:
         raise FoldError(
@@ -375,17 +403,16 @@ def _replace(
         ) from error
     fault = sqnr_fault(sqnr_db, config)
     if fault:
-        return dataclasses.replace(record, reason=fault, sqnr_db=sqnr_db)
-    new = nn.Parameter(candidate.logical(packed), requires_grad=False)
-    owners.replace(parameter, new)
-    return dataclasses.replace(
+        return None, dataclasses.replace(record, reason=fault, sqnr_db=sqnr_db)
+    return packed, dataclasses.replace(
         record,
         action="packed",
+        reason=recipe.remark,
         group_size=packed.group_size,
+        method=recipe.method,
         sqnr_db=sqnr_db,
         bytes_after=packed.packed_bytes,
         held_bytes=0,
-        weight_key=id(new),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxint4 import _torch
+from fxint4.calibration import weight_key
 from fxint4.config import Int4Config
 from fxint4.forms import choose
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
+from fxint4.names import layer_name, names_in_call
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
+from fxint4.recipe import Recipe, recipe_of
 from fxint4.store import Form, Lookup, PackedWeight, picker, store
 
 __all__ = ["Int4Graph", "Meeting", "expected_rows"]
@@ -83,6 +87,7 @@ class Int4Graph:
         self._fake_inputs = fake_inputs
         self._sites = sites
         self._constants = tuple(tensors)
+        self._tensors = {node: weakref.ref(tensor) for node, tensor in tensors.items()}
         self._config = config
         self._policy = policy
         self._state = state
@@ -189,7 +194,10 @@ class Int4Graph:
         compiled = compile_graph(
             rewritten.gm, inputs, self._policy, **{**self._kwargs, "static_input_idxs": static_now}
         )
-        slots = [_BoundSlot(slot, self._positions, self._config) for slot in rewritten.slots]
+        slots = [
+            _BoundSlot(slot, self._positions, self._tensors, self._config)
+            for slot in rewritten.slots
+        ]
         return _Variant(rewritten, slots, compiled)
 
 
@@ -242,10 +250,12 @@ class _BoundSlot:
         self,
         slot: Slot,
         positions: Mapping[fx.Node, int],
+        tensors: Mapping[fx.Node, weakref.ref[Tensor]],
         config: Int4Config,
     ) -> None:
         self.slot = slot
         self._form = slot.form
+        self._compiled_with = [tensors[root] for root in slot.weight.roots]
         self.positions = tuple(positions[root] for root in slot.weight.roots)
         self._config = config
         self._packed: PackedWeight | None = None
@@ -256,7 +266,23 @@ class _BoundSlot:
         packed = self._packed
         if packed is None or not packed.is_current(roots) or self._form not in packed.forms:
             with _torch.real_tensors():
-                self._packed = packed = store.find(self.slot.weight, roots, self.slot.shape)
+                self._packed = packed = store.find(
+                    self.slot.weight, roots, self.slot.shape, self._recipe(roots)
+                )
                 store.fold(packed, (self._form,), roots)
             met[self.slot.weight.roots, self.slot.weight.signature] = packed
-        return () if packing_fault(packed, self._config) else packed.forms[self._form]
+        return () if packing_fault(packed, self.slot.config) else packed.forms[self._form]
+
+    def _recipe(self, roots: Sequence[Tensor]) -> Recipe:
+        """How the codes of a weight are chosen, which may be another than was compiled with."""
+        slot, config = self.slot, self._config
+        known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
+        if known or not (config.overrides or config.needs_calibration):
+            return slot.recipe
+        by_identity = names_in_call(roots)
+        largest_first = sorted(roots, key=lambda root: -root.numel())
+        names = [by_identity.get(id(root), "") for root in largest_first]
+        config = config.of(layer_name(names[0]), names)
+        key = weight_key(tuple(dict.fromkeys(names)), slot.weight.signature)
+        recipe = recipe_of(config, key, (*slot.shape.batch, slot.shape.n, slot.shape.k))
+        return recipe if slot.shape.pre_scaled else recipe.without_pre_scale()

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from fxint4._torch import TensorState
-from fxint4.blocks import Block, quantized_blocks, write
+from fxint4.blocks import Block, quantized_blocks, values_of, write
 from fxint4.constants import AXES
-from fxint4.quantize import dequantize, nonfinite_fault, sqnr_db
+from fxint4.quantize import nonfinite_fault, sqnr_db
+from fxint4.recipe import RTN, Recipe
 from fxint4.tensor import Int4TileTensor
 from fxint4.tiles import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 
@@ -83,20 +84,29 @@ class PackedWeight:
         weight: the computation behind the weight.
         roots: the real tensors it is computed from; held weakly.
         shape: the packed shape.
+        recipe: how its codes are chosen.
 
     Attributes:
         forms: the tensors of each form that was asked for; what they hold is current after `fold`.
         fault: why the weight cannot be packed, or None.
         sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB; None for one that came
             packed.
+        recipe: how its codes are chosen.
         epoch: of all packed weights: another object whenever one of them is folded or freed.
     """
 
     epoch: ClassVar[object] = object()
 
-    def __init__(self, weight: Computation, roots: Sequence[Tensor], shape: TileShape) -> None:
+    def __init__(
+        self,
+        weight: Computation,
+        roots: Sequence[Tensor],
+        shape: TileShape,
+        recipe: Recipe = RTN,
+    ) -> None:
         self._weight = weight
         self._shape = shape
+        self.recipe = recipe
         self._roots = tuple(weakref.ref(root) for root in roots)
         self._device = roots[0].device
         self._states: tuple[TensorState, ...] = ()
@@ -173,11 +183,15 @@ class PackedWeight:
     def _quantize(self, weight: Tensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
         """Fill forms a block at a time."""
         signal = noise = 0.0
-        for block in quantized_blocks(weight, self._shape):
+        for block in quantized_blocks(weight, self._shape, self.recipe):
             signal += block.signal
             noise += block.noise
             self._fill(made, block)
         self.sqnr_db = sqnr_db(signal, noise)
+        for form, tensors in made.items():
+            if self._shape.pre_scaled and not isinstance(form, Dense):
+                pre_scale = self.recipe.pre_scale
+                tensors[2].copy_(torch.ones(()) if pre_scale is None else pre_scale)
 
     def _take(self, weight: Int4TileTensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
         """Fill forms from a weight that is packed already; "tiles" is the weight itself."""
@@ -192,14 +206,7 @@ class PackedWeight:
         shape = self._shape
         for form, tensors in made.items():
             if isinstance(form, Dense):
-                values = dequantize(
-                    block.codes.reshape(-1, shape.k_padded),
-                    block.scale.reshape(-1, shape.groups),
-                    block.zero.reshape(-1, shape.groups),
-                    shape.group_size,
-                    form.dtype,
-                    shape.k,
-                ).view(*block.codes.shape[:-1], -1)
+                values = values_of(block, shape, self.recipe, form.dtype)
                 AXES[form.axes](tensors[0])[block.start : block.start + len(values)] = values
             elif form == "cpu":
                 write(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
@@ -214,11 +221,14 @@ def form_specs(
     """Size, stride (None: contiguous) and dtype of each tensor of a form."""
     if isinstance(form, Dense):
         return ((form.size, form.stride, form.dtype),)
-    parameters = (shape.scale_and_zero_shape, None, torch.bfloat16)
+    further: list[tuple[tuple[int, ...], None, torch.dtype]]
+    further = [(shape.scale_and_zero_shape, None, torch.bfloat16)]
+    if shape.pre_scaled:
+        further.append(((shape.k,), None, torch.float32))
     if form == "cpu":
         size = (*shape.batch, shape.n_padded, shape.k_padded // 2)
-        return ((size, None, torch.uint8), parameters)
-    return ((shape.tiles_shape, None, torch.int32), parameters)
+        return ((size, None, torch.uint8), *further)
+    return ((shape.tiles_shape, None, torch.int32), *further)
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -280,7 +290,7 @@ class Store:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._packed: dict[tuple[object, ...], dict[TileShape, PackedWeight]] = {}
+        self._packed: dict[tuple[object, ...], dict[object, PackedWeight]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._packed.values()))
@@ -290,25 +300,33 @@ class Store:
         made = (packed for family in self._packed.values() for packed in family.values())
         return [packed for packed in made if packed.uses(tensor)]
 
-    def find(self, weight: Computation, roots: Sequence[Tensor], shape: TileShape) -> PackedWeight:
+    def find(
+        self,
+        weight: Computation,
+        roots: Sequence[Tensor],
+        shape: TileShape,
+        recipe: Recipe = RTN,
+    ) -> PackedWeight:
         """The packed weight of `weight` computed from `roots`; a new, empty one where none is.
 
         Args:
             weight: the computation.
             roots: the real tensors for `weight.roots`.
             shape: the packed shape, part of the identity.
+            recipe: how its codes are chosen, likewise.
         """
         key = (*map(id, roots), weight.signature)
         with self._lock:
             family = self._packed.setdefault(key, {})
-            for old_shape, old in list(family.items()):
+            for made_as, old in list(family.items()):
                 if not old.of(roots):  # a model that moved keeps its parameters, not their device
                     old.clear()
-                    del family[old_shape]
+                    del family[made_as]
             if not family:
                 for root in roots:
                     weakref.finalize(root, self._forget, key).atexit = False
-            return family.setdefault(shape, PackedWeight(weight, roots, shape))
+            packed = PackedWeight(weight, roots, shape, recipe)
+            return family.setdefault((shape, recipe), packed)
 
     def fold(self, packed: PackedWeight, forms: Collection[Form], roots: Sequence[Tensor]) -> None:
         """`packed.fold(forms, roots)`, one thread at a time."""

@@ -37,6 +37,7 @@ class TileShape:
     inner_k_tiles: 2, 4 or 8; one tile spans ``16 * inner_k_tiles`` values of k.
     n_padded, k_padded: the out and in features that are stored.
     batch: axes in front, such as the experts of a ``[E, N, K]`` weight.
+    pre_scaled: whether the weight is divided by a factor for each k, and its activation multiplied.
     """
 
     n: int
@@ -46,6 +47,7 @@ class TileShape:
     n_padded: int
     k_padded: int
     batch: tuple[int, ...] = ()
+    pre_scaled: bool = False
 
     @property
     def groups(self) -> int:
@@ -65,9 +67,9 @@ class TileShape:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the int32 tiles and a bf16 scale_and_zero together."""
+        """Bytes of the int32 tiles, a bf16 scale_and_zero and an fp32 pre-scale together."""
         matrix = self.n_padded * self.k_padded // 2 + 4 * self.groups * self.n_padded
-        return math.prod(self.batch) * matrix
+        return math.prod(self.batch) * matrix + 4 * self.k * self.pre_scaled
 
 
 def choose_shape(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxint4.calibration import weight_key
 from fxint4.config import Int4Config, matches
 from fxint4.constants import Constants, Weight
 from fxint4.forms import (
@@ -23,6 +24,7 @@ from fxint4.forms import (
 )
 from fxint4.names import layer_name, source_line
 from fxint4.passes.pattern import GivenMatch, Kept, Match, Pattern, value_of
+from fxint4.recipe import RTN, Recipe, recipe_of
 from fxint4.report import Record
 from fxint4.store import Dense, Form
 from fxint4.tiles import TileShape
@@ -45,6 +47,8 @@ class Site:
             again where its op takes any, or None where the matmul stays as it is.
         most_rows: the largest M for the int4 op.
         record: what the report says of it, before its weight was looked at.
+        config: what the user asked for it.
+        recipe: how the weight's codes are chosen.
         only_aten: whether it becomes ATen's ops alone, which run where fxint4 is not installed.
     """
 
@@ -57,6 +61,8 @@ class Site:
     beyond: Form | None
     most_rows: int
     record: Record
+    config: Int4Config
+    recipe: Recipe = RTN
     only_aten: bool = False
 
     @property
@@ -193,10 +199,16 @@ def _site(
     config: Int4Config,
 ) -> Site:
     value = value_of(match.weight)
+    config = config.of(record.name, record.parameters)
     shape = match.shape(config, rows_multiple(value.device))
     int4 = int4_form(value.device)
     on_gpu = value.device.type == "cuda"
     given = isinstance(match, GivenMatch)
+    recipe = RTN
+    if not given:
+        key = weight_key(record.parameters, weight.signature)
+        recipe = recipe_of(config, key, (*shape.batch, shape.n, shape.k))
+        shape = replace(shape, pre_scaled=recipe.pre_scale is not None)
     beyond: Form | None
     if on_gpu or (given and shape.batch):
         beyond = int4  # its op takes any number of rows
@@ -205,4 +217,6 @@ def _site(
     else:
         beyond = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
     most_rows = UNBOUNDED if given else most_int4_rows(value.device, value.dtype)
-    return Site(node, pattern, match, weight, shape, int4, beyond, most_rows, record)
+    return Site(
+        node, pattern, match, weight, shape, int4, beyond, most_rows, record, config, recipe
+    )

@@ -60,7 +60,7 @@ def fold(
                 continue
             form = choose(entry.int4, entry.beyond, entry.most_rows, rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
-            packed = weights.find(entry.weight, roots, entry.shape)
+            packed = weights.find(entry.weight, roots, entry.shape, entry.recipe)
             if not packed.forms:
                 new.append(packed)
             try:
@@ -70,26 +70,23 @@ def fold(
                 for packed in new:
                     packed.clear()
                 raise FoldError(_failure(entry, error)) from error
-            record = folded_record(entry, packed, form, config)
+            record = folded_record(entry, packed, form)
             records.append(record)
             if record.action == "packed":
                 sites.append(entry)
     return sites, records
 
 
-def folded_record(
-    site: Site, packed: PackedWeight, form: Form | None, config: Int4Config
-) -> Record:
+def folded_record(site: Site, packed: PackedWeight, form: Form | None) -> Record:
     """What the report says of a site once its weight was looked at.
 
     Args:
         site: the site.
         packed: what was made of its weight.
         form: what it runs with.
-        config: what the user asked for.
     """
     sqnr_db = None if packed.fault else packed.sqnr_db
-    fault = packing_fault(packed, config)
+    fault = packing_fault(packed, site.config)
     if fault is not None:
         return dataclasses.replace(site.record, sqnr_db=sqnr_db, reason=fault)
     dense = form if isinstance(form, Dense) else None
@@ -97,10 +94,11 @@ def folded_record(
         site.record,
         action="packed",
         group_size=site.shape.group_size,
+        method="" if isinstance(site.match, GivenMatch) else packed.recipe.method,
         sqnr_db=sqnr_db,
         bytes_after=site.shape.packed_bytes,
         dense_bytes=math.prod(dense.size) * dense.dtype.itemsize if dense else 0,
-        reason="; ".join(_remarks(site, dense)),
+        reason="; ".join(_remarks(site, packed, dense)),
     )
 
 
@@ -117,10 +115,12 @@ def sqnr_fault(sqnr_db: float | None, config: Int4Config) -> str | None:
     return None
 
 
-def _remarks(site: Site, dense: Dense | None) -> Iterable[str]:
+def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[str]:
     dtype = value_of(site.match.x).dtype
     if isinstance(site.match, GivenMatch):
         yield "packed before"
+    if packed.recipe.remark:
+        yield packed.recipe.remark
     if dense:
         yield "runs as a dense copy"
     elif dtype is not site.activation_dtype:

@@ -112,7 +112,7 @@ def _shared(site: Site, form: Form, values: dict[fx.Node, int]) -> Hashable:
     shape, x = site.shape, site.match.x
     place = len(site.node.args) - site.node.args.index(x)
     layout = (form, shape.k_padded, shape.group_size, shape.inner_k_tiles)
-    return (type(site.pattern), place, values[x], *layout)
+    return (type(site.pattern), place, values[x], *layout, id(site.recipe.pre_scale))
 
 
 def _values(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -17,6 +17,7 @@ from fxint4.forms import aten_op
 from fxint4.passes.find import Site
 from fxint4.passes.fuse import matmuls
 from fxint4.passes.pattern import Build, Match, same_strides, stride_hint, value_of
+from fxint4.recipe import Recipe
 from fxint4.store import Dense, Form, form_specs
 from fxint4.tiles import TileShape
 
@@ -30,13 +31,18 @@ class Slot:
     Attributes:
         weight: the computation behind the weight, with the placeholders of the graph as captured.
         shape: the packed shape.
-        form: which form the inputs hold; a `Dense` takes one input, the others two.
+        form: which form the inputs hold; a `Dense` takes one input, the others two, and one more
+            for the pre-scale of the activation where the shape says so.
+        config: what the user asked for the weight.
+        recipe: how its codes are chosen.
         name: full name of the parameter that the weight is made of, the largest where of several.
     """
 
     weight: Weight
     shape: TileShape
     form: Form
+    config: Int4Config
+    recipe: Recipe
     name: str
 
 
@@ -114,7 +120,8 @@ class _PackedInputs:
         device = value_of(site.match.weight).device
         key = (site.weight.roots, site.weight.signature, site.shape, form)
         if key not in self._by_key:
-            slot = Slot(site.weight, site.shape, form, site.record.parameters[0])
+            name = site.record.parameters[0]
+            slot = Slot(site.weight, site.shape, form, site.config, site.recipe, name)
             number, again = len(self._by_key), self._made_of[slot.name]
             self._made_of[slot.name] += 1
             nodes = tuple(
@@ -124,7 +131,7 @@ class _PackedInputs:
                     *spec,
                     device,
                 )
-                for part, spec in zip(_parts(form), form_specs(site.shape, form), strict=True)
+                for part, spec in zip(_parts(form), form_specs(site.shape, form))  # noqa: B905
             )
             self._by_key[key] = self.nodes[slot] = nodes
         return self._by_key[key]
@@ -154,7 +161,7 @@ def _parts(form: Form) -> tuple[str, ...]:
     """What the tensors of a form are called."""
     if isinstance(form, Dense):
         return ("dequantised",)
-    return ("cpu_tiles" if form == "cpu" else "tiles", "scale_and_zero")
+    return ("cpu_tiles" if form == "cpu" else "tiles", "scale_and_zero", "pre_scale")
 
 
 def _rewrite_site(
@@ -226,10 +233,10 @@ class _Int4Matmul:
     def _multiply(self, x: fx.Node, build: Build) -> fx.Node:
         """X times all weights, side by side."""
         op = aten_op(self._form, self._dtype, len(self._shapes))
-        x = build.contiguous(x)
+        x = build.contiguous(_pre_scaled(x, next(iter(self._shapes)), build))
         if value_of(x).dtype is not self._dtype:
             x = build(_CAST, x, self._dtype)
-        tiles, scale_and_zero = (list(part) for part in zip(*self._shapes, strict=True))
+        tiles, scale_and_zero, *_ = (list(part) for part in zip(*self._shapes, strict=True))
         shape, *_ = self._shapes.values()
         if op is None:
             op, n = torch.ops.fxint4.linears.default, [shape.n for shape in self._shapes.values()]
@@ -241,6 +248,11 @@ class _Int4Matmul:
 
 
 _CAST = torch.ops.prims.convert_element_type.default
+
+
+def _pre_scaled(x: fx.Node, packed: Sequence[fx.Node], build: Build) -> fx.Node:
+    """X times the pre-scale among the inputs of a weight, in fp32; X itself where there is none."""
+    return build(aten.mul.Tensor, x, packed[2]) if len(packed) > 2 else x
 
 
 def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Tensor] | None:
@@ -310,7 +322,10 @@ def _experts(
     build: Build,
 ) -> fx.Node:
     """One of several weights for each row of X, or for each member of its batch; see `Multiply`."""
-    ours = torch.ops.fxint4
+    ours, dtype = torch.ops.fxint4, value_of(x).dtype
+    scaled = _pre_scaled(x, packed, build)
+    x = scaled if scaled is x else build(_CAST, scaled, dtype)
+    packed = packed[:2]
     if offs is not None:
         return build(ours.grouped_mm.default, x, *packed, offs, shape.group_size, shape.n)
     if ids is not None:

@@ -11,6 +11,7 @@ import pytest
 from torch._inductor import list_mode_options
 
 from fxint4 import Int4Config, OptionError
+from fxint4.calibration import Calibration
 from fxint4.config import matches, split_options
 
 # --- fields --------------------------------------------------------------------------------------
@@ -22,7 +23,46 @@ BAD_VALUES = [
     ("group_size", [64], "group_size is [64]; it takes one of 32, 64, 128, 256"),
     ("inner_k_tiles", 1, "inner_k_tiles is 1; it takes one of 2, 4, 8"),
     ("inner_k_tiles", True, "inner_k_tiles is True; it takes one of 2, 4, 8"),
-    ("method", "gptq", "method is 'gptq'; it takes one of 'rtn'"),
+    (
+        "method",
+        "best",
+        "method is 'best'; it takes one of 'rtn', 'mse', 'hqq', 'gptq', 'awq', 'gptq+awq'",
+    ),
+    (
+        "method",
+        "gptq",
+        "method='gptq' looks at activations: give it calibration=fxint4.calibrate(model, batches)",
+    ),
+    (
+        "calibration",
+        "stats.safetensors",
+        "calibration is 'stats.safetensors'; it takes what fxint4.calibrate returns, or None",
+    ),
+    ("overrides", 3, "overrides is 3; it takes a dict of options by pattern"),
+    ("overrides", {"a": 32}, "overrides is {'a': 32}; it takes a dict of options by pattern"),
+    (
+        "overrides",
+        {"re:(": {"group_size": 32}},
+        "overrides holds 're:(', which is no regular expression: "
+        "missing ), unterminated subpattern at position 0",
+    ),
+    (
+        "overrides",
+        {"a": {"skip": True}},
+        "overrides for 'a' hold 'skip'; a layer can have its own "
+        "group_size, inner_k_tiles, method, min_sqnr_db",
+    ),
+    (
+        "overrides",
+        {"a": {"group_size": 33}},
+        "overrides for 'a': group_size is 33; it takes one of 32, 64, 128, 256",
+    ),
+    (
+        "overrides",
+        {"a": {"method": "awq"}},
+        "overrides for 'a': method='awq' looks at activations: give it "
+        "calibration=fxint4.calibrate(model, batches)",
+    ),
     ("include", 3, "include is 3; it takes module names, globs or 're:' patterns"),
     ("skip", None, "skip is None; it takes module names, globs or 're:' patterns"),
     ("skip", ["a", 3], "skip is ['a', 3]; it takes module names, globs or 're:' patterns"),
@@ -42,6 +82,7 @@ BAD_VALUES = [
     ("progress", 1, "progress is 1; it takes True or False"),
     ("free_weights", "yes", "free_weights is 'yes'; it takes True or False"),
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
+    ("measure", 1, "measure is 1; it takes True, False or None"),
     ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
     ("report", True, "report is True; it takes the name of a .json, .txt, .html file"),
     ("kernel", "cuda", "kernel is 'cuda'; it takes one of None, 'triton', 'dequantise', 'aten'"),
@@ -118,10 +159,13 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "free_weights": True,
         "fuse_projections": False,
         "kernel": "triton",
+        "method": "mse",
+        "calibration": Calibration({}),
+        "overrides": {"a": {"group_size": 32}},
     }
-    # `method` has one value only, and where the report goes changes nothing that is packed.
-    assert Int4Config(report="run.json") == Int4Config()
-    assert {*changed, "method", "report"} == {
+    # Where the report goes, and whether it measures, changes nothing that is packed.
+    assert Int4Config(report="run.json", measure=True) == Int4Config()
+    assert {*changed, "report", "measure"} == {
         field.name for field in dataclasses.fields(Int4Config)
     }
     configs = {Int4Config(), *(Int4Config(**{field: value}) for field, value in changed.items())}
@@ -181,8 +225,9 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
         ("triton.cudagraph", "did you mean 'triton.cudagraphs'?"),
         (
             "qqqqqqqqqq",
-            "fxint4 knows group_size, inner_k_tiles, method, include, skip, min_sqnr_db, "
-            "min_features, progress, free_weights, fuse_projections, kernel, report",
+            "fxint4 knows group_size, inner_k_tiles, method, calibration, overrides, include, "
+            "skip, min_sqnr_db, min_features, progress, free_weights, fuse_projections, kernel, "
+            "measure, report",
         ),
     ],
 )
@@ -265,3 +310,21 @@ def test_a_parameter_of_no_layer_is_matched_by_its_name() -> None:
 def test_the_first_matching_pattern_is_named_and_none_matches_nothing() -> None:
     assert matches("a.b", (), ["c", "*.b", "a"]) == "*.b"
     assert matches("a.b", (), []) is None
+
+
+def test_overrides_change_the_layers_that_they_match() -> None:
+    config = Int4Config(
+        group_size=128,
+        overrides={
+            "lm_head": {"group_size": 32},
+            "re:.*experts.*": {"method": "hqq", "group_size": 64},
+            "*.experts.0": {"group_size": 256},
+        },
+    )
+    assert config.of("layers.0.q_proj", ["layers.0.q_proj.weight"]) is config
+    head = config.of("lm_head", ["lm_head.weight"])
+    assert (head.group_size, head.method, head.overrides) == (32, "rtn", ())
+    later_wins = config.of("mlp.experts.0", ["mlp.experts.0.weight"])
+    assert (later_wins.group_size, later_wins.method) == (256, "hqq")
+    assert config.of("mlp.experts.1", ["mlp.experts.1.weight"]).group_size == 64
+    assert hash(config) == hash(dataclasses.replace(config))

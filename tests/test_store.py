@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxint4.blocks
+import fxint4.recipe
 import fxint4.store
 from fxint4 import Int4Config, Int4TileTensor
 from fxint4.constants import AXES, Constants, Given, Standing, Weight
@@ -320,7 +321,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, seconds: float = 0) -> list[TileSha
         time.sleep(seconds)
         return quantize(*args)
 
-    monkeypatch.setattr(fxint4.blocks, "quantize", counting)
+    monkeypatch.setattr(fxint4.recipe, "quantize", counting)
     return calls
 
 
@@ -405,7 +406,7 @@ def test_a_fold_that_fails_is_done_again_even_if_the_old_data_is_back(
         return dequantize(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fxint4.store, "dequantize", fails_at_the_second_copy)
+        patch.setattr(fxint4.blocks, "dequantize", fails_at_the_second_copy)
         with pytest.raises(torch.OutOfMemoryError):
             store.fold(packed, (), [w])
     w.data = old

@@ -84,7 +84,7 @@ class Report:
         )
         self._grown()
 
-    def measured(self, output_error: float | None, of_weights: Mapping[Hashable, float]) -> None:
+    def measured(self, output_error: float | None, of_weights: Mapping[Any, float]) -> None:
         """Take in measured errors.
 
         Args:

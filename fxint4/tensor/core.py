@@ -18,6 +18,7 @@ from fxint4.blocks import quantized_blocks, write
 from fxint4.config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
 from fxint4.quantize import dequantize, sqnr_db
+from fxint4.recipe import RTN, Recipe
 from fxint4.tiles import (
     GROUP_SIZES,
     INNER_K_TILES,
@@ -138,7 +139,7 @@ class Int4TileTensor(Tensor):
 
     @classmethod
     def from_float(cls, weight: Tensor, config: Int4Config | None = None) -> Int4TileTensor:
-        """Quantise a weight, round to nearest.
+        """Quantise a weight.
 
         Args:
             weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides, finite.
@@ -412,10 +413,17 @@ class Int4TileTensor(Tensor):
 
     @classmethod
     def quantized(
-        cls, weight: Tensor, config: Int4Config | None = None
+        cls, weight: Tensor, config: Int4Config | None = None, recipe: Recipe | None = None
     ) -> tuple[Int4TileTensor, float]:
-        """`from_float`, and the signal-to-quantisation-noise ratio in dB."""
+        """`from_float`, and the signal-to-quantisation-noise ratio in dB.
+
+        Args:
+            weight: see `from_float`.
+            config: see `from_float`.
+            recipe: how codes are chosen; the config's method where None.
+        """
         config = config or Int4Config()
+        recipe = recipe or Recipe(config.method)
         _check_dtype(weight.dtype)
         if weight.ndim < 2 or not weight.numel():
             raise ValueError(
@@ -424,7 +432,7 @@ class Int4TileTensor(Tensor):
         *batch, n, k = weight.shape
         shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
         made = cls.empty(shape, weight.dtype, weight.device)
-        return made, made._quantize(weight)
+        return made, made._quantize(weight, recipe)
 
     @classmethod
     def empty(cls, shape: TileShape, dtype: torch.dtype, device: torch.device) -> Int4TileTensor:
@@ -434,7 +442,7 @@ class Int4TileTensor(Tensor):
         axes = tuple(range(len(shape.batch) + 2))
         return cls(tiles, parameters, shape.n, ((0, shape.k),), shape.group_size, dtype, axes)
 
-    def _quantize(self, weight: Tensor) -> float:
+    def _quantize(self, weight: Tensor, recipe: Recipe = RTN) -> float:
         """Write over contiguous buffers; the signal-to-quantisation-noise ratio in dB.
 
         weight: float ``[..., N, K]`` in the order of the stored axes.
@@ -446,7 +454,7 @@ class Int4TileTensor(Tensor):
             tiles = tiles.view(-1, *tiles.shape[-4:])
             parameters = parameters.view(-1, *parameters.shape[-3:])
         signal = noise = 0.0
-        for block in quantized_blocks(weight, shape):
+        for block in quantized_blocks(weight, shape, recipe):
             write(
                 tiles, parameters, block, shape, partial(pack, inner_k_tiles=shape.inner_k_tiles), 8
             )

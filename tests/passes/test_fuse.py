@@ -686,8 +686,8 @@ def test_fp16_activations_are_cast_on_the_cpu_only() -> None:
     captured = two(torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t()), x)
     [site, _] = captured.sites
     packed = store.find(site.weight, list(captured.weights.values())[:1], site.shape)
-    on_the_cpu = folded_record(replace(site, int4="cpu"), packed, "cpu", Int4Config())
-    on_a_gpu = folded_record(site, packed, "tiles", Int4Config())
+    on_the_cpu = folded_record(replace(site, int4="cpu"), packed, "cpu")
+    on_a_gpu = folded_record(site, packed, "tiles")
     assert on_the_cpu.reason == "activations cast from float16 to bfloat16"
     assert on_a_gpu.reason == ""
 

@@ -1,0 +1,164 @@
+"""What a calibration learned of the activations that each weight multiplies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from fxint4.errors import PackedFormatError
+
+__all__ = ["Calibration", "Statistics", "transposed_key", "weight_key"]
+
+#: The entry of a file's header that says which tensors belong to which weight.
+_HEADER = "fxint4.calibration"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of the activations x ``[rows, K]`` that one weight multiplies; equal by identity alone.
+
+    With several weights ``[E, N, K]`` there is one of each, and the rows are those that it sees.
+
+    Attributes:
+        second_moments: fp32 ``[K, K]`` or ``[E, K, K]``, the sum of x^T x over the rows.
+        magnitudes: fp32 ``[K]`` or ``[E, K]``, the mean of abs(x) over the rows.
+        rows: int64 ``[]`` or ``[E]``, how many there were.
+        pre_scale: fp32 ``[K]``: what to multiply x by, and to divide the weight by, so that the
+            weight loses less; None for nothing. Weights that multiply the same x, and several
+            weights of one tensor, have the same.
+    """
+
+    second_moments: Tensor
+    magnitudes: Tensor
+    rows: Tensor
+    pre_scale: Tensor | None = None
+
+
+class Calibration:
+    """Statistics of the weights of a model, as `fxint4.calibrate` gathers them.
+
+    Args:
+        statistics: of each weight, by `weight_key`.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistics]) -> None:
+        self._statistics = dict(statistics)
+
+    def __len__(self) -> int:
+        return len(self._statistics)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._statistics)
+
+    def __getitem__(self, key: str) -> Statistics:
+        return self._statistics[key]
+
+    def get(self, key: str) -> Statistics | None:
+        """The statistics of a weight, or None."""
+        return self._statistics.get(key)
+
+    def __repr__(self) -> str:
+        return f"Calibration of {len(self)} weights, {self.nbytes} bytes"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all statistics; what weights share counts once."""
+        return sum(tensor.nbytes for tensor in self._parts()[0].values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; what weights share is written once.
+
+        Args:
+            path: of the file.
+        """
+        from safetensors.torch import save_file
+
+        tensors, weights = self._parts()
+        header = json.dumps({"version": _VERSION, "weights": weights})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={_HEADER: header},
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> Calibration:
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            device: where the statistics go.
+
+        Raises:
+            PackedFormatError: another file, or a damaged one.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise PackedFormatError(f"{path} is not there; it must be what Calibration.save wrote")
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                header = json.loads((file.metadata() or {})[_HEADER])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header["version"] != _VERSION:
+                raise PackedFormatError(
+                    f"{path} is of version {header['version']}; this fxint4 reads {_VERSION}"
+                )
+            return cls(
+                {
+                    key: Statistics(**{part: tensors[name] for part, name in parts.items()})
+                    for key, parts in header["weights"].items()
+                }
+            )
+        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise PackedFormatError(
+                f"{path} is no calibration: {type(error).__name__}: {error}"
+            ) from error
+
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+        """All tensors by name, and for each weight what its parts are called."""
+        names: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        weights: dict[str, dict[str, str]] = {}
+        for key, statistics in self._statistics.items():
+            weights[key] = {}
+            for part in (field.name for field in fields(Statistics)):
+                tensor = getattr(statistics, part)
+                if tensor is None:
+                    continue
+                name = names.setdefault(id(tensor), f"{len(names)}.{part}")
+                tensors[name] = tensor
+                weights[key][part] = name
+        return tensors, weights
+
+
+def weight_key(parameters: Sequence[str], signature: str) -> str:
+    """The name of a weight, the same in every process.
+
+    Args:
+        parameters: full names of the parameters that it is made of.
+        signature: of the computation, see `fxint4.constants.Weight`.
+
+    Returns:
+        The parameter's name where the weight is a parameter as it stands or transposed; else the
+        names and a digest of what is computed of them.
+    """
+    axes, *steps = signature.splitlines()
+    if len(steps) < 2:
+        return transposed_key(parameters[0]) if axes.endswith("KN") else parameters[0]
+    steps = [re.sub(r"literal \d+", "literal", step) for step in steps]
+    digest = hashlib.sha256("\n".join([axes, *steps]).encode()).hexdigest()[:8]
+    return f"{'+'.join(parameters)}#{digest}"
+
+
+def transposed_key(parameter: str) -> str:
+    """`weight_key` of a parameter ``[..., K, N]``."""
+    return f"{parameter}.T"
