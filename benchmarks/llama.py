@@ -1,4 +1,4 @@
-"""A Llama in plain PyTorch, with a cache of fixed size.
+"""A Llama in plain PyTorch, with a cache of fixed size or, for whole sequences, without one.
 
 Attention reads keys and values of a head once for all the heads of queries that share it, so that a
 benchmark of decoding measures the linear layers rather than copies of the cache.
@@ -67,7 +67,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
+
+    Attributes:
+        cache: where keys and values go; None where every sequence comes whole.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -84,8 +88,9 @@ class Attention(nn.Module):
             for project in (self.q, self.k, self.v)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        self.cache.write(slots, k, v)
-        if x.shape[1] == 1:
+        if self.cache is not None:
+            self.cache.write(slots, k, v)
+        if self.cache is not None and x.shape[1] == 1:
             y = F.scaled_dot_product_attention(
                 q, self.cache.keys, self.cache.values, enable_gqa=True
             )
@@ -134,6 +139,18 @@ class Llama(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.attention.cache = cache
 
+    def states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the last norm takes, ``[batch, T, hidden]``; arguments as for `forward`."""
+        config = self.config
+        steps = torch.arange(0, config.head_size, 2, device=tokens.device) / config.head_size
+        angles = positions[:, None] * config.rope_theta**-steps
+        cos, sin = angles.cos(), angles.sin()
+        slots = positions % config.context
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, slots)
+        return x
+
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits of the token that follows.
 
@@ -144,15 +161,7 @@ class Llama(nn.Module):
         Returns:
             ``[batch, vocabulary]``, in the model's dtype.
         """
-        config = self.config
-        steps = torch.arange(0, config.head_size, 2, device=tokens.device) / config.head_size
-        angles = positions[:, None] * config.rope_theta**-steps
-        cos, sin = angles.cos(), angles.sin()
-        slots = positions % config.context
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, cos, sin, slots)
-        return self.lm_head(self.norm(x[:, -1]))
+        return self.lm_head(self.norm(self.states(tokens, positions)[:, -1]))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
