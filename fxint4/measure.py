@@ -218,8 +218,8 @@ class Trials:
 
 @contextlib.contextmanager
 def _forked_random_state() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if used else ()):
         yield
 
 
@@ -299,7 +299,7 @@ def _differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[flo
         return math.nan, math.nan
     changed = product = 0.0
     for own, other in zip(before, after, strict=True):
-        blocks = (tensor.reshape(-1).split(_ELEMENTS) for tensor in (own, other))
+        blocks = (torch.split(tensor.reshape(-1), _ELEMENTS) for tensor in (own, other))
         for y, y_quantized in zip(*blocks, strict=True):
             finite = y.isfinite()
             wide = y.to(_WIDE.get(y.dtype, y.dtype))
