@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxint4.capture import candidates_of
-from fxint4.config import split_options
+from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError
 from fxint4.names import parameters_of
-from fxint4.packing import Owners, from_modules, replace_parameters, settle_parametrized
+from fxint4.measure import Trials, measure
+from fxint4.packing import (
+    Candidate,
+    Owners,
+    from_modules,
+    packed_candidate,
+    replace_parameters,
+    settle_parametrized,
+)
+from fxint4.passes import Site
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
 
@@ -36,7 +46,9 @@ def pack_(
 
     A weight that a parametrisation makes (weight_norm, say) is computed once and for all. A
     parameter that an embedding reads too, or that goes into an operator which packed weights don't
-    support, stays as it is; the report says why.
+    support, stays as it is; the report says why. With the option `measure` the model runs twice
+    more on the example arguments before anything is replaced, to measure what quantising does to the
+    output of every matmul and of the model.
 
     Args:
         model: changed in place.
@@ -50,7 +62,8 @@ def pack_(
         The report.
 
     Raises:
-        OptionError: an option that `Int4Config` does not have.
+        OptionError: an option that `Int4Config` does not have, or `measure` without example
+            arguments.
         ReportError: the report can't be written.
         FoldError: a weight could not be packed (out of memory, say). It names the layer; what was
             packed before it stays packed, and calling again goes on.
@@ -58,22 +71,76 @@ def pack_(
     config, patches = split_options(None, options)
     if patches:
         raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
+    examples = bool(example_args or example_kwargs)
+    if config.measure and not examples:
+        raise OptionError("measure=True needs example_args or example_kwargs to run the model on")
     report = Report(config)
     settle_parametrized(model, config)
     owners = Owners([("", model)])
     kept: list[Record] = []
-    if example_args or example_kwargs:
+    if examples:
         found, kept = candidates_of(model, example_args, example_kwargs or {}, config)
         candidates = [each for each in found if id(each.parameter) in owners.parameters]
         del found
     else:
         candidates = from_modules(owners)
+    of_parameters: dict[str, float] = {}
+    if config.measure:
+        report.output_error, of_parameters = _measured(
+            model, example_args, example_kwargs or {}, config, candidates, owners
+        )
     target = None if device is None else torch.device(device)
-    records = replace_parameters(candidates, owners, config, target)
+    records = [
+        dataclasses.replace(record, output_error=of_parameters.get(record.parameters[0]))
+        if record.action == "packed"
+        else record
+        for record in replace_parameters(candidates, owners, config, target)
+    ]
     if target is not None:
         _move_rest(model, target)
     report.put("pack_", GraphReport((*records, *kept), parameters_of(model), "", ""))
     return report
+
+
+def _measured(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: Int4Config,
+    candidates: Sequence[Candidate],
+    owners: Owners,
+) -> tuple[float | None, dict[str, float]]:
+    """Errors of the whole model's output, and of the products by each parameter, by its name.
+
+    Where several weights are made of a parameter, the largest of their errors.
+    """
+    found = {id(candidate.parameter): candidate for candidate in candidates}
+
+    def quantized(root: Tensor) -> Tensor | None:
+        candidate = found.get(id(root))
+        if candidate is None:
+            return None
+        packed, _ = packed_candidate(candidate, owners, config)
+        return None if packed is None else candidate.logical(packed).dequantize()
+
+    def quantized_of(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        made = [quantized(root) for root in roots]
+        if all(root is None for root in made):
+            return None
+        both = zip(roots, made, strict=True)
+        return site.weight.evaluate([old if new is None else new for old, new in both]).to(dtype)
+
+    trials = Trials(model)
+    try:
+        errors = measure(model, args, kwargs, config, trials, quantized_of)
+    finally:
+        trials.forget()
+    of_parameters: dict[str, float] = {}
+    for (*roots, _), error in errors.of_weights.items():
+        for identity in found.keys() & set(roots):
+            name = owners.name(found[identity].parameter)
+            of_parameters[name] = max(error, of_parameters.get(name, 0.0))
+    return errors.output, of_parameters
 
 
 def _move_rest(model: nn.Module, device: torch.device) -> None:
