@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError, UnsupportedOpError
-from fxint4.export import is_rewritten, placeholders, rewrite_program, with_tensors
+from fxint4.export import is_rewritten, placeholders, rewrite_program
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import lowered
 
@@ -68,7 +68,7 @@ def package(
             "the program has no example inputs, which AOTInductor needs: set its example_inputs to "
             "(args, kwargs)"
         )
-    program = _without_shared_storages(program)
+    program = _for_aotinductor(program)
     known = patches.get("aot_inductor.metadata") or {}
     patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
     with lowered(Policy(config.kernel)):
@@ -106,9 +106,27 @@ def _check_ops(program: ExportedProgram) -> None:
             )
 
 
-def _without_shared_storages(program: ExportedProgram) -> ExportedProgram:
-    """A program each of whose tensors fills its storage: AOTInductor writes whole storages."""
+def _for_aotinductor(program: ExportedProgram) -> ExportedProgram:
+    """The same program with tensors that AOTInductor handles well.
+
+    AOTInductor writes whole storages: each tensor fills its own. While it compiles, it holds a copy
+    of every buffer, but of no parameter: buffers that are only read become parameters.
+    """
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    read = {
+        spec.target
+        for spec in signature.input_specs
+        if spec.kind is InputKind.BUFFER and spec.persistent and spec.target not in written
+    }
+    specs = [
+        dataclasses.replace(spec, kind=InputKind.PARAMETER, persistent=None)
+        if spec.target in read
+        else spec
+        for spec in signature.input_specs
+    ]
     copies: dict[Any, Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
 
     def alone(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
@@ -125,9 +143,23 @@ def _without_shared_storages(program: ExportedProgram) -> ExportedProgram:
             copies[key] = nn.Parameter(copy, False) if parameter else copy
         return copies[key]
 
-    state = {name: alone(value) for name, value in program.state_dict.items()}
-    constants = {name: alone(value) for name, value in program.constants.items()}
-    return with_tensors(program, state, constants) if copies else program
+    def of_state(name: str, value: Any) -> Any:
+        value = alone(value)
+        if name not in read:
+            return value
+        return parameters.setdefault(id(value), nn.Parameter(value, False))
+
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=dataclasses.replace(signature, input_specs=specs),
+        state_dict={name: of_state(name, value) for name, value in program.state_dict.items()},
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants={name: alone(value) for name, value in program.constants.items()},
+        verifiers=program.verifiers,
+    )
 
 
 def _described(program: ExportedProgram) -> dict[str, list[Any]]:

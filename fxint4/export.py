@@ -45,7 +45,7 @@ from fxint4.runtime import expected_rows
 from fxint4.store import Store
 from fxint4.tiles import pack_for_cpu, pack_scale_and_zero
 
-__all__ = ["is_rewritten", "placeholders", "rewrite", "rewrite_program", "with_tensors"]
+__all__ = ["is_rewritten", "placeholders", "rewrite", "rewrite_program"]
 
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
@@ -222,23 +222,6 @@ def _with_matmuls(
         dataclasses.replace(record, kernels=record.kernels if len(record.kernels) == 1 else ())
         for record in merged
     ]
-
-
-def with_tensors(
-    program: ExportedProgram, state_dict: dict[str, Any], constants: dict[str, Any]
-) -> ExportedProgram:
-    """The same program with other tensors of the same shapes."""
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
-        graph_signature=program.graph_signature,
-        state_dict=state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=constants,
-        verifiers=program.verifiers,
-    )
 
 
 class _Weights:
