@@ -11,13 +11,10 @@ programs.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +24,7 @@ from fxint4 import _inductor, kernel_choice
 from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import common, linear
-from fxint4.kernels.common import Blocks, Launch
+from fxint4.kernels.common import Blocks, Launch, version_of
 from fxint4.kernels.linear import Choice, choose_blocks, gpu_of
 
 __all__ = ["compile_graph", "lowered"]
@@ -54,14 +51,9 @@ def lowered(policy: Policy) -> AbstractContextManager[None]:
     Args:
         policy: which kernels to choose.
     """
-    return _inductor.in_force(_lowerings(policy), f"{_version()} {policy}")
-
-
-@cache
-def _version() -> str:
-    """For Inductor's caches: another one whenever something else may be made of a graph."""
-    modules = (sys.modules[__name__], _inductor, kernel_choice, common, linear)
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+    # All that has a say in what is made of a graph.
+    version = version_of(sys.modules[__name__], _inductor, kernel_choice, common, linear)
+    return _inductor.in_force(_lowerings(policy), f"{version} {policy}")
 
 
 def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:

@@ -241,6 +241,7 @@ def test_code_of_the_kernel_asked_for(
     specs = [((rows, K), torch.bfloat16), *packed_specs(N, K)]
     code = generated(int4pack_mm, specs, package=package, kernel=kernel)
     assert launches(code) == Counter(expected)
+    assert all(f"'{kernel}'" in line for line in code.splitlines() if "fxint4.linears" in line)
 
 
 @needs_triton

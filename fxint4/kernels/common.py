@@ -13,9 +13,13 @@ in thousands a weight is the other neighbour there.)
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
+import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, no_type_check
 
 import torch
@@ -42,6 +46,7 @@ __all__ = [
     "tl",
     "triton",
     "unpack",
+    "version_of",
 ]
 
 triton: Any
@@ -52,6 +57,12 @@ try:
     tl = importlib.import_module("triton.language")
 except ImportError:
     triton = tl = None
+
+
+@functools.cache
+def version_of(*modules: ModuleType) -> str:
+    """For caches on disk: another one whenever the code of these modules is another."""
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

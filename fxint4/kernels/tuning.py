@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -16,14 +15,13 @@ from typing import Any
 import torch
 
 from fxint4.kernels import common, linear
-from fxint4.kernels.common import Blocks, triton
+from fxint4.kernels.common import Blocks, triton, version_of
 from fxint4.kernels.linear import Choice, choose, choose_blocks, gpu_of
 
 __all__ = ["candidates", "fastest"]
 
 logger = logging.getLogger("fxint4")
 
-_SOURCE = "".join(map(inspect.getsource, (common, linear)))
 #: Milliseconds for which a candidate is repeated before it is timed, and while it is.
 _WARM_UP_MS, _REPEAT_MS = 5, 20
 
@@ -114,7 +112,8 @@ def _choice(entry: dict[str, Any]) -> Choice:
 
 def _machine() -> str:
     """Names a GPU and the versions that its times depend on, for a file name."""
-    facts = (torch.cuda.get_device_properties(), torch.__version__, triton.__version__, _SOURCE)
+    code = version_of(common, linear)
+    facts = (torch.cuda.get_device_properties(), torch.__version__, triton.__version__, code)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
