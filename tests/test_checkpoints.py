@@ -1,12 +1,11 @@
 """Checkpoints of other libraries: written here from the definitions of their formats, and loaded.
 
-A writer takes codes, scales and zero points, and packs them as its format says, in numpy and without
-anything of the reader. What comes out is held to `(code - zero_point) * scale` in float64.
+A writer takes codes, scales and zero points, and packs them as its format says, in numpy and
+without anything of the reader. What comes out is held to `(code - zero_point) * scale` in float64.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference import relative_error
 from support import assert_within, peak_bytes, rounding_bound
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fxint4
 from fxint4 import CheckpointError, Int4TileTensor
@@ -82,10 +81,14 @@ def quantised(
     symmetric: bool = False,
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
+    exact: bool = False,
 ) -> Quantised:
+    """Random codes and parameters; `exact` ones are not changed when they are stored in bf16."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size)
     scale = (torch.rand(n, groups, generator=generator) * 0.05 + 0.005).to(dtype)
+    if exact:  # 4 bits, so that 8 bits hold (8 - zero point) * scale
+        scale = (torch.randint(8, 16, (n, groups), generator=generator) / 2**10).to(dtype)
     zero_point = torch.randint(1, 16, (n, groups), generator=generator)
     if symmetric:
         zero_point.fill_(8)
@@ -220,7 +223,10 @@ def write_folder(
 
     folder.mkdir(exist_ok=True)
     save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        },
         folder / "model.safetensors",
         metadata=metadata,
     )
@@ -430,7 +436,7 @@ def test_tiles_of_torchao_are_taken_as_they_are(tmp_path: Path) -> None:
     tensors, entry = tiled(weight)
     header = {
         "fc.weight": entry,
-        **{name: '{"_type": "Tensor"}' for name in plain_tensors(48)},
+        **dict.fromkeys(plain_tensors(48), '{"_type": "Tensor"}'),
         "tensor_names": json.dumps(["fc.weight", *plain_tensors(48)]),
     }
     write_folder(tmp_path, {**under("fc", tensors), **plain_tensors(48)}, metadata=header)
@@ -520,3 +526,494 @@ def test_what_torchao_writes(tmp_path: Path) -> None:
     model = Layer(48, 500)
     fxint4.load_(model, tmp_path)
     assert torch.equal(model.fc.weight.dequantize(), weight.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore:Models quantized with version 1:UserWarning")
+def test_what_torchao_unwraps(tmp_path: Path) -> None:
+    """A TensorCoreTiledLayout, which torchao had up to 0.15."""
+    layouts = pytest.importorskip("torchao.dtypes.uintx.tensor_core_tiled_layout")
+    from torchao.dtypes import AffineQuantizedTensor
+    from torchao.utils import unwrap_tensor_subclass
+
+    weight = padded_to_1024(48, 500)
+    tiles = layouts.TensorCoreTiledAQTTensorImpl(
+        weight.tiles, weight.scale_and_zero, False, layouts.TensorCoreTiledLayout(8)
+    )
+    theirs = AffineQuantizedTensor(
+        tiles, (1, weight.group_size), weight.shape, 0, 15, dtype=torch.bfloat16
+    )
+    written = nn.Sequential(nn.Linear(500, 48, bias=False, dtype=torch.bfloat16))
+    written[0].weight = nn.Parameter(theirs, requires_grad=False)
+    write_folder(tmp_path, unwrap_tensor_subclass(written).state_dict())
+    model = nn.Sequential(nn.Linear(500, 48, bias=False, dtype=torch.bfloat16))
+    fxint4.load_(model, tmp_path)
+    assert torch.equal(model[0].weight.dequantize(), weight.dequantize())
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def changed(tensors: Tensors, **changes: Tensor | None) -> Tensors:
+    """The tensors with others in their place, and without those that are None."""
+    return {name: value for name, value in {**tensors, **changes}.items() if value is not None}
+
+
+def eight_bits(tensors: Tensors) -> Tensors:
+    """A qweight that holds twice as many words along K."""
+    return changed(tensors, qweight=tensors["qweight"].repeat(2, 1))
+
+
+def with_infinity(tensors: Tensors) -> Tensors:
+    scales = tensors["scales"].clone()
+    scales[0, 0] = torch.inf
+    return changed(tensors, scales=scales)
+
+
+MADE = quantised(48, 512, 128)
+ACTIVATIONS = compressed_config(group_size=128)
+ACTIVATIONS["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+
+REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
+    "another method": (gptq(MADE), {"quant_method": "aqlm"}, "by 'aqlm'; fxint4 reads gptq, awq, "),
+    "gptq of 3 bits": (gptq(MADE), {**GPTQ, "bits": 3}, "GPTQ of 3 bits in the format 'gptq'"),
+    "gptq for marlin": (
+        gptq(MADE),
+        {**GPTQ, "checkpoint_format": "marlin"},
+        "in the format 'marlin'; fxint4 reads 4 bits in the formats gptq, gptq_v2",
+    ),
+    "gptq of 8 bits, not said": (
+        eight_bits(gptq(MADE)),
+        {},
+        r"fc \(GPTQ\): qweight is torch.int32 \(128, 48\); here it must be .*\(64, 48\)",
+    ),
+    "gptq of another layer": (
+        gptq(quantised(48, 256, 128)),
+        GPTQ,
+        r"qweight is .* \(32, 48\); .* the model has another shape",
+    ),
+    "gptq without zeros": (changed(gptq(MADE), qzeros=None), GPTQ, "fc.qweight but no fc.qzeros"),
+    "gptq of the other version": (
+        gptq(quantised(48, 512, 128, symmetric=True), version=2),
+        {**GPTQ, "sym": True},
+        "fc .*says sym, but not all zero points are 8 when they are read as gptq: ",
+    ),
+    "groups of 16": (
+        gptq(quantised(48, 512, 16)),
+        {**GPTQ, "group_size": 16},
+        "Quantise with groups of 32 or more, not 16",
+    ),
+    "groups that do not divide": (
+        changed(gptq(quantised(48, 512, 100)), g_idx=None),
+        GPTQ,
+        r"6 groups do not divide 512 columns; the config's group sizes are \[128\]",
+    ),
+    "groups that are not there": (
+        changed(gptq(MADE), g_idx=torch.arange(512, dtype=torch.int32) // 64),
+        GPTQ,
+        "there are 4 groups, and g_idx must name each of them; it goes from 0 to 7 and names 8",
+    ),
+    "groups that no column uses": (
+        changed(gptq(MADE), g_idx=torch.zeros(512, dtype=torch.int32)),
+        GPTQ,
+        "there are 4 groups, and g_idx must name each of them; it goes from 0 to 0 and names 1",
+    ),
+    "infinite scales": (with_infinity(gptq(MADE)), GPTQ, "fc .*scale or zero holds inf or NaN"),
+    "awq of another version": (awq(MADE), {**AWQ, "version": "gemv"}, "in the version 'gemv'"),
+    "compressed of 8 bits": (
+        compressed(MADE),
+        compressed_config(num_bits=8),
+        "of 8 bits of type 'int' in the format 'pack-quantized'",
+    ),
+    "compressed for marlin": (
+        compressed(MADE),
+        {**compressed_config(), "format": "marlin-24"},
+        "in the format 'marlin-24'",
+    ),
+    "quantised activations": (compressed(MADE), ACTIVATIONS, "activations are quantised too"),
+    "transforms": (
+        compressed(MADE),
+        {**compressed_config(), "transform_config": {"config_groups": {"R1": {}}}},
+        "activations go through transforms",
+    ),
+    "zero points that are missing": (
+        changed(compressed(MADE), weight_zero_point=None),
+        compressed_config(group_size=128),
+        "fc .*no weight_zero_point, and the config says asymmetric",
+    ),
+    "a shape that is another": (
+        changed(compressed(MADE), weight_shape=torch.tensor([48, 510])),
+        compressed_config(group_size=128),
+        r"weight_shape is \[48, 510\]; the model's weight is \[48, 512\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_tiles_cannot_hold_is_refused_and_changes_nothing(name: str, tmp_path: Path) -> None:
+    tensors, config, message = REFUSED[name]
+    write = awq if "awq" in name else gptq if "qweight" in tensors else compressed
+    good = under("good", write(quantised(48, 512, 128, symmetric=config.get("sym") is True)))
+    model = nn.ModuleDict({layer: nn.Linear(512, 48, bias=False) for layer in ("good", "fc")})
+    before = {name: (value, value.clone()) for name, value in model.named_parameters()}
+    write_folder(tmp_path, {**good, **under("fc", tensors)}, config)
+    with pytest.raises(CheckpointError, match=message):
+        fxint4.load_(model, tmp_path)
+    for name, (value, copied) in before.items():
+        assert model.get_parameter(name) is value
+        assert torch.equal(value, copied)
+
+
+def test_int4_goes_into_layers_that_multiply_only(tmp_path: Path) -> None:
+    write_folder(tmp_path, under("0", gptq(quantised(512, 48, 48))), GPTQ)
+    with pytest.raises(CheckpointError, match=r"0\.weight is a parameter of Embedding; int4"):
+        fxint4.load_(nn.Sequential(nn.Embedding(512, 48)), tmp_path)
+
+
+def test_a_model_in_float64(tmp_path: Path) -> None:
+    write_folder(tmp_path, under("0", gptq(MADE)), GPTQ)
+    model = nn.Sequential(nn.Linear(512, 48, bias=False, dtype=torch.float64))
+    with pytest.raises(CheckpointError, match=r"the model's is torch\.float64; it must be one of"):
+        fxint4.load_(model, tmp_path)
+
+
+def test_experts_in_one_parameter(tmp_path: Path) -> None:
+    class Experts(nn.Module):
+        is_transposed = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(2, 48, 512))
+
+    tensors = {**under("experts.0.up", gptq(MADE)), **under("experts.1.up", gptq(MADE))}
+    write_folder(tmp_path / "apart", tensors, GPTQ)
+    with pytest.raises(CheckpointError, match=r"experts\.1\.up\.weight.* Experts that the check"):
+        fxint4.load_(nn.ModuleDict({"experts": Experts()}), tmp_path / "apart")
+    write_folder(tmp_path / "one", under("experts.up", gptq(MADE)), GPTQ)
+    with pytest.raises(CheckpointError, match=r"experts\.up\.weight"):
+        fxint4.load_(nn.ModuleDict({"experts": Experts()}), tmp_path / "one")
+
+    weight = Int4TileTensor.from_float(torch.randn(2, 48, 512))
+    parts = {"_up_qdata": weight.tiles, "_up_scale_and_zero": weight.scale_and_zero}
+    entry = {"_type": "Int4TilePackedTo4dTensor"}
+    header = {"experts.up": json.dumps(entry), "tensor_names": '["experts.up"]'}
+    write_folder(tmp_path / "tiles", under("experts", parts), metadata=header)
+    model = nn.ModuleDict({"experts": Experts()})
+    report = fxint4.load_(model, tmp_path / "tiles")
+    assert torch.equal(model["experts"].up, weight)
+    assert [(r.op, r.batch) for r in report.records] == [("experts", 2)]
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, shards: Mapping[str, Tensors]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    places = {}
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+        places.update(dict.fromkeys(tensors, name))
+    text = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def shards() -> dict[str, Tensors]:
+    """A layer whose parts are in two files."""
+    tensors = under("fc", gptq(MADE))
+    second = {"fc.qzeros": tensors.pop("fc.qzeros"), **plain_tensors(48)}
+    return {"model-1.safetensors": tensors, "model-2.safetensors": second}
+
+
+def test_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path / "two", shards())
+    write_folder(tmp_path / "one", {**under("fc", gptq(MADE)), **plain_tensors(48)})
+    two, one = Layer(48, 512), Layer(48, 512)
+    fxint4.load_(two, tmp_path / "two")
+    fxint4.load_(one, str(tmp_path / "one"))
+    for name, value in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], value), name
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    write_shards(tmp_path, shards())
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names 'model-2\.safetensors', which is no"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+def test_an_index_names_files_beside_it_only(tmp_path: Path) -> None:
+    write_folder(tmp_path / "other", plain_tensors(48))
+    (tmp_path / "here").mkdir()
+    places = {"weight_map": {"fc.bias": "../other/model.safetensors"}}
+    (tmp_path / "here" / "model.safetensors.index.json").write_text(json.dumps(places))
+    with pytest.raises(CheckpointError, match=r"'\.\./other/model\.safetensors', which is no"):
+        fxint4.load_(Layer(48, 512), tmp_path / "here")
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.gguf"])
+def test_pickles_and_other_files(name: str, tmp_path: Path) -> None:
+    torch.save({"fc.bias": torch.zeros(48)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is no \.safetensors file"):
+        fxint4.load_(Layer(48, 512), tmp_path / name)
+    message = "must hold one" if name.endswith("gguf") else "only pickles; reading one can run code"
+    with pytest.raises(CheckpointError, match=message):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+def test_several_files_and_no_index(tmp_path: Path) -> None:
+    write_folder(tmp_path, plain_tensors(48))
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    write_folder(tmp_path, plain_tensors(48))
+    with pytest.raises(CheckpointError, match=r"there: a\.safetensors, model\.safetensors"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+    with pytest.raises(CheckpointError, match="there is no file or folder"):
+        fxint4.load_(Layer(48, 512), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("left", [0, 4, 200, 5000])
+def test_a_file_that_was_cut_short(left: int, tmp_path: Path) -> None:
+    write_layer(tmp_path, CASES["gptq"])
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_is_damaged(text: str, tmp_path: Path) -> None:
+    write_layer(tmp_path, CASES["gptq"])
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_names_that_do_not_agree(tmp_path: Path) -> None:
+    tensors = {**under("up", gptq(MADE)), **plain_tensors(48)}
+    write_folder(tmp_path, changed(tensors, **{"norm.bias": None}), GPTQ)
+    model = Layer(48, 512)
+    message = r"Not in the checkpoint: fc\.weight, norm\.bias\. Not in the model: up\.weight\."
+    with pytest.raises(CheckpointError, match=message):
+        fxint4.load_(model, tmp_path)
+
+
+def test_names_may_be_mapped_and_tensors_left_out(tmp_path: Path) -> None:
+    tensors = {**under("fc", gptq(MADE)), **plain_tensors(48)}
+    extra = {**under("model.mtp", gptq(MADE)), "model.rotary.inv_freq": torch.ones(4)}
+    write_folder(tmp_path, {**under("model", tensors), **extra}, GPTQ)
+    model = Layer(48, 512)
+    fxint4.load_(
+        model,
+        tmp_path,
+        ignore=["model.mtp", "*.inv_freq"],
+        rename=lambda name: name.removeprefix("model."),
+    )
+    assert isinstance(model.fc.weight, Int4TileTensor)
+    with pytest.raises(CheckpointError, match="are both for fc"):
+        fxint4.load_(model, tmp_path, ignore="*.inv_freq", rename=lambda name: "fc")
+
+
+def test_a_bias_of_zeros_for_a_layer_that_has_none(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(512, 48, bias=False))
+    write_folder(tmp_path, {**under("0", gptq(MADE)), "0.bias": torch.zeros(48)}, GPTQ)
+    fxint4.load_(model, tmp_path)
+    write_folder(tmp_path, {**under("0", gptq(MADE)), "0.bias": torch.ones(48)}, GPTQ)
+    with pytest.raises(CheckpointError, match=r"Not in the model: 0\.bias"):
+        fxint4.load_(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(47), torch.zeros(48, dtype=torch.int32)], ids=["shape", "dtype"]
+)
+def test_other_tensors_must_fit(tensor: Tensor, tmp_path: Path) -> None:
+    tensors = {**under("fc", gptq(MADE)), **plain_tensors(48), "norm.bias": tensor}
+    write_folder(tmp_path, tensors, GPTQ)
+    with pytest.raises(CheckpointError, match=r"norm\.bias is .*; the model's is torch\.bfloat16"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+def test_a_checkpoint_without_int4(tmp_path: Path) -> None:
+    written = Layer(48, 512)
+    write_folder(tmp_path, written.state_dict())
+    model = Layer(48, 512)
+    report = fxint4.load_(model, tmp_path)
+    assert torch.equal(model.fc.weight, written.fc.weight)
+    [record] = report.records
+    assert (record.action, record.reason) == ("kept", "not quantised in the checkpoint")
+
+
+# --- where it goes -------------------------------------------------------------------------------
+
+
+def test_a_model_without_memory_of_its_own(tmp_path: Path) -> None:
+    write_layer(tmp_path, CASES["gptq"])
+    with torch.device("meta"):
+        model = Layer(48, 512)
+    model.norm.bias.requires_grad_(False)
+    fxint4.load_(model, tmp_path)
+    here = Layer(48, 512)
+    fxint4.load_(here, tmp_path)
+    for name, value in here.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert model.norm.weight.requires_grad
+    assert not model.norm.bias.requires_grad
+
+
+def test_buffers_that_only_the_module_can_compute(tmp_path: Path) -> None:
+    write_layer(tmp_path, CASES["gptq"])
+    with torch.device("meta"):
+        model = Layer(48, 512)
+        model.norm.register_buffer("table", torch.ones(3), persistent=False)
+    with pytest.raises(
+        CheckpointError, match=r"norm\.table is on the meta device.* that LayerNorm"
+    ):
+        fxint4.load_(model, tmp_path)
+    assert model.fc.weight.is_meta
+
+
+@pytest.mark.gpu
+def test_onto_the_gpu(tmp_path: Path) -> None:
+    write_layer(tmp_path, CASES["gptq"])
+    with torch.device("meta"):
+        model = Layer(48, 512)
+    model.norm.register_buffer("table", torch.ones(3), persistent=False)
+    fxint4.load_(model, tmp_path, device="cuda")
+    here = Layer(48, 512)
+    fxint4.load_(here, tmp_path)
+    for name, value in here.state_dict().items():
+        assert torch.equal(model.state_dict()[name].cpu(), value), name
+    assert model.norm.table.is_cuda
+
+
+def test_one_layer_at_a_time(tmp_path: Path) -> None:
+    layers, n, k = 12, 512, 512
+    tensors: Tensors = {}
+    for layer in range(layers):
+        tensors.update(under(str(layer), gptq(quantised(n, k, 128, seed=layer))))
+    write_folder(tmp_path, tensors, GPTQ)
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(k, n, bias=False) for _ in range(layers)))
+    peak, kept = peak_bytes(lambda: fxint4.load_(model, tmp_path))
+    assert kept >= layers * n * k / 2
+    # The profiler counts the mapped file as if it had been allocated. The rest are the codes of one
+    # layer, one a byte, and copies of them on their way into tiles.
+    mapped = (tmp_path / "model.safetensors").stat().st_size
+    assert peak - kept - mapped < 3 * n * k
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(48, 512, dtype=torch.bfloat16)
+        self.head = nn.Linear(512, 48, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    table = torch.randn(48, 512).bfloat16()
+    for tensors in ({"embed.weight": table}, {"head.weight": table}):
+        write_folder(tmp_path, tensors)
+        model = Tied()
+        fxint4.load_(model, tmp_path)
+        assert model.head.weight is model.embed.weight
+        assert torch.equal(model.head.weight, table)
+    write_folder(tmp_path, {"embed.weight": table, "head.weight": table.clone()})
+    fxint4.load_(model, tmp_path)
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_head_that_is_quantised_is_no_longer_tied(tmp_path: Path) -> None:
+    table = torch.randn(48, 512).bfloat16()
+    write_folder(tmp_path, {"embed.weight": table, **under("head", gptq(MADE))}, GPTQ)
+    model = Tied()
+    fxint4.load_(model, tmp_path)
+    assert torch.equal(model.embed.weight, table)
+    assert isinstance(model.head.weight, Int4TileTensor)
+    write_folder(tmp_path, under("head", gptq(MADE)), GPTQ)
+    with pytest.raises(CheckpointError, match=r"embed\.weight is a parameter of Embedding"):
+        fxint4.load_(Tied(), tmp_path)
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A tiny model of transformers that was loaded, and what it is compared with.
+
+    model: the loaded one, in bf16.
+    ids: what goes in.
+    expected: the logits of float64 with the weights that the formats define.
+    bound: on the relative error of logits.
+    """
+
+    model: nn.Module
+    ids: Tensor
+    expected: Tensor
+    bound: float
+
+
+def llama(write: Callable[[Quantised], Tensors], folder: Path) -> Llama:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    make = transformers.AutoModelForCausalLM.from_config
+    torch.manual_seed(0)
+    exact = make(config, dtype=torch.float64).eval()
+    tensors: Tensors = {}
+    with torch.no_grad():
+        for seed, (name, module) in enumerate(exact.named_modules()):
+            if name == "lm_head" or getattr(module, "weight", None) is None:
+                continue
+            if isinstance(module, nn.Linear):
+                made = quantised(*module.weight.shape, 32, seed=seed, exact=True)
+                module.weight.copy_(made.weight)
+                tensors.update(under(name, write(made)))
+            else:
+                tensors[f"{name}.weight"] = module.weight.bfloat16()
+                module.weight.copy_(tensors[f"{name}.weight"])
+    write_folder(folder, tensors)
+
+    with torch.device("meta"):
+        model = make(config, dtype=torch.bfloat16).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    report = fxint4.load_(model, folder)
+    assert report.totals["packed"] == 7
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    ids = torch.randint(5, 99, (2, 20), generator=torch.Generator().manual_seed(0))
+    near = make(config, dtype=torch.bfloat16).eval()
+    near.load_state_dict(exact.state_dict())
+    with torch.no_grad():
+        expected = exact(ids).logits
+        # Twice the roundings of eager in bf16 at most: tests/test_architectures.py says why.
+        bound = 2 * relative_error(near(ids).logits, expected)
+    return Llama(model, ids, expected, bound)
+
+
+@pytest.mark.parametrize("write", [gptq, awq, compressed])
+def test_a_model_of_transformers(write: Callable[[Quantised], Tensors], tmp_path: Path) -> None:
+    case = llama(write, tmp_path)
+    with torch.no_grad():
+        assert relative_error(case.model(case.ids).logits, case.expected) <= case.bound
+
+
+def test_a_model_of_transformers_compiled(tmp_path: Path) -> None:
+    case = llama(gptq, tmp_path)
+    # The head is in the file as the embedding only: it stays as it is.
+    fast = torch.compile(case.model, backend="int4tile", options={"skip": "lm_head"})
+    with torch.no_grad():
+        assert relative_error(fast(case.ids).logits, case.expected) <= case.bound
+    report = fxint4.last_report()
+    assert report is not None
+    assert report.totals["packed"] == 7

@@ -155,7 +155,7 @@ def _items(
 
 def _method(checkpoint: Checkpoint, config: Config) -> str | None:
     """The format of a checkpoint; None where nothing in it is quantised."""
-    method = config.get("quant_method")
+    method = config.get("quant_method", config.get("method"))
     if method is not None:
         if method not in _FINDERS:
             raise CheckpointError(
@@ -215,8 +215,8 @@ class _Slot:
             self.item.check(self.place.tensor)
         elif self.use is None:
             raise self.item.error(
-                f"{self.place.name} belongs to a {type(self.place.module).__name__}; int4 weights "
-                "go into nn.Linear and modules like it"
+                f"{self.place.name} is a parameter of {type(self.place.module).__name__}; int4 "
+                "weights go into nn.Linear and modules like it"
             )
         elif self.place.tensor.dtype not in _DTYPES:
             raise self.item.error(
