@@ -530,7 +530,7 @@ def test_what_torchao_writes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Models quantized with version 1:UserWarning")
 def test_what_torchao_unwraps(tmp_path: Path) -> None:
-    """A TensorCoreTiledLayout, which torchao had up to 0.15."""
+    """A TensorCoreTiledLayout, which torchao 0.15 has and 0.18 has not."""
     layouts = pytest.importorskip("torchao.dtypes.uintx.tensor_core_tiled_layout")
     from torchao.dtypes import AffineQuantizedTensor
     from torchao.utils import unwrap_tensor_subclass
@@ -785,6 +785,15 @@ def test_a_config_that_is_damaged(text: str, tmp_path: Path) -> None:
     write_layer(tmp_path, CASES["gptq"])
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", [{"quant_method": ["gptq"]}, {**compressed_config(), "config_groups": [1]}]
+)
+def test_a_config_that_makes_no_sense(config: Any, tmp_path: Path) -> None:
+    write_folder(tmp_path, {**under("fc", compressed(MADE)), **plain_tensors(48)}, config)
+    with pytest.raises(CheckpointError, match="the quantiser's config can't be read"):
         fxint4.load_(Layer(48, 512), tmp_path)
 
 

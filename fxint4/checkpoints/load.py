@@ -134,8 +134,13 @@ def _items(
 ) -> dict[str, Weight | _Plain]:
     """What is to be loaded, by its name in the model."""
     config = checkpoint.config if config is None else config
-    method = _method(checkpoint, config)
-    weights = _FINDERS[method](checkpoint, config) if method else []
+    try:
+        method = _method(checkpoint, config)
+        weights = _FINDERS[method](checkpoint, config) if method else []
+    except (AttributeError, TypeError) as error:  # a list where a dict should be, say
+        raise CheckpointError(
+            f"{checkpoint.path}: the quantiser's config can't be read: {error}"
+        ) from error
     used = {name for weight in weights for name in weight.parts.values()}
     plain = [_Plain(name, checkpoint) for name in sorted(checkpoint.names) if name not in used]
     patterns = (ignore,) if isinstance(ignore, str) else ignore
