@@ -75,8 +75,8 @@ class Int4Config:
             int4 op). None is the fastest: by rule, or with mode="max-autotune" by measurement.
         measure: measure what quantising does to the output of each matmul and of the whole model,
             by running it on the example inputs with both kinds of weights. None is for
-            `fxint4.explain` alone; `fxint4.pack_`, `rewrite` and `package` do it where it is True. A
-            backend does not: it has no inputs before the model runs. No part of any cache key.
+            `fxint4.explain` alone; `fxint4.pack_`, `rewrite` and `package` do it where it is True.
+            A backend does not: it has no inputs before the model runs. No part of any cache key.
         report: a file that holds the report as soon as there is one, and follows as it grows: .json
             (which `fxint4.Report.load` reads), .txt or .html. Its folder must exist. No part of any
             cache key: two configs that differ in it are equal.

@@ -46,9 +46,10 @@ def pack_(
 
     A weight that a parametrisation makes (weight_norm, say) is computed once and for all. A
     parameter that an embedding reads too, or that goes into an operator which packed weights don't
-    support, stays as it is; the report says why. With the option `measure` the model runs twice
-    more on the example arguments before anything is replaced, to measure what quantising does to the
-    output of every matmul and of the model.
+    support, stays as it is; the report says why.
+
+    With the option `measure` the model runs twice more on the example arguments, before anything is
+    replaced, to measure what quantising does to the output of every matmul and of the model.
 
     Args:
         model: changed in place.

@@ -519,7 +519,12 @@ def test_a_layer_opens_and_closes(tmp_path: Path) -> None:
     assert (expanded, follows, hidden) == ("true", True, True)
     for part in (
         *("x [M, 128], W [64, 128], y [M, 64]", "M<=16: registers", "model.py:7"),
-        *("output: 1.23%", "fc.weight", "- %addmm_1 = aten.addmm", "+ %int4_1 = aten._weight_int4pack_mm"),
+        *(
+            "output: 1.23%",
+            "fc.weight",
+            "- %addmm_1 = aten.addmm",
+            "+ %int4_1 = aten._weight_int4pack_mm",
+        ),
     ):
         assert part in text
 
