@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxint4.methods.mse import mse_parameters
 from fxint4.quantize import (
     GroupParameters,
     dequantize,
-    nearest_parameters,
     quantize,
     row_blocks,
 )
@@ -36,14 +36,15 @@ def awq_scale(
     second_moments: Tensor,
     magnitudes: Tensor,
     group_size: int,
-    parameters: GroupParameters = nearest_parameters,
+    parameters: GroupParameters = mse_parameters,
 ) -> Tensor:
     """Factors s for the channels of the weights: quantise ``W * s``, multiply by ``x / s``.
 
     Of ``s = magnitudes^a``, divided by the geometric mean of its largest and smallest, with a in 20
     steps from 0 (ones) to 0.95, the one of the least squared error of the outputs, ``tr(D H D^T)``
     with ``D = dequantised (W * s) / s - W``, over up to 2,048 rows of each W; ones, if its error
-    over all rows is not less than theirs. Channels of magnitude 0 get 1.
+    over all rows is not less than theirs. Channels of magnitude 0 get 1; where magnitudes or H hold
+    inf or NaN, all do.
 
     Takes 20 quantisations and ``20 rows K^2`` multiplications in fp64 for those rows, 2 more for
     all.
@@ -72,13 +73,15 @@ def awq_scale(
         if weight.ndim != 2 or weight.shape[1] != k:
             raise ValueError(f"a weight is {tuple(weight.shape)}, its inputs have {k} channels")
     h = second_moments.double()
+    ones = torch.ones(k, device=h.device)
+    if not (h.isfinite().all() and magnitudes.isfinite().all()):
+        return ones
 
     def error(s: Tensor, some: Sequence[Tensor]) -> Tensor:
         return sum(
             (_error(weight, s, h, group_size, parameters) for weight in some), h.new_zeros(())
         )
 
-    ones = torch.ones(k, device=h.device)
     sample = [weight[:: -(-len(weight) // _ROWS) or 1] for weight in weights]
     best, least = ones, error(ones, sample)
     for step in range(1, _STEPS):

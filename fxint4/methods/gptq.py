@@ -109,8 +109,9 @@ class Gptq:
             return "the second moments of the input hold inf or NaN"
         if dead.all():
             return "the second moments of the input are all 0"
-        if mean > 0:
-            h.div_(mean)
+        if mean <= 0:
+            return "the second moments of the input are not positive"
+        h.div_(mean)
         h[dead] = 0
         h[:, dead] = 0
         diagonal[dead] = 1
