@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from fxint4.errors import CommandError, Int4Error
+from fxint4.errors import CommandError, Int4Error, first_line
 
 # Command -> (module, function(argv) -> int, what it does). Imported only when it is asked for.
 COMMANDS = {
@@ -77,11 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     """What went wrong: all of it where fxint4 says it, the beginning where others do."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, Int4Error):
-        return " ".join(lines)
-    first = f": {lines[0]}" if lines else ""
-    return f"{type(error).__name__}{first} (--traceback shows where)"
+        return " ".join(map(str.strip, str(error).splitlines()))
+    kind, said = type(error).__name__, first_line(error)
+    return f"{kind if said == kind else f'{kind}: {said}'} (--traceback shows where)"
 
 
 if __name__ == "__main__":

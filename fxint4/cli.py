@@ -26,7 +26,7 @@ import fxint4
 from fxint4 import _torch
 from fxint4.aot import METADATA
 from fxint4.config import GROUP_SIZES, INNER_K_TILES
-from fxint4.errors import CommandError, ReportError
+from fxint4.errors import CommandError, ReportError, first_line
 from fxint4.report import Report, changes, stdout_has_colour
 
 __all__ = ["diff", "export", "run"]
@@ -174,7 +174,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except Exception as error:  # an unknown name, or a device that this torch or machine lacks
-        raise CommandError(f"device {name!r} can't be used: {_first_line(error)}") from error
+        raise CommandError(f"device {name!r} can't be used: {first_line(error)}") from error
 
 
 def _dynamic_shapes(asked: Sequence[str], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -242,7 +242,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         model = _torch.aoti_load(args.package)
     except Exception as error:
-        raise CommandError(f"{args.package} can't be loaded: {_first_line(error)}") from error
+        raise CommandError(f"{args.package} can't be loaded: {first_line(error)}") from error
     described = json.loads(metadata[METADATA]) if METADATA in metadata else None
     if args.inputs is not None:
         leaves = _loaded(args.inputs, described["names"] if described else [], model)
@@ -326,7 +326,7 @@ def _metadata(path: str) -> dict[str, str]:
             damaged = archive.testzip()  # the loader does not look
         found = {key: value for text in texts for key, value in json.loads(text).items()}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise CommandError(f"{path} is damaged, or no package: {_first_line(error)}") from error
+        raise CommandError(f"{path} is damaged, or no package: {first_line(error)}") from error
     if damaged is not None:
         raise CommandError(
             f"{path} is damaged: its part {damaged} has changed since it was written"
@@ -364,7 +364,7 @@ def _loaded(path: str, names: Sequence[str], model: Any) -> list[Any]:
     try:
         loaded = torch.load(path, weights_only=True)
     except Exception as error:
-        raise CommandError(f"inputs {path!r} can't be loaded: {_first_line(error)}") from error
+        raise CommandError(f"inputs {path!r} can't be loaded: {first_line(error)}") from error
     if isinstance(loaded, dict):
         missing = [name for name in names if name not in loaded]
         if missing:
@@ -373,7 +373,7 @@ def _loaded(path: str, names: Sequence[str], model: Any) -> list[Any]:
         try:
             return _torch.aoti_leaves(model, args, loaded)
         except ValueError as error:
-            raise CommandError(f"inputs {path!r} do not fit: {_first_line(error)}") from error
+            raise CommandError(f"inputs {path!r} do not fit: {first_line(error)}") from error
     if isinstance(loaded, (Tensor, tuple, list)):
         return _torch.flat(loaded)
     raise CommandError(f"inputs {path!r} are {_kind(loaded)}; need a tensor, tuple, list or dict")
@@ -448,8 +448,3 @@ def _described(value: Tensor) -> str:
 def _kind(value: object) -> str:
     kind = type(value).__name__
     return "None" if value is None else f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

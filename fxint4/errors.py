@@ -12,6 +12,7 @@ __all__ = [
     "ReportError",
     "TrainingError",
     "UnsupportedOpError",
+    "first_line",
 ]
 
 
@@ -58,3 +59,9 @@ class CommandError(Int4Error):
 
 class UnsupportedOpError(Int4Error, NotImplementedError):
     """An operator that packed weights don't support. Names those that they do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what an error says; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

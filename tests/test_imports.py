@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rooms on one line do not import each other. A package is one room; inside it anything goes.
 # "__init__" is fxint4 itself, with the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version"),
+    ("errors", "files", "version"),
     ("_torch",),
     ("_inductor",),
     ("calibration",),

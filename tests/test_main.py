@@ -229,6 +229,13 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def package(targets: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Made once, by the command, for all tests that run it."""
@@ -280,14 +287,13 @@ def test_the_export_command_reports(
 
 
 def test_inputs_come_from_a_file_and_outputs_go_to_one(
-    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    package: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = {"shift": torch.zeros(96), "ids": torch.arange(10).view(2, 5)}
-    torch.save(inputs, tmp_path / "x.pt")
-    argv = ["run", package, "--inputs", str(tmp_path / "x.pt")]
-    assert main([*argv, "--output", str(tmp_path / "y.pt")]) == 0
+    torch.save(inputs, "x.pt")
+    assert main(["run", package, "--inputs", "x.pt", "--output", "y.pt"]) == 0
     assert capsys.readouterr().out.startswith("output 0: float32 [2, 5, 96]")
-    saved = torch.load(tmp_path / "y.pt")
+    saved = torch.load("y.pt")
     shift, ids = inputs.values()
     assert torch.equal(saved, aoti_load_package(package)(ids, shift=shift))
 
@@ -318,25 +324,15 @@ def test_inputs_come_from_a_file_and_outputs_go_to_one(
     ],
 )
 def test_inputs_that_do_not_fit_are_named(
-    inputs: object,
-    message: str,
-    package: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    inputs: object, message: str, package: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     torch.save(inputs, "x.pt")
     assert failure(capsys, "run", package, "--inputs", "x.pt") == message
 
 
 def test_inputs_are_never_unpickled_code(
-    package: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    package: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     torch.save(subprocess.run, "x.pt")
     said = failure(capsys, "run", package, "--inputs", "x.pt")
     assert said.startswith("inputs 'x.pt' can't be loaded: Weights only load failed")
@@ -396,12 +392,8 @@ def test_a_traceback_is_shown_where_it_is_asked_for(targets: str) -> None:
 
 
 def test_what_is_no_package_is_named(
-    package: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    package: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     assert failure(capsys, "run", "x.pt2") == "there is no file 'x.pt2'"
 
     whole = Path(package).read_bytes()

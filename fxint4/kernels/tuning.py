@@ -7,13 +7,12 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxint4.files import write_whole
 from fxint4.kernels import common, linear
 from fxint4.kernels.common import Blocks, triton, version_of
 from fxint4.kernels.linear import Choice, choose, choose_blocks, gpu_of
@@ -46,7 +45,8 @@ def fastest(
     if name not in known:
         measured = _measured(m, n, k, group_size, half_inner, dtype)
         known = {**_read(path), name: measured}  # others may have written meanwhile
-        _write(path, known)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(known, indent=1))
     return _choice(min(known[name], key=lambda entry: entry["us"]))
 
 
@@ -123,11 +123,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # none yet, or not ours: it is measured anew
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """In one step, so that another process never reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(found, file, indent=1)
-    os.replace(file.name, path)

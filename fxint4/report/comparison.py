@@ -76,7 +76,7 @@ def changes(
     """What differs between two reports, as text.
 
     A layer differs where what is packed, its group size, its kernels, the reason, the bytes (a
-    dense copy's included) or the errors do: the SQNR to a tenth of a dB, the output's error to three
+    dense copy's included) or the errors do: the SQNR to a tenth of a dB, the output's to three
     digits. Other options and versions are told, but are no difference by themselves.
 
     Args:

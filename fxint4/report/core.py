@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import threading
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from fxint4.config import REPORT_SUFFIXES, Int4Config
 from fxint4.errors import OptionError, ReportError
+from fxint4.files import write_whole
 from fxint4.report import graphs, table
 from fxint4.report.html_page import page
 from fxint4.report.records import GraphReport, Record, checked
@@ -289,7 +289,7 @@ class Report:
         else:
             text = self._text(_FILE_COLUMNS)
         try:
-            _replace(path, f"{text.rstrip()}\n")
+            write_whole(path, f"{text.rstrip()}\n")
         except OSError as error:
             raise ReportError(f"the report {str(path)!r} can't be written: {error}") from error
 
@@ -392,14 +392,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return repr(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under another name and give it its own once it is whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
