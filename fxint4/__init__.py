@@ -3,6 +3,8 @@
 from fxint4 import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
 from fxint4.aot import package
 from fxint4.backend import explain, last_report
+from fxint4.calibrate import CalibrationCost, calibrate, calibration_cost
+from fxint4.calibration import Calibration
 from fxint4.checkpoints import load_
 from fxint4.config import Int4Config
 from fxint4.errors import (
@@ -23,6 +25,8 @@ from fxint4.tensor import Int4TileTensor, dequantizing
 from fxint4.version import __version__ as __version__
 
 __all__ = [
+    "Calibration",
+    "CalibrationCost",
     "CheckpointError",
     "FoldError",
     "Int4Config",
@@ -35,6 +39,8 @@ __all__ = [
     "ReportError",
     "TrainingError",
     "UnsupportedOpError",
+    "calibrate",
+    "calibration_cost",
     "dequantizing",
     "explain",
     "last_report",

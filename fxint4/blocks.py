@@ -46,14 +46,14 @@ def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> 
     recipe: how codes are chosen.
     """
     if recipe.statistics is None or weight.ndim == 2:
-        quantizer = recipe.quantizer(shape.group_size, shape.k_padded)
+        quantizer = recipe.quantizer(shape.group_size, shape.k_padded, weight.device)
         for start, stop in row_blocks(weight, _ROWS if weight.ndim == 2 else 1):
             part = weight[start:stop]
             made = quantizer(part.reshape(-1, part.shape[-1]))
             yield _block(start, made, part.shape[:-1])
     else:
         for start, part in enumerate(weight):
-            quantizer = recipe.quantizer(shape.group_size, shape.k_padded, start)
+            quantizer = recipe.quantizer(shape.group_size, shape.k_padded, weight.device, start)
             yield _block(start, quantizer(part), (1, *part.shape[:-1]))
 
 

@@ -61,21 +61,23 @@ class Recipe:
         method = "gptq" if "gptq" in self.method else _WITHOUT_DATA
         return replace(self, method=method, remark=f"{method}: compiled without a pre-scale")
 
-    def quantizer(self, group_size: int, k_padded: int, matrix: int | None = None) -> Quantizer:
+    def quantizer(
+        self, group_size: int, k_padded: int, device: torch.device, matrix: int | None = None
+    ) -> Quantizer:
         """What quantises the rows of the weight, or of one of several.
 
         Args:
             group_size: neighbouring k that share a scale and a zero.
             k_padded: columns to store.
+            device: where the weight is.
             matrix: which of several weights, None where there is but one.
         """
-        base = self._unscaled(group_size, k_padded, matrix)
-        pre_scale = self.pre_scale
-        if pre_scale is None:
+        base = self._unscaled(group_size, k_padded, device, matrix)
+        if self.pre_scale is None:
             return base
+        factors = self.pre_scale.to(device)
 
         def scaled(rows: Tensor) -> Quantized:
-            factors = pre_scale.to(rows.device)
             made = base(rows.float() / factors)
             values = dequantize(
                 made.codes, made.scale, made.zero, group_size, torch.float32, rows.shape[-1]
@@ -88,20 +90,22 @@ class Recipe:
 
         return scaled
 
-    def _unscaled(self, group_size: int, k_padded: int, matrix: int | None) -> Quantizer:
+    def _unscaled(
+        self, group_size: int, k_padded: int, device: torch.device, matrix: int | None
+    ) -> Quantizer:
         """What quantises rows that are divided by the pre-scale already."""
         moments = self._second_moments(matrix)
         if moments is None:
             parameters = _PARAMETERS.get(self.method, mse_parameters)
             return lambda rows: quantize(rows, group_size, k_padded, parameters)
+        moments = moments.to(device)
         if self.pre_scale is not None:
-            factors = self.pre_scale.to(moments.device)
+            factors = self.pre_scale.to(device)
             moments = moments * factors * factors.unsqueeze(-1)
         if "gptq" in self.method:
             return Gptq(moments, group_size, k_padded)
-        return lambda rows: quantize(
-            rows, group_size, k_padded, mse_parameters, moments.diagonal().to(rows.device)
-        )
+        importance = moments.diagonal()
+        return lambda rows: quantize(rows, group_size, k_padded, mse_parameters, importance)
 
     def _second_moments(self, matrix: int | None) -> Tensor | None:
         """Those of one weight; None where no row reached it."""
@@ -134,6 +138,9 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
     if statistics.magnitudes.shape != (*batch, k):
         found = tuple(statistics.magnitudes.shape)
         return Recipe(_WITHOUT_DATA, remark=f"{_WITHOUT_DATA}: calibrated with channels {found}")
+    if "awq" in config.method and statistics.pre_scale is None:
+        method = "gptq" if "gptq" in config.method else _WITHOUT_DATA
+        return Recipe(method, statistics, f"{method}: calibrated without awq")
     missed = int((statistics.rows == 0).sum())
     if missed == statistics.rows.numel():
         return Recipe(

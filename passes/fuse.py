@@ -19,7 +19,7 @@ from fxint4.passes.pattern import value_of
 from fxint4.report import Record
 from fxint4.store import Dense, Form
 
-__all__ = ["matmuls", "with_matmuls"]
+__all__ = ["matmuls", "same_activation", "with_matmuls"]
 
 
 def matmuls(
@@ -104,15 +104,28 @@ def _kernels_by_m(
     return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 
+def same_activation(sites: Sequence[Site]) -> list[Hashable]:
+    """Equal values for sites of a graph whose weights multiply the same rows."""
+    values = _values(sites[0].node.graph) if sites else {}
+    return [_activation(site, values) for site in sites]
+
+
 def _shared(site: Site, form: Form, values: dict[fx.Node, int]) -> Hashable:
-    """Equal for sites whose weights one matmul can multiply.
+    """Equal for sites whose weights one matmul can multiply."""
+    shape = site.shape
+    layout = (form, shape.k_padded, shape.group_size, shape.inner_k_tiles)
+    return (_activation(site, values), *layout, id(site.recipe.pre_scale))
+
+
+def _activation(site: Site, values: dict[fx.Node, int]) -> Hashable:
+    """What a site multiplies by its weight.
 
     A pattern makes the same rows of the same operand where that stands in the same place.
     """
-    shape, x = site.shape, site.match.x
-    place = len(site.node.args) - site.node.args.index(x)
-    layout = (form, shape.k_padded, shape.group_size, shape.inner_k_tiles)
-    return (type(site.pattern), place, values[x], *layout, id(site.recipe.pre_scale))
+    match = site.match
+    place = len(site.node.args) - site.node.args.index(match.x) if match.ids is None else 0
+    operands = (match.x, match.offs, match.ids)
+    return (type(site.pattern), place, *(node and values[node] for node in operands))
 
 
 def _values(graph: fx.Graph) -> dict[fx.Node, int]:

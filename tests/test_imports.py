@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("packing", "replay"),
     ("capture",),
+    ("calibrate",),
     ("measure",),
     ("backend",),
     ("export",),

@@ -1,0 +1,391 @@
+"""Statistics of activations: against hooks in float64, for every way to multiply by a weight."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_replay import FORMS, IDS, OFFS, E, K, M, N, noise
+from support import module
+from torch import Tensor, nn
+
+import fxint4
+from fxint4 import OptionError, PackedFormatError, TrainingError
+from fxint4.calibration import Calibration, Statistics
+
+EPSILON = 2.0**-24
+
+
+class Attention(nn.Module):
+    """Projections that share an activation, and one of what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(K, N) for _ in range(3))
+        self.out = nn.Linear(N, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+        return self.out(weights @ self.v(x)) + x
+
+
+class Broken(nn.Module):
+    """Two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(K, K), nn.Linear(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def seen_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """What each linear layer multiplies, [rows, K] in float64, by the name of its weight."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, args: seen.setdefault(name, []).append(args[0].reshape(-1, K_of(args[0])))
+
+    handles = [
+        layer.register_forward_pre_hook(hook(f"{name}.weight"))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows).double() for name, rows in seen.items()}
+
+
+def K_of(x: Tensor) -> int:
+    return x.shape[-1]
+
+
+def assert_statistics(statistics: Statistics, rows: Tensor) -> None:
+    """Sums over so many rows of products that were rounded once each, in fp32."""
+    x = rows.double()
+    bound = 2 * len(x) * EPSILON
+    moments = x.t() @ x
+    limit = bound * (x.abs().t() @ x.abs())
+    assert bool(((statistics.second_moments.double() - moments).abs() <= limit + 1e-12).all())
+    torch.testing.assert_close(
+        statistics.magnitudes.double(), x.abs().mean(0), rtol=bound, atol=1e-9
+    )
+    assert int(statistics.rows) == len(x)
+
+
+def test_statistics_are_those_of_hooks() -> None:
+    model = Attention().eval()
+    batches = [noise(2, 5, K, seed=seed) for seed in range(3)]
+    calibration = fxint4.calibrate(model, batches)
+    seen = seen_by_hooks(model, batches)
+    assert set(calibration) == set(seen)
+    for name, rows in seen.items():
+        # What the last layer sees was computed in fp32, here and there in another order.
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "out.weight" else None
+        if tolerance:
+            x = rows
+            torch.testing.assert_close(
+                calibration[name].second_moments.double(), x.t() @ x, **tolerance
+            )
+        else:
+            assert_statistics(calibration[name], rows)
+    shared = [calibration[f"{name}.weight"] for name in "qkv"]
+    assert shared[0].second_moments is shared[1].second_moments is shared[2].second_moments
+    assert calibration.nbytes < 2 * 4 * (K * K + N * N + 2 * K + 2 * N)
+
+
+@pytest.mark.parametrize("form", ["linear", "left", "einsum", "convolution", "computed"])
+def test_every_way_to_multiply_is_calibrated(form: str) -> None:
+    function, w, x, rows = FORMS[form]
+    calibration = fxint4.calibrate(module(function, w=w).eval(), [x])
+    ((key, statistics),) = [(key, calibration[key]) for key in calibration]
+    assert_statistics(statistics, rows(x))
+    expected = {"linear": "w", "left": "w", "einsum": "w.T", "convolution": "w"}
+    assert key == expected.get(form, key)
+    if form == "computed":
+        assert key.startswith("w#")
+
+
+@pytest.mark.parametrize("form", ["batched", "grouped", "indexed"])
+def test_experts_have_statistics_of_their_own(form: str) -> None:
+    function, w, x, rows = FORMS[form]
+    calibration = fxint4.calibrate(module(function, w=w).eval(), [x])
+    (key,) = calibration
+    statistics = calibration[key]
+    seen = rows(x).to(torch.bfloat16 if form == "grouped" else torch.float32)
+    if form == "grouped":
+        parts = [seen[:2], seen[2:2], seen[2:5], seen[5:6]]
+        assert OFFS.tolist() == [2, 2, 5, 6]
+    elif form == "indexed":
+        parts = [seen[IDS % E == number] for number in range(E)]
+    else:
+        parts = list(seen)
+    for number, part in enumerate(parts):
+        moments = part.double().t() @ part.double()
+        torch.testing.assert_close(
+            statistics.second_moments[number].double(), moments, rtol=1e-5, atol=1e-6
+        )
+        assert int(statistics.rows[number]) == len(part)
+
+
+def test_a_weight_that_multiplies_twice_sees_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(K, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).relu())
+
+    model = Twice().eval()
+    x = noise(M, K)
+    calibration = fxint4.calibrate(model, [x])
+    rows = seen_by_hooks(model, [x])["layer.weight"]
+    statistics = calibration["layer.weight"]
+    torch.testing.assert_close(
+        statistics.second_moments.double(), rows.t() @ rows, rtol=1e-5, atol=1e-5
+    )
+    assert int(statistics.rows) == 2 * M
+
+
+def test_graph_breaks_and_shapes_that_vary() -> None:
+    model = Broken().eval()
+    batches = [noise(rows, K, seed=rows) for rows in (3, 5, 7)]
+    calibration = fxint4.calibrate(model, batches)
+    seen = seen_by_hooks(model, batches)
+    assert set(calibration) == set(seen)
+    assert_statistics(calibration["first.weight"], seen["first.weight"])
+    assert int(calibration["second.weight"].rows) == 15
+
+
+def test_little_memory_takes_more_passes() -> None:
+    model = Attention().eval()
+    batches = [noise(2, 5, K, seed=seed) for seed in range(2)]
+    whole = fxint4.calibrate(model, batches)
+    memory = 4 * (K + 1) * K + 8
+    cost = fxint4.calibration_cost(model, batches[0], memory=memory)
+    assert (cost.weights, cost.passes) == (4, 2)
+    assert cost.largest == memory
+    runs = []
+    handle = model.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    class Batches:
+        count = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.count += 1
+            return iter(batches)
+
+    handle.remove()
+    given = Batches()
+    parts = fxint4.calibrate(model, given, memory=memory)
+    assert given.count == cost.passes
+    for key in whole:
+        assert torch.equal(whole[key].second_moments, parts[key].second_moments)
+        assert torch.equal(whole[key].magnitudes, parts[key].magnitudes)
+    assert fxint4.calibration_cost(model, batches[0]).passes == 1
+    assert cost.nbytes == whole.nbytes - 4 * (K + N)  # but for the pre-scales
+    with pytest.raises(ValueError, match="can be run only once"):
+        fxint4.calibrate(model, iter(batches), memory=memory)
+
+
+def test_batches_are_arguments_of_the_model() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(K, N)
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            return self.layer(x if y is None else x + y)
+
+    model = Sum().eval()
+    x, y = noise(3, K), noise(3, K, seed=1)
+    calibration = fxint4.calibrate(model, [x, (x, y), {"x": y}, [x]])
+    rows = torch.cat([x, x + y, y, x])
+    assert_statistics(calibration["layer.weight"], rows)
+
+
+def test_a_calibration_survives_a_file(tmp_path: Path) -> None:
+    calibration = fxint4.calibrate(Attention().eval(), [noise(2, 5, K)])
+    path = tmp_path / "stats.safetensors"
+    calibration.save(path)
+    assert path.stat().st_size < calibration.nbytes + 8192  # shared sums are written once
+    loaded = Calibration.load(path)
+    assert list(loaded) == list(calibration)
+    for key in calibration:
+        for part in ("second_moments", "magnitudes", "rows", "pre_scale"):
+            assert torch.equal(getattr(loaded[key], part), getattr(calibration[key], part))
+    assert loaded["q.weight"].pre_scale is loaded["v.weight"].pre_scale
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", None])
+def test_a_file_that_is_no_calibration_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PackedFormatError, match=r"stats\.safetensors"):
+        Calibration.load(path)
+
+
+def test_other_safetensors_files_are_no_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    fxint4.save_file(nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(PackedFormatError, match="is no calibration"):
+        Calibration.load(path)
+
+
+def test_few_rows_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="fxint4"):
+        fxint4.calibrate(Attention().eval(), [noise(1, 7, K)])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("4 of 4 weights saw fewer rows than they have channels")
+    assert f"7 rows, {K} channels" in message
+
+
+def test_what_cannot_be_calibrated_with_is_an_error() -> None:
+    model = Attention().eval()
+    with pytest.raises(ValueError, match="no batches"):
+        fxint4.calibrate(model, [])
+    with pytest.raises(TrainingError, match="training mode"):
+        fxint4.calibrate(Attention(), [noise(1, 2, K)])
+    with pytest.raises(OptionError, match="max_autotune"):
+        fxint4.calibrate(model, [noise(1, 2, K)], {"max_autotune": True})
+    with pytest.raises(ValueError, match="no use for memory"):
+        fxint4.calibrate(model, [noise(1, 2, K)], sequential=True, memory=1)
+
+
+def test_layers_that_are_not_packed_are_not_calibrated() -> None:
+    calibration = fxint4.calibrate(Attention().eval(), [noise(1, 2, K)], {"skip": ["q", "out"]})
+    assert set(calibration) == {"k.weight", "v.weight"}
+
+
+# --- sequential ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Broken, Attention])
+def test_later_layers_see_what_quantised_ones_give(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    batches = [noise(2, 40, K, seed=seed) for seed in range(3)]
+    options = {"method": "gptq", "group_size": 32}
+    calibration = fxint4.calibrate(model, batches, options, sequential=True)
+
+    last = "second" if make is Broken else "out"
+    quantised = copy.deepcopy(model)
+    fxint4.pack_(quantised, options={**options, "calibration": calibration, "skip": [last]})
+    rows = seen_by_hooks(quantised, batches)[f"{last}.weight"]
+    own = seen_by_hooks(model, batches)[f"{last}.weight"]
+    found = calibration[f"{last}.weight"].second_moments.double()
+    # The packed model's op rounds activations to bf16; calibration does not.
+    off = (found - rows.t() @ rows).norm()
+    assert off < 0.05 * (own.t() @ own - rows.t() @ rows).norm() + 2.0**-7 * found.norm()
+    assert int(calibration[f"{last}.weight"].rows) == len(rows)
+
+
+def test_sequential_batches_have_one_shape() -> None:
+    batches = [noise(2, 5, K), noise(2, 6, K)]
+    with pytest.raises(ValueError, match="different shapes"):
+        fxint4.calibrate(Attention().eval(), batches, sequential=True)
+
+
+# --- what it is good for -------------------------------------------------------------------------
+
+
+def correlated(*shape: int, seed: int = 0) -> Tensor:
+    """Activations with a few large channels, the rest of them correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(shape[-1] // 4, shape[-1], generator=torch.Generator().manual_seed(99))
+    mix[:, ::16] *= 8
+    x = torch.randn(*shape[:-1], shape[-1] // 4, generator=generator) @ mix
+    return x / 4 + torch.randn(*shape, generator=generator) / 8
+
+
+def output_error(model: nn.Module, quantised: Callable[..., Any], x: Tensor) -> float:
+    with torch.no_grad():
+        y = model(x).double()
+        return float((quantised(x).double() - y).norm() / y.norm())
+
+
+ROUTES: dict[str, Callable[[nn.Module, Tensor, dict[str, Any]], Callable[..., Any]]] = {}
+
+
+def route(function: Callable[..., Any]) -> Callable[..., Any]:
+    ROUTES[function.__name__] = function
+    return function
+
+
+@route
+def compiled(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[..., Any]:
+    return torch.compile(model, backend="int4tile", options=options)
+
+
+@route
+def packed(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[..., Any]:
+    other = copy.deepcopy(model)
+    fxint4.pack_(other, options=options)
+    return other
+
+
+@route
+def rewritten(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[..., Any]:
+    return fxint4.rewrite(torch.export.export(model, (x,)), options).module()
+
+
+@pytest.mark.parametrize("name", list(ROUTES))
+def test_gptq_and_awq_lose_less_of_the_output(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128, bias=False)).eval()
+    x = correlated(64, 256, seed=5)
+    calibration = fxint4.calibrate(model, [correlated(512, 256, seed=seed) for seed in range(3)])
+    errors = {}
+    for method in ("rtn", "gptq", "awq", "gptq+awq"):
+        options = {"method": method, "group_size": 64, "calibration": calibration}
+        errors[method] = output_error(model, ROUTES[name](model, x, options), x)
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+    assert errors["awq"] < 0.9 * errors["rtn"]
+    assert errors["gptq+awq"] < 0.8 * errors["rtn"]
+
+
+def test_the_report_says_which_method_chose() -> None:
+    model = Attention().eval()
+    batches = [noise(2, 40, K, seed=seed) for seed in range(3)]
+    calibration = fxint4.calibrate(model, batches, {"method": "gptq", "skip": ["v"]})
+    options = {
+        "method": "gptq",
+        "calibration": calibration,
+        "overrides": {"q": {"method": "hqq", "group_size": 32}, "k": {"method": "gptq+awq"}},
+    }
+    for report in (
+        fxint4.explain(model, batches[0], options=options),
+        fxint4.pack_(copy.deepcopy(model), options=options),
+    ):
+        by_name = {record.name: record for record in report.records}
+        assert by_name["q"].method == "hqq"
+        assert by_name["q"].group_size == 32
+        assert by_name["out"].method == "gptq"
+        assert by_name["v"].method == "mse"
+        assert "mse: not in the calibration" in by_name["v"].reason
+        assert by_name["k"].method == "gptq"
+        assert "calibrated without awq" in by_name["k"].reason
+
+
+def test_experts_that_no_row_reached_fall_back() -> None:
+    function, w, x, _ = FORMS["grouped"]
+    model = module(function, w=w).eval()
+    calibration = fxint4.calibrate(model, [x], {"method": "gptq"})
+    options = {"method": "gptq", "calibration": calibration}
+    (record,) = fxint4.explain(model, x, options=options).records
+    assert record.method == "gptq"
+    assert "mse for 1 weights that no row reached" in record.reason
