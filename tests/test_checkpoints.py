@@ -600,7 +600,7 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
     "groups of 16": (
         gptq(quantised(48, 512, 16)),
         {**GPTQ, "group_size": 16},
-        "Quantise with groups of 32 or more, not 16",
+        "Quantise with groups of a multiple of 32, not 16",
     ),
     "groups that do not divide": (
         changed(gptq(quantised(48, 512, 100)), g_idx=None),

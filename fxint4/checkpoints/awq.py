@@ -16,9 +16,6 @@ from fxint4.errors import CheckpointError
 
 __all__ = ["find", "is_awq"]
 
-#: In which nibble the eight n of a word are.
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
     """The quantised weights of a checkpoint.
@@ -76,4 +73,5 @@ class AwqWeight(GroupedWeight):
 
 def _in_order(words: Tensor) -> Tensor:
     """The numbers of ``[rows, N/8]`` words by n: uint8 ``[rows, N]``."""
-    return nibbles(words)[..., _PLACES].flatten(1)
+    # n = 2 * pair + odd is in nibble 4 * odd + pair.
+    return nibbles(words).unflatten(-1, (2, 4)).mT.flatten(1)

@@ -75,8 +75,7 @@ class GptqWeight(GroupedWeight):
 
     def codes(self, n: int, k: int, device: torch.device) -> Tensor:
         """A word's numbers lie along K."""
-        rows = nibbles(self.read("qweight", device)).permute(1, 0, 2)
-        return rows.flatten(1)[:, :k]
+        return nibbles(self.read("qweight", device).T).flatten(1)[:, :k]
 
     def scale(self, n: int, device: torch.device) -> Tensor:
         """Transposed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class GroupedWeight(Weight):
                 "the group of a weight changes within 32 neighbouring columns, the smallest group "
                 "that tiles have. "
                 + (
-                    f"Quantise with groups of 32 or more, not {int(sizes.max())}"
+                    f"Quantise with groups of a multiple of 32, not {int(sizes.max())}"
                     if bool((index.diff() >= 0).all())
                     else "It was quantised in the order of activations, with desc_act: running it "
                     "would gather the activation's columns in every forward. Quantise with "
@@ -188,10 +189,10 @@ def nibbles(words: Tensor) -> Tensor:
     Returns:
         uint8 ``[..., 8]``, contiguous.
     """
-    numbers = torch.empty((*words.shape, 8), dtype=torch.uint8, device=words.device)
-    for place in range(8):
-        numbers[..., place] = (words >> 4 * place) & 15
-    return numbers
+    octets = words.contiguous().unsqueeze(-1).view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.flip(-1)
+    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
 def whole_numbers(*values: Any) -> tuple[int, ...]:
