@@ -74,4 +74,4 @@ class AwqWeight(GroupedWeight):
 def _in_order(words: Tensor) -> Tensor:
     """The numbers of ``[rows, N/8]`` words by n: uint8 ``[rows, N]``."""
     # n = 2 * pair + odd is in nibble 4 * odd + pair.
-    return nibbles(words).unflatten(-1, (2, 4)).mT.flatten(1)
+    return nibbles(words).view(*words.shape, 2, 4).mT.flatten(1)
