@@ -6,8 +6,8 @@ language (the default)
     contender quantised all linear layers, the lm_head included. Ours by `fxint4.pack_`, run
     eagerly on the int4 op, and for one setting by `torch.compile(backend="int4tile")`, too;
     torchao on its int4 op; hqq and gptqmodel as bf16 weights, dequantised (quantisers.py).
-    Methods that look at data get the same windows of the training text. "error" is the relative
-    error of the logits against bf16's, on the held-out text; "bytes" those of the linear layers.
+    Methods that look at data get the same windows of the training text. "divergence" and
+    "error" (relative, of the logits) are against bf16, on the held-out text too.
     With --budget also the option `target_error`: the error reached on held-out text, and the
     bytes, beside those of the cheapest single setting that meets the target there.
 minilm
@@ -31,8 +31,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from math import exp
 from typing import Any
 
@@ -57,12 +57,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxint4
-from fxint4 import demo
+from fxint4 import Calibration, Int4TileTensor, demo
 
 GROUPS = (32, 64, 128, 256)
-WITHOUT_DATA = ("rtn", "mse", "hqq")
 WITH_DATA = ("gptq", "awq", "gptq+awq")
-OURS = tuple(f"int4tile {method}" for method in (*WITHOUT_DATA, *WITH_DATA))
+METHODS = ("rtn", "mse", "hqq", *WITH_DATA)
+SEQUENTIAL = ("gptq", "gptq+awq")
+OURS = (
+    *(f"int4tile {method}" for method in METHODS),
+    *(f"int4tile {method}, sequential" for method in SEQUENTIAL),
+)
 TORCHAO = ("torchao rtn", "torchao hqq")
 CONTENDERS = (*OURS, *TORCHAO, "hqq", "gptqmodel")
 #: What `torch.compile` runs beside eager: method and group size.
@@ -137,12 +141,14 @@ class Score:
 
     Attributes:
         loss: nats a token.
+        divergence: Kullback-Leibler's, of the bf16 model's tokens from these, in nats a token.
         error: relative, of the logits against those of the bf16 model.
         linear_bytes: of the weights of the linear layers, as they are held: bf16, or ours.
         seconds: that quantising took.
     """
 
     loss: float
+    divergence: float
     error: float
     linear_bytes: int
     seconds: float
@@ -154,53 +160,56 @@ class Score:
 
 def score(
     model: Callable[[Tensor], Tensor], original: nn.Module, held_out: Sequence[Tensor]
-) -> tuple[float, float]:
-    """Loss in nats a token, and the relative error of the logits.
+) -> tuple[float, float, float]:
+    """Loss, divergence and error, see `Score`.
 
     Args:
         model: tokens to logits.
         original: the same in bf16.
         held_out: int64 ``[batch, context + 1]`` each.
     """
-    loss, noise, signal, count = 0.0, 0.0, 0.0, 0
+    loss, divergence, noise, signal, count = 0.0, 0.0, 0.0, 0.0, 0
     for tokens in held_out:
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
         expected = original(inputs).float()
         logits = model(inputs).float()
-        loss += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum").item()
+        said, meant = logits.log_softmax(-1), expected.log_softmax(-1)
+        loss += F.nll_loss(said.flatten(0, 1), targets, reduction="sum").item()
+        divergence += F.kl_div(said, meant, reduction="sum", log_target=True).item()
         noise += (logits - expected).square().sum(dtype=torch.float64).item()
         signal += expected.square().sum(dtype=torch.float64).item()
         count += len(targets)
-    return loss / count, (noise / signal) ** 0.5
+    return loss / count, divergence / count, (noise / signal) ** 0.5
 
 
 def contenders(
-    names: Sequence[str], batches: Sequence[Tensor], calibration: Any
-) -> dict[tuple[str, int], Callable[[nn.Module], Any]]:
-    """What quantises a bf16 model in place, by name and group size.
+    group: int, calibrate: Callable[..., Calibration], batches: Sequence[Tensor]
+) -> dict[str, Callable[[nn.Module], Any]]:
+    """What quantises a bf16 model in place, by name.
 
     Args:
-        names: of those to make.
+        group: group size.
+        calibrate: as `fxint4.calibrate`, of options and `sequential`.
         batches: what the model takes, for gptqmodel.
-        calibration: for ours.
     """
-    made: dict[tuple[str, int], Callable[[nn.Module], Any]] = {}
+
+    def ours(model: nn.Module, method: str, sequential: bool = False) -> Any:
+        options = {"method": method, "group_size": group}
+        if sequential:
+            options["calibration"] = calibrate(dict(options), sequential=True)
+        elif method in WITH_DATA:
+            options["calibration"] = calibrate({"group_size": group})
+        return fxint4.pack_(model, options=options)
+
+    made = {f"int4tile {method}": partial(ours, method=method) for method in METHODS}
+    for method in SEQUENTIAL:
+        made[f"int4tile {method}, sequential"] = partial(ours, method=method, sequential=True)
     rtn, hqq = TORCHAO
-    for group in GROUPS:
-        for method in (*WITHOUT_DATA, *WITH_DATA):
-            options = options_of(method, group, calibration)
-            made[f"int4tile {method}", group] = partial(fxint4.pack_, options=options)
-        made[rtn, group] = partial(quantisers.torchao, group_size=group, algorithm="tinygemm")
-        made[hqq, group] = partial(quantisers.torchao, group_size=group, algorithm="hqq")
-        made["hqq", group] = partial(quantisers.hqq, group_size=group)
-        made["gptqmodel", group] = partial(quantisers.gptqmodel, group_size=group, batches=batches)
-    return {key: quantise for key, quantise in made.items() if key[0] in names}
-
-
-def options_of(method: str, group: int, calibration: Any) -> dict[str, Any]:
-    """Of fxint4."""
-    options = {"method": method, "group_size": group}
-    return {**options, "calibration": calibration} if method in WITH_DATA else options
+    made[rtn] = partial(quantisers.torchao, group_size=group, algorithm="tinygemm")
+    made[hqq] = partial(quantisers.torchao, group_size=group, algorithm="hqq")
+    made["hqq"] = partial(quantisers.hqq, group_size=group)
+    made["gptqmodel"] = partial(quantisers.gptqmodel, group_size=group, batches=batches)
+    return made
 
 
 @torch.no_grad()
@@ -226,11 +235,12 @@ def one_seed(seed: int, text: Corpus, size_: Size, arguments: argparse.Namespace
     batches = windows(text.training, config.context, size_.calibration, device).split(size_.batch)
     held_out = windows(text.held_out, config.context + 1, size_.held_out, device).split(size_.batch)
 
-    bf16 = Score(score(model, model, held_out)[0], 0.0, linear_bytes(model), 0.0)
+    bf16 = Score(*score(model, model, held_out), linear_bytes(model), 0.0)
     result: dict[str, Any] = {
         "seed": seed,
         "training": training,
         "outliers": outliers(model, batches[0]),
+        "calibration_s": {},
         "scores": {"bf16": {"": asdict(bf16)}},
     }
     say(f"bf16 perplexity {bf16.perplexity:.4f}")
@@ -243,38 +253,44 @@ def one_seed(seed: int, text: Corpus, size_: Size, arguments: argparse.Namespace
             run = quantise(copied)
             wait(device)
             seconds = time.perf_counter() - start
-            loss, error = score(run if callable(run) else copied, model, held_out)
+            found = score(run if callable(run) else copied, model, held_out)
         except Exception as problem:  # the others go on
             result["scores"].setdefault(name, {})[str(group)] = {"problem": problem_of(problem)}
             say(f"{name} {group}: {problem_of(problem)}")
             return
-        made = Score(loss, error, linear_bytes(copied), seconds)
+        made = Score(*found, linear_bytes(copied), seconds)
         result["scores"].setdefault(name, {})[str(group)] = asdict(made)
-        say(f"{name} {group}: perplexity +{made.perplexity - bf16.perplexity:.4f}, {seconds:.1f} s")
+        say(f"{name} {group}: perplexity {made.perplexity - bf16.perplexity:+.4f}, {seconds:.1f} s")
 
-    calibration = None
-    if needs_data(arguments.contenders):
-        start = time.perf_counter()
-        calibration = fxint4.calibrate(model, batches)
-        wait(device)
-        result["calibration_s"] = time.perf_counter() - start
-    for (name, group), quantise in contenders(arguments.contenders, batches, calibration).items():
-        tried(name, group, quantise)
+    @cache
+    def shared(group: int) -> Calibration:
+        return fxint4.calibrate(model, batches, {"group_size": group})
+
+    def calibrate(options: dict[str, Any], sequential: bool = False) -> Calibration:
+        if sequential:
+            return fxint4.calibrate(model, batches, options, sequential=True)
+        return shared(options["group_size"])
+
+    for group in arguments.groups:
+        if any(f"int4tile {method}" in arguments.contenders for method in WITH_DATA):
+            start = time.perf_counter()
+            shared(group)
+            wait(device)
+            result["calibration_s"][group] = time.perf_counter() - start
+        for name, quantise in contenders(group, calibrate, batches).items():
+            if name in arguments.contenders:
+                tried(name, group, quantise)
     method, group = COMPILED
     if f"int4tile {method}" in arguments.contenders and seed == arguments.seeds[0]:
-        options = options_of(method, group, calibration)
+        options = {"method": method, "group_size": group, "calibration": shared(group)}
         compiled = partial(torch.compile, backend="int4tile", dynamic=False, options=options)
         tried(f"int4tile {method}, compiled", group, compiled)
     if arguments.budget:
         for target in TARGETS:
-            options = {"target_error": target, "calibration": calibration}
+            options = {"target_error": target, "calibration": shared(128)}
             pack = partial(fxint4.pack_, example_args=(batches[0],), options=options)
             tried("int4tile target_error", target, pack)
     return result
-
-
-def needs_data(names: Sequence[str]) -> bool:
-    return any(f"int4tile {method}" in names for method in WITH_DATA)
 
 
 def wait(device: torch.device) -> None:
@@ -375,7 +391,7 @@ def language_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             entries = [result["scores"][name][str(group)] for result in results]
             mean = {
                 key: statistics.mean(entry[key] for entry in entries)
-                for key in ("error", "linear_bytes", "seconds")
+                for key in ("divergence", "error", "linear_bytes", "seconds")
             }
             rows.append(
                 {
@@ -388,6 +404,7 @@ def language_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "of torchao rtn": statistics.mean(lost) / statistics.mean(reference)
                     if reference
                     else None,
+                    "divergence": mean["divergence"],
                     "error": mean["error"],
                     "linear MB": mean["linear_bytes"] / 1e6 if name in OURS else None,
                     "s": mean["seconds"],
@@ -461,6 +478,8 @@ def budget_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def language(arguments: argparse.Namespace) -> dict[str, Any]:
     """All seeds side by side, each in a process of its own."""
     size_ = TINY if arguments.tiny else FULL
+    if arguments.steps:
+        size_ = replace(size_, recipe=replace(size_.recipe, steps=arguments.steps))
     start = time.perf_counter()
     text = corpus(size_.config.vocabulary, size_.folder_bytes)
     print(f"text: {text.facts}, {time.perf_counter() - start:.0f} s", flush=True)
@@ -521,18 +540,26 @@ def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
     batches = demo.make_batches(tokenizer, device)
     original = demo.embed(model, batches)
     texts = sorted(docstrings(16 if arguments.tiny else 256), key=len)
-    calibration = None
-    if needs_data(arguments.contenders):
-        encoded = (
-            tokenizer(texts[start : start + 16], padding=True, return_tensors="pt").to(device)
-            for start in range(0, len(texts), 16)
-        )
-        calibration = fxint4.calibrate(model, [dict(each) for each in encoded])
+    tokens = [
+        dict(tokenizer(texts[start : start + 16], padding=True, return_tensors="pt").to(device))
+        for start in range(0, len(texts), 16)
+    ]
+
+    @cache
+    def shared(group: int) -> Calibration:
+        return fxint4.calibrate(model, tokens, {"group_size": group})
+
+    made = {
+        (name, group): quantise
+        for group in arguments.groups
+        if model.config.hidden_size % group == 0
+        for name, quantise in contenders(
+            group, lambda options: shared(options["group_size"]), []
+        ).items()
+        if name in arguments.contenders and name != "gptqmodel" and "sequential" not in name
+    }
     rows = []
-    names = [name for name in arguments.contenders if name != "gptqmodel"]
-    for (name, group), quantise in contenders(names, [], calibration).items():
-        if model.config.hidden_size % group:
-            continue
+    for (name, group), quantise in made.items():
         copied = copy.deepcopy(model)
         start = time.perf_counter()
         try:
@@ -554,6 +581,7 @@ def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
                 "s": seconds,
             }
         )
+        print(f"{name} {group}: cosine {rows[-1]['mean cosine']:.4f}, {seconds:.1f} s", flush=True)
     print("\nembeddings of MiniLM", flush=True)
     show(rows, ".4f")
     return {"minilm": rows}
@@ -586,8 +614,10 @@ def calibrated_and_packed(config: Config, sequences: int, device: torch.device) 
             result[f"{name}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return made
 
-    calibration = measured("calibrate", lambda: fxint4.calibrate(model, tokens.split(1)))
-    options = options_of("gptq", 128, calibration)
+    calibration = measured(
+        "calibrate", lambda: fxint4.calibrate(model, tokens.split(1), {"method": "gptq"})
+    )
+    options = {"method": "gptq", "group_size": 128, "calibration": calibration}
     measured("gptq", lambda: fxint4.pack_(model, options=options))
     result["packed"] = sum(
         isinstance(layer.weight, Int4TileTensor) for layer in linears(model).values()
@@ -637,7 +667,9 @@ def main() -> None:
     make.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, metavar="NAME"
     )
+    make.add_argument("--groups", nargs="+", type=int, choices=GROUPS, default=GROUPS)
     make.add_argument("--budget", action="store_true", help="language: try target_error, too")
+    make.add_argument("--steps", type=int, help="language: of training")
     make.add_argument("--layers", type=int, help="llama-8b: of 32, if more than 1 and not all")
     make.add_argument("--tiny", action="store_true", help="small enough for a check on a CPU")
     make.add_argument(
