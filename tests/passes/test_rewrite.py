@@ -79,6 +79,15 @@ def test_sites_that_share_a_weight_share_its_inputs() -> None:
     assert not {aten.mm.default, aten.t.default} & set(ops(rewritten.gm))
 
 
+def test_inputs_are_called_by_the_parameter_and_its_parts_are_told_apart() -> None:
+    w, v, x = torch.randn(2 * N, K), torch.randn(N, K), torch.randn(M, K)
+    captured = Captured.of(lambda w, v, x: (x @ w[:N].t(), x @ v.t(), x @ w[N:].t()), [w, v], x)
+    rewritten = captured.rewrite(*(site.int4 for site in captured.sites))
+    labels = ["w0.cpu_tiles", "w0.scale_and_zero", "w1.cpu_tiles", "w1.scale_and_zero"]
+    expected = [*labels, "w0.cpu_tiles_1", "w0.scale_and_zero_1"]
+    assert [rewritten.labels[name] for name in placeholders(rewritten.gm)[1:]] == expected
+
+
 def test_one_weight_may_be_int4_in_one_place_and_dense_in_another() -> None:
     w, x, y = torch.randn(N, K), torch.randn(M, K), torch.randn(2, M, K)
     captured = Captured.of(lambda w, x, y: (x @ w.t(), y @ w.t()), [w], x, y)
