@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxint4 import _torch
+from fxint4.calibrate import settled
 from fxint4.capture import Analysis, inputs_of, run_once
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError, TrainingError
@@ -64,6 +65,7 @@ def int4tile(
             "measure is for fxint4.explain, pack_, rewrite and package: a backend has no inputs to "
             "run the model on"
         )
+    config.check_settled()
     return _compile_graph(gm, example_inputs, config, patches, _report_of_caller(config, patches))
 
 
@@ -109,6 +111,7 @@ def explain(
         FoldError: a weight could not be folded.
     """
     config, patches = split_options(mode, options)
+    config = settled(config, model, args, kwargs)
     report = Report(config, patches)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

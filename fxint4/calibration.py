@@ -7,14 +7,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
 from fxint4.errors import PackedFormatError
 
-__all__ = ["Calibration", "Statistics", "transposed_key", "weight_key"]
+__all__ = ["Calibration", "Choice", "Statistics", "Trade", "computed_key", "transposed_key"]
 
 #: The entry of a file's header that says which tensors belong to which weight.
 _HEADER = "fxint4.calibration"
@@ -42,15 +43,61 @@ class Statistics:
     pre_scale: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a budget chose for a weight.
+
+    Attributes:
+        group_size: neighbouring k that share a scale and a zero; None where it stays as it is.
+        method: see `fxint4.Int4Config`; empty where it stays as it is.
+    """
+
+    group_size: int | None
+    method: str = ""
+
+    def __str__(self) -> str:
+        return "as it is" if self.group_size is None else f"{self.method} g{self.group_size}"
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What a budget bought.
+
+    Attributes:
+        budget: the option, such as "target_error=0.01".
+        error: the relative error of the model's output on the batches, as measured.
+        nbytes: of all weights that were chosen for, packed ones as packed.
+        next_step: what the next smaller error would cost, or nothing where there is none.
+    """
+
+    budget: str
+    error: float
+    nbytes: int
+    next_step: str = ""
+
+    def __str__(self) -> str:
+        price = f"; next step: {self.next_step}" if self.next_step else ""
+        return f"{self.budget}: error {self.error:.3g} in {self.nbytes} bytes{price}"
+
+
 class Calibration:
     """Statistics of the weights of a model, as `fxint4.calibrate` gathers them.
 
     Args:
-        statistics: of each weight, by `weight_key`.
+        statistics: of each weight, by name, see `fxint4.constants.Weight.key`.
+        choices: what a budget chose for each weight.
+        trade: what the budget bought; None without one.
     """
 
-    def __init__(self, statistics: Mapping[str, Statistics]) -> None:
+    def __init__(
+        self,
+        statistics: Mapping[str, Statistics],
+        choices: Mapping[str, Choice] = MappingProxyType({}),
+        trade: Trade | None = None,
+    ) -> None:
         self._statistics = dict(statistics)
+        self.choices = dict(choices)
+        self.trade = trade
 
     def __len__(self) -> int:
         return len(self._statistics)
@@ -66,7 +113,8 @@ class Calibration:
         return self._statistics.get(key)
 
     def __repr__(self) -> str:
-        return f"Calibration of {len(self)} weights, {self.nbytes} bytes"
+        traded = f"; {self.trade}" if self.trade else ""
+        return f"Calibration of {len(self)} weights, {self.nbytes} bytes{traded}"
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +130,14 @@ class Calibration:
         from safetensors.torch import save_file
 
         tensors, weights = self._parts()
-        header = json.dumps({"version": _VERSION, "weights": weights})
+        header = json.dumps(
+            {
+                "version": _VERSION,
+                "weights": weights,
+                "choices": {key: asdict(choice) for key, choice in self.choices.items()},
+                "trade": None if self.trade is None else asdict(self.trade),
+            }
+        )
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             path,
@@ -112,11 +167,14 @@ class Calibration:
                 raise PackedFormatError(
                     f"{path} is of version {header['version']}; this fxint4 reads {_VERSION}"
                 )
+            trade = header["trade"]
             return cls(
                 {
                     key: Statistics(**{part: tensors[name] for part, name in parts.items()})
                     for key, parts in header["weights"].items()
-                }
+                },
+                {key: Choice(**choice) for key, choice in header["choices"].items()},
+                None if trade is None else Trade(**trade),
             )
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise PackedFormatError(
@@ -140,25 +198,17 @@ class Calibration:
         return tensors, weights
 
 
-def weight_key(parameters: Sequence[str], signature: str) -> str:
-    """The name of a weight, the same in every process.
+def computed_key(parameters: Sequence[str], signature: str) -> str:
+    """The name of a weight that is computed of parameters, the same in every process.
 
     Args:
-        parameters: full names of the parameters that it is made of.
+        parameters: their full names, the largest first.
         signature: of the computation, see `fxint4.constants.Weight`.
-
-    Returns:
-        The parameter's name where the weight is a parameter as it stands or transposed; else the
-        names and a digest of what is computed of them.
     """
-    axes, *steps = signature.splitlines()
-    if len(steps) < 2:
-        return transposed_key(parameters[0]) if axes.endswith("KN") else parameters[0]
-    steps = [re.sub(r"literal \d+", "literal", step) for step in steps]
-    digest = hashlib.sha256("\n".join([axes, *steps]).encode()).hexdigest()[:8]
-    return f"{'+'.join(parameters)}#{digest}"
+    steps = re.sub(r"literal \d+", "literal", signature)
+    return f"{'+'.join(parameters)}#{hashlib.sha256(steps.encode()).hexdigest()[:8]}"
 
 
 def transposed_key(parameter: str) -> str:
-    """`weight_key` of a parameter ``[..., K, N]``."""
+    """The name of a weight that is a parameter ``[..., K, N]``; else it is the parameter's own."""
     return f"{parameter}.T"

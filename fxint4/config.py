@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fxint4._torch import inductor_mode_options, inductor_option_names
-from fxint4.calibration import Calibration
+from fxint4.calibration import Calibration, Choice
 from fxint4.errors import OptionError
 
 __all__ = [
@@ -58,6 +58,12 @@ class Int4Config:
         overrides: other options for some layers: for a pattern as in `include` the fields that
             differ, of group_size, inner_k_tiles, method and min_sqnr_db. Where several patterns
             match a layer, later ones win.
+        target_error: choose group size and method of each weight, or to leave it as it is, so that
+            packing takes the fewest bytes that keep the relative error of the model's output at
+            this or below. Where the options are given to `fxint4.calibrate`, it chooses, on its
+            batches; its result with the same target_error then packs by these choices.
+            `fxint4.pack_` and `fxint4.explain` choose by themselves on their example arguments.
+        max_bytes: likewise, for the least error in so many bytes of packed and kept weights.
         include: patterns of modules to pack; empty means all.
         skip: patterns of modules to leave alone; stronger than `include`.
             A pattern is a glob, or a regular expression after the prefix "re:". It must match the
@@ -90,6 +96,8 @@ class Int4Config:
     method: str = "rtn"
     calibration: Calibration | None = None
     overrides: Any = ()
+    target_error: float | None = None
+    max_bytes: int | None = None
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     min_sqnr_db: float | None = None
@@ -112,7 +120,13 @@ class Int4Config:
                 f"calibration is {self.calibration!r}; it takes what fxint4.calibrate returns, or "
                 "None"
             )
-        if self.needs_calibration and self.calibration is None:
+        for name in ("target_error", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value <= 0):
+                raise OptionError(f"{name} is {value!r}; it takes a number above 0, or None")
+        if self.target_error is not None and self.max_bytes is not None:
+            raise OptionError("target_error and max_bytes exclude each other; give one of them")
+        if self.needs_calibration and self.calibration is None and self.budget is None:
             raise OptionError(
                 f"method={self.method!r} looks at activations: give it "
                 "calibration=fxint4.calibrate(model, batches)"
@@ -143,33 +157,77 @@ class Int4Config:
         """Whether the method looks at activations."""
         return self.method in _CALIBRATED
 
-    def of(self, name: str, parameters: Iterable[str]) -> Int4Config:
-        """What was asked for one layer: this, and what `overrides` change.
+    def of(self, name: str, parameters: Iterable[str], key: str = "") -> Int4Config:
+        """What was asked for one weight: this, what `overrides` change, and what a budget chose.
 
         Args:
             name: full name of the layer.
             parameters: full names of the parameters its weight is made of.
+            key: the weight's name in the calibration.
         """
-        if not self.overrides:
-            return self
-        parameters = tuple(parameters)
-        changes = [
-            change
+        choice = self._choice(key)
+        if choice is not None and choice.group_size is not None:
+            chosen = {"group_size": choice.group_size, "method": choice.method}
+            return self._with(chosen.items())
+        changes = self.changes(name, parameters)
+        return self._with(changes.items()) if changes else self
+
+    def changes(self, name: str, parameters: Iterable[str]) -> dict[str, Any]:
+        """What `overrides` change for a layer; see `of`."""
+        parameters = tuple(parameters) if self.overrides else ()
+        return {
+            field: value
             for pattern, fields in self.overrides
             if matches(name, parameters, (pattern,)) is not None
-            for change in fields
-        ]
-        return self._with(changes) if changes else self
+            for field, value in fields
+        }
+
+    def kept_by_budget(self, key: str) -> str | None:
+        """Why a weight stays as it is, where that is what a budget chose; else None.
+
+        Args:
+            key: the weight's name in the calibration.
+        """
+        choice = self._choice(key)
+        return f"kept by {self.budget}" if choice and choice.group_size is None else None
+
+    @property
+    def budget(self) -> str | None:
+        """The option that says what packing may cost, as text; None where none was given."""
+        given = {"target_error": self.target_error, "max_bytes": self.max_bytes}
+        return next((f"{key}={value}" for key, value in given.items() if value is not None), None)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is no budget, or a calibration that chose by it."""
+        trade = self.calibration.trade if self.calibration is not None else None
+        return self.budget is None or (trade is not None and trade.budget == self.budget)
+
+    def check_settled(self) -> None:
+        """Raise OptionError where a budget has nothing to choose by."""
+        if not self.is_settled:
+            name, _, value = str(self.budget).partition("=")
+            raise OptionError(
+                f"{self.budget} has nothing to choose by: give it calibration=fxint4.calibrate("
+                f"model, batches, options={{{name!r}: {value}}}), with the other options the same"
+            )
+
+    def _choice(self, key: str) -> Choice | None:
+        if self.budget is None or self.calibration is None:
+            return None
+        return self.calibration.choices.get(key)
 
     def asked(self) -> dict[str, Any]:
         """The options as plain values, for a report."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         values["overrides"] = {pattern: dict(changes) for pattern, changes in self.overrides}
-        values["calibration"] = None if self.calibration is None else repr(self.calibration)
+        values["calibration"] = None if self.calibration is None else str(self.calibration)
         return values
 
     def _with(self, changes: Iterable[tuple[str, Any]]) -> Int4Config:
-        return dataclasses.replace(self, overrides=(), **dict(changes))
+        return dataclasses.replace(
+            self, overrides=(), target_error=None, max_bytes=None, **dict(changes)
+        )
 
 
 def split_options(

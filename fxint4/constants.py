@@ -15,7 +15,8 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from fxint4._torch import MATMULS, aten, call_into, is_elementwise, is_pure
+from fxint4._torch import MATMULS, aten, call_into, is_elementwise, is_pure, real_tensors
+from fxint4.calibration import computed_key, transposed_key
 from fxint4.tensor import Int4TileTensor
 from fxint4.tiles import TileShape
 
@@ -171,6 +172,25 @@ class Weight:
         """
         (value,) = self._values((self.node,), roots)
         return AXES[self.axes](value.detach())
+
+    def key(self, parameters: Sequence[str], roots: Sequence[Tensor]) -> str:
+        """The weight's name in every process, for a `fxint4.calibration.Calibration`.
+
+        The name of the parameter, where the weight holds a whole one as it stands or transposed,
+        whatever views the graph takes of it; else the names and a digest of the computation.
+
+        Args:
+            parameters: full names of the parameters it is made of, the largest first.
+            roots: as in `evaluate`.
+        """
+        views = all(getattr(step.target, "is_view", False) for step in self.steps[1:])
+        if len(self.roots) == 1 and views and roots[0].is_contiguous():
+            with real_tensors():
+                value = self.evaluate(roots)
+                as_stored, turned = value.is_contiguous(), value.mT.is_contiguous()
+            if value.numel() == roots[0].numel() and (as_stored or turned):
+                return parameters[0] if as_stored else transposed_key(parameters[0])
+        return computed_key(parameters, self.signature)
 
     def _values(self, wanted: Sequence[fx.Node], roots: Sequence[Tensor]) -> list[Any]:
         """The values of some of the steps."""

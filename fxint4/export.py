@@ -118,6 +118,7 @@ def rewrite_program(
             knows, while experts stay as they are.
     """
     _check_program(program)
+    config.check_settled()
     if config.free_weights:
         raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
     report = Report(config)

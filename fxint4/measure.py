@@ -26,8 +26,18 @@ from fxint4.passes import Site, sqnr_fault
 from fxint4.passes.pattern import GivenMatch
 from fxint4.quantize import nonfinite_fault, sqnr_db
 from fxint4.replay import Activation, Replay, own_matrix
+from fxint4.runtime import met_recipe
 
-__all__ = ["Errors", "Trials", "measure", "measure_graph", "quantized_weight"]
+__all__ = [
+    "Errors",
+    "QuantizedOf",
+    "Trials",
+    "differences",
+    "float_tensors",
+    "measure",
+    "measure_graph",
+    "ratio",
+]
 
 #: Elements of a product, or of an output, that are compared at a time.
 _ELEMENTS = 1 << 24
@@ -51,21 +61,32 @@ class Errors:
     of_weights: Mapping[tuple[Any, ...], float]
 
 
-def quantized_weight(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The `QuantizedOf` of a compiled graph or a program."""
-    if isinstance(site.match, GivenMatch):
-        return None
-    weight = site.weight.evaluate(roots)
-    if nonfinite_fault(weight) is not None:
-        return None
-    made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    signal = noise = 0.0
-    for block in quantized_blocks(weight, site.shape, site.recipe):
-        values = values_of(block, site.shape, site.recipe, dtype)
-        made[block.start : block.start + len(values)] = values
-        signal += block.signal
-        noise += block.noise
-    return None if sqnr_fault(sqnr_db(signal, noise), site.config) else made
+def _quantized_by(config: Int4Config) -> QuantizedOf:
+    """What the backend and `rewrite` make of weights."""
+
+    def quantized(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        if isinstance(site.match, GivenMatch):
+            return None
+        weight = site.weight.evaluate(roots)
+        if nonfinite_fault(weight) is not None:
+            return None
+        known = _key(site, roots) == site.record.weight_key
+        recipe = site.recipe if known else met_recipe(site, roots, config)
+        made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        signal = noise = 0.0
+        for block in quantized_blocks(weight, site.shape, recipe):
+            values = values_of(block, site.shape, recipe, dtype)
+            made[block.start : block.start + len(values)] = values
+            signal += block.signal
+            noise += block.noise
+        return None if sqnr_fault(sqnr_db(signal, noise), site.config) else made
+
+    return quantized
+
+
+def _key(site: Site, roots: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The `Record.weight_key` of the weight that a site multiplies by."""
+    return (*map(id, roots), site.weight.signature)
 
 
 def measure(
@@ -74,7 +95,7 @@ def measure(
     kwargs: Mapping[str, Any],
     config: Int4Config,
     trials: Trials,
-    quantized_of: QuantizedOf = quantized_weight,
+    quantized_of: QuantizedOf | None = None,
 ) -> Errors:
     """Measure what quantising does to a model.
 
@@ -86,9 +107,9 @@ def measure(
         kwargs: its keyword arguments.
         config: what to quantise.
         trials: of the model.
-        quantized_of: what the weights become.
+        quantized_of: what the weights become, if not what the backend makes of them.
     """
-    with _Meter(quantized_of, config.progress) as meter:
+    with _Meter(quantized_of or _quantized_by(config), config.progress) as meter:
         used = [(trials, meter)]  # Dynamo keeps the backend, which must not keep the model
 
         def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
@@ -107,7 +128,7 @@ def measure(
 
         def outputs() -> list[Tensor]:
             with trials.run(args, kwargs) as (own_args, own_kwargs):
-                made = _float_tensors(run_once(model, backend, own_args, own_kwargs))
+                made = float_tensors(run_once(model, backend, own_args, own_kwargs))
                 return [tensor.detach().clone() for tensor in made]
 
         try:
@@ -137,12 +158,12 @@ def measure_graph(
         config: what the user asked for.
     """
     replay = Replay(captured, sites, fake_mode)
-    with _Meter(quantized_weight, config.progress) as meter:
+    with _Meter(_quantized_by(config), config.progress) as meter:
 
         def run() -> list[Tensor]:
             with _torch.real_tensors(), _forked_random_state():
                 results = replay.run([arguments], meter)[0]
-            return _float_tensors([results[position] for position in outputs])
+            return float_tensors([results[position] for position in outputs])
 
         before = run()
         meter.exchange = True
@@ -193,8 +214,7 @@ class Trials:
             self._written = [tensor for tensor, _ in self._before.values()]
             self._before.clear()
             for names, were in namespaces:
-                names.clear()
-                names.update(were)
+                _put_back(names, were)
 
     def forget(self) -> None:
         """Let go of the tensors that runs wrote to."""
@@ -214,6 +234,13 @@ class Trials:
                 return value
 
         return _torch.map_leaves(of_its_own, tree)
+
+
+def _put_back(names: dict[str, Any], were: Mapping[str, Any]) -> None:
+    """Make a namespace hold what it held."""
+    if names.keys() != were.keys() or any(names[name] is not value for name, value in were.items()):
+        names.clear()
+        names.update(were)
 
 
 @contextlib.contextmanager
@@ -259,7 +286,7 @@ class _Meter:
                 return quantized
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:
-                sums = self._sums.setdefault((*map(id, roots), site.weight.signature), [0.0, 0.0])
+                sums = self._sums.setdefault(_key(site, roots), [0.0, 0.0])
                 for activation in activations:
                     changes = _squares(activation, matrix, quantized)
                     sums[:] = (have + more for have, more in zip(sums, changes, strict=True))
@@ -267,9 +294,9 @@ class _Meter:
 
     def errors(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
         """The errors, given the outputs of both runs."""
-        of_weights = {key: _ratio(*sums) for key, sums in self._sums.items()}
+        of_weights = {key: ratio(*sums) for key, sums in self._sums.items()}
         return Errors(
-            _ratio(*_differences(before, after)) if self._sums else None,
+            ratio(*differences(before, after)) if self._sums else None,
             {key: error for key, error in of_weights.items() if error is not None},
         )
 
@@ -293,7 +320,7 @@ def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple
     return changed, product
 
 
-def _differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
+def differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
     """Likewise of outputs; what is not finite in the original (a mask, say) is left out."""
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return math.nan, math.nan
@@ -315,14 +342,14 @@ def _sum_of_squares(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values)) ** 2
 
 
-def _ratio(changed: float, product: float) -> float | None:
+def ratio(changed: float, product: float) -> float | None:
     """The relative error; None where there is nothing to relate to."""
     if not (0 < product < math.inf and math.isfinite(changed)):
         return None
     return math.sqrt(changed / product)
 
 
-def _float_tensors(value: Any) -> list[Tensor]:
+def float_tensors(value: Any) -> list[Tensor]:
     """The float tensors in what a model returns, in order."""
     found: list[Tensor] = []
     for leaf in _torch.flat(value):
@@ -330,5 +357,5 @@ def _float_tensors(value: Any) -> list[Tensor]:
             if leaf.is_floating_point() or leaf.is_complex():
                 found.append(leaf)
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _float_tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+            found += float_tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
     return found

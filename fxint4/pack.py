@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxint4.calibrate import settled
 from fxint4.capture import candidates_of
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError
-from fxint4.names import parameters_of
 from fxint4.measure import Trials, measure
+from fxint4.names import parameters_of
 from fxint4.packing import (
     Candidate,
     Owners,
@@ -75,8 +76,12 @@ def pack_(
     examples = bool(example_args or example_kwargs)
     if config.measure and not examples:
         raise OptionError("measure=True needs example_args or example_kwargs to run the model on")
-    report = Report(config)
     settle_parametrized(model, config)
+    if examples:
+        config = settled(config, model, example_args, example_kwargs or {})
+    else:
+        config.check_settled()
+    report = Report(config)
     owners = Owners([("", model)])
     kept: list[Record] = []
     if examples:

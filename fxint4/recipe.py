@@ -126,7 +126,7 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
 
     Args:
         config: what was asked for it, overrides included.
-        key: its `fxint4.calibration.weight_key`.
+        key: its name, see `fxint4.constants.Weight.key`.
         shape: the logical ``[..., N, K]``.
     """
     if config.calibration is None or not config.needs_calibration:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxint4 import _torch
-from fxint4.calibration import weight_key
 from fxint4.config import Int4Config
 from fxint4.forms import choose
 from fxint4.kernel_choice import Policy
@@ -20,7 +19,7 @@ from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
 from fxint4.recipe import Recipe, recipe_of
 from fxint4.store import Form, Lookup, PackedWeight, picker, store
 
-__all__ = ["Int4Graph", "Meeting", "expected_rows"]
+__all__ = ["Int4Graph", "Meeting", "expected_rows", "met_recipe"]
 
 #: `Meeting.packed` while it grows.
 _Met = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
@@ -275,14 +274,24 @@ class _BoundSlot:
 
     def _recipe(self, roots: Sequence[Tensor]) -> Recipe:
         """How the codes of a weight are chosen, which may be another than was compiled with."""
-        slot, config = self.slot, self._config
         known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
-        if known or not (config.overrides or config.needs_calibration):
-            return slot.recipe
-        by_identity = names_in_call(roots)
-        largest_first = sorted(roots, key=lambda root: -root.numel())
-        names = [by_identity.get(id(root), "") for root in largest_first]
-        config = config.of(layer_name(names[0]), names)
-        key = weight_key(tuple(dict.fromkeys(names)), slot.weight.signature)
-        recipe = recipe_of(config, key, (*slot.shape.batch, slot.shape.n, slot.shape.k))
-        return recipe if slot.shape.pre_scaled else recipe.without_pre_scale()
+        return self.slot.recipe if known else met_recipe(self.slot, roots, self._config)
+
+
+def met_recipe(slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config) -> Recipe:
+    """How the codes of a weight are chosen that a graph meets when it runs.
+
+    Args:
+        slot: of the weight that the graph was captured with.
+        roots: the real tensors that the other one is made of.
+        config: what the user asked for.
+    """
+    if not (config.overrides or config.needs_calibration):
+        return slot.recipe
+    by_identity = names_in_call(roots)
+    largest_first = sorted(roots, key=lambda root: -root.numel())
+    names = [by_identity.get(id(root), "") for root in largest_first]
+    key = slot.weight.key(list(dict.fromkeys(names)), roots)
+    config = config.of(layer_name(names[0]), names, key)
+    recipe = recipe_of(config, key, (*slot.shape.batch, slot.shape.n, slot.shape.k))
+    return recipe if slot.shape.pre_scaled else recipe.without_pre_scale()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxint4.calibration import weight_key
+from fxint4._torch import real_tensors
 from fxint4.config import Int4Config, matches
 from fxint4.constants import Constants, Weight
 from fxint4.forms import (
@@ -108,16 +108,21 @@ def find(
             continue
         weight = outcome.constant(constants)
         record = _record(node, outcome, weight, tensors, names)
-        value = value_of(outcome.weight)
+        value, key = value_of(outcome.weight), ""
         reason = (
             None
             if isinstance(outcome, GivenMatch)
             else refusal(record, value.dtype, value.device, config)
         )
+        own = config
+        if reason is None and not isinstance(outcome, GivenMatch):
+            key = weight.key(record.parameters, [tensors[root] for root in weight.roots])
+            own = config.of(record.name, record.parameters, key)
+            reason = config.kept_by_budget(key)
         if reason:
             found.append(replace(record, reason=reason))
         else:
-            found.append(_site(node, pattern, outcome, weight, record, config))
+            found.append(_site(node, pattern, outcome, weight, record, own, key))
     return found
 
 
@@ -197,17 +202,17 @@ def _site(
     weight: Weight,
     record: Record,
     config: Int4Config,
+    key: str,
 ) -> Site:
     value = value_of(match.weight)
-    config = config.of(record.name, record.parameters)
     shape = match.shape(config, rows_multiple(value.device))
     int4 = int4_form(value.device)
     on_gpu = value.device.type == "cuda"
     given = isinstance(match, GivenMatch)
     recipe = RTN
     if not given:
-        key = weight_key(record.parameters, weight.signature)
-        recipe = recipe_of(config, key, (*shape.batch, shape.n, shape.k))
+        with real_tensors():
+            recipe = recipe_of(config, key, (*shape.batch, shape.n, shape.k))
         shape = replace(shape, pre_scaled=recipe.pre_scale is not None)
     beyond: Form | None
     if on_gpu or (given and shape.batch):

@@ -177,6 +177,15 @@ def module(function: Callable[..., Any], **members: Any) -> nn.Module:
     return made.eval()
 
 
+def correlated(*shape: int, seed: int = 0) -> Tensor:
+    """Activations with a few large channels, the rest of them correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(shape[-1] // 4, shape[-1], generator=torch.Generator().manual_seed(99))
+    mix[:, ::16] *= 8
+    x = torch.randn(*shape[:-1], shape[-1] // 4, generator=generator) @ mix
+    return x / 4 + torch.randn(*shape, generator=generator) / 8
+
+
 @dataclass(frozen=True)
 class Case:
     """A model made of matmuls and sums alone, all of whose matmuls become int4 ones.

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from support import correlated, module
 from test_replay import FORMS, IDS, OFFS, E, K, M, N, noise
-from support import module
 from torch import Tensor, nn
 
 import fxint4
@@ -130,7 +130,7 @@ def test_experts_have_statistics_of_their_own(form: str) -> None:
         parts = [seen[:2], seen[2:2], seen[2:5], seen[5:6]]
         assert OFFS.tolist() == [2, 2, 5, 6]
     elif form == "indexed":
-        parts = [seen[IDS % E == number] for number in range(E)]
+        parts = [seen[number == IDS % E] for number in range(E)]
     else:
         parts = list(seen)
     for number, part in enumerate(parts):
@@ -301,15 +301,6 @@ def test_sequential_batches_have_one_shape() -> None:
 
 
 # --- what it is good for -------------------------------------------------------------------------
-
-
-def correlated(*shape: int, seed: int = 0) -> Tensor:
-    """Activations with a few large channels, the rest of them correlated."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(shape[-1] // 4, shape[-1], generator=torch.Generator().manual_seed(99))
-    mix[:, ::16] *= 8
-    x = torch.randn(*shape[:-1], shape[-1] // 4, generator=generator) @ mix
-    return x / 4 + torch.randn(*shape, generator=generator) / 8
 
 
 def output_error(model: nn.Module, quantised: Callable[..., Any], x: Tensor) -> float:

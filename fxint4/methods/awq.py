@@ -24,7 +24,7 @@ __all__ = ["awq_scale"]
 _STEPS = 20
 """Exponents tried: 0, 1/20, ... 19/20."""
 
-_ROWS = 2048
+_ROWS = 512
 """Rows of each weight, evenly spaced, that the exponent is chosen by."""
 
 _LEAST = 1e-4
@@ -42,7 +42,7 @@ def awq_scale(
 
     Of ``s = magnitudes^a``, divided by the geometric mean of its largest and smallest, with a in 20
     steps from 0 (ones) to 0.95, the one of the least squared error of the outputs, ``tr(D H D^T)``
-    with ``D = dequantised (W * s) / s - W``, over up to 2,048 rows of each W; ones, if its error
+    with ``D = dequantised (W * s) / s - W``, over up to 512 rows of each W; ones, if its error
     over all rows is not less than theirs. Channels of magnitude 0 get 1; where magnitudes or H hold
     inf or NaN, all do.
 
