@@ -169,8 +169,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     full = f"{path}.{name}" if path else name
                     yield full, tensor
                     if isinstance(tensor, Int4TileTensor):
-                        yield full, tensor.tiles
-                        yield full, tensor.scale_and_zero
+                        yield from ((full, buffer) for buffer in tensor.buffers.values())
 
 
 def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int]]:

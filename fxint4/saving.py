@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -18,7 +18,8 @@ __all__ = ["load_file", "save_file"]
 
 #: The entry of a file's header that says which tensors are packed, and how.
 _HEADER = "fxint4"
-_VERSION = 1
+#: Of the header. Files without a pre-scale are of the first, which earlier releases read.
+_PLAIN, _PRE_SCALED = 1, 2
 _PARTS = ("tiles", "scale_and_zero")
 
 
@@ -29,8 +30,9 @@ def save_file(
 ) -> None:
     """Write a state dict that may hold packed weights.
 
-    A packed weight `name` becomes two ordinary tensors, `name.tiles` and `name.scale_and_zero`, and
-    an entry of the header. Weights that share memory (tied ones) are written once.
+    A packed weight `name` becomes ordinary tensors, `name.tiles`, `name.scale_and_zero` and, where
+    it has one, `name.pre_scale`, and an entry of the header. Weights that share memory (tied ones)
+    are written once.
 
     Args:
         state_dict: what `model.state_dict()` returns.
@@ -44,6 +46,7 @@ def save_file(
 
     plain: dict[str, Tensor] = {}
     packed: dict[str, Any] = {}
+    pre_scaled: list[str] = []
     shared: dict[str, str] = {}
     first: dict[object, str] = {}
     for name, value in state_dict.items():
@@ -56,7 +59,9 @@ def save_file(
         first[key] = name
         if isinstance(value, Int4TileTensor):
             packed[name] = _described(value)
-            parts = {f"{name}.{part}": getattr(value, part) for part in _PARTS}
+            parts = {f"{name}.{part}": buffer for part, buffer in value.buffers.items()}
+            if value.pre_scale is not None:
+                pre_scaled.append(name)
         else:
             parts = {name: value.detach()}
         taken = sorted(parts.keys() & plain.keys())
@@ -65,7 +70,9 @@ def save_file(
         plain.update({key: part.contiguous() for key, part in parts.items()})
     # Views of one storage are no tied weights: each is written by itself.
     plain = {name: value.clone() if _is_part(value) else value for name, value in plain.items()}
-    header = {"version": _VERSION, "packed": packed, "shared": shared}
+    header = {"version": _PLAIN, "packed": packed, "shared": shared}
+    if pre_scaled:
+        header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}
     save(plain, path, metadata={**(metadata or {}), "format": "pt", _HEADER: json.dumps(header)})
 
 
@@ -93,12 +100,15 @@ def load_file(
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise PackedFormatError(f"{path} can't be read: {error}") from error
-    if header and header.get("version") != _VERSION:
+    if header and header.get("version") not in (_PLAIN, _PRE_SCALED):
         raise PackedFormatError(
-            f"{path} is of version {header.get('version')}; this fxint4 reads {_VERSION}"
+            f"{path} is of version {header.get('version')}; this fxint4 reads {_PLAIN} and "
+            f"{_PRE_SCALED}"
         )
+    pre_scaled = header.get("pre_scaled", [])
     for name, described in header.get("packed", {}).items():
-        values[name] = _assembled(path, name, described, values)
+        parts = (*_PARTS, *["pre_scale"] * (name in pre_scaled))
+        values[name] = _assembled(path, name, described, parts, values)
     for name, original in header.get("shared", {}).items():
         if original not in values:
             raise PackedFormatError(f"{path}: {name} shares the memory of {original}, not there")
@@ -112,12 +122,12 @@ def _described(weight: Int4TileTensor) -> list[Any]:
 
 
 def _assembled(
-    path: object, name: str, described: Any, values: dict[str, Tensor]
+    path: object, name: str, described: Any, parts: Sequence[str], values: dict[str, Tensor]
 ) -> Int4TileTensor:
     try:
-        tiles, scale_and_zero = (values.pop(f"{name}.{part}") for part in _PARTS)
+        tiles, scale_and_zero, *further = (values.pop(f"{name}.{part}") for part in parts)
         dtype, *rest = described
-        return checked(tiles, scale_and_zero, (getattr(torch, dtype), *rest))
+        return checked(tiles, scale_and_zero, (getattr(torch, dtype), *rest), *further)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PackedFormatError(
             f"{path}: the packed weight {name} is damaged: {type(error).__name__}: {error}"
@@ -127,7 +137,7 @@ def _assembled(
 def _identity(value: Tensor) -> object:
     """Equal for tensors that are the same view of the same memory."""
     if isinstance(value, Int4TileTensor):
-        return (_identity(value.tiles), _identity(value.scale_and_zero), value.metadata)
+        return (*map(_identity, value.buffers.values()), value.metadata)
     if value.numel() == 0:
         return id(value)
     return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())

@@ -447,6 +447,23 @@ def test_tiles_of_torchao_are_taken_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(model.fc.weight.dequantize(), weight.dequantize())
 
 
+@pytest.mark.parametrize("factors", [torch.rand(500) + 0.5, torch.tensor([1.5])])
+def test_act_pre_scale_of_torchao_multiplies_x(factors: Tensor, tmp_path: Path) -> None:
+    weight = padded_to_1024(48, 500)
+    tensors, entry = tiled(weight)
+    tensors["_weight_act_pre_scale"] = factors.bfloat16()
+    header = {"0.weight": entry, "tensor_names": '["0.weight"]'}
+    write_folder(tmp_path, under("0", tensors), metadata=header)
+    model = nn.Sequential(nn.Linear(500, 48, bias=False, dtype=torch.bfloat16))
+    fxint4.load_(model, tmp_path)
+    w = weight.dequantize(torch.float64) * factors.bfloat16().double()
+    assert_within(model[0].weight.dequantize(torch.float32), w, FP32 * w.abs())
+    x = torch.randn(5, 500, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        y = model(x)
+    assert_within(y, x.double() @ w.T, rounding_bound(x, w))
+
+
 def test_unwrapped_tiles_of_torchao(tmp_path: Path) -> None:
     weight = padded_to_1024(48, 500)
     parts = {"original0": weight.tiles, "original1": weight.scale_and_zero}
@@ -460,7 +477,8 @@ def test_unwrapped_tiles_of_torchao(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"kind": "Int4Tensor"}, "0.weight is a Int4Tensor of torchao"),
-        ({"_weight_act_pre_scale": torch.ones(500)}, "act_pre_scale"),
+        ({"_weight_act_pre_scale": torch.ones(1024)}, "act_pre_scale is torch.float32"),
+        ({"_weight_act_pre_scale": torch.ones(500).int()}, "act_pre_scale is torch.int32"),
         ({"_weight_qdata": torch.zeros(6, 8, 32, 4, dtype=torch.int64)}, "not int32"),
         ({"_weight_scale_and_zero": torch.zeros(8, 40, 2).bfloat16()}, "scale_and_zero has shape"),
     ],

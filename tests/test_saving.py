@@ -144,7 +144,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
     "nothing said": lambda h: h["packed"].__setitem__("w", None),
     "a weight that is not there": lambda h: h["packed"].__setitem__("v", h["packed"]["w"]),
     "a tie to nothing": lambda h: h["shared"].__setitem__("v", "u"),
-    "a later version": lambda h: h.__setitem__("version", 2),
+    "a later version": lambda h: h.__setitem__("version", 3),
 }
 
 

@@ -2,7 +2,8 @@
 
 `torchao.prototype.safetensors`, and with it transformers, writes an Int4TilePackedTo4dTensor
 `a.weight` as `a._weight_qdata`, the tiles, and `a._weight_scale_and_zero`, with an entry `a.weight`
-in the file's header that names its class; plain tensors have entries, too. A TensorCoreTiledLayout
+in the file's header that names its class; plain tensors have entries, too. AWQ adds
+`a._weight_act_pre_scale`, which x is multiplied by before the product. A TensorCoreTiledLayout
 has no such form; `torchao.utils.unwrap_tensor_subclass` makes of it
 `a.parametrizations.weight.original0`, the tiles, and `original1`, scale_and_zero.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from fxint4.checkpoints.files import Checkpoint
-from fxint4.checkpoints.weights import Config, Weight
+from fxint4.checkpoints.weights import SCALES, Config, Weight
 from fxint4.errors import CheckpointError, PackedFormatError
 from fxint4.tensor import Int4TileTensor
 
@@ -70,7 +71,9 @@ class TiledWeight(Weight):
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError where buffers don't fit each other, or not the shape."""
         if _PRE_SCALE in self.parts:
-            raise self.error("it multiplies the activation by act_pre_scale, which fxint4 does not")
+            given = self.checkpoint.shape(self.parts[_PRE_SCALE])
+            one_for_all = given in ((), (1,))
+            self.expect(_PRE_SCALE, given if one_for_all else shape[-1:], *SCALES)
         meta = torch.device("meta")
         names = (self.parts[_TILES], self.parts[_PARAMETERS])
         dtypes = [self.checkpoint.dtype(name) for name in names]
@@ -88,12 +91,15 @@ class TiledWeight(Weight):
     def pack(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Int4TileTensor:
-        """The same buffers."""
+        """The same buffers; act_pre_scale, one number or one for each column, in fp32."""
         tiles, parameters = (
             self.read(part, device).clone(memory_format=torch.contiguous_format)
             for part in (_TILES, _PARAMETERS)
         )
-        return Int4TileTensor.from_tiles(tiles, parameters, shape, dtype)
+        pre_scale = None
+        if _PRE_SCALE in self.parts:
+            pre_scale = self.read(_PRE_SCALE, device).float().expand(shape[-1]).clone()
+        return Int4TileTensor.from_tiles(tiles, parameters, shape, dtype, pre_scale)
 
 
 def _tensor_names(checkpoint: Checkpoint) -> list[str]:

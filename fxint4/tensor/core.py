@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fxint4._torch import disabled_torch_function, make_wrapper, map_tensors
 from fxint4.blocks import quantized_blocks, write
@@ -73,7 +74,9 @@ class Int4TileTensor(Tensor):
 
     The stored weight is ``[N, K]``, or ``[E, N, K]`` with further axes in front; the logical one
     may be a part of it, and its axes may lie in another order, without anything being copied.
-    Its value is ``(code - 8) * scale + zero``, see docs/layout.md.
+    Its value is ``(code - 8) * scale + zero``, see docs/layout.md; with a pre-scale (AWQ, Lin et
+    al. 2023; torchao's act_pre_scale) each column of that times a factor of its own. A product
+    multiplies x by the factors instead.
 
     Make one with `from_float`, `from_plain` or `from_tiles`. Inference only: it never requires
     grad.
@@ -87,10 +90,13 @@ class Int4TileTensor(Tensor):
         dtype: what it dequantises to: bfloat16, float16 or float32.
         axes: for each logical axis the stored axis that it is, or `NEW_AXIS`.
         is_part: whether what is stored beside the logical part belongs to another tensor.
+        pre_scale: float32 ``[K]``, the factor of each stored column, the same for all rows and
+            matrices, 1 behind the logical ones; None where x is multiplied by nothing.
     """
 
     tiles: Tensor
     scale_and_zero: Tensor
+    pre_scale: Tensor | None
     n: int
     columns: Columns
     group_size: int
@@ -108,6 +114,7 @@ class Int4TileTensor(Tensor):
         dtype: torch.dtype,
         axes: tuple[int, ...],
         is_part: bool = False,
+        pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
         """Wrap buffers that are known to be right; `from_tiles` checks them."""
         stored = (*tiles.shape[:-4], n, sum(stop - start for start, stop in columns))
@@ -126,9 +133,11 @@ class Int4TileTensor(Tensor):
         dtype: torch.dtype,
         axes: tuple[int, ...],
         is_part: bool = False,
+        pre_scale: Tensor | None = None,
     ) -> None:
         self.tiles = tiles
         self.scale_and_zero = scale_and_zero
+        self.pre_scale = pre_scale
         self.n = n
         self.columns = columns
         self.group_size = group_size
@@ -161,6 +170,7 @@ class Int4TileTensor(Tensor):
         shape: Sequence[int] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         inner_k_tiles: int = 8,
+        pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
         """Pack codes and group parameters that were chosen elsewhere, as they are.
 
@@ -173,6 +183,8 @@ class Int4TileTensor(Tensor):
             shape: logical shape, where codes, scale and zero are padded beyond it.
             dtype: logical dtype.
             inner_k_tiles: 2, 4 or 8, an upper bound.
+            pre_scale: ``[K]``, any float dtype, stored as float32: what to multiply each column of
+                codes, scale and zero by.
 
         Raises:
             ValueError: shapes, dtypes or values that do not fit together.
@@ -201,7 +213,10 @@ class Int4TileTensor(Tensor):
         scale, zero = scale.to(torch.bfloat16), zero.to(torch.bfloat16)
         if not bool((scale.isfinite() & zero.isfinite()).all()):
             raise ValueError("scale or zero holds inf or NaN, or numbers beyond bfloat16")
-        made = cls.of_codes(codes, scale, zero, group_size, inner_k_tiles, dtype)
+        _check_pre_scale(pre_scale, logical[-1], codes.device)
+        if pre_scale is not None and not bool(pre_scale.isfinite().all()):
+            raise ValueError("pre_scale holds inf or NaN")
+        made = cls.of_codes(codes, scale, zero, group_size, inner_k_tiles, dtype, pre_scale)
         return made.like(n=logical[-2], columns=((0, logical[-1]),))
 
     @classmethod
@@ -211,6 +226,7 @@ class Int4TileTensor(Tensor):
         scale_and_zero: Tensor,
         shape: Sequence[int],
         dtype: torch.dtype = torch.bfloat16,
+        pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
         """Take buffers in the layout of ``aten._weight_int4pack_mm``, without a copy.
 
@@ -219,6 +235,8 @@ class Int4TileTensor(Tensor):
             scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``, contiguous, on the same device.
             shape: logical shape ``[..., N, K]``.
             dtype: logical dtype.
+            pre_scale: ``[K]``, any float dtype, on the same device: what to multiply each column of
+                the tiles by. Copied where float32 or the pad needs it.
 
         Raises:
             PackedFormatError: buffers of another dtype or layout, or that disagree with each other
@@ -241,14 +259,21 @@ class Int4TileTensor(Tensor):
             tuple(range(len(shape))),
             False,
         )
-        return checked(tiles, scale_and_zero, metadata)
+        try:
+            _check_pre_scale(pre_scale, shape[-1], tiles.device)
+        except ValueError as error:
+            raise PackedFormatError(str(error)) from error
+        if pre_scale is not None:
+            pre_scale = padded_pre_scale(pre_scale, k_padded)
+        return checked(tiles, scale_and_zero, metadata, pre_scale)
 
     # --- ways out --------------------------------------------------------------------------------
 
     def get_plain(self) -> tuple[Tensor, Tensor, Tensor]:
         """The codes and group parameters, exactly as stored, of the logical part.
 
-        The inverse of `from_plain`, with a float zero.
+        The inverse of `from_plain`, with a float zero; what they stand for is still to be
+        multiplied by `plain_pre_scale`.
 
         Returns:
             codes: uint8 ``[..., N, K]`` in the order of the stored axes (not transposed).
@@ -280,15 +305,18 @@ class Int4TileTensor(Tensor):
         """
         scale, zero = unpack_scale_and_zero(self.scale_and_zero)
         codes = unpack(self.tiles)
+        dtype = dtype or self.dtype
         # All rows below each other: blocks of them bound the scratch memory.
         weight = dequantize(
             codes.flatten(0, -2),
             scale.flatten(0, -2),
             zero.flatten(0, -2),
             self.group_size,
-            dtype or self.dtype,
+            dtype if self.pre_scale is None else torch.float32,
             self.columns[-1][1] if len(self.columns) == 1 else None,
         ).view(*codes.shape[:-1], -1)
+        if self.pre_scale is not None:
+            weight = weight.mul_(self.pre_scale[: weight.shape[-1]]).to(dtype)
         weight = weight[..., : self.n, :]
         runs = [weight[..., start:stop] for start, stop in self.columns]
         weight = runs[0] if len(runs) == 1 else torch.cat(runs, -1)
@@ -317,7 +345,8 @@ class Int4TileTensor(Tensor):
         *batch, n_tiles, k_tiles, _, words = self.tiles.shape
         k = sum(stop - start for start, stop in self.columns)
         padded = (n_tiles * 8, k_tiles * words * 32)
-        return TileShape(self.n, k, self.group_size, 2 * words, *padded, tuple(batch))
+        pre_scaled = self.pre_scale is not None
+        return TileShape(self.n, k, self.group_size, 2 * words, *padded, tuple(batch), pre_scaled)
 
     @property
     def is_whole(self) -> bool:
@@ -326,8 +355,15 @@ class Int4TileTensor(Tensor):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of tiles and scale_and_zero together."""
-        return self.tiles.nbytes + self.scale_and_zero.nbytes
+        """Bytes of tiles, scale_and_zero and pre_scale together."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    @property
+    def plain_pre_scale(self) -> Tensor | None:
+        """Float32 ``[K]``: the factor of each logical column; None where there are none."""
+        if self.pre_scale is None:
+            return None
+        return torch.cat([self.pre_scale[start:stop] for start, stop in self.columns])
 
     @property
     def block_size(self) -> tuple[int, ...]:
@@ -338,6 +374,7 @@ class Int4TileTensor(Tensor):
     def check(self) -> None:
         """Raise PackedFormatError where the buffers are not what the ops read."""
         tiles, parameters, stored = self.tiles, self.scale_and_zero, self.stored
+        pre_scale = self.pre_scale
         if tiles.dtype is not torch.int32 or parameters.dtype is not torch.bfloat16:
             raise PackedFormatError(
                 f"tiles are {tiles.dtype} and scale_and_zero is {parameters.dtype}; they must be "
@@ -368,6 +405,16 @@ class Int4TileTensor(Tensor):
                 f"[..., {stored.k_padded} / group_size, {stored.n_padded}, 2] with group_size one "
                 f"of {GROUP_SIZES}"
             )
+        if pre_scale is not None and (
+            pre_scale.dtype is not torch.float32
+            or tuple(pre_scale.shape) != (stored.k_padded,)
+            or not pre_scale.is_contiguous()
+            or pre_scale.device != tiles.device
+        ):
+            raise PackedFormatError(
+                f"pre_scale is {pre_scale.dtype} {tuple(pre_scale.shape)} on {pre_scale.device}; "
+                f"it must be torch.float32 ({stored.k_padded},), contiguous, on {tiles.device}"
+            )
         edges = [edge for run in self.columns for edge in run]
         rising = all(a < b for a, b in self.columns) and edges == sorted(edges)
         inside = bool(edges) and edges[0] >= 0 and edges[-1] <= stored.k_padded
@@ -382,20 +429,30 @@ class Int4TileTensor(Tensor):
             raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {_DTYPES}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Shape, group and bytes."""
+        """Shape, group, bytes, and whether there is a pre-scale."""
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"device='{self.device}', group_size={self.group_size}, "
-            f"inner_k_tiles={self.inner_k_tiles}, {self.packed_bytes} bytes)"
+            f"inner_k_tiles={self.inner_k_tiles}, "
+            f"{'' if self.pre_scale is None else 'pre-scaled, '}{self.packed_bytes} bytes)"
         )
 
     # --- for the views and matmuls ---------------------------------------------------------------
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What it is made of, by name: tiles, scale_and_zero, and pre_scale where there is one."""
+        buffers = {"tiles": self.tiles, "scale_and_zero": self.scale_and_zero}
+        if self.pre_scale is not None:
+            buffers["pre_scale"] = self.pre_scale
+        return buffers
 
     def like(self, **changes: Any) -> Int4TileTensor:
         """One that differs in the arguments named."""
         values = {
             "tiles": self.tiles,
             "scale_and_zero": self.scale_and_zero,
+            "pre_scale": self.pre_scale,
             "n": self.n,
             "columns": self.columns,
             "group_size": self.group_size,
@@ -406,7 +463,12 @@ class Int4TileTensor(Tensor):
         return Int4TileTensor(**{**values, **changes})
 
     def on_buffers(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Int4TileTensor:
-        """One with a function of the tiles and of scale_and_zero in their place."""
+        """One with a function of each buffer in its place."""
+        made = {name: function(buffer) for name, buffer in self.buffers.items()}
+        return self.like(**made, **changes)
+
+    def on_batch(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Int4TileTensor:
+        """One with a function of each buffer that has the batch axes in its place."""
         return self.like(
             tiles=function(self.tiles), scale_and_zero=function(self.scale_and_zero), **changes
         )
@@ -432,20 +494,24 @@ class Int4TileTensor(Tensor):
         *batch, n, k = weight.shape
         shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
         made = cls.empty(shape, weight.dtype, weight.device)
+        if recipe.pre_scale is not None:
+            factors = recipe.pre_scale.to(weight.device)
+            made = made.like(pre_scale=padded_pre_scale(factors, shape.k_padded))
         return made, made._quantize(weight, recipe)
 
     @classmethod
     def empty(cls, shape: TileShape, dtype: torch.dtype, device: torch.device) -> Int4TileTensor:
-        """One whose buffers hold anything."""
+        """One whose buffers hold anything, and that has no pre-scale."""
         tiles = torch.empty(shape.tiles_shape, dtype=torch.int32, device=device)
         parameters = torch.empty(shape.scale_and_zero_shape, dtype=torch.bfloat16, device=device)
         axes = tuple(range(len(shape.batch) + 2))
         return cls(tiles, parameters, shape.n, ((0, shape.k),), shape.group_size, dtype, axes)
 
     def _quantize(self, weight: Tensor, recipe: Recipe = RTN) -> float:
-        """Write over contiguous buffers; the signal-to-quantisation-noise ratio in dB.
+        """Write over contiguous tiles and parameters; the signal-to-quantisation-noise ratio in dB.
 
         weight: float ``[..., N, K]`` in the order of the stored axes.
+        recipe: its pre-scale is what the tiles' is to be.
         """
         shape = self.stored
         tiles, parameters, weight = self.tiles, self.scale_and_zero, weight.detach()
@@ -471,6 +537,7 @@ class Int4TileTensor(Tensor):
         group_size: int,
         inner_k_tiles: int,
         dtype: torch.dtype,
+        pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
         """`from_plain` with a float zero, of arguments that are known to be right."""
         *batch, n, k = codes.shape
@@ -485,10 +552,13 @@ class Int4TileTensor(Tensor):
             group_size,
             dtype,
             tuple(range(codes.ndim)),
+            pre_scale=None if pre_scale is None else padded_pre_scale(pre_scale, k_padded),
         )
 
     def copy_from(self, other: Tensor) -> None:
         """`copy_`: the same values in the same buffers; a float tensor is quantised again.
+
+        That keeps the pre-scale, if there is one.
 
         Raises:
             ValueError: shapes differ, both are packed but differently, or `other` holds inf or NaN
@@ -515,8 +585,13 @@ class Int4TileTensor(Tensor):
                     f"cannot copy {other!r} into {self!r}: they are packed differently; copy "
                     "other.dequantize() to quantise it again, or assign the tensor itself"
                 )
-            self.tiles.copy_(other.tiles)
-            self.scale_and_zero.copy_(other.scale_and_zero)
+            if self._shares_pre_scale() and not self.multiplies_alike(other):
+                raise ValueError(
+                    f"cannot copy {other!r} into {self!r}, a part of a packed weight that has "
+                    "another pre-scale; copy other.dequantize() to quantise it again"
+                )
+            for name, buffer in self.buffers.items():
+                buffer.copy_(other.buffers[name])
             return
         if not self.is_whole:
             raise ValueError(
@@ -528,10 +603,26 @@ class Int4TileTensor(Tensor):
         kept = [axis for axis in self.axes if axis != NEW_AXIS]
         other = other.permute([kept.index(axis) for axis in range(len(kept))])
         # Made in full before anything is written: the last block may hold the only NaN.
+        if self.pre_scale is not None:
+            other = other.float() / self.pre_scale[: stored.k].to(other.device)
         made = Int4TileTensor.empty(stored, self.dtype, other.device)
         made._quantize(other)
         self.tiles.copy_(made.tiles)
         self.scale_and_zero.copy_(made.scale_and_zero)
+
+    def multiplies_alike(self, other: Int4TileTensor) -> bool:
+        """Whether both multiply x by the same; False where values can't be told, as on meta."""
+        if self.pre_scale is other.pre_scale and self.columns == other.columns:
+            return True
+        ours, theirs = self.plain_pre_scale, other.plain_pre_scale
+        if ours is None or theirs is None or ours.is_meta or theirs.is_meta:
+            return ours is theirs
+        return torch.equal(ours, theirs.to(ours.device))
+
+    def _shares_pre_scale(self) -> bool:
+        """Whether other parts of a weight may have the same pre-scale: rows, or matrices."""
+        whole = self.tiles.untyped_storage().nbytes() == self.tiles.nbytes
+        return self.pre_scale is not None and not whole
 
     @property
     def plain_group(self) -> int:
@@ -549,29 +640,37 @@ class Int4TileTensor(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For torch.compile and torch.export."""
-        return ["tiles", "scale_and_zero"], self.metadata
+        names = list(self.buffers)
+        # The names too: code for a weight with a pre-scale is none for one without.
+        return names, (self.metadata, tuple(names))
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], metadata: Any, outer_size: Any, outer_stride: Any
     ) -> Int4TileTensor:
         """The inverse of `__tensor_flatten__`."""
-        dtype, n, columns, group_size, axes, is_part = metadata
+        (dtype, n, columns, group_size, axes, is_part), _ = metadata
         return Int4TileTensor(
-            inner["tiles"], inner["scale_and_zero"], n, columns, group_size, dtype, axes, is_part
+            **inner,
+            n=n,
+            columns=columns,
+            group_size=group_size,
+            dtype=dtype,
+            axes=axes,
+            is_part=is_part,
         )
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled code may depend on, for AOTAutograd's cache."""
-        described = (self.metadata, tuple(self.tiles.shape), str(self.device))
+        described = (*self.__tensor_flatten__(), tuple(self.tiles.shape), str(self.device))
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For torch.save and pickle."""
         is_parameter = isinstance(self, nn.Parameter)
         # Contiguous, as `check` wants them of a file; a part of a weight may not be.
-        buffers = (self.tiles.contiguous(), self.scale_and_zero.contiguous())
-        return _rebuild, (*buffers, self.metadata, is_parameter)
+        tiles, scale_and_zero, *further = (b.contiguous() for b in self.buffers.values())
+        return _rebuild, (tiles, scale_and_zero, self.metadata, is_parameter, *further)
 
     def requires_grad_(self, mode: bool = True) -> Int4TileTensor:
         """Do nothing: there is no gradient for an int4 weight.
@@ -616,7 +715,9 @@ def _views_of_normal_tensors(func: Any) -> Iterator[None]:
         yield
 
 
-def checked(tiles: Tensor, scale_and_zero: Tensor, metadata: Any) -> Int4TileTensor:
+def checked(
+    tiles: Tensor, scale_and_zero: Tensor, metadata: Any, pre_scale: Tensor | None = None
+) -> Int4TileTensor:
     """One of buffers and metadata that may be anything; PackedFormatError where they are wrong."""
     try:
         dtype, n, columns, group_size, axes, is_part = metadata
@@ -629,6 +730,7 @@ def checked(tiles: Tensor, scale_and_zero: Tensor, metadata: Any) -> Int4TileTen
             dtype,
             tuple(int(axis) for axis in axes),
             bool(is_part),
+            pre_scale,
         )
         made.check()
     except PackedFormatError:
@@ -641,10 +743,14 @@ def checked(tiles: Tensor, scale_and_zero: Tensor, metadata: Any) -> Int4TileTen
 
 
 def _rebuild(
-    tiles: Tensor, scale_and_zero: Tensor, metadata: Any, is_parameter: bool
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    metadata: Any,
+    is_parameter: bool,
+    pre_scale: Tensor | None = None,
 ) -> Int4TileTensor:
     """What `torch.load` calls; it trusts nothing in the file."""
-    made = checked(tiles, scale_and_zero, metadata)
+    made = checked(tiles, scale_and_zero, metadata, pre_scale)
     return nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
 
 
@@ -672,8 +778,7 @@ def _tensors_in(tree: Any) -> list[Tensor]:
 
 def _unsupported(func: Any, operands: Any) -> str:
     shapes = ", ".join(
-        f"{'packed ' * isinstance(value, Int4TileTensor)}{value.dtype} {tuple(value.shape)}"
-        for value in _tensors_in(operands)
+        f"{_kind(value)}{value.dtype} {tuple(value.shape)}" for value in _tensors_in(operands)
     )
     known = sorted({op.overloadpacket.__name__ for op in _IMPLEMENTATIONS})
     return (
@@ -683,10 +788,33 @@ def _unsupported(func: Any, operands: Any) -> str:
     )
 
 
+def _kind(value: Tensor) -> str:
+    if not isinstance(value, Int4TileTensor):
+        return ""
+    return "packed " if value.pre_scale is None else "packed, pre-scaled "
+
+
 def _check_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype}; it must be one of {_DTYPES}")
     return dtype
+
+
+def padded_pre_scale(pre_scale: Tensor, k_padded: int) -> Tensor:
+    """Float32 ``[k_padded]``: the factors, and ones behind them. No copy where none is needed."""
+    factors = pre_scale.to(torch.float32)
+    missing = k_padded - len(factors)
+    return F.pad(factors, (0, missing), value=1.0) if missing else factors
+
+
+def _check_pre_scale(pre_scale: Tensor | None, k: int, device: torch.device) -> None:
+    if pre_scale is not None and not (
+        pre_scale.is_floating_point() and pre_scale.shape == (k,) and pre_scale.device == device
+    ):
+        raise ValueError(
+            f"pre_scale is {pre_scale.dtype} {tuple(pre_scale.shape)} on {pre_scale.device}; it "
+            f"must be float ({k},) on {device}"
+        )
 
 
 def _check_plain(codes: Tensor, scale: Tensor, zero: Tensor) -> None:

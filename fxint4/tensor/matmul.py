@@ -1,7 +1,8 @@
 """Operators that multiply by a packed weight.
 
 All of them become `fxint4::linear`, `fxint4::bmm` or `fxint4::grouped_mm` (see `fxint4.ops`), which
-sum over the stored K. A product that would sum over N is not supported.
+sum over the stored K. A product that would sum over N is not supported. A pre-scale multiplies x in
+fp32 before, rounded once to x's dtype; compiled, that is part of whatever makes x.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _bmm(left: Tensor, right: Tensor) -> Any:
     if right.axes != (0, 2, 1):
         return NotImplemented
     if right.tiles.stride(0) == right.scale_and_zero.stride(0) == 0:  # one weight for the batch
-        return _times(left, right.on_buffers(lambda buffer: buffer[0], axes=(1, 0)))
+        return _times(left, right.on_batch(lambda buffer: buffer[0], axes=(1, 0)))
     x, tiles, parameters = _operands(left, right)
     return torch.ops.fxint4.bmm(x, tiles, parameters, right.group_size, right.n)
 
@@ -134,7 +135,10 @@ def _operands(x: Tensor, weight: Int4TileTensor) -> tuple[Tensor, Tensor, Tensor
             f"x is {x.dtype} and the packed weight stands for {weight.dtype}; convert one of them, "
             f"for example weight.to({x.dtype})"
         )
-    return _spread(x, weight.columns), weight.tiles, weight.scale_and_zero
+    x = _spread(x, weight.columns)
+    if weight.pre_scale is not None:
+        x = (x * weight.pre_scale[: x.shape[-1]]).to(x.dtype)
+    return x, weight.tiles, weight.scale_and_zero
 
 
 def _spread(x: Tensor, columns: Sequence[tuple[int, int]]) -> Tensor:

@@ -13,7 +13,13 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from fxint4._torch import aten
-from fxint4.tensor.core import NEW_AXIS, Columns, Int4TileTensor, implements
+from fxint4.tensor.core import (
+    NEW_AXIS,
+    Columns,
+    Int4TileTensor,
+    implements,
+    padded_pre_scale,
+)
 from fxint4.tiles import PAD_CODE, pack, unpack
 
 __all__: list[str] = []
@@ -56,7 +62,11 @@ def _empty_like(
 ) -> Any:
     if dtype not in (None, weight.dtype):
         return NotImplemented
-    return weight.on_buffers(lambda buffer: torch.empty_like(buffer, device=device), is_part=False)
+    made = weight.on_batch(lambda buffer: torch.empty_like(buffer, device=device), is_part=False)
+    if weight.pre_scale is None:
+        return made
+    # A float that is copied into it is divided by these.
+    return made.like(pre_scale=torch.ones_like(weight.pre_scale, device=device))
 
 
 @implements(aten.copy_.default)
@@ -66,7 +76,7 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
     target.copy_from(source)
     # Below autograd, where this runs, in-place ops leave the version as it is; what is made of
     # these buffers (the CPU op's bytes) is known by it.
-    buffers = (target.tiles, target.scale_and_zero)
+    buffers = target.buffers.values()
     increment_version([buffer for buffer in buffers if not buffer.is_inference()])
     return target
 
@@ -105,6 +115,10 @@ def _equal(left: Any, right: Any) -> Any:
     same = (left.shape, left.dtype, left.axes) == (right.shape, right.dtype, right.axes)
     if not same or left.plain_group != right.plain_group:
         return NotImplemented
+    if (left.pre_scale is None) != (right.pre_scale is None):
+        return NotImplemented
+    if not left.multiplies_alike(right):
+        return False
     return all(torch.equal(a, b) for a, b in zip(left.get_plain(), right.get_plain(), strict=True))
 
 
@@ -200,7 +214,7 @@ def _with_batch_in_order(weight: Int4TileTensor) -> Int4TileTensor:
     """The same with the batch axes stored in the order that they have in the logical shape."""
     order = [axis for axis in weight.axes if 0 <= axis < weight.batch_axes]
     axes = [order.index(axis) if axis in order else axis for axis in weight.axes]
-    return weight.on_buffers(
+    return weight.on_batch(
         lambda buffer: buffer.permute(*order, *range(len(order), buffer.ndim)), axes=tuple(axes)
     )
 
@@ -229,7 +243,7 @@ def _with_batch(
             renumbered.append(firsts[axis] + seen.get(axis, 0))
             seen[axis] = seen.get(axis, 0) + 1
     ndim = len(sizes)
-    return weight.on_buffers(
+    return weight.on_batch(
         lambda buffer: buffer.reshape(*new, *buffer.shape[ndim:]), axes=tuple(renumbered)
     )
 
@@ -269,7 +283,7 @@ def _with_new_axis_stored(weight: Int4TileTensor, dim: int) -> Int4TileTensor:
     """The same with a `NEW_AXIS` as the first stored one."""
     axes = [axis if axis == NEW_AXIS else axis + 1 for axis in weight.axes]
     axes[dim] = 0
-    return weight.on_buffers(lambda buffer: buffer.unsqueeze(0), axes=tuple(axes))
+    return weight.on_batch(lambda buffer: buffer.unsqueeze(0), axes=tuple(axes))
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -294,7 +308,7 @@ def _slice(
     if axis == NEW_AXIS:
         return NotImplemented
     if axis < weight.batch_axes:
-        return weight.on_buffers(lambda buffer: aten.slice(buffer, axis, start, end, step))
+        return weight.on_batch(lambda buffer: aten.slice(buffer, axis, start, end, step))
     if not _is_n(weight, dim):
         return _slice_columns(weight, start, end) if step == 1 else NotImplemented
     if step == 1 and start % 8 == 0:
@@ -380,6 +394,7 @@ def _trimmed(weight: Int4TileTensor, columns: Columns) -> Int4TileTensor:
         scale_and_zero=weight.scale_and_zero[
             ..., low // weight.group_size : high // weight.group_size, :, :
         ],
+        pre_scale=None if weight.pre_scale is None else weight.pre_scale[low:high],
         columns=tuple((start - low, stop - low) for start, stop in columns),
         is_part=True,
     )
@@ -396,7 +411,7 @@ def _select(weight: Int4TileTensor, dim: int, index: int) -> Any:
     if axis == NEW_AXIS:
         return weight.like(axes=axes)
     if axis < weight.batch_axes:
-        return weight.on_buffers(lambda buffer: buffer.select(axis, index), axes=axes)
+        return weight.on_batch(lambda buffer: buffer.select(axis, index), axes=axes)
     # A single row or column has no tiles.
     index = index % size
     return _slice(weight, dim, index, index + 1).dequantize().squeeze(dim)
@@ -429,7 +444,7 @@ def _index_select(weight: Int4TileTensor, dim: int, index: Tensor) -> Any:
     if axis == NEW_AXIS or index.ndim != 1:
         return NotImplemented
     if axis < weight.batch_axes:
-        return weight.on_buffers(lambda buffer: buffer.index_select(axis, index))
+        return weight.on_batch(lambda buffer: buffer.index_select(axis, index))
     return _rows(weight, index) if _is_n(weight, dim) else NotImplemented
 
 
@@ -455,7 +470,7 @@ def _index(weight: Int4TileTensor, indices: Sequence[Tensor | None]) -> Any:
     if axis < weight.batch_axes:
         # One gather of each buffer: an index beyond the end raises as it does for any tensor.
         where = [None] * axis + [index.flatten()]
-        picked = weight.on_buffers(lambda buffer: aten.index.Tensor(buffer, where))
+        picked = weight.on_batch(lambda buffer: aten.index.Tensor(buffer, where))
         shape = (*weight.shape[:dim], *index.shape, *weight.shape[dim + 1 :])
         return picked if index.ndim == 1 else _view(picked, shape)
     if not _is_n(weight, dim) or index.ndim > 1:
@@ -509,7 +524,7 @@ def _cat(weights: Sequence[Tensor], dim: int = 0) -> Any:
     if axis == packed[0].batch_axes + 1:
         return _cat_columns(packed)
     packed = _with_equal_columns(packed)
-    if not packed:
+    if not packed or not all(weight.multiplies_alike(packed[0]) for weight in packed):
         return NotImplemented
     return _cat_rows(packed) if axis == packed[0].batch_axes else _cat_batch(packed, axis)
 
@@ -533,12 +548,23 @@ def _cat_columns(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
             else:
                 columns.append((before + start, before + stop))
         before += weight.stored.k_padded
+    pre_scale = None
+    if any(weight.pre_scale is not None for weight in packed):
+        pre_scale = torch.cat([_factors(weight) for weight in packed])
     return packed[0].like(
         tiles=torch.cat([weight.tiles for weight in packed], -3),
         scale_and_zero=torch.cat([weight.scale_and_zero for weight in packed], -3),
+        pre_scale=pre_scale,
         columns=tuple(columns),
         is_part=False,
     )
+
+
+def _factors(weight: Int4TileTensor) -> Tensor:
+    """The pre-scale; ones where there is none."""
+    if weight.pre_scale is not None:
+        return weight.pre_scale
+    return torch.ones(weight.stored.k_padded, device=weight.device)
 
 
 def _cat_rows(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
@@ -594,7 +620,9 @@ def _compacted(weight: Int4TileTensor) -> Int4TileTensor | None:
     if group < 32:
         return None
     plain = weight.get_plain()
-    made = Int4TileTensor.of_codes(*plain, group, weight.inner_k_tiles, weight.dtype)
+    made = Int4TileTensor.of_codes(
+        *plain, group, weight.inner_k_tiles, weight.dtype, weight.plain_pre_scale
+    )
     return made.like(axes=weight.axes)
 
 
@@ -608,4 +636,7 @@ def _widened(weight: Int4TileTensor, k_padded: int) -> Int4TileTensor:
     return weight.like(
         tiles=pack(codes, weight.inner_k_tiles),
         scale_and_zero=F.pad(weight.scale_and_zero, (0, 0, 0, 0, 0, groups)),
+        pre_scale=None
+        if weight.pre_scale is None
+        else padded_pre_scale(weight.pre_scale, k_padded),
     )
