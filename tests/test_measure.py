@@ -434,3 +434,28 @@ def test_a_bar_is_shown_where_progress_is_asked_for(capsys: pytest.CaptureFixtur
     for progress in (False, True):
         measure(model, (x,), {}, Int4Config(progress=progress), Trials(model))
         assert ("fxint4: measuring errors" in capsys.readouterr().err) is progress
+
+
+def test_layers_that_share_a_graph_have_recipes_of_their_own() -> None:
+    """After a graph break Dynamo compiles `Layers.forward` once for both of them."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Layers(), Layers()
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = x
+            for layers in (self.first, self.second):
+                torch._dynamo.graph_break()
+                total = total + layers(x).sum()
+            return total
+
+    model, x = Two().eval(), noise(3, 128)  # both with the same weights
+    overrides = {"second.*": {"group_size": 32}, "first.*": {"group_size": 64, "method": "mse"}}
+    report = fxint4.explain(model, x, options={"overrides": overrides})
+    found = {record.name: record for record in report.records}
+    for name in ("q", "k", "out"):
+        mse, rtn = found[f"first.{name}"], found[f"second.{name}"]
+        assert (mse.method, rtn.method) == ("mse", "rtn")
+        assert mse.output_error != pytest.approx(rtn.output_error, rel=1e-3)
