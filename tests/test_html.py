@@ -161,17 +161,19 @@ def test_an_exact_weight_is_named_and_sorts_as_the_best() -> None:
     [errors] = [value for title, value in Parsed(text).details()[0]["facts"] if title == "error"]
     assert errors == [
         "none: int4 holds the weight exactly",
-        "output: 0%, measured on the example inputs",
+        "output: 0% on the example inputs",
     ]
 
 
 def test_a_layer_has_its_errors_and_its_source_line() -> None:
-    text = page(report_of(record("a", output_error=0.0789, source="model.py:31 in forward")))
+    known = {"output_error": 0.0789, "source": "model.py:31 in forward", "method": "hqq"}
+    text = page(report_of(record("a", **known)))
     facts = dict(Parsed(text).details()[0]["facts"])
     assert facts["source"] == "model.py:31 in forward"
+    assert facts["shapes"][1] == "128 weights of a row share scale and zero (hqq)"
     assert facts["error"] == [
         "weight: 20.00 dB SQNR",
-        "output: 7.89%, measured on the example inputs",
+        "output: 7.89% on the example inputs",
     ]
 
 

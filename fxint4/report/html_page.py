@@ -24,7 +24,7 @@ _LINES_SHOWN = 40
 #: What has a place of its own on the page; other fields of a record are listed with its details.
 _PLACED = (
     *("name", "op", "n", "k", "batch", "group_size", "action", "reason", "source"),
-    *("sqnr_db", "exact", "output_error"),
+    *("method", "sqnr_db", "exact", "output_error"),
     *("bytes_before", "bytes_after", "dense_bytes", "held_bytes"),
     *("fused_with", "kernels", "parameters", "graph", "weight"),
 )
@@ -271,7 +271,8 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
         experts = f"{batch}, " if batch > 1 else ""
         shapes.append(f"x [M, {k}], W [{experts}{n}, {k}], y [M, {n}]")
     if record.get("group_size"):
-        shapes.append(f"{record['group_size']} weights of a row share a scale and a zero")
+        method = f" ({record['method']})" if record.get("method") else ""
+        shapes.append(f"{record['group_size']} weights of a row share scale and zero{method}")
     before, after = record.get("bytes_before"), record.get("bytes_after")
     memory = (
         [] if before is None or after is None else [f"{size_text(before)} → {size_text(after)}"]
@@ -285,7 +286,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
     if sqnr_db is not None:
         errors.append(f"weight: {sqnr_db:.2f} dB SQNR")
     if error is not None:
-        errors.append(f"output: {error_text(error)}, measured on the example inputs")
+        errors.append(f"output: {error_text(error)} on the example inputs")
     facts: list[tuple[str, str | list[str]]] = [
         ("reason", str(record.get("reason") or "")),
         ("shapes", shapes),
