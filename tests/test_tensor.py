@@ -32,6 +32,14 @@ def plain(*shape: int, group_size: int, seed: int = 0) -> tuple[Tensor, Tensor, 
     return codes, scale, zero
 
 
+def pre_scaled(packed: Int4TileTensor, seed: int = 0) -> Int4TileTensor:
+    """The same codes and groups with a pre-scale in 0.5..1.5."""
+    factors = torch.rand(packed.stored.k, generator=torch.Generator().manual_seed(seed)) + 0.5
+    return Int4TileTensor.from_plain(
+        *packed.get_plain(), group_size=packed.group_size, dtype=packed.dtype, pre_scale=factors
+    )
+
+
 def value(codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
     """``(code - 8) * scale + zero`` in fp32."""
     k = codes.shape[-1]
@@ -103,14 +111,24 @@ def test_from_float_refuses(weight: Tensor, message: str) -> None:
     batch=st.lists(st.integers(1, 3), max_size=2),
     n=st.integers(1, 40),
     k=st.integers(1, 600),
+    pre_scale=st.sampled_from([None, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=60)
 def test_get_plain_inverts_from_plain(
-    group_size: int, inner: int, batch: list[int], n: int, k: int, seed: int
+    group_size: int,
+    inner: int,
+    batch: list[int],
+    n: int,
+    k: int,
+    pre_scale: torch.dtype | None,
+    seed: int,
 ) -> None:
     given_ = plain(*batch, n, k, group_size=group_size, seed=seed)
-    packed = Int4TileTensor.from_plain(*given_, group_size=group_size, inner_k_tiles=inner)
+    factors = None if pre_scale is None else (torch.rand(k) + 0.5).to(pre_scale)
+    packed = Int4TileTensor.from_plain(
+        *given_, group_size=group_size, inner_k_tiles=inner, pre_scale=factors
+    )
     packed.check()
     assert packed.shape == (*batch, n, k)
     assert packed.group_size == group_size
@@ -119,7 +137,15 @@ def test_get_plain_inverts_from_plain(
         assert torch.equal(made, want)
         assert made.is_contiguous()
     # Computed in the same order, fp32 throughout: equal bits.
-    assert torch.equal(packed.dequantize(torch.float32), value(*given_, group_size))
+    expected = value(*given_, group_size)
+    if factors is None:
+        assert packed.pre_scale is packed.plain_pre_scale is None
+    else:
+        assert torch.equal(packed.plain_pre_scale, factors.float())
+        assert (packed.pre_scale[k:] == 1).all()
+        expected = expected * factors.float()
+    assert torch.equal(packed.dequantize(torch.float32), expected)
+    assert torch.equal(packed.dequantize(), expected.bfloat16())
 
 
 @given(
@@ -205,6 +231,11 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(inner_k_tiles=1), "inner_k_tiles is 1"),
         (changed(scale=torch.full((8, 4), torch.nan)), "inf or NaN"),
         (changed(zero=torch.full((8, 4), torch.finfo(torch.float32).max)), "inf or NaN"),
+        (changed(pre_scale=torch.ones(127)), r"pre_scale is torch.float32 \(127,\)"),
+        (changed(pre_scale=torch.ones(1, 128)), r"\(1, 128\).*must be float \(128,\)"),
+        (changed(pre_scale=torch.ones(128).int()), "pre_scale is torch.int32"),
+        (changed(pre_scale=torch.ones(128, device="meta")), "on meta"),
+        (changed(pre_scale=torch.full((128,), torch.inf)), "pre_scale holds inf or NaN"),
     ],
 )
 def test_from_plain_refuses(arguments: dict[str, Any], message: str) -> None:
@@ -229,6 +260,13 @@ def test_from_tiles_takes_buffers_without_a_copy() -> None:
     assert again.group_size == packed.group_size
     assert again.dtype == torch.bfloat16
     assert torch.equal(again.dequantize(torch.float32), packed.dequantize())
+    buffers = pre_scaled(packed).buffers
+    whole = Int4TileTensor.from_tiles(**buffers, shape=(3, 20, 128))
+    assert whole.pre_scale is buffers["pre_scale"]
+    part = Int4TileTensor.from_tiles(
+        **{**buffers, "pre_scale": buffers["pre_scale"][:100].double()}, shape=(3, 20, 100)
+    )
+    assert torch.equal(part.pre_scale, buffers["pre_scale"])
 
 
 def buffers() -> tuple[Tensor, Tensor]:
@@ -261,6 +299,8 @@ def buffers() -> tuple[Tensor, Tensor]:
         (lambda t, p: (t[0, 0], p, (24, 128)), "tiles are"),
         (lambda t, p: (t[..., :16, :].contiguous(), p, (3, 24, 128)), "tiles have shape"),
         (lambda t, p: (t[..., :3].contiguous(), p, (3, 24, 128)), "tiles have shape"),
+        (lambda t, p: (t, p, (3, 24, 128), torch.half, torch.ones(127)), r"pre_scale.*\(127,\)"),
+        (lambda t, p: (t, p, (3, 24, 128), torch.half, torch.ones(128).int()), "torch.int32"),
     ],
 )
 def test_from_tiles_refuses(change: Any, message: str) -> None:
@@ -284,6 +324,7 @@ def test_repr_says_shape_group_and_bytes() -> None:
     for part in ("(20, 100)", "torch.float32", "cpu", "group_size=64", f"{bytes_} bytes"):
         assert part in text
     assert repr(nn.Parameter(packed, requires_grad=False)) == text
+    assert f"pre-scaled, {bytes_ + 4 * 128} bytes" in repr(pre_scaled(packed))
 
 
 def test_it_never_requires_grad() -> None:
@@ -306,12 +347,13 @@ def test_it_never_requires_grad() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_to_another_dtype_keeps_the_codes(dtype: torch.dtype) -> None:
-    packed = Int4TileTensor.from_float(torch.randn(20, 100))
+    packed = pre_scaled(Int4TileTensor.from_float(torch.randn(20, 100)))
     moved = packed.to(dtype)
     assert (moved.dtype, moved.shape) == (dtype, packed.shape)
     assert all(
         torch.equal(a, b) for a, b in zip(moved.get_plain(), packed.get_plain(), strict=True)
     )
+    assert torch.equal(moved.pre_scale, packed.pre_scale)
     assert torch.equal(moved.dequantize(), packed.dequantize(dtype))
     assert (moved is packed) == (dtype == packed.dtype)
 
@@ -329,17 +371,20 @@ def test_to_a_device() -> None:
     assert packed.cpu() is packed
     meta = packed.to("meta")
     assert (meta.device.type, meta.shape, meta.tiles.device.type) == ("meta", (20, 100), "meta")
+    assert pre_scaled(packed).to("meta").pre_scale.is_meta
 
 
 @pytest.mark.parametrize("how", [torch.clone, copy.copy, copy.deepcopy, Tensor.detach])
 def test_copies(how: Any) -> None:
-    packed = Int4TileTensor.from_float(torch.randn(20, 100))[:, 32:]
+    packed = pre_scaled(Int4TileTensor.from_float(torch.randn(20, 100)))[:, 32:]
     made = how(packed)
     assert type(made) is Int4TileTensor
     assert torch.equal(made, packed)
+    assert torch.equal(made.dequantize(), packed.dequantize())
     assert made is not packed
-    shares = made.tiles.data_ptr() == packed.tiles.data_ptr()
-    assert shares == (how in (Tensor.detach, copy.copy))
+    for name, buffer in packed.buffers.items():
+        shares = made.buffers[name].data_ptr() == buffer.data_ptr()
+        assert shares == (how in (Tensor.detach, copy.copy))
 
 
 def test_clone_of_a_part_holds_that_part_alone() -> None:
@@ -389,6 +434,39 @@ def test_copy_of_a_packed_weight() -> None:
     assert torch.equal(a, b)
 
 
+def test_copy_of_float_keeps_the_pre_scale() -> None:
+    packed = pre_scaled(Int4TileTensor.from_float(torch.zeros(20, 100)))
+    factors, new = packed.plain_pre_scale.clone(), torch.randn(20, 100)
+    packed.copy_(new)
+    assert torch.equal(packed.plain_pre_scale, factors)
+    divided = Int4TileTensor.from_float(new / factors)
+    assert torch.equal(packed.dequantize(), divided.dequantize() * factors)
+    # A new one multiplies x by nothing yet.
+    empty = torch.empty_like(packed).copy_(new)
+    assert torch.equal(empty.dequantize(), Int4TileTensor.from_float(new).dequantize())
+
+
+def test_copy_takes_the_pre_scale_with_the_codes() -> None:
+    a, b = (pre_scaled(Int4TileTensor.from_float(torch.randn(20, 100)), seed) for seed in (1, 2))
+    address = a.pre_scale.data_ptr()
+    a.copy_(b)
+    assert torch.equal(a.dequantize(), b.dequantize())
+    assert a.pre_scale.data_ptr() == address
+
+
+def test_copy_of_another_pre_scale_into_a_part_changes_nothing() -> None:
+    packed = pre_scaled(Int4TileTensor.from_float(torch.randn(3, 16, 128)))
+    other = pre_scaled(packed, seed=1)
+    before = packed.dequantize()
+    for part, new in ((packed[1], other[1]), (packed[:, 8:], other[:, 8:])):
+        with pytest.raises(ValueError, match="has another pre-scale"):
+            part.copy_(new)
+    assert torch.equal(packed.dequantize(), before)
+    packed[1].copy_(packed[0].clone())
+    before[1] = before[0]
+    assert torch.equal(packed.dequantize(), before)
+
+
 def test_copy_into_whole_parts() -> None:
     experts = Int4TileTensor.from_float(torch.randn(3, 16, 256), Int4Config(group_size=128))
     before = experts.dequantize()
@@ -417,6 +495,7 @@ def bad_sources() -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         "columns": (wide[..., 64:192], ("packed differently",)),
         "integers": (weight.int(), ("torch.int32", "(2, 20, 128)")),
         "NaN": (last_is_nan, ("inf or NaN",)),
+        "pre-scale": (pre_scaled(packed), ("packed differently", "pre-scaled")),
     }
 
 
@@ -562,8 +641,11 @@ def test_equal() -> None:
     other = packed.clone()
     other.tiles[-1, 0, -1] ^= 1  # a row of pad
     assert torch.equal(packed, other)
-    with pytest.raises(UnsupportedOpError):
-        torch.equal(packed, packed.dequantize())
+    assert torch.equal(pre_scaled(packed), pre_scaled(packed))
+    assert not torch.equal(pre_scaled(packed), pre_scaled(packed, seed=1))
+    for different in (packed.dequantize(), pre_scaled(packed)):
+        with pytest.raises(UnsupportedOpError):
+            torch.equal(packed, different)
 
 
 # --- torch.compile -------------------------------------------------------------------------------
@@ -571,12 +653,16 @@ def test_equal() -> None:
 BACKENDS = ("eager", "aot_eager", "inductor")
 
 
-def integers(*shape: int) -> Int4TileTensor:
-    """A bf16 weight of integers in -16..17, each group with parameters of its own."""
+def integers(*shape: int, flipped: bool = False) -> Int4TileTensor:
+    """A bf16 weight of integers in -16..17, each group with parameters of its own.
+
+    flipped: with a pre-scale of 1 and -1.
+    """
     codes, _, _ = plain(*shape, group_size=32)
     groups = (*shape[:-1], -(-shape[-1] // 32))
     scale, zero = torch.randint(1, 3, groups).float(), torch.randint(0, 4, groups).float()
-    return Int4TileTensor.from_plain(codes, scale, zero, group_size=32)
+    factors = torch.randint(0, 2, shape[-1:]) * 2.0 - 1 if flipped else None
+    return Int4TileTensor.from_plain(codes, scale, zero, group_size=32, pre_scale=factors)
 
 
 def signs(*shape: int) -> Tensor:
@@ -608,9 +694,14 @@ def every_way(x: Tensor, w: Tensor, e: Tensor) -> list[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_it_gives_what_it_gives_in_eager(backend: str) -> None:
-    w, e, x = integers(20, 100), integers(4, 20, 64), signs(3, 100)
+def test_compiled_it_gives_what_it_gives_in_eager(backend: str, flipped: bool) -> None:
+    w, e, x = (
+        integers(20, 100, flipped=flipped),
+        integers(4, 20, 64, flipped=flipped),
+        signs(3, 100),
+    )
     with torch.no_grad():
         made = torch.compile(every_way, backend=backend, fullgraph=True)(x, w, e)
         expected = every_way(x, w.dequantize(), e.dequantize())
@@ -619,12 +710,14 @@ def test_compiled_it_gives_what_it_gives_in_eager(backend: str) -> None:
         assert torch.equal(y, want), index
 
 
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_functions_return_packed_weights(backend: str) -> None:
+def test_compiled_functions_return_packed_weights(backend: str, flipped: bool) -> None:
     def parts(w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return w[8:], w[:, 32:], w.t(), w, torch.cat([w, v]), torch.cat([w, v], 1), w[3:].clone()
+        rows = torch.cat([v, v[:3]])
+        return w[8:], w[:, 32:], w.t(), w, rows, torch.cat([w, v], 1), w[3:].clone()
 
-    w, v = integers(20, 100), integers(20, 100)
+    w, v = integers(20, 100, flipped=flipped), integers(20, 100)
     with torch.no_grad():
         made = torch.compile(parts, backend=backend, fullgraph=True)(w, v)
     for part, want in zip(made, parts(w.dequantize(), v.dequantize()), strict=True):
@@ -650,20 +743,35 @@ def test_a_compiled_module_follows_its_weights(backend: str) -> None:
         assert torch.equal(compiled(x), F.linear(x, module.weight.dequantize()))
 
 
-def test_compiled_code_is_made_again_for_another_group() -> None:
+def test_compiled_code_is_made_again_for_another_group_or_pre_scale() -> None:
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
     compiled = torch.compile(lambda x, w: F.linear(x, w), backend=counter)
     x = signs(3, 128)
     made = set()
-    for group_size in (32, 64, 32):
+    for group_size, flipped in ((32, False), (64, False), (32, True), (32, False), (32, True)):
         codes, scale, _ = plain(16, 128, group_size=group_size)
-        w = Int4TileTensor.from_plain(codes, scale.abs().ceil(), torch.zeros_like(scale))
+        w = Int4TileTensor.from_plain(
+            codes,
+            scale.abs().ceil(),
+            torch.zeros_like(scale),
+            pre_scale=signs(128).float() if flipped else None,
+        )
         made.add(w._stable_hash_for_caching())
         assert torch.equal(compiled(x, w), F.linear(x, w))
-    assert counter.frame_count == 2
-    assert len(made) == 2
+    assert counter.frame_count == 3
+    assert len(made) == 3
+
+
+def test_code_compiled_for_a_layer_is_not_used_for_one_with_a_pre_scale() -> None:
+    layers = [nn.Linear(100, 20, bias=False, dtype=torch.bfloat16) for _ in range(3)]
+    x = signs(3, 100)
+    for layer, flipped in zip(layers, (False, True, False), strict=True):
+        layer.weight = nn.Parameter(integers(20, 100, flipped=flipped), requires_grad=False)
+        layer.compile(backend="aot_eager")
+        with torch.no_grad():
+            assert torch.equal(layer(x), F.linear(x, layer.weight.dequantize()))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

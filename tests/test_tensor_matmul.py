@@ -20,8 +20,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OFFS = torch.tensor([2, 2, 5, 7], dtype=torch.int32)
 
 
-def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Int4TileTensor:
-    """A weight of integers in -16..17, each group with a scale and a zero of its own."""
+def integers(
+    *shape: int, dtype: torch.dtype = torch.float32, pre_scaled: bool = False
+) -> Int4TileTensor:
+    """A weight of integers in -16..17, each group with a scale and a zero of its own.
+
+    pre_scaled: with a pre-scale of 1 and -1.
+    """
     *lead, k = shape
     groups = -(-k // 32)
     return Int4TileTensor.from_plain(
@@ -30,6 +35,7 @@ def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Int4TileTensor:
         torch.randint(0, 4, (*lead, groups)).float(),
         group_size=32,
         dtype=dtype,
+        pre_scale=torch.randint(0, 2, (k,)) * 2.0 - 1 if pre_scaled else None,
     )
 
 
@@ -134,10 +140,12 @@ def both(function: Any, w: Int4TileTensor, x: Tensor, dtype: torch.dtype) -> tup
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pre_scaled", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_integers_are_multiplied_exactly(case: str, dtype: torch.dtype) -> None:
+def test_integers_are_multiplied_exactly(case: str, pre_scaled: bool, dtype: torch.dtype) -> None:
     function, w_shape, x_shape, along = CASES[case]
-    w, x = integers(*w_shape, dtype=dtype), signs(*x_shape, dtype=dtype, along=along)
+    w = integers(*w_shape, dtype=dtype, pre_scaled=pre_scaled)
+    x = signs(*x_shape, dtype=dtype, along=along)
     y, expected = both(function, w, x, dtype)
     with torch.inference_mode():  # where composite functions are not taken apart before
         again, _ = both(function, w, x, dtype)
@@ -152,7 +160,7 @@ def test_integers_are_multiplied_exactly(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 def test_einsum(letters: str, swapped: bool) -> None:
     w_shape, x_shape, along = EINSUMS[letters]
-    w, x = integers(*w_shape), signs(*x_shape, along=along)
+    w, x = integers(*w_shape, pre_scaled=swapped), signs(*x_shape, along=along)
     dense = w.dequantize()
     if swapped:
         (left, right), out = letters.split("->")[0].split(","), letters.split("->")[1]
@@ -184,19 +192,27 @@ def test_einsum_with_a_transposed_weight(letters: str) -> None:
     group_size=st.sampled_from(GROUP_SIZES),
     dtype=st.sampled_from(DTYPES),
     part=st.booleans(),
+    pre_scaled=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=60)
 def test_linear_rounds_no_more_than_it_says(
-    n: int, k: int, group_size: int, dtype: torch.dtype, part: bool, seed: int
+    n: int, k: int, group_size: int, dtype: torch.dtype, part: bool, pre_scaled: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=generator).to(dtype)
     packed = Int4TileTensor.from_float(weight, Int4Config(group_size=group_size))
+    if pre_scaled:
+        factors = torch.rand(k, generator=generator) + 0.5
+        packed = Int4TileTensor.from_plain(
+            *packed.get_plain(), group_size=packed.group_size, dtype=dtype, pre_scale=factors
+        )
     if part:
         packed = torch.cat([packed[:, k // 3 :], packed[:, : 1 + k // 2]], 1)
     x = torch.randn(3, packed.shape[1], generator=generator).to(dtype)
-    bias = torch.randn(n, generator=generator).to(dtype)
+    # The rounding of x times its factors is counted in the place of the bias's.
+    bias = torch.zeros(n) if pre_scaled else torch.randn(n, generator=generator)
+    bias = bias.to(dtype)
     w = packed.dequantize(torch.float32)
     expected = x.double() @ w.double().T + bias.double()
     assert_within(F.linear(x, packed, bias), expected, rounding_bound(x, w, bias))
@@ -224,8 +240,9 @@ def test_other_operators_round_no_more_than_they_say(case: str, dtype: torch.dty
 @pytest.mark.parametrize("grouped_mm", [F.grouped_mm, torch._grouped_mm])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offs", [[2, 2, 5, 7], [0, 0, 0, 7], [7, 7, 7, 7], [1, 2, 3, 4]])
-def test_grouped_mm(grouped_mm: Any, dtype: torch.dtype, offs: list[int]) -> None:
-    w, x = integers(*E, dtype=dtype), signs(7, 100, dtype=dtype)
+@pytest.mark.parametrize("pre_scaled", [False, True])
+def test_grouped_mm(grouped_mm: Any, dtype: torch.dtype, offs: list[int], pre_scaled: bool) -> None:
+    w, x = integers(*E, dtype=dtype, pre_scaled=pre_scaled), signs(7, 100, dtype=dtype)
     dense = w.dequantize()
     y = grouped_mm(x, w.mT, offs=torch.tensor(offs, dtype=torch.int32))
     expected = torch.zeros(7, 20, dtype=dtype)
@@ -235,7 +252,7 @@ def test_grouped_mm(grouped_mm: Any, dtype: torch.dtype, offs: list[int]) -> Non
 
 
 def test_grouped_mm_of_parts_and_joins() -> None:
-    w, x = integers(*E), signs(7, 100)
+    w, x = integers(*E, pre_scaled=True), signs(7, 100)
     fused = torch.cat([w, w[:, 3:11]], 1)
     dense = fused.dequantize()
     y = F.grouped_mm(x, fused.mT, offs=OFFS)
@@ -266,8 +283,9 @@ def test_a_mixture_of_experts_by_index() -> None:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def test_a_product_of_parts_is_the_part_of_the_product() -> None:
-    w, x = integers(40, 300), signs(3, 300)
+@pytest.mark.parametrize("pre_scaled", [False, True])
+def test_a_product_of_parts_is_the_part_of_the_product(pre_scaled: bool) -> None:
+    w, x = integers(40, 300, pre_scaled=pre_scaled), signs(3, 300)
     dense = w.dequantize()
     for rows in (slice(0, 8), slice(3, 29), slice(39, 40), slice(None, None, 3)):
         for columns in (slice(0, 300), slice(0, 150), slice(150, 300), slice(7, 9)):

@@ -44,6 +44,14 @@ def weight(*shape: int, group_size: int = 32, **kwargs: Any) -> Int4TileTensor:
     )
 
 
+def pre_scaled(*shape: int, seed: int = 0, **kwargs: Any) -> Int4TileTensor:
+    plain = weight(*shape, **kwargs)
+    factors = torch.rand(shape[-1], generator=torch.Generator().manual_seed(seed)) + 0.5
+    return Int4TileTensor.from_plain(
+        *plain.get_plain(), group_size=32, dtype=plain.dtype, pre_scale=factors
+    )
+
+
 class Model(nn.Module):
     """Two layers, the second of them tied to an embedding."""
 
@@ -59,11 +67,13 @@ class Model(nn.Module):
         return made
 
 
-def packed_model() -> Model:
+def packed_model(seed: int | None = None) -> Model:
+    """With a seed, that of a pre-scale which the first layer has."""
     model = Model().eval()
     linear = model.inner[0]
     assert isinstance(linear, nn.Linear)
-    linear.weight = nn.Parameter(weight(64, 64), requires_grad=False)
+    first = weight(64, 64) if seed is None else pre_scaled(64, 64, seed=seed)
+    linear.weight = nn.Parameter(first, requires_grad=False)
     tied = nn.Parameter(weight(30, 64), requires_grad=False)
     model.embedding.weight = model.head.weight = tied
     return model
@@ -94,6 +104,9 @@ def run(model: nn.Module) -> Tensor:
         lambda: weight(20, 100)[None, :, None],
         lambda: weight(20, 100).expand(2, 20, 100),
         lambda: torch.cat([weight(20, 100), weight(20, 30)], 1),
+        lambda: pre_scaled(20, 100),
+        lambda: pre_scaled(3, 24, 256)[1:, 8:, 128:].mT,
+        lambda: torch.cat([weight(20, 100), pre_scaled(20, 30)], 1),
     ],
 )
 def test_a_tensor_comes_back_as_it_was(make: Any) -> None:
@@ -123,8 +136,9 @@ def test_only_the_rebuilding_function_is_trusted() -> None:
     assert [item.__name__ for item in ours] == ["_rebuild"]
 
 
-def test_a_state_dict_from_a_file(tmp_path: Path) -> None:
-    model, other = packed_model(), packed_model()
+@pytest.mark.parametrize("seeds", [(None, None), (1, 2)])
+def test_a_state_dict_from_a_file(tmp_path: Path, seeds: tuple[int | None, ...]) -> None:
+    model, other = map(packed_model, seeds)
     assert not torch.equal(run(model), run(other))
     path = tmp_path / "model.pt"
     torch.save(model.state_dict(), path)
@@ -200,6 +214,33 @@ def test_a_damaged_file_is_refused(damage: str, monkeypatch: pytest.MonkeyPatch)
         torch.load(file, weights_only=True)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: f[:-1],
+        lambda f: f[None],
+        lambda f: f.double(),
+        lambda f: f.to(torch.int32),
+        lambda f: torch.stack([f, f], 1)[:, 0],
+        lambda f: 3,
+    ],
+)
+def test_a_damaged_pre_scale_is_refused(damage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pre_scaled(20, 100)
+    rebuild, (*others, factors) = packed.__reduce_ex__(2)
+    with monkeypatch.context() as patch:
+        arguments = (*others, damage(factors))
+        patch.setattr(Int4TileTensor, "__reduce_ex__", lambda self, protocol: (rebuild, arguments))
+        file = saved({"weight": packed})
+    with pytest.raises(PackedFormatError):
+        torch.load(file, weights_only=True)
+
+
+def test_a_weight_without_a_pre_scale_is_written_as_before_there_were_any() -> None:
+    _, arguments = weight(20, 100).__reduce_ex__(2)
+    assert len(arguments) == 4
+
+
 def test_a_truncated_file_is_refused() -> None:
     whole = saved(weight(20, 100)).getvalue()
     for length in range(0, len(whole), 97):
@@ -212,7 +253,7 @@ def test_a_truncated_file_is_refused() -> None:
 
 @pytest.mark.parametrize("is_parameter", [False, True])
 def test_deepcopy(is_parameter: bool) -> None:
-    packed = weight(3, 20, 100)
+    packed = pre_scaled(3, 20, 100)
     original = nn.Parameter(packed, requires_grad=False) if is_parameter else packed
     made = copy.deepcopy(original)
     assert type(made) is Int4TileTensor
@@ -220,8 +261,8 @@ def test_deepcopy(is_parameter: bool) -> None:
     assert made.metadata == original.metadata
     assert torch.equal(made, original)
     before = made.dequantize()
-    original.tiles.zero_()
-    original.scale_and_zero.zero_()
+    for buffer in original.buffers.values():
+        buffer.zero_()
     assert torch.equal(made.dequantize(), before)
 
 
@@ -240,8 +281,9 @@ def test_deepcopy_of_a_module_keeps_tied_weights_tied() -> None:
 # --- load_state_dict -----------------------------------------------------------------------------
 
 
-def test_packed_into_packed(swapping: bool) -> None:
-    model, other = packed_model(), packed_model()
+@pytest.mark.parametrize("seeds", [(None, None), (1, 2)])
+def test_packed_into_packed(swapping: bool, seeds: tuple[int | None, ...]) -> None:
+    model, other = map(packed_model, seeds)
     addresses = [part.tiles.data_ptr() for part in (other.inner[0].weight, other.head.weight)]
     run(other)  # what the CPU op reads of the old weights is there
     other.load_state_dict(model.state_dict(), strict=True)
@@ -282,6 +324,7 @@ def test_a_state_dict_that_does_not_fit_is_an_error_and_changes_nothing() -> Non
     linear = model.inner[0]
     for new, said in (
         (weight(64, 64, group_size=64), ("group_size=64", "group_size=32")),
+        (pre_scaled(64, 64), ("packed differently", "pre-scaled")),
         (torch.full((64, 64), torch.nan), ("inf or NaN",)),
         (weight(64, 96), ("[64, 64]", "[64, 96]")),
         (torch.zeros(64, 64, dtype=torch.int8), ("torch.int8", "(64, 64)")),
@@ -334,8 +377,9 @@ def test_a_module_to_float64_is_an_error(swapping: bool) -> None:
         model.double()
 
 
-def test_a_module_to_the_meta_device_and_back() -> None:
-    model = packed_model()
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_module_to_the_meta_device_and_back(seed: int | None) -> None:
+    model = packed_model(seed)
     state = copy.deepcopy(model.state_dict())
     y = run(model)
     model.to("meta")

@@ -17,11 +17,17 @@ from fxint4.tiles import GROUP_SIZES, INNER_K_TILES, PAD_CODE, unpack
 
 
 def weight(
-    *shape: int, group_size: int = 32, inner: int = 8, seed: int = 0, pad: tuple[int, int] = (0, 0)
+    *shape: int,
+    group_size: int = 32,
+    inner: int = 8,
+    seed: int = 0,
+    pad: tuple[int, int] = (0, 0),
+    pre_scaled: bool = False,
 ) -> Int4TileTensor:
     """A weight of integers in -16..17 whose groups all have parameters of their own.
 
     pad: rows and columns of codes behind the logical part, which do not dequantise to 0.
+    pre_scaled: with a pre-scale of 1 and -1, the same for all weights of a K.
     """
     generator = torch.Generator().manual_seed(seed)
     *batch, n, k = shape
@@ -38,7 +44,13 @@ def weight(
         group_size=group_size,
         shape=shape,
         inner_k_tiles=inner,
+        pre_scale=flips(shape[-1]) if pre_scaled else None,
     )
+
+
+def flips(k: int, seed: int = 0) -> Tensor:
+    """Numbers 1 and -1, float32 ``[k]``."""
+    return torch.randint(0, 2, (k,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
 
 
 def assert_same(made: Any, expected: Tensor) -> None:
@@ -197,6 +209,7 @@ def test_chains_of_views_are_exact(data: st.DataObject) -> None:
         inner=draw(st.sampled_from(INNER_K_TILES)),
         seed=draw(st.integers(0, 2**31)),
         pad=draw(st.sampled_from([(0, 0), (9, 0), (0, 70), (11, 33)])),
+        pre_scaled=draw(st.booleans()),
     )
     dense = packed.dequantize()
     assert_same(packed, dense)
@@ -236,10 +249,11 @@ def test_chains_of_views_are_exact(data: st.DataObject) -> None:
     ],
 )
 def test_views_share_memory(view: Any) -> None:
-    packed = weight(3, 24, 256, group_size=128)
+    packed = weight(3, 24, 256, group_size=128, pre_scaled=True)
     made, expected = view(packed), view(packed.dequantize())
     assert torch.equal(made.dequantize(), expected)
-    for ours, theirs in ((made.tiles, packed.tiles), (made.scale_and_zero, packed.scale_and_zero)):
+    assert list(made.buffers) == ["tiles", "scale_and_zero", "pre_scale"]
+    for ours, theirs in zip(made.buffers.values(), packed.buffers.values(), strict=True):
         assert ours.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
     packed.scale_and_zero.zero_()
     assert not made.dequantize().any()
@@ -286,8 +300,9 @@ def test_the_columns_of_a_padded_weight_that_torchao_gets_wrong() -> None:
         lambda w: w[torch.tensor(19)],
     ],
 )
-def test_single_rows_and_columns_are_dequantised(part: Any) -> None:
-    packed = weight(20, 100)
+@pytest.mark.parametrize("pre_scaled", [False, True])
+def test_single_rows_and_columns_are_dequantised(part: Any, pre_scaled: bool) -> None:
+    packed = weight(20, 100, pre_scaled=pre_scaled)
     made, expected = part(packed), part(packed.dequantize())
     assert type(made) is Tensor
     assert torch.equal(made, expected)
@@ -303,7 +318,7 @@ def test_unbind_of_a_matrix(dim: int) -> None:
 
 
 def test_experts_by_a_tensor_of_indices() -> None:
-    packed = weight(5, 20, 100)
+    packed = weight(5, 20, 100, pre_scaled=True)
     dense = packed.dequantize()
     for index in (
         torch.tensor([4, 0, 0]),
@@ -322,15 +337,20 @@ def test_experts_by_a_tensor_of_indices() -> None:
     ks=st.lists(st.integers(1, 300), min_size=2, max_size=4),
     groups=st.lists(st.sampled_from(GROUP_SIZES), min_size=4, max_size=4),
     inners=st.lists(st.sampled_from(INNER_K_TILES), min_size=4, max_size=4),
+    pre_scaled=st.lists(st.booleans(), min_size=4, max_size=4),
     transposed=st.booleans(),
 )
 @settings(deadline=None, max_examples=40)
 def test_columns_of_different_weights_are_joined(
-    ks: list[int], groups: list[int], inners: list[int], transposed: bool
+    ks: list[int],
+    groups: list[int],
+    inners: list[int],
+    pre_scaled: list[bool],
+    transposed: bool,
 ) -> None:
     packed = [
-        weight(20, k, group_size=group, inner=inner, seed=k, pad=(k % 13, k % 40))
-        for k, group, inner in zip(ks, groups, inners, strict=False)
+        weight(20, k, group_size=g, inner=inner, seed=k, pad=(k % 13, k % 40), pre_scaled=scaled)
+        for k, g, inner, scaled in zip(ks, groups, inners, pre_scaled, strict=False)
     ]
     if transposed:
         packed = [part.t() for part in packed]
@@ -346,14 +366,28 @@ def test_columns_of_different_weights_are_joined(
     k=st.integers(1, 300),
     first=st.sampled_from([0, 32, 64]),
     batch=st.booleans(),
+    pre_scaled=st.booleans(),
 )
 @settings(deadline=None, max_examples=40)
 def test_rows_of_different_weights_are_joined(
-    ns: list[int], groups: list[int], inners: list[int], k: int, first: int, batch: bool
+    ns: list[int],
+    groups: list[int],
+    inners: list[int],
+    k: int,
+    first: int,
+    batch: bool,
+    pre_scaled: bool,
 ) -> None:
     lead = (2,) if batch else ()
     packed = [
-        weight(*lead, n, first + k, group_size=group, inner=inner, seed=n, pad=(n % 9, n % 50))
+        weight(
+            *(*lead, n, first + k),
+            group_size=group,
+            inner=inner,
+            seed=n,
+            pad=(n % 9, n % 50),
+            pre_scaled=pre_scaled,
+        )
         for n, group, inner in zip(ns, groups, inners, strict=False)
     ]
     # Columns from a multiple of 32 on can always be stored as one run from 0.
@@ -376,8 +410,22 @@ def test_rows_whose_columns_cannot_lie_together_are_refused() -> None:
     assert_same(both, torch.cat([dense, dense[:8]]))
 
 
-def test_fused_projections_come_apart_again() -> None:
-    q, k, v = (weight(n, 100, seed=n) for n in (40, 12, 12))
+@pytest.mark.parametrize("how", [torch.cat, torch.stack])
+def test_rows_are_joined_only_where_x_is_multiplied_by_the_same(how: Any) -> None:
+    plain, scaled = weight(24, 100), weight(24, 100, pre_scaled=True)
+    other = scaled.like(pre_scale=scaled.pre_scale.neg())
+    for pair in ([plain, scaled], [scaled, plain], [scaled, other]):
+        with pytest.raises(UnsupportedOpError, match=r"pre-scaled torch.bfloat16 \(.*24, 100\)"):
+            how(pair)
+    # Columns behind the logical ones don't count.
+    made = how([scaled[:, :50], torch.cat([scaled[:, :50], other[:, 50:]], 1)[:, :50]])
+    half = scaled.dequantize()[:, :50]
+    assert_same(made, how([half, half]))
+
+
+@pytest.mark.parametrize("pre_scaled", [False, True])
+def test_fused_projections_come_apart_again(pre_scaled: bool) -> None:
+    q, k, v = (weight(n, 100, seed=n, pre_scaled=pre_scaled) for n in (40, 12, 12))
     fused = torch.cat([q, k, v])
     for part, want in zip(fused.split([40, 12, 12]), (q, k, v), strict=True):
         assert_same(part, want.dequantize())
@@ -406,15 +454,16 @@ def test_fused_projections_come_apart_again() -> None:
         ((3, 20, 100), (1, 60, 100)),
     ],
 )
-def test_reshape(shape: tuple[int, ...], size: tuple[int, ...]) -> None:
-    packed = weight(*shape)
+@pytest.mark.parametrize("pre_scaled", [False, True])
+def test_reshape(shape: tuple[int, ...], size: tuple[int, ...], pre_scaled: bool) -> None:
+    packed = weight(*shape, pre_scaled=pre_scaled)
     dense = packed.dequantize()
     assert_same(packed.reshape(size), dense.reshape(size))
     assert_same(packed.view(size), dense.view(size))
 
 
 def test_reshape_of_batch_axes_that_are_stored_in_another_order() -> None:
-    a, b = weight(3, 20, 100), weight(3, 20, 100, seed=1)
+    a, b = (weight(3, 20, 100, seed=seed, pre_scaled=True) for seed in (0, 1))
     made = torch.stack([a, b], 1)
     dense = torch.stack([a.dequantize(), b.dequantize()], 1)
     assert_same(made.view(6, 20, 100), dense.view(6, 20, 100))
@@ -430,7 +479,7 @@ def test_rows_of_pad_are_zeros() -> None:
 
 
 def test_squeeze_and_expand() -> None:
-    packed = weight(1, 20, 100)
+    packed = weight(1, 20, 100, pre_scaled=True)
     dense = packed.dequantize()
     assert_same(packed.squeeze(0), dense.squeeze(0))
     assert_same(packed.squeeze(1), dense)
@@ -495,8 +544,9 @@ def test_wrong_or_impossible_parts_are_errors(wrong: Any, error: Any) -> None:
 
 @pytest.mark.parametrize("size", [(), (5,), (2, 3), (2, 0)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_embedding(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    packed = weight(33, 100)
+@pytest.mark.parametrize("pre_scaled", [False, True])
+def test_embedding(size: tuple[int, ...], dtype: torch.dtype, pre_scaled: bool) -> None:
+    packed = weight(33, 100, pre_scaled=pre_scaled)
     indices = torch.randint(33, size, dtype=dtype)
     made = F.embedding(indices, packed)
     assert type(made) is Tensor
