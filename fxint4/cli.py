@@ -88,10 +88,16 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--min-sqnr-db", type=float, metavar="DB", help="leave alone whose weight would be noisier"
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        default=None,
+        help="run the model on the example inputs with both kinds of weights, and report the errors",
+    )
     args = parser.parse_args(argv)
 
     watched = sys.stderr.isatty()
-    names = ("group_size", "inner_k_tiles", "include", "skip", "min_sqnr_db")
+    names = ("group_size", "inner_k_tiles", "include", "skip", "min_sqnr_db", "measure")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     with tqdm(
         total=3, disable=not watched, leave=False, bar_format="{desc}: step {n} of {total}"

@@ -282,8 +282,13 @@ def test_the_export_command_reports(
     argv = ["export", f"{targets}:model", "-o", str(path), "--skip", "embedding", "--device", "cpu"]
     assert main(argv) == 0
     out, err = capsys.readouterr()
-    assert out == f"{fxint4.last_report()}\n\nwrote {path}, 1.2 MB\n"
+    report = fxint4.last_report()
+    assert out == f"{report}\n\nwrote {path}, 1.2 MB\n"
     assert err == ""
+    assert report is not None
+    assert report.output_error is None
+    assert main([*argv, "--measure"]) == 0
+    assert re.search(r"^output of the model: [\d.]+% off", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_inputs_come_from_a_file_and_outputs_go_to_one(
