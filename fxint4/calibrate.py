@@ -56,7 +56,9 @@ def calibrate(
     that would be packed, however it is multiplied, the activations that it multiplies are summed
     up: second moments ``x^T x`` ``[K, K]`` in fp32, mean magnitudes ``[K]``, the number of rows.
     Weights that multiply the same activation share one sum. Where the method is "awq" or "gptq+awq"
-    the pre-scale of the activation is searched for, too.
+    the pre-scale of the activation is searched for, too, where multiplying by it costs nothing: an
+    activation that is computed element by element (by a norm, an activation function) takes one
+    more factor in the kernel that makes it.
 
     Statistics take ``4 K^2`` bytes for each activation, and E times that for E experts. Beside
     them the model needs what it needs to run on one batch; with `sequential`, the activations of

@@ -18,7 +18,7 @@ from fxint4.capture import Analysis, run_once, watching
 from fxint4.config import Int4Config
 from fxint4.methods.awq import awq_scale
 from fxint4.names import names_in_call
-from fxint4.passes import Site, same_activation
+from fxint4.passes import Site, same_activation, scales_freely
 from fxint4.passes.pattern import GivenMatch
 from fxint4.quantize import nonfinite_fault
 from fxint4.recipe import recipe_of
@@ -238,9 +238,9 @@ class Gatherer:
         return bool(waiting)
 
     def look_for_pre_scale(self, sums: Sums) -> None:
-        """Where a method wants one, find what to multiply the activation by."""
+        """Find what to multiply the activation by, where a method wants that and it is free."""
         sites = [site for site, _ in sums.weights.values()]
-        if any("awq" in site.config.method for site in sites):
+        if any("awq" in site.config.method for site in sites) and all(map(scales_freely, sites)):
             weights = [site.weight.evaluate(roots) for site, roots in sums.weights.values()]
             group_size = sites[0].shape.group_size
             sums.pre_scale = _pre_scale(weights, sums.statistics(), group_size)

@@ -140,7 +140,8 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
         return Recipe(_WITHOUT_DATA, remark=f"{_WITHOUT_DATA}: calibrated with channels {found}")
     if "awq" in config.method and statistics.pre_scale is None:
         method = "gptq" if "gptq" in config.method else _WITHOUT_DATA
-        return Recipe(method, statistics, f"{method}: calibrated without awq")
+        remark = f"{method}: no pre-scale, which would take a kernel here or was not calibrated for"
+        return Recipe(method, statistics, remark)
     missed = int((statistics.rows == 0).sum())
     if missed == statistics.rows.numel():
         return Recipe(

@@ -12,7 +12,7 @@ from fxint4.passes.conv1x1 import Conv1x1
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.find import Site, find, refusal
 from fxint4.passes.fold import fold, folded_record, packing_fault, sqnr_fault
-from fxint4.passes.fuse import matmuls, same_activation, with_matmuls
+from fxint4.passes.fuse import matmuls, same_activation, scales_freely, with_matmuls
 from fxint4.passes.given import GivenWeight
 from fxint4.passes.grouped_mm import GroupedMatMul
 from fxint4.passes.inline import inline_regions
@@ -41,6 +41,7 @@ __all__ = [
     "refusal",
     "rewrite",
     "same_activation",
+    "scales_freely",
     "sqnr_fault",
     "with_matmuls",
 ]

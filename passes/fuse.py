@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import fx
 
-from fxint4._torch import is_pure
+from fxint4._torch import aten, is_elementwise, is_pure
 from fxint4.config import Int4Config
 from fxint4.forms import aten_op, fuses
 from fxint4.kernel_choice import Policy, by_m, range_text
@@ -19,7 +19,7 @@ from fxint4.passes.pattern import value_of
 from fxint4.report import Record
 from fxint4.store import Dense, Form
 
-__all__ = ["matmuls", "same_activation", "with_matmuls"]
+__all__ = ["matmuls", "same_activation", "scales_freely", "with_matmuls"]
 
 
 def matmuls(
@@ -108,6 +108,31 @@ def same_activation(sites: Sequence[Site]) -> list[Hashable]:
     """Equal values for sites of a graph whose weights multiply the same rows."""
     values = _values(sites[0].node.graph) if sites else {}
     return [_activation(site, values) for site in sites]
+
+
+def scales_freely(site: Site) -> bool:
+    """Whether its activation is computed element by element, so that one more factor costs nothing.
+
+    Inductor fuses the multiplication into the kernel that makes the activation. What comes out of
+    a matmul, of attention or of the caller's hands would take a kernel of its own.
+    """
+    node = site.match.x
+    while node.op == "call_function":
+        if is_elementwise(node.target):
+            return True
+        is_view = getattr(node.target, "is_view", False) or node.target in _COPIES
+        if not (is_view and isinstance(node.args[0], fx.Node)):
+            return False
+        node = node.args[0]
+    return False
+
+
+_COPIES = (
+    aten.clone.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    torch.ops.prims.convert_element_type.default,
+)
 
 
 def _shared(site: Site, form: Form, values: dict[fx.Node, int]) -> Hashable:

@@ -18,7 +18,7 @@ from fxint4 import OptionError
 from fxint4.budget import _gain, _Offer, _steps, _worthwhile
 from fxint4.calibration import Calibration, Choice
 
-K, N = 256, 128
+K, N = 128, 64
 
 
 class Net(nn.Module):
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def batches(first: int, count: int = 3) -> list[Tensor]:
-    return [correlated(4, 96, K, seed=first + number) for number in range(count)]
+    return [correlated(4, 64, K, seed=first + number) for number in range(count)]
 
 
 def packed(model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, fxint4.Report]:
@@ -65,7 +65,7 @@ def model() -> nn.Module:
     return Net().eval()
 
 
-@pytest.mark.parametrize("target", [0.05, 0.02])
+@pytest.mark.parametrize("target", [0.012, 0.006])
 def test_a_target_is_kept_on_other_batches_with_fewer_bytes_than_one_setting(
     model: nn.Module, target: float
 ) -> None:
@@ -90,7 +90,7 @@ def test_a_target_is_kept_on_other_batches_with_fewer_bytes_than_one_setting(
 
 
 def test_the_backend_packs_by_the_choices(model: nn.Module, tmp_path: Path) -> None:
-    options = {"target_error": 0.02, "method": "gptq"}
+    options = {"target_error": 0.01, "method": "gptq"}
     calibration = fxint4.calibrate(model, batches(0), options)
     path = tmp_path / "stats.safetensors"
     calibration.save(path)
@@ -100,10 +100,10 @@ def test_the_backend_packs_by_the_choices(model: nn.Module, tmp_path: Path) -> N
     for record in report.records:
         choice = loaded.choices[record.parameters[0]]
         if choice.group_size is None:
-            assert (record.action, record.reason) == ("kept", "kept by target_error=0.02")
+            assert (record.action, record.reason) == ("kept", "kept by target_error=0.01")
         else:
             assert (record.group_size, record.method) == (choice.group_size, choice.method)
-    assert "target_error=0.02: error" in str(report.options["calibration"])
+    assert "target_error=0.01: error" in str(report.options["calibration"])
     assert "next step" in str(report.options["calibration"])
 
 
@@ -122,7 +122,7 @@ def test_bytes_are_not_exceeded(model: nn.Module) -> None:
 
 def test_overrides_bind_the_budget(model: nn.Module) -> None:
     options = {
-        "target_error": 0.05,
+        "target_error": 0.012,
         "overrides": {"up": {"group_size": 32, "method": "hqq"}},
         "skip": ["out"],
     }

@@ -22,7 +22,7 @@ EPSILON = 2.0**-24
 
 
 class Attention(nn.Module):
-    """Projections that share an activation, and one of what they make."""
+    """Projections that share a computed activation, and one of what they make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +31,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(N, K)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x
         weights = (self.q(x) @ self.k(x).mT).softmax(-1)
         return self.out(weights @ self.v(x)) + x
 
@@ -197,7 +198,7 @@ def test_little_memory_takes_more_passes() -> None:
         assert torch.equal(whole[key].second_moments, parts[key].second_moments)
         assert torch.equal(whole[key].magnitudes, parts[key].magnitudes)
     assert fxint4.calibration_cost(model, batches[0]).passes == 1
-    assert cost.nbytes == whole.nbytes - 4 * (K + N)  # but for the pre-scales
+    assert cost.nbytes == whole.nbytes - 4 * K  # but for the pre-scale
     with pytest.raises(ValueError, match="can be run only once"):
         fxint4.calibrate(model, iter(batches), memory=memory)
 
@@ -226,8 +227,10 @@ def test_a_calibration_survives_a_file(tmp_path: Path) -> None:
     loaded = Calibration.load(path)
     assert list(loaded) == list(calibration)
     for key in calibration:
-        for part in ("second_moments", "magnitudes", "rows", "pre_scale"):
+        for part in ("second_moments", "magnitudes", "rows"):
             assert torch.equal(getattr(loaded[key], part), getattr(calibration[key], part))
+    assert loaded["out.weight"].pre_scale is calibration["out.weight"].pre_scale is None
+    assert torch.equal(loaded["q.weight"].pre_scale, calibration["q.weight"].pre_scale)
     assert loaded["q.weight"].pre_scale is loaded["v.weight"].pre_scale
 
 
@@ -337,7 +340,9 @@ def rewritten(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[
 @pytest.mark.parametrize("name", list(ROUTES))
 def test_gptq_and_awq_lose_less_of_the_output(name: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 128, bias=False)).eval()
+    model = module(
+        lambda m, x: (2 * x) @ m.w.t(), w=nn.Parameter(torch.randn(128, 256) / 16)
+    ).eval()
     x = correlated(64, 256, seed=5)
     calibration = fxint4.calibrate(model, [correlated(512, 256, seed=seed) for seed in range(3)])
     errors = {}
@@ -347,6 +352,25 @@ def test_gptq_and_awq_lose_less_of_the_output(name: str) -> None:
     assert errors["gptq"] < 0.8 * errors["rtn"]
     assert errors["awq"] < 0.9 * errors["rtn"]
     assert errors["gptq+awq"] < 0.8 * errors["rtn"]
+
+
+def test_a_pre_scale_goes_where_it_costs_no_kernel() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm = nn.RMSNorm(K)
+            self.inner, self.outer, self.first = (nn.Linear(K, K) for _ in range(3))
+            self.after_attention, self.last = nn.Linear(K, K), nn.Linear(K, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(self.norm(self.first(x)))
+            x = self.after_attention(nn.functional.scaled_dot_product_attention(x, x, x))
+            return self.last(self.outer(nn.functional.gelu(x)))
+
+    calibration = fxint4.calibrate(Mixed().eval(), [correlated(2, 4, 80, K)])
+    scaled = {key for key in calibration if calibration[key].pre_scale is not None}
+    assert scaled == {"inner.weight", "outer.weight"}
 
 
 def test_the_report_says_which_method_chose() -> None:
@@ -369,7 +393,7 @@ def test_the_report_says_which_method_chose() -> None:
         assert by_name["v"].method == "mse"
         assert "mse: not in the calibration" in by_name["v"].reason
         assert by_name["k"].method == "gptq"
-        assert "calibrated without awq" in by_name["k"].reason
+        assert "gptq: no pre-scale" in by_name["k"].reason
 
 
 def test_experts_that_no_row_reached_fall_back() -> None:

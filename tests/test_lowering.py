@@ -258,6 +258,26 @@ def test_code_of_atens_op_for_fused_projections() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_a_pre_scale_takes_no_kernel_of_its_own(rows: int) -> None:
+    """The norm that makes the activation multiplies it, too, in fp32."""
+
+    def times(x: Tensor, weight: Tensor, pre_scale: Tensor | None, *packed: Tensor) -> Tensor:
+        x = F.rms_norm(x, (K,), weight)
+        if pre_scale is not None:
+            x = (x * pre_scale).to(torch.bfloat16)
+        return int4pack_mm(x, *packed)
+
+    specs = [((rows, K), torch.bfloat16), ((K,), torch.bfloat16), ((K,), torch.float32)]
+    with_scale = generated(times, [*specs, *packed_specs(N, K)])
+    without = generated(
+        lambda x, weight, *packed: times(x, weight, None, *packed),
+        [*specs[:2], *packed_specs(N, K)],
+    )
+    assert launches(with_scale) == launches(without)
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_code_of_fused_projections_without_a_gpu(dtype: torch.dtype) -> None:
     def gate_times_up(x: Tensor, *packed: Tensor) -> Tensor:
