@@ -87,6 +87,7 @@ class Candidate:
         fault: why it stays as it is.
         turned: whether K was first looked for along its other axis, in vain.
         source: the line of the user's code that multiplies by it, where a graph says so.
+        pre_scaled: whether it gets a pre-scale, where a graph says so.
     """
 
     parameter: nn.Parameter
@@ -95,6 +96,7 @@ class Candidate:
     fault: str = ""
     turned: bool = False
     source: str = ""
+    pre_scaled: bool = False
 
     @property
     def as_stored(self) -> Tensor:
@@ -230,7 +232,8 @@ def from_graph(
                 k_axis = _K_AXES.get(site.weight.axes, -1) if direct else -1
                 record = site.record
                 candidate = Candidate(parameter, record.op, k_axis, source=record.source)
-                candidates.setdefault(root, candidate)
+                candidate = candidates.setdefault(root, candidate)
+                candidate.pre_scaled |= direct and site.shape.pre_scaled
     trying = dict(candidates)
     while trying:
         failed = _try(gm, trying)
@@ -292,8 +295,10 @@ def _try(
 def _without_data(candidate: Candidate) -> Int4TileTensor:
     *batch, n, k = candidate.as_stored.shape
     shape = choose_shape(n, k, 32, 2, batch=tuple(batch))
-    dtype = candidate.parameter.dtype
-    return candidate.logical(Int4TileTensor.empty(shape, dtype, torch.device("meta")))
+    packed = Int4TileTensor.empty(shape, candidate.parameter.dtype, torch.device("meta"))
+    if candidate.pre_scaled:
+        packed = packed.like(pre_scale=torch.empty(shape.k_padded, device="meta"))
+    return candidate.logical(packed)
 
 
 def _meta(node: fx.Node) -> Any:

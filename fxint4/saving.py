@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -69,7 +70,10 @@ def save_file(
             raise ValueError(f"{taken[0]} is both a tensor and a part of a packed weight")
         plain.update({key: part.contiguous() for key, part in parts.items()})
     # Views of one storage are no tied weights: each is written by itself.
-    plain = {name: value.clone() if _is_part(value) else value for name, value in plain.items()}
+    storages = Counter(value.untyped_storage().data_ptr() for value in plain.values())
+    for name, value in plain.items():
+        if storages[value.untyped_storage().data_ptr()] > 1 or _is_part(value):
+            plain[name] = value.clone()
     header = {"version": _PLAIN, "packed": packed, "shared": shared}
     if pre_scaled:
         header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import FoldError, Int4TileTensor, OptionError, Report, pack_
+from fxint4.calibration import Statistics
 
 K, N = 100, 72  # K is padded
 
@@ -487,6 +488,84 @@ def test_by_default_the_report_says_what_is_held_and_how_to_free_it() -> None:
     assert "16.4 kB stay in memory" in str(report)
     assert "fxint4.pack_(model)" in str(report)
     assert not packed_names(model)
+
+
+# --- with a pre-scale ----------------------------------------------------------------------------
+
+
+def awq(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Options with a calibration that has a pre-scale for weights of these shapes [..., K]."""
+    generator = torch.Generator().manual_seed(0)
+    statistics = {
+        key: Statistics(
+            torch.eye(k).expand(*batch, k, k),
+            torch.ones(*batch, k),
+            torch.full(batch, 9),
+            torch.rand(k, generator=generator) + 0.5,
+        )
+        for key, (*batch, k) in shapes.items()
+    }
+    calibration = fxint4.Calibration(statistics)
+    return {"method": "awq", "group_size": 32, "calibration": calibration}
+
+
+@pytest.mark.parametrize("backend", [None, "int4tile", "inductor"])
+def test_awq_keeps_the_pre_scale_with_the_weight(backend: str | None) -> None:
+    torch.manual_seed(0)
+    model = module(
+        lambda m, x: (F.linear(x, m.q), x @ m.out, torch.bmm(x.expand(3, 5, K), m.experts.mT)),
+        q=(N, K),
+        out=(K, 40),
+        experts=(3, N, K),
+    ).eval()
+    originals = [model.q.detach(), model.out.detach().t(), model.experts.detach()]
+    x = torch.randn(5, K)
+    report = pack_(model, (x,), awq({"q": (K,), "out.T": (K,), "experts": (3, K)}))
+    assert packed_names(model) == {"q", "out", "experts"}
+    packed = [model.q, model.out.t(), model.experts]
+    run = model if backend is None else torch.compile(model, backend=backend)
+    with torch.no_grad():
+        products = run(x)
+    for record, weight, original, y in zip(
+        report.records, packed, originals, products, strict=True
+    ):
+        assert (record.method, record.bytes_after) == ("awq", weight.packed_bytes)
+        w = weight.dequantize(torch.float64)
+        noise = (w - original).square().sum()
+        assert record.sqnr_db == pytest.approx(
+            float(10 * torch.log10(original.double().square().sum() / noise)), abs=1e-3
+        )
+        for have, matrix in zip(
+            y.view(-1, 5, w.shape[-2]), w.view(-1, w.shape[-2], K), strict=True
+        ):
+            assert_within(have, x.double() @ matrix.T, rounding_bound(x, matrix))
+
+
+def test_equal_layers_some_with_a_pre_scale_share_no_code() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(K, N, bias=False) for _ in range(3))).eval()
+    pack_(model, options=awq({"1.weight": (K,)}))
+    assert [layer.weight.pre_scale is not None for layer in model] == [False, True, False]
+    x = torch.randn(5, K)
+    for layer in model:
+        layer.compile(backend="int4tile")
+        w = layer.weight.dequantize(torch.float64)
+        with torch.no_grad():
+            assert_within(layer(x), x.double() @ w.T, rounding_bound(x, w))
+
+
+def test_weights_that_are_joined_and_would_get_pre_scales_of_their_own_are_kept() -> None:
+    model = module(
+        lambda m, x: F.linear(x, torch.cat([m.q, m.k])).sum() + F.linear(x, m.q).sum(),
+        q=(N, K),
+        k=(N, K),
+    ).eval()
+    x = torch.randn(5, K)
+    with torch.no_grad():
+        y = model(x)
+        report = pack_(model, (x,), awq({"q": (K,)}))
+        assert model(x) == y
+    assert "which packed weights don't support" in reasons(report)["q"]
 
 
 # --- a packed model goes on ----------------------------------------------------------------------

@@ -43,12 +43,32 @@ def inputs() -> Tensor:
     return torch.randn(5, 100, dtype=torch.bfloat16)
 
 
-@pytest.fixture
-def packed(inputs: Tensor) -> nn.Module:
-    model = Model().eval()
+def pack(model: nn.Module, inputs: Tensor, pre_scaled: bool) -> nn.Module:
+    """In place; where asked for, with a pre-scale for each weight that is new with each call."""
     fxint4.pack_(model, (inputs,))
-    assert sum(isinstance(p, Int4TileTensor) for p in model.parameters()) == 3
+    packed = {n: p for n, p in model.named_parameters() if isinstance(p, Int4TileTensor)}
+    assert len(packed) == 3
+    for name, parameter in packed.items():
+        if pre_scaled:
+            factors = torch.rand(parameter.stored.k_padded) + 0.5
+            scaled = parameter.detach().like(pre_scale=factors)
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(scaled))
+    if pre_scaled:
+        model.b.weight = model.a.weight
     return model
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "pre-scaled"])
+def pre_scaled(request: pytest.FixtureRequest) -> bool:
+    """Whether packed weights have a pre-scale."""
+    made: bool = request.param
+    return made
+
+
+@pytest.fixture
+def packed(inputs: Tensor, pre_scaled: bool) -> nn.Module:
+    return pack(Model().eval(), inputs, pre_scaled)
 
 
 def test_a_packed_model_comes_back(packed: nn.Module, inputs: Tensor, tmp_path: Path) -> None:
@@ -65,17 +85,17 @@ def test_a_packed_model_comes_back(packed: nn.Module, inputs: Tensor, tmp_path: 
         assert torch.equal(other, value), name
         if isinstance(value, Int4TileTensor):
             assert other.metadata == value.metadata
+            assert torch.equal(other.dequantize(), value.dequantize())
     with torch.no_grad():
         assert torch.equal(loaded(inputs), packed(inputs))
 
 
 def test_into_a_model_that_is_packed_alike(
-    packed: nn.Module, inputs: Tensor, tmp_path: Path
+    packed: nn.Module, inputs: Tensor, pre_scaled: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.safetensors"
     fxint4.save_file(packed.state_dict(), path)
-    other = Model().eval()
-    fxint4.pack_(other, (inputs,))
+    other = pack(Model().eval(), inputs, pre_scaled)
     with torch.no_grad():
         assert not torch.equal(other(inputs), packed(inputs))
         other.load_state_dict(fxint4.load_file(path))
@@ -122,6 +142,22 @@ def test_names_that_collide(tmp_path: Path) -> None:
         fxint4.save_file({"w.tiles": torch.ones(2), "w": weight}, tmp_path / "x")
 
 
+def test_releases_without_pre_scales_read_files_without_them(tmp_path: Path) -> None:
+    """And refuse others, which they would read as if x were multiplied by nothing."""
+    from safetensors import safe_open
+
+    plain = Int4TileTensor.from_float(torch.randn(64, 256))
+    scaled = plain.like(pre_scale=torch.rand(256))
+    versions = {}
+    for name, state in (("plain", {"w": plain}), ("scaled", {"v": plain, "w": scaled})):
+        fxint4.save_file(state, tmp_path / name)
+        with safe_open(tmp_path / name, framework="pt") as file:
+            versions[name] = json.loads(file.metadata()["fxint4"])["version"]
+        for key, value in fxint4.load_file(tmp_path / name).items():
+            assert torch.equal(value.dequantize(), state[key].dequantize())
+    assert versions == {"plain": 1, "scaled": 2}
+
+
 def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the header that fxint4 wrote, and nothing else."""
     data = path.read_bytes()
@@ -143,6 +179,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
     "axes that are none": lambda h: h["packed"]["w"].__setitem__(4, [0, 0]),
     "nothing said": lambda h: h["packed"].__setitem__("w", None),
     "a weight that is not there": lambda h: h["packed"].__setitem__("v", h["packed"]["w"]),
+    "a pre-scale that is not there": lambda h: h.__setitem__("pre_scaled", ["w"]),
     "a tie to nothing": lambda h: h["shared"].__setitem__("v", "u"),
     "a later version": lambda h: h.__setitem__("version", 3),
 }

@@ -236,7 +236,7 @@ class Int4TileTensor(Tensor):
             shape: logical shape ``[..., N, K]``.
             dtype: logical dtype.
             pre_scale: ``[K]``, any float dtype, on the same device: what to multiply each column of
-                the tiles by. Copied where float32 or the pad needs it.
+                the tiles by; copied.
 
         Raises:
             PackedFormatError: buffers of another dtype or layout, or that disagree with each other
@@ -801,10 +801,9 @@ def _check_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def padded_pre_scale(pre_scale: Tensor, k_padded: int) -> Tensor:
-    """Float32 ``[k_padded]``: the factors, and ones behind them. No copy where none is needed."""
-    factors = pre_scale.to(torch.float32)
-    missing = k_padded - len(factors)
-    return F.pad(factors, (0, missing), value=1.0) if missing else factors
+    """Float32 ``[k_padded]``: a copy of the factors, and ones behind them."""
+    # A copy always: weights of one x have the same factors, and `copy_` may change those of one.
+    return F.pad(pre_scale.to(torch.float32), (0, k_padded - len(pre_scale)), value=1.0)
 
 
 def _check_pre_scale(pre_scale: Tensor | None, k: int, device: torch.device) -> None:
