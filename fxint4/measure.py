@@ -321,7 +321,12 @@ def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple
 
 
 def differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
-    """Likewise of outputs; what is not finite in the original (a mask, say) is left out."""
+    """Sums of squares of what changes in outputs, and of the outputs.
+
+    Args:
+        before: the original ones; what is not finite in them (a mask, say) is left out.
+        after: the others; where they have other shapes, both sums are NaN.
+    """
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return math.nan, math.nan
     changed = product = 0.0
@@ -343,7 +348,10 @@ def _sum_of_squares(values: Tensor) -> float:
 
 
 def ratio(changed: float, product: float) -> float | None:
-    """The relative error; None where there is nothing to relate to."""
+    """The relative error, of sums of squares of what changed and of the original.
+
+    None where there is nothing to relate to, or either is not finite.
+    """
     if not (0 < product < math.inf and math.isfinite(changed)):
         return None
     return math.sqrt(changed / product)

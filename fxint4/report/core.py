@@ -37,7 +37,8 @@ class Report:
         versions: of fxint4 and torch, where it was made.
         output_error: what quantising does to the output of the whole model: |y_q - y| as a part of
             |y| (Frobenius norms), over all float tensors in it, for the example inputs. None where
-            it was not measured; see `Int4Config.measure`.
+            it was not measured (see `Int4Config.measure`), nothing was quantised, or it is not
+            finite.
     """
 
     def __init__(
