@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 
 from fxint4.constants import Constants, Standing
 from fxint4.forms import int4_form, rows_multiple
+from fxint4.recipe import Recipe
 from fxint4.store import Dense, Form, PackedWeight
 from fxint4.tiles import choose_shape
 
@@ -39,7 +40,7 @@ ROUNDS = 7
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
-def empty_packed(parameter: Tensor, group_size: int) -> PackedWeight:
+def empty_packed(parameter: Tensor, group_size: int, method: str = "rtn") -> PackedWeight:
     """An empty packed weight of a parameter [N, K], as a graph would ask for it."""
     graph = fx.Graph()
     node = graph.placeholder("weight")
@@ -47,7 +48,7 @@ def empty_packed(parameter: Tensor, group_size: int) -> PackedWeight:
     constants = Constants(fx.GraphModule({}, graph), {node: Standing.WEIGHT})
     n, k = parameter.shape
     shape = choose_shape(n, k, group_size, n_multiple=rows_multiple(parameter.device))
-    return PackedWeight(constants.weight(node, "NK"), [parameter], shape)
+    return PackedWeight(constants.weight(node, "NK"), [parameter], shape, Recipe(method))
 
 
 def median_times(
@@ -79,7 +80,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def fold_one(
-    n: int, k: int, dtype: torch.dtype, group_size: int, device: torch.device
+    n: int, k: int, dtype: torch.dtype, group_size: int, method: str, device: torch.device
 ) -> list[dict[str, Any]]:
     """A row for each set of forms."""
     parameter = nn.Parameter((torch.randn(n, k, device=device) / k**0.5).to(dtype), False)
@@ -89,7 +90,7 @@ def fold_one(
         sets["int4, dense"] = {int4, Dense(dtype, (n, k), (k, 1), "NK")}
 
     def fold(forms: set[Form]) -> PackedWeight:
-        packed = empty_packed(parameter, group_size)
+        packed = empty_packed(parameter, group_size, method)
         packed.fold(forms, [parameter])
         if packed.fault:
             raise AssertionError(packed.fault)
@@ -128,6 +129,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--group-size", type=int, default=128)
+    made.add_argument("--method", choices=("rtn", "mse", "hqq"), default="rtn")
     arguments = made.parse_args()
     device = torch.device(arguments.device)
     facts = machine()
@@ -139,7 +141,7 @@ def main() -> None:
     for n, k in SHAPES[:1] if arguments.quick else SHAPES:
         for name, dtype in DTYPES.items():
             with torch.no_grad():
-                rows = fold_one(n, k, dtype, arguments.group_size, device)
+                rows = fold_one(n, k, dtype, arguments.group_size, arguments.method, device)
             for row in rows:
                 floor_us = 1e6 * (row["weight_bytes"] + row["made_bytes"]) / bandwidth
                 gb_s = row["weight_bytes"] / row["us"] / 1e3

@@ -65,10 +65,14 @@ def model() -> nn.Module:
     return Net().eval()
 
 
-@pytest.mark.parametrize("target", [0.012, 0.006])
+@pytest.mark.parametrize("share", [0.8, 0.5])
 def test_a_target_is_kept_on_other_batches_with_fewer_bytes_than_one_setting(
-    model: nn.Module, target: float
+    model: nn.Module, share: float
 ) -> None:
+    plain = {"method": "gptq", "group_size": 256}
+    statistics = fxint4.calibrate(model, batches(0), plain)
+    cheapest, _ = packed(model, {**plain, "calibration": statistics})
+    target = share * error_on(model, cheapest, batches(0))
     options = {"target_error": target, "method": "gptq"}
     calibration = fxint4.calibrate(model, batches(0), options)
     assert calibration.trade is not None
@@ -77,12 +81,12 @@ def test_a_target_is_kept_on_other_batches_with_fewer_bytes_than_one_setting(
     held_out = batches(100)
     error = error_on(model, other, held_out)
     assert error <= 1.2 * target
-    # It uses what it is allowed: the next step down in bytes would have been too much.
+    # It uses what it is allowed.
     assert error >= 0.5 * target
     single = {}
-    for group in (32, 64, 128, 256):
-        plain = {"method": "gptq", "group_size": group, "calibration": calibration}
-        candidate, made = packed(model, plain)
+    for group in (32, 64, 128):
+        settings = {**plain, "group_size": group, "calibration": statistics}
+        candidate, made = packed(model, settings)
         if error_on(model, candidate, held_out) <= target:
             single[group] = nbytes(made)
     assert nbytes(report) < min(single.values(), default=sum(p.nbytes for p in model.parameters()))
@@ -90,7 +94,7 @@ def test_a_target_is_kept_on_other_batches_with_fewer_bytes_than_one_setting(
 
 
 def test_the_backend_packs_by_the_choices(model: nn.Module, tmp_path: Path) -> None:
-    options = {"target_error": 0.01, "method": "gptq"}
+    options = {"target_error": 0.004, "method": "gptq"}
     calibration = fxint4.calibrate(model, batches(0), options)
     path = tmp_path / "stats.safetensors"
     calibration.save(path)
@@ -100,10 +104,10 @@ def test_the_backend_packs_by_the_choices(model: nn.Module, tmp_path: Path) -> N
     for record in report.records:
         choice = loaded.choices[record.parameters[0]]
         if choice.group_size is None:
-            assert (record.action, record.reason) == ("kept", "kept by target_error=0.01")
+            assert (record.action, record.reason) == ("kept", "kept by target_error=0.004")
         else:
             assert (record.group_size, record.method) == (choice.group_size, choice.method)
-    assert "target_error=0.01: error" in str(report.options["calibration"])
+    assert "target_error=0.004: error" in str(report.options["calibration"])
     assert "next step" in str(report.options["calibration"])
 
 
@@ -111,7 +115,7 @@ def test_bytes_are_not_exceeded(model: nn.Module) -> None:
     x = batches(0)[0]
     original = sum(p.nbytes for p in model.parameters() if p.ndim > 1)
     errors = []
-    for share in (0.3, 0.2, 0.14):
+    for share in (0.7, 0.4, 0.14):
         options = {"max_bytes": int(share * original), "method": "gptq"}
         other = copy.deepcopy(model)
         report = fxint4.pack_(other, (x,), options)

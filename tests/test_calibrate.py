@@ -328,7 +328,7 @@ def compiled(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[.
 @route
 def packed(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[..., Any]:
     other = copy.deepcopy(model)
-    fxint4.pack_(other, options=options)
+    fxint4.pack_(other, (x,), options)
     return other
 
 

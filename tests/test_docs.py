@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/export.md", "docs/import.md", "docs/layout.md", "docs/packed.md"]
+PAGES = [
+    "README.md",
+    "docs/accuracy.md",
+    "docs/export.md",
+    "docs/import.md",
+    "docs/layout.md",
+    "docs/packed.md",
+]
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
