@@ -251,9 +251,13 @@ def test_weights_that_are_computed_are_packed() -> None:
     assert_within(program.module()(x), x.double() @ w.t(), rounding_bound(x, w))
 
 
-def test_weights_packed_in_place_before_are_taken_as_they_are() -> None:
+@pytest.mark.parametrize("pre_scaled", [False, True])
+def test_weights_packed_in_place_before_are_taken_as_they_are(pre_scaled: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)).eval()
     fxint4.pack_(model)
+    for layer in model if pre_scaled else ():
+        factors = torch.rand(layer.weight.stored.k_padded) + 0.5
+        layer.weight = nn.Parameter(layer.weight.detach().like(pre_scale=factors))
     x = torch.randn(4, 64)
     program, report = rewritten(model, x)
     assert int4_matmuls(program) == 2

@@ -640,16 +640,14 @@ class Int4TileTensor(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For torch.compile and torch.export."""
-        names = list(self.buffers)
-        # The names too: code for a weight with a pre-scale is none for one without.
-        return names, (self.metadata, tuple(names))
+        return list(self.buffers), self.metadata
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], metadata: Any, outer_size: Any, outer_stride: Any
     ) -> Int4TileTensor:
         """The inverse of `__tensor_flatten__`."""
-        (dtype, n, columns, group_size, axes, is_part), _ = metadata
+        dtype, n, columns, group_size, axes, is_part = metadata
         return Int4TileTensor(
             **inner,
             n=n,
