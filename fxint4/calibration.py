@@ -113,8 +113,7 @@ class Calibration:
         return self._statistics.get(key)
 
     def __repr__(self) -> str:
-        traded = f"; {self.trade}" if self.trade else ""
-        return f"Calibration of {len(self)} weights, {self.nbytes} bytes{traded}"
+        return f"Calibration of {len(self)} weights, {self.nbytes} bytes"
 
     @property
     def nbytes(self) -> int:

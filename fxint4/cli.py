@@ -25,7 +25,7 @@ from tqdm import tqdm
 import fxint4
 from fxint4 import _torch
 from fxint4.aot import METADATA
-from fxint4.config import GROUP_SIZES, INNER_K_TILES
+from fxint4.config import GROUP_SIZES, INNER_K_TILES, METHODS
 from fxint4.errors import CommandError, ReportError, first_line
 from fxint4.report import Report, changes, stdout_has_colour
 
@@ -75,6 +75,12 @@ def export(argv: Sequence[str]) -> int:
         choices=GROUP_SIZES,
         help="weights that share a scale and a zero; 128 unless given",
     )
+    parser.add_argument("--method", choices=METHODS, help="how to choose codes; rtn unless given")
+    parser.add_argument(
+        "--calibration",
+        metavar="STATS.safetensors",
+        help="of Calibration.save, for the methods that look at activations",
+    )
     parser.add_argument(
         "--inner-k-tiles", type=int, choices=INNER_K_TILES, help="of the layout; 8 unless given"
     )
@@ -97,8 +103,13 @@ def export(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
 
     watched = sys.stderr.isatty()
-    names = ("group_size", "inner_k_tiles", "include", "skip", "min_sqnr_db", "measure")
+    names = [
+        *("group_size", "method", "inner_k_tiles"),
+        *("include", "skip", "min_sqnr_db", "measure"),
+    ]
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.calibration is not None:
+        options["calibration"] = fxint4.Calibration.load(args.calibration)
     with tqdm(
         total=3, disable=not watched, leave=False, bar_format="{desc}: step {n} of {total}"
     ) as bar:

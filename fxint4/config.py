@@ -221,7 +221,10 @@ class Int4Config:
         """The options as plain values, for a report."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         values["overrides"] = {pattern: dict(changes) for pattern, changes in self.overrides}
-        values["calibration"] = None if self.calibration is None else str(self.calibration)
+        calibration = self.calibration
+        values["calibration"] = None if calibration is None else str(calibration)
+        if self.budget is not None and calibration is not None and calibration.trade is not None:
+            values["trade"] = str(calibration.trade)
         return values
 
     def _with(self, changes: Iterable[tuple[str, Any]]) -> Int4Config:

@@ -81,8 +81,6 @@ def test_a_target_is_kept_on_other_batches_with_fewer_bytes_than_one_setting(
     held_out = batches(100)
     error = error_on(model, other, held_out)
     assert error <= 1.2 * target
-    # It uses what it is allowed.
-    assert error >= 0.5 * target
     single = {}
     for group in (32, 64, 128):
         settings = {**plain, "group_size": group, "calibration": statistics}
@@ -107,8 +105,8 @@ def test_the_backend_packs_by_the_choices(model: nn.Module, tmp_path: Path) -> N
             assert (record.action, record.reason) == ("kept", "kept by target_error=0.004")
         else:
             assert (record.group_size, record.method) == (choice.group_size, choice.method)
-    assert "target_error=0.004: error" in str(report.options["calibration"])
-    assert "next step" in str(report.options["calibration"])
+    assert "target_error=0.004: error" in report.options["trade"]
+    assert report.options["trade"] in " ".join(str(report).split())
 
 
 def test_bytes_are_not_exceeded(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import pytest
 from torch._inductor import list_mode_options
 
 from fxint4 import Int4Config, OptionError
-from fxint4.calibration import Calibration
+from fxint4.calibration import Calibration, Choice, Trade
 from fxint4.config import matches, split_options
 
 # --- fields --------------------------------------------------------------------------------------
@@ -72,6 +72,8 @@ BAD_VALUES = [
         "skip holds 're:layers.(1', which is no regular expression: "
         "missing ), unterminated subpattern at position 7",
     ),
+    ("target_error", 0.0, "target_error is 0.0; it takes a number above 0, or None"),
+    ("max_bytes", "2 GB", "max_bytes is '2 GB'; it takes a number above 0, or None"),
     ("min_sqnr_db", "20", "min_sqnr_db is '20'; it takes a number of dB, or None"),
     ("min_sqnr_db", True, "min_sqnr_db is True; it takes a number of dB, or None"),
     ("min_sqnr_db", float("nan"), "min_sqnr_db is nan; it takes a number of dB, or None"),
@@ -161,6 +163,8 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "kernel": "triton",
         "method": "mse",
         "calibration": Calibration({}),
+        "target_error": 0.1,
+        "max_bytes": 1000,
         "overrides": {"a": {"group_size": 32}},
     }
     # Where the report goes, and whether it measures, changes nothing that is packed.
@@ -225,9 +229,9 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
         ("triton.cudagraph", "did you mean 'triton.cudagraphs'?"),
         (
             "qqqqqqqqqq",
-            "fxint4 knows group_size, inner_k_tiles, method, calibration, overrides, include, "
-            "skip, min_sqnr_db, min_features, progress, free_weights, fuse_projections, kernel, "
-            "measure, report",
+            "fxint4 knows group_size, inner_k_tiles, method, calibration, overrides, "
+            "target_error, max_bytes, include, skip, min_sqnr_db, min_features, progress, "
+            "free_weights, fuse_projections, kernel, measure, report",
         ),
     ],
 )
@@ -328,3 +332,24 @@ def test_overrides_change_the_layers_that_they_match() -> None:
     assert (later_wins.group_size, later_wins.method) == (256, "hqq")
     assert config.of("mlp.experts.1", ["mlp.experts.1.weight"]).group_size == 64
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_one_budget_at_a_time() -> None:
+    with pytest.raises(OptionError, match="exclude each other"):
+        Int4Config(target_error=0.1, max_bytes=1000)
+
+
+def test_a_budget_is_settled_by_its_own_calibration() -> None:
+    trade = Trade("target_error=0.1", 0.09, 100)
+    chosen = Calibration({}, {"a.weight": Choice(64, "mse"), "b.weight": Choice(None)}, trade)
+    assert Int4Config().is_settled
+    assert not Int4Config(target_error=0.1).is_settled
+    assert not Int4Config(target_error=0.2, calibration=chosen).is_settled
+    config = Int4Config(target_error=0.1, calibration=chosen)
+    assert config.is_settled
+    of_a = config.of("a", ["a.weight"], "a.weight")
+    assert (of_a.group_size, of_a.method, of_a.budget) == (64, "mse", None)
+    assert config.kept_by_budget("a.weight") is None
+    assert config.kept_by_budget("b.weight") == "kept by target_error=0.1"
+    assert config.of("c", ["c.weight"], "c.weight") is config
+    assert config.asked()["trade"] == "target_error=0.1: error 0.09 in 100 bytes"

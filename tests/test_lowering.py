@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 from pretended_gpu import generated, int4pack_mm, packed_specs
+from support import correlated
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+import fxint4
 from fxint4 import Int4TileTensor
 from fxint4.kernel_choice import Policy
 from fxint4.kernels.common import triton
@@ -439,3 +441,37 @@ def test_nothing_is_left_in_inductors_tables() -> None:
     with lowered(Policy()):
         assert lowering.lowerings != before
     assert lowering.lowerings == before
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_calibrated_methods_on_the_gpu(dtype: torch.dtype) -> None:
+    """GPTQ and AWQ lose less than round to nearest, and AWQ's pre-scale runs no kernel more."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm = nn.RMSNorm(K)
+            self.gate, self.up, self.down = (nn.Linear(K, K, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    model = Gated().to("cuda", dtype).eval()
+    batches = [correlated(8, 256, K, seed=seed).to("cuda", dtype) for seed in range(4)]
+    x = correlated(16, K, seed=9).to("cuda", dtype)
+    calibration = fxint4.calibrate(model, batches)
+    errors, launched = {}, {}
+    with torch.no_grad():
+        y = copy.deepcopy(model).double()(x.double())
+        for method in ("rtn", "gptq", "gptq+awq"):
+            options = {"method": method, "calibration": calibration}
+            compiled = torch.compile(model, backend="int4tile", options=options)
+            errors[method] = float((compiled(x).double() - y).norm() / y.norm())
+            launched[method] = kernels(lambda compiled=compiled: compiled(x)).total()
+            torch._dynamo.reset()
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+    assert errors["gptq+awq"] < 0.8 * errors["rtn"]
+    assert len(set(launched.values())) == 1, launched

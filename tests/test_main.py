@@ -287,6 +287,11 @@ def test_the_export_command_reports(
     assert err == ""
     assert report is not None
     assert report.output_error is None
+    assert {record.method for record in report.records} <= {"rtn", ""}
+    stats = tmp_path / "stats.safetensors"
+    fxint4.Calibration({}).save(stats)
+    assert main([*argv, "--method", "gptq", "--calibration", str(stats)]) == 0
+    assert "mse: not in the calibration" in capsys.readouterr().out
     assert main([*argv, "--measure"]) == 0
     assert re.search(r"^output of the model: [\d.]+% off", capsys.readouterr().out, re.MULTILINE)
 

@@ -16,6 +16,7 @@ from fxint4.report.table import (
     dimensions,
     ending,
     error_text,
+    group_text,
     numberless,
     size_text,
 )
@@ -134,7 +135,7 @@ def _side(record: Record) -> _Side:
     return _Side(
         f"{record.op} {dimensions(record)}",
         record.action,
-        str(record.group_size or ""),
+        group_text(record),
         record.sqnr_db,
         record.output_error,
         record.bytes_after + record.dense_bytes,

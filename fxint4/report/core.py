@@ -368,6 +368,7 @@ class Report:
             self.coverage,
             self.graph_breaks,
             self.output_error,
+            self.options.get("trade"),
             columns,
         )
 

@@ -18,6 +18,7 @@ __all__ = [
     "dimensions",
     "ending",
     "error_text",
+    "group_text",
     "numberless",
     "size_text",
     "text",
@@ -38,6 +39,7 @@ def text(
     coverage: Mapping[str, Any],
     graph_breaks: list[str],
     output_error: float | None,
+    trade: str | None,
     columns: int,
 ) -> str:
     """A report for people: what is covered, the table, and sums below it.
@@ -48,11 +50,12 @@ def text(
         coverage: its coverage.
         graph_breaks: why its graphs ended early.
         output_error: of the whole model, where it was measured.
+        trade: what a budget bought, where there was one.
         columns: how wide a line may be.
     """
     table, notes = _table(records, columns)
     headline = _wrapped(_headline(totals, coverage, graph_breaks), columns)
-    footnotes = _wrapped(_footnotes(totals, output_error), columns)
+    footnotes = _wrapped(_footnotes(totals, output_error, trade), columns)
     parts = [headline, table, _wrapped(notes, columns), footnotes]
     return "\n\n".join(filter(None, parts))
 
@@ -83,7 +86,7 @@ def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
             row.name,
             row.op,
             dimensions(row),
-            str(row.group_size or ""),
+            group_text(row),
             row.action,
             "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
             "" if row.output_error is None else error_text(row.output_error),
@@ -135,10 +138,12 @@ def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
     return table, notes
 
 
-def _footnotes(totals: Mapping[str, Any], output_error: float | None) -> list[str]:
+def _footnotes(
+    totals: Mapping[str, Any], output_error: float | None, trade: str | None
+) -> list[str]:
+    lines = [trade] if trade else []
     if not totals["packed"]:
-        return []
-    lines = []
+        return lines
     if output_error is not None:
         lines.append(
             f"output of the model: {error_text(output_error)} off the original's, for the example "
@@ -171,6 +176,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             record.n,
             record.k,
             record.group_size,
+            record.method,
             record.action,
             record.reason,
             tuple(map(numberless, record.fused_with)),
@@ -222,6 +228,12 @@ def dimensions(record: Record) -> str:
     """N x K of a weight, its experts in front."""
     experts = f"{record.batch}x" if record.batch > 1 else ""
     return f"{experts}{record.n}x{record.k}"
+
+
+def group_text(record: Record) -> str:
+    """The group size, and the method where it is not the plain one."""
+    method = "" if record.method == "rtn" else record.method
+    return " ".join(filter(None, [str(record.group_size or ""), method]))
 
 
 def numberless(name: str) -> str:
