@@ -98,7 +98,7 @@ def export(argv: Sequence[str]) -> int:
         "--measure",
         action="store_true",
         default=None,
-        help="run the model on the example inputs with both kinds of weights, and report the errors",
+        help="run the model on the example inputs with both kinds of weights; report the errors",
     )
     args = parser.parse_args(argv)
 

@@ -388,8 +388,11 @@ def packed_candidate(
     fault = candidate.fault or refusal(record, stored.dtype, device or stored.device, config)
     if fault:
         return None, dataclasses.replace(record, reason=fault)
-    config = config.of(record.name, record.parameters)
     key = transposed_key(name) if candidate.k_axis == -2 else name
+    fault = config.kept_by_budget(key)
+    if fault:
+        return None, dataclasses.replace(record, reason=fault)
+    config = config.of(record.name, record.parameters, key)
     recipe = recipe_of(config, key, stored.shape)
     try:
         with torch.no_grad():
