@@ -390,6 +390,14 @@ def test_a_module_to_the_meta_device_and_back(seed: int | None) -> None:
     assert torch.equal(run(model), y)
 
 
+def test_a_module_in_shared_memory() -> None:
+    model = packed_model(seed=1)
+    y = run(model)
+    model.share_memory()
+    assert all(buffer.is_shared() for buffer in model.inner[0].weight.buffers.values())
+    assert torch.equal(run(model), y)
+
+
 def test_swapping_two_tensors() -> None:
     a, b = weight(20, 100), weight(30, 64)
     shapes, values = (a.shape, b.shape), (a.dequantize(), b.dequantize())

@@ -602,9 +602,9 @@ class Int4TileTensor(Tensor):
             other = other.squeeze(position)
         kept = [axis for axis in self.axes if axis != NEW_AXIS]
         other = other.permute([kept.index(axis) for axis in range(len(kept))])
-        # Made in full before anything is written: the last block may hold the only NaN.
         if self.pre_scale is not None:
             other = other.float() / self.pre_scale[: stored.k].to(other.device)
+        # Made in full before anything is written: the last block may hold the only NaN.
         made = Int4TileTensor.empty(stored, self.dtype, other.device)
         made._quantize(other)
         self.tiles.copy_(made.tiles)
@@ -676,6 +676,12 @@ class Int4TileTensor(Tensor):
         Not an error, as `nn.Parameter(weight)` and ``load_state_dict(..., assign=True)`` ask for
         one without meaning it.
         """
+        return self
+
+    def share_memory_(self) -> Int4TileTensor:
+        """Move its buffers to shared memory; the tensor itself has no storage that could go."""
+        for buffer in self.buffers.values():
+            buffer.share_memory_()  # type: ignore[no-untyped-call]
         return self
 
     __torch_function__ = disabled_torch_function  # type: ignore[assignment]
