@@ -27,13 +27,17 @@ import argparse
 import ast
 import copy
 import gc
+import itertools
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from math import exp
+from pathlib import Path
 from typing import Any
 
 import quantisers
@@ -62,17 +66,14 @@ from fxint4 import Calibration, Int4TileTensor, demo
 GROUPS = (32, 64, 128, 256)
 WITH_DATA = ("gptq", "awq", "gptq+awq")
 METHODS = ("rtn", "mse", "hqq", *WITH_DATA)
-SEQUENTIAL = ("gptq", "gptq+awq")
-OURS = (
-    *(f"int4tile {method}" for method in METHODS),
-    *(f"int4tile {method}, sequential" for method in SEQUENTIAL),
-)
+OURS = (*(f"int4tile {method}" for method in METHODS), "int4tile gptq, sequential")
 TORCHAO = ("torchao rtn", "torchao hqq")
 CONTENDERS = (*OURS, *TORCHAO, "hqq", "gptqmodel")
-#: What `torch.compile` runs beside eager: method and group size.
-COMPILED = ("gptq+awq", 128)
-#: Relative errors of the logits that `target_error` is asked for.
-TARGETS = (0.05, 0.1)
+BUDGETED = "int4tile target_error"
+#: Where the compiled model and a sequential calibration, which take long, are tried.
+GOAL_GROUP = 128
+#: Processes a device.
+WORKERS = 3
 #: How much of the target the error on held-out text may be.
 TARGET_SLACK = 1.2
 
@@ -85,7 +86,7 @@ class Goal:
     of: tuple[str, ...]
     must: float
     aim: float | None = None
-    group: int = 128
+    group: int = GOAL_GROUP
 
 
 GOALS = (
@@ -117,11 +118,11 @@ class Size:
 
 
 FULL = Size(
-    Config(8, 512, 1536, heads=8, kv_heads=4, vocabulary=4096, context=512, rope_theta=1e4),
+    Config(4, 768, 2048, heads=12, kv_heads=4, vocabulary=4096, context=512, rope_theta=1e4),
     Recipe(),
     folder_bytes=None,
     calibration=128,
-    held_out=400,
+    held_out=1000,
 )
 TINY = Size(
     Config(2, 256, 512, heads=4, kv_heads=2, vocabulary=512, context=128, rope_theta=1e4),
@@ -135,162 +136,184 @@ TINY = Size(
 # --- language ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Score:
-    """Of a model on the held-out text.
-
-    Attributes:
-        loss: nats a token.
-        divergence: Kullback-Leibler's, of the bf16 model's tokens from these, in nats a token.
-        error: relative, of the logits against those of the bf16 model.
-        linear_bytes: of the weights of the linear layers, as they are held: bf16, or ours.
-        seconds: that quantising took.
-    """
-
-    loss: float
-    divergence: float
-    error: float
-    linear_bytes: int
-    seconds: float
-
-    @property
-    def perplexity(self) -> float:
-        return exp(self.loss)
-
-
-def score(
-    model: Callable[[Tensor], Tensor], original: nn.Module, held_out: Sequence[Tensor]
-) -> tuple[float, float, float]:
-    """Loss, divergence and error, see `Score`.
+class Judge:
+    """Scores models on the held-out text.
 
     Args:
-        model: tokens to logits.
-        original: the same in bf16.
+        original: tokens to logits, in bf16; its logits are held.
         held_out: int64 ``[batch, context + 1]`` each.
     """
-    loss, divergence, noise, signal, count = 0.0, 0.0, 0.0, 0.0, 0
-    for tokens in held_out:
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
-        expected = original(inputs).float()
-        logits = model(inputs).float()
-        said, meant = logits.log_softmax(-1), expected.log_softmax(-1)
-        loss += F.nll_loss(said.flatten(0, 1), targets, reduction="sum").item()
-        divergence += F.kl_div(said, meant, reduction="sum", log_target=True).item()
-        noise += (logits - expected).square().sum(dtype=torch.float64).item()
-        signal += expected.square().sum(dtype=torch.float64).item()
-        count += len(targets)
-    return loss / count, divergence / count, (noise / signal) ** 0.5
+
+    def __init__(self, original: nn.Module, held_out: Sequence[Tensor]) -> None:
+        self._held_out = [(part[:, :-1].contiguous(), part[:, 1:]) for part in held_out]
+        self._logits = [original(inputs) for inputs, _ in self._held_out]
+
+    def score(self, model: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Score tokens to logits.
+
+        Returns:
+            loss: in nats a token.
+            windows: the same, window by window.
+            divergence: Kullback-Leibler's, of the bf16 model's tokens from these, nats a token.
+            error: relative, of the logits against bf16's.
+        """
+        losses: list[Tensor] = []
+        divergence, noise, signal = 0.0, 0.0, 0.0
+        for (inputs, targets), held in zip(self._held_out, self._logits, strict=True):
+            logits, expected = model(inputs).float(), held.float()
+            said, meant = logits.log_softmax(-1), expected.log_softmax(-1)
+            losses.append(F.nll_loss(said.transpose(1, 2), targets, reduction="none").mean(1))
+            divergence += F.kl_div(said, meant, reduction="sum", log_target=True).item()
+            noise += (logits - expected).square().sum(dtype=torch.float64).item()
+            signal += expected.square().sum(dtype=torch.float64).item()
+        windows = torch.cat(losses).double()
+        tokens = sum(targets.numel() for _, targets in self._held_out)
+        return {
+            "loss": windows.mean().item(),
+            "windows": windows.tolist(),
+            "divergence": divergence / tokens,
+            "error": (noise / signal) ** 0.5,
+        }
 
 
 def contenders(
-    group: int, calibrate: Callable[..., Calibration], batches: Sequence[Tensor]
+    group: int,
+    calibrated: Callable[[], Calibration],
+    calibrate: Callable[..., Calibration],
+    batches: Sequence[Tensor],
 ) -> dict[str, Callable[[nn.Module], Any]]:
     """What quantises a bf16 model in place, by name.
 
     Args:
         group: group size.
-        calibrate: as `fxint4.calibrate`, of options and `sequential`.
+        calibrated: the calibration for this group size.
+        calibrate: takes options of fxint4, and `sequential`.
         batches: what the model takes, for gptqmodel.
     """
 
     def ours(model: nn.Module, method: str, sequential: bool = False) -> Any:
-        options = {"method": method, "group_size": group}
+        options: dict[str, Any] = {"method": method, "group_size": group}
         if sequential:
             options["calibration"] = calibrate(dict(options), sequential=True)
         elif method in WITH_DATA:
-            options["calibration"] = calibrate({"group_size": group})
+            options["calibration"] = calibrated()
         return fxint4.pack_(model, options=options)
 
-    made = {f"int4tile {method}": partial(ours, method=method) for method in METHODS}
-    for method in SEQUENTIAL:
-        made[f"int4tile {method}, sequential"] = partial(ours, method=method, sequential=True)
     rtn, hqq = TORCHAO
-    made[rtn] = partial(quantisers.torchao, group_size=group, algorithm="tinygemm")
-    made[hqq] = partial(quantisers.torchao, group_size=group, algorithm="hqq")
-    made["hqq"] = partial(quantisers.hqq, group_size=group)
-    made["gptqmodel"] = partial(quantisers.gptqmodel, group_size=group, batches=batches)
-    return made
+    return {
+        **{f"int4tile {method}": partial(ours, method=method) for method in METHODS},
+        "int4tile gptq, sequential": partial(ours, method="gptq", sequential=True),
+        rtn: partial(quantisers.torchao, group_size=group, algorithm="tinygemm"),
+        hqq: partial(quantisers.torchao, group_size=group, algorithm="hqq"),
+        "hqq": partial(quantisers.hqq, group_size=group),
+        "gptqmodel": partial(quantisers.gptqmodel, group_size=group, batches=batches),
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process does: train a model, or quantise the one that was trained.
+
+    Attributes:
+        seed: of the model and of the order of its data.
+        size: of the experiment.
+        folder: where the text and the trained models lie.
+        device: where it runs.
+    """
+
+    seed: int
+    size: Size
+    folder: Path
+    device: torch.device
+
+    def say(self, line: str) -> None:
+        print(f"seed {self.seed}: {line}", flush=True)
+
+    def text(self) -> Corpus:
+        return Corpus(**torch.load(self.folder / "text.pt"))
+
+    def model(self) -> LanguageModel:
+        """The trained one, in bf16."""
+        with torch.device("meta"):
+            model = LanguageModel(self.size.config)
+        state = torch.load(self.folder / f"{self.seed}.pt", map_location=self.device)
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def batches(self, text: Corpus) -> tuple[Tensor, ...]:
+        """To calibrate on."""
+        context, count = self.size.config.context, self.size.calibration
+        return windows(text.training, context, count, self.device).split(self.size.batch)
+
+
+def trained(job: Job) -> dict[str, Any]:
+    """Train, save in bf16, and look for outliers."""
+    text = job.text()
+    model = initialised(job.size.config, job.seed, job.device)
+    facts = train(model, text.training, job.size.recipe, job.seed, job.say)
+    model.bfloat16()
+    torch.save(model.state_dict(), job.folder / f"{job.seed}.pt")
+    with torch.no_grad():
+        return {"training": facts, "outliers": outliers(model, job.batches(text)[0])}
+
+
+class Bench:
+    """A trained model, and what quantised copies of it score."""
+
+    def __init__(self, job: Job) -> None:
+        text = job.text()
+        self.job, self.model, self.batches = job, job.model(), job.batches(text)
+        length = job.size.config.context + 1
+        held_out = windows(text.held_out, length, job.size.held_out, job.device)
+        self.judge = Judge(self.model, held_out.split(job.size.batch))
+        self.calibrate = partial(fxint4.calibrate, self.model, self.batches)
+        self.scores: dict[str, dict[str, Any]] = {}
+
+    def put(self, name: str, key: object, quantise: Callable[[nn.Module], Any]) -> None:
+        """Score a copy that was quantised in place or by what it returns; or note the problem."""
+        copied = copy.deepcopy(self.model)
+        start = time.perf_counter()
+        try:
+            made = quantise(copied)
+            seconds = time.perf_counter() - start
+            result = self.judge.score(made if isinstance(made, nn.Module) else copied)
+        except Exception as problem:  # the others go on
+            result = {"problem": problem_of(problem)}
+        else:
+            result |= {"linear_bytes": linear_bytes(copied), "seconds": seconds}
+        self.scores.setdefault(name, {})[str(key)] = result
+        shown = {key: value for key, value in result.items() if key != "windows"}
+        self.job.say(f"{name} {key}: {shown}")
 
 
 @torch.no_grad()
-def one_seed(seed: int, text: Corpus, size_: Size, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train a model and quantise it in every way; in a process of its own.
+def grouped(job: Job, group: int, names: Sequence[str], compiled: bool) -> dict[str, Any]:
+    """Scores of the contenders at a group size, and of one setting by `torch.compile` if asked."""
+    bench = Bench(job)
+    bench.put("bf16", "", lambda model: model)
+    calibrate = cache(lambda: bench.calibrate({"group_size": group}))
+    made = contenders(group, calibrate, bench.calibrate, bench.batches)
+    for name in names:
+        if name in made:
+            bench.put(name, group, made[name])
+    if compiled:
+        options = {"method": "gptq+awq", "group_size": group, "calibration": calibrate()}
+        run = partial(torch.compile, backend="int4tile", dynamic=False, options=options)
+        bench.put("int4tile gptq+awq, compiled", group, run)
+    return bench.scores
 
-    Args:
-        seed: of the model and of the order of its data.
-        text: to train on, to calibrate on and to score on.
-        size_: of all this.
-        arguments: of the command line.
-    """
-    device = arguments.device
 
-    def say(line: str) -> None:
-        print(f"seed {seed}: {line}", flush=True)
+@torch.no_grad()
+def budgeted(job: Job, target: float) -> dict[str, Any]:
+    """Scores of what `target_error` chooses."""
+    bench = Bench(job)
 
-    config = size_.config
-    model = initialised(config, seed, device)
-    with torch.enable_grad():
-        training = train(model, text.training, size_.recipe, seed, say)
-    model.bfloat16()
-    batches = windows(text.training, config.context, size_.calibration, device).split(size_.batch)
-    held_out = windows(text.held_out, config.context + 1, size_.held_out, device).split(size_.batch)
+    def pack(model: nn.Module) -> Any:
+        options: dict[str, Any] = {"target_error": target}
+        return fxint4.pack_(model, options={**options, "calibration": bench.calibrate(options)})
 
-    bf16 = Score(*score(model, model, held_out), linear_bytes(model), 0.0)
-    result: dict[str, Any] = {
-        "seed": seed,
-        "training": training,
-        "outliers": outliers(model, batches[0]),
-        "calibration_s": {},
-        "scores": {"bf16": {"": asdict(bf16)}},
-    }
-    say(f"bf16 perplexity {bf16.perplexity:.4f}")
-
-    def tried(name: str, group: int | str, quantise: Callable[[nn.Module], Any]) -> None:
-        """Score a quantised copy, or note why there is none."""
-        copied = copy.deepcopy(model)
-        start = time.perf_counter()
-        try:
-            run = quantise(copied)
-            wait(device)
-            seconds = time.perf_counter() - start
-            found = score(run if callable(run) else copied, model, held_out)
-        except Exception as problem:  # the others go on
-            result["scores"].setdefault(name, {})[str(group)] = {"problem": problem_of(problem)}
-            say(f"{name} {group}: {problem_of(problem)}")
-            return
-        made = Score(*found, linear_bytes(copied), seconds)
-        result["scores"].setdefault(name, {})[str(group)] = asdict(made)
-        say(f"{name} {group}: perplexity {made.perplexity - bf16.perplexity:+.4f}, {seconds:.1f} s")
-
-    @cache
-    def shared(group: int) -> Calibration:
-        return fxint4.calibrate(model, batches, {"group_size": group})
-
-    def calibrate(options: dict[str, Any], sequential: bool = False) -> Calibration:
-        if sequential:
-            return fxint4.calibrate(model, batches, options, sequential=True)
-        return shared(options["group_size"])
-
-    for group in arguments.groups:
-        if any(f"int4tile {method}" in arguments.contenders for method in WITH_DATA):
-            start = time.perf_counter()
-            shared(group)
-            wait(device)
-            result["calibration_s"][group] = time.perf_counter() - start
-        for name, quantise in contenders(group, calibrate, batches).items():
-            if name in arguments.contenders:
-                tried(name, group, quantise)
-    method, group = COMPILED
-    if f"int4tile {method}" in arguments.contenders and seed == arguments.seeds[0]:
-        options = {"method": method, "group_size": group, "calibration": shared(group)}
-        compiled = partial(torch.compile, backend="int4tile", dynamic=False, options=options)
-        tried(f"int4tile {method}, compiled", group, compiled)
-    if arguments.budget:
-        for target in TARGETS:
-            options = {"target_error": target, "calibration": shared(128)}
-            pack = partial(fxint4.pack_, example_args=(batches[0],), options=options)
-            tried("int4tile target_error", target, pack)
-    return result
+    bench.put(BUDGETED, target, pack)
+    return bench.scores
 
 
 def wait(device: torch.device) -> None:
@@ -391,7 +414,7 @@ def language_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             entries = [result["scores"][name][str(group)] for result in results]
             mean = {
                 key: statistics.mean(entry[key] for entry in entries)
-                for key in ("divergence", "error", "linear_bytes", "seconds")
+                for key in ("divergence", "error", "linear_bytes")
             }
             rows.append(
                 {
@@ -407,7 +430,6 @@ def language_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "divergence": mean["divergence"],
                     "error": mean["error"],
                     "linear MB": mean["linear_bytes"] / 1e6 if name in OURS else None,
-                    "s": mean["seconds"],
                 }
             )
     return rows
@@ -435,6 +457,8 @@ def goal_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "must": goal.must,
                 "aim": goal.aim,
                 "reached": ratio,
+                "+-": standard_error(results, ours[0], theirs[0], goal.group)
+                / abs(statistics.mean(theirs[1])),
                 "seed by seed": ", ".join(
                     f"{a / b:.3f}" for a, b in zip(ours[1], theirs[1], strict=True)
                 ),
@@ -442,6 +466,27 @@ def goal_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def standard_error(
+    results: Sequence[Mapping[str, Any]], name: str, other: str, group: int
+) -> float:
+    """Of the difference of two perplexities, mean over the seeds, by the windows of the text."""
+    variance = 0.0
+    for result in results:
+        one, two = (result["scores"][of][str(group)] for of in (name, other))
+        differences = [a - b for a, b in zip(one["windows"], two["windows"], strict=True)]
+        variance += exp(one["loss"]) ** 2 * statistics.variance(differences) / len(differences)
+    return variance**0.5 / len(results)
+
+
+def target_of(result: Mapping[str, Any]) -> float | None:
+    """Halfway between the errors of gptq at groups 64 and 128, which no single group meets best."""
+    errors = [
+        result["scores"].get("int4tile gptq", {}).get(group, {}).get("error")
+        for group in ("64", "128")
+    ]
+    return None if None in errors else round(statistics.mean(errors), 4)
 
 
 def budget_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -455,7 +500,7 @@ def budget_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for group, entry in scores.get(name, {}).items()
             if "error" in entry
         ]
-        for target, entry in scores.get("int4tile target_error", {}).items():
+        for target, entry in scores.get(BUDGETED, {}).items():
             if "error" not in entry:
                 continue
             cheapest, single, _ = min(each for each in singles if each[2] <= float(target))
@@ -468,26 +513,75 @@ def budget_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "linear MB": entry["linear_bytes"] / 1e6,
                     "cheapest single": single,
                     "its MB": cheapest / 1e6,
-                    "s": entry["seconds"],
                     "": "met" if met and entry["linear_bytes"] < cheapest else "missed",
                 }
             )
     return rows
 
 
-def language(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All seeds side by side, each in a process of its own."""
+def language(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All seeds and group sizes, in processes side by side."""
     size_ = TINY if arguments.tiny else FULL
     if arguments.steps:
         size_ = replace(size_, recipe=replace(size_.recipe, steps=arguments.steps))
+    devices = [arguments.device]
+    if arguments.device.type == "cuda" and arguments.device.index is None:
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     start = time.perf_counter()
     text = corpus(size_.config.vocabulary, size_.folder_bytes)
-    print(f"text: {text.facts}, {time.perf_counter() - start:.0f} s", flush=True)
-    with ProcessPoolExecutor(
-        len(arguments.seeds), mp_context=torch.multiprocessing.get_context("spawn")
-    ) as pool:
-        runs = [pool.submit(one_seed, seed, text, size_, arguments) for seed in arguments.seeds]
-        results = [run.result() for run in runs]
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in LanguageModel(size_.config).parameters())
+    facts = {"text": text.facts, "size": asdict(size_), "parameters": parameters}
+    print(f"{parameters} parameters; text: {text.facts}; {time.perf_counter() - start:.0f} s")
+
+    spawn = torch.multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        torch.save(asdict(text), folder / "text.pt")
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(WORKERS, mp_context=spawn)) for _ in devices
+        ]
+        turns = itertools.cycle(zip(pools, devices, strict=True))
+
+        def submit(work: Callable[..., Any], seed: int, *given: Any) -> Future[dict[str, Any]]:
+            pool, device = next(turns)
+            return pool.submit(work, Job(seed, size_, folder, device), *given)
+
+        def gather(runs: Sequence[tuple[dict[str, Any], Future[dict[str, Any]]]]) -> None:
+            for result, run in runs:
+                for name, entries in run.result().items():
+                    result["scores"].setdefault(name, {}).update(entries)
+
+        training = [submit(trained, seed) for seed in arguments.seeds]
+        results: list[dict[str, Any]] = [
+            {"seed": seed, "scores": {}, **run.result()}
+            for seed, run in zip(arguments.seeds, training, strict=True)
+        ]
+        runs = []
+        for group, result in itertools.product(arguments.groups, results):
+            names = [
+                name
+                for name in arguments.contenders
+                if group == GOAL_GROUP or "sequential" not in name
+            ]
+            compiled = group == GOAL_GROUP and result is results[0] and "int4tile gptq+awq" in names
+            runs.append((result, submit(grouped, result["seed"], group, names, compiled)))
+        gather(runs)
+        yield {**facts, **reported(results)}
+        if arguments.budget:
+            targets = [(result, target_of(result)) for result in results]
+            gather(
+                [
+                    (result, submit(budgeted, result["seed"], target))
+                    for result, target in targets
+                    if target is not None
+                ]
+            )
+            yield {**facts, **reported(results)}
+
+
+def reported(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Print the tables; what goes into the JSON, without the losses of single windows."""
     tables = {
         "outliers": outlier_rows(results),
         "perplexity": language_rows(results),
@@ -495,16 +589,13 @@ def language(arguments: argparse.Namespace) -> dict[str, Any]:
         "goals": goal_rows(results),
     }
     for name, rows in tables.items():
-        print(f"\n{name}, seeds {', '.join(map(str, arguments.seeds))}", flush=True)
+        print(f"\n{name}, seeds {', '.join(str(result['seed']) for result in results)}")
         show(rows, ".4f")
-    parameters = sum(p.numel() for p in LanguageModel(size_.config).parameters())
-    return {
-        "text": text.facts,
-        "size": asdict(size_),
-        "parameters": parameters,
-        "tables": tables,
-        "seeds": results,
-    }
+    seeds = copy.deepcopy(list(results))
+    for result in seeds:
+        for entry in itertools.chain(*(each.values() for each in result["scores"].values())):
+            entry.pop("windows", None)
+    return {"tables": tables, "seeds": seeds}
 
 
 # --- minilm --------------------------------------------------------------------------------------
@@ -527,7 +618,7 @@ def docstrings(count: int) -> list[str]:
 
 
 @torch.no_grad()
-def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
+def minilm(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Embeddings of the demo's sentences, by contender and group size."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -545,19 +636,15 @@ def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
         for start in range(0, len(texts), 16)
     ]
 
-    @cache
-    def shared(group: int) -> Calibration:
-        return fxint4.calibrate(model, tokens, {"group_size": group})
-
-    made = {
-        (name, group): quantise
-        for group in arguments.groups
-        if model.config.hidden_size % group == 0
-        for name, quantise in contenders(
-            group, lambda options: shared(options["group_size"]), []
-        ).items()
-        if name in arguments.contenders and name != "gptqmodel" and "sequential" not in name
-    }
+    calibrate = partial(fxint4.calibrate, model, tokens)
+    made = {}
+    for group in arguments.groups:
+        if model.config.hidden_size % group:
+            continue  # no group of this size fits
+        calibrated = cache(lambda group=group: calibrate({"group_size": group}))
+        for name, quantise in contenders(group, calibrated, calibrate, []).items():
+            if name in arguments.contenders and name != "gptqmodel" and "sequential" not in name:
+                made[name, group] = quantise
     rows = []
     for (name, group), quantise in made.items():
         copied = copy.deepcopy(model)
@@ -584,7 +671,7 @@ def minilm(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{name} {group}: cosine {rows[-1]['mean cosine']:.4f}, {seconds:.1f} s", flush=True)
     print("\nembeddings of MiniLM", flush=True)
     show(rows, ".4f")
-    return {"minilm": rows}
+    yield {"minilm": rows}
 
 
 # --- llama-8b ------------------------------------------------------------------------------------
@@ -626,7 +713,7 @@ def calibrated_and_packed(config: Config, sequences: int, device: torch.device) 
     return result
 
 
-def llama_8b(arguments: argparse.Namespace) -> dict[str, Any]:
+def llama_8b(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All of Llama-3-8B's layers or, where fewer are asked for, one and as many, extrapolated."""
     base = asdict(TINY.config if arguments.tiny else Config())
     wanted = base["layers"]
@@ -650,10 +737,11 @@ def llama_8b(arguments: argparse.Namespace) -> dict[str, Any]:
         flush=True,
     )
     show(rows)
-    return {"llama_8b": rows, "extrapolated": layers < wanted, "sequences": sequences}
+    yield {"llama_8b": rows, "extrapolated": layers < wanted, "sequences": sequences}
 
 
-EXPERIMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+#: Each yields what it has found so far.
+EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "language": language,
     "minilm": minilm,
     "llama-8b": llama_8b,
@@ -680,7 +768,8 @@ def main() -> None:
     arguments = make.parse_args()
     facts = machine()
     print(describe(facts), flush=True)
-    write(arguments.json, facts, arguments, **EXPERIMENTS[arguments.experiment](arguments))
+    for results in EXPERIMENTS[arguments.experiment](arguments):
+        write(arguments.json, facts, arguments, **results)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def windows(tokens: Tensor, length: int, count: int, device: torch.device) -> Te
 class Recipe:
     """How a model is trained: AdamW in bf16 autocast, the rate warmed up and cosined to zero."""
 
-    steps: int = 2500
+    steps: int = 1500
     batch: int = 64
     rate: float = 2e-3
     warm_up: int = 100
