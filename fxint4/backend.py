@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxint4 import _torch
 from fxint4.calibrate import settled
-from fxint4.capture import Analysis, inputs_of, run_once
+from fxint4.capture import Analysis, compiled_anew, inputs_of
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError, TrainingError
 from fxint4.kernel_choice import Policy
@@ -117,14 +117,15 @@ def explain(
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return _compile_graph(gm, example_inputs, config, patches, report)
 
+    compiled = compiled_anew(model, backend)
     if config.measure is False:
-        run_once(model, backend, args, kwargs)
+        compiled(args, kwargs)
         return report
     trials = Trials(model)
     try:
         errors = _measured(model, args, kwargs, config, trials)
         with trials.run(args, kwargs) as (own_args, own_kwargs):
-            run_once(model, backend, own_args, own_kwargs)
+            compiled(own_args, own_kwargs)
     finally:
         trials.forget()
     if errors is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from fxint4._torch import real_tensors
 from fxint4.blocks import dequantized
 from fxint4.calibration import Calibration, Choice, Statistics, Trade
-from fxint4.capture import run_once
+from fxint4.capture import compiled_anew
 from fxint4.config import GROUP_SIZES
 from fxint4.gather import Gatherer, WatchedGraph, Weights
 from fxint4.measure import Trials, differences, float_tensors, ratio
@@ -28,6 +29,8 @@ from fxint4.replay import Activation, own_matrix
 from fxint4.tiles import choose_shape
 
 __all__ = ["choose"]
+
+_log = logging.getLogger(__name__)
 
 #: Batches that whole models are measured on, at most.
 _BATCHES = 4
@@ -100,7 +103,6 @@ class _Laboratory:
         gatherer: Gatherer,
         calibration: Calibration,
     ) -> None:
-        self._model = model
         self._batches = batches
         self._config = gatherer.config
         self._calibration = calibration
@@ -110,9 +112,7 @@ class _Laboratory:
         self._held: dict[str, Tensor] = {}
         self._trials = Trials(model)
         self._own: list[list[Tensor]] = []
-        used = [self]  # Dynamo keeps the backend, which must not keep the model
-        self._used = used
-        self._backend = gatherer.backend(lambda graph, arguments: used[0]._run(graph, arguments))
+        self._compiled = compiled_anew(model, gatherer.backend(self._run))
         self._bar = tqdm(
             desc="fxint4: choosing", unit="run", disable=not self._config.progress, leave=False
         )
@@ -122,7 +122,6 @@ class _Laboratory:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._used.clear()
 
     def result(self) -> Calibration:
         """Choose."""
@@ -134,6 +133,12 @@ class _Laboratory:
         if target is None:
             steps = _steps(ladders, 0.0, self._config.max_bytes)
             error = self._error(steps.mix)
+            if steps.nbytes > (self._config.max_bytes or 0):
+                _log.warning(
+                    "the weights take %d bytes at least, more than %s",
+                    steps.nbytes,
+                    self._config.budget,
+                )
         else:
             steps, error = self._within(ladders, target)
         trade = Trade(
@@ -199,7 +204,7 @@ class _Laboratory:
         if asked is not None:
             return [asked]
         method = self._config.method
-        return list(dict.fromkeys(["mse", method.removesuffix("+awq"), method]))
+        return list(dict.fromkeys(["mse", "hqq", method.removesuffix("+awq"), method]))
 
     def _offer(self, key: str, group: int, method: str) -> _Offer:
         site, roots = self._weights[key]
@@ -265,7 +270,7 @@ class _Laboratory:
         made = []
         for args, kwargs in self._batches:
             with self._trials.run(args, kwargs) as (own_args, own_kwargs):
-                outputs = run_once(self._model, self._backend, own_args, own_kwargs)
+                outputs = self._compiled(own_args, own_kwargs)
                 made.append([tensor.detach().clone() for tensor in float_tensors(outputs)])
         return made
 

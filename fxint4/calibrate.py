@@ -90,12 +90,12 @@ def calibrate(
     if sequential and memory is not None:
         raise ValueError("sequential calibration takes one pass a graph: it has no use for memory")
     given = Batches(batches, config.progress)
-    gatherer = Gatherer(config, memory)
-    run = gather.sequential if sequential else gather.in_passes
-    run(model, given, gatherer)
-    calibration = Calibration(gatherer.statistics())
-    _warn_of_few_rows(calibration)
-    return calibration if config.budget is None else choose(model, given, gatherer, calibration)
+    with Gatherer(config, memory) as gatherer:
+        run = gather.sequential if sequential else gather.in_passes
+        run(model, given, gatherer)
+        calibration = Calibration(gatherer.statistics())
+        _warn_of_few_rows(calibration)
+        return calibration if config.budget is None else choose(model, given, gatherer, calibration)
 
 
 def calibration_cost(
@@ -114,8 +114,8 @@ def calibration_cost(
         memory: see `calibrate`.
     """
     config = _config(model, options)
-    gatherer = Gatherer(config, dry=True)
-    gather.run(model, Batches([batch], False), gatherer.backend(gather.gather))
+    with Gatherer(config, dry=True) as gatherer:
+        gather.in_passes(model, Batches([batch], False), gatherer)
     sizes = [sums.nbytes for sums in gatherer.sums.values()]
     waiting, passes = sizes, 0
     while waiting:
@@ -144,10 +144,10 @@ def settled(
     if config.is_settled:
         return config
     batch = [(args, kwargs)]
-    gatherer = Gatherer(config, dry=config.calibration is not None)
-    gather.in_passes(model, batch, gatherer)
-    calibration = config.calibration or Calibration(gatherer.statistics())
-    chosen = choose(model, batch, gatherer, calibration)
+    with Gatherer(config, dry=config.calibration is not None) as gatherer:
+        gather.in_passes(model, batch, gatherer)
+        calibration = config.calibration or Calibration(gatherer.statistics())
+        chosen = choose(model, batch, gatherer, calibration)
     return dataclasses.replace(config, calibration=chosen)
 
 

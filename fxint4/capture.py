@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -18,30 +19,61 @@ from fxint4.passes import DECOMPOSITIONS, PATTERNS, Site, find, inline_regions
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["Analysis", "candidates_of", "inputs_of", "run_once", "standing_of", "watching"]
+__all__ = [
+    "Analysis",
+    "candidates_of",
+    "compiled_anew",
+    "inputs_of",
+    "standing_of",
+    "watching",
+]
 
 #: Integer buffers hold quantised weights; a float buffer by itself may be a cache.
 _QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
-def run_once(
-    model: Callable[..., Any],
-    backend: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """What a model returns, compiled anew with a backend of ours; our errors come out as they are.
+def compiled_anew(
+    model: Callable[..., Any], backend: Callable[..., Any]
+) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
+    """A model compiled with a backend of ours, to be called with arguments and keyword arguments.
 
-    "Anew" but for runs with the same backend, which share what it compiled.
+    It has Python code of its own, so that what Dynamo keeps of it goes when it does, and does not
+    count as one more recompile of the model's. Our errors come out as they are.
     """
-    with torch.no_grad(), _torch.roomy_recompile_limit():
-        try:
-            return torch.compile(model, backend=backend)(*args, **kwargs)
-        except Exception as error:
-            cause = getattr(error, "inner_exception", None)
-            if isinstance(cause, Int4Error):
-                raise cause from None
-            raise
+    compiled = torch.compile(_with_own_code(model), backend=backend)
+
+    def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        first = (model,) if isinstance(model, nn.Module) else ()
+        with torch.no_grad(), _torch.roomy_recompile_limit():
+            try:
+                return compiled(*first, *args, **kwargs)
+            except Exception as error:
+                cause = getattr(error, "inner_exception", None)
+                if isinstance(cause, Int4Error):
+                    raise cause from None
+                raise
+
+    return run
+
+
+def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function like the model, or one that calls the module it is given."""
+    function: Any = _call if isinstance(model, nn.Module) else model
+    if not isinstance(function, FunctionType):
+        return model  # an object that can be called
+    twin = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def _call(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return model(*args, **kwargs)
 
 
 def inputs_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
@@ -102,7 +134,7 @@ def candidates_of(
         captured = analysis.captured
         return lambda arguments: cast("Sequence[Any]", captured(*arguments))
 
-    run_once(model, watching(config, run_of), args, kwargs)
+    compiled_anew(model, watching(config, run_of))(args, kwargs)
     found = list(candidates.values())
     candidates.clear()  # Dynamo keeps the backend, which must not keep the parameters
     return found, kept

@@ -12,7 +12,7 @@ __all__ = ["write_whole"]
 def write_whole(path: Path, text: str) -> None:
     """Write a file under another name and give it its own once it is whole.
 
-    A reader sees what was there before or all of the text, and what can't be written leaves nothing.
+    A reader sees what was there before, or all of the text; what can't be written leaves nothing.
 
     Args:
         path: of the file; its folder is there.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fxint4._torch import real_tensors
 from fxint4.blocks import dequantized
 from fxint4.calibration import Calibration, Statistics
-from fxint4.capture import Analysis, run_once, watching
+from fxint4.capture import Analysis, compiled_anew, watching
 from fxint4.config import Int4Config
 from fxint4.methods.awq import awq_scale
 from fxint4.names import names_in_call
@@ -79,13 +79,12 @@ class Batches:
 
 
 def run(
-    model: Callable[..., Any],
+    compiled: Callable[[Sequence[Any], Mapping[str, Any]], Any],
     batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
-    backend: Callable[..., Any],
 ) -> None:
-    """Run a model on all batches with a backend of ours."""
+    """Run a compiled model on all batches."""
     for args, kwargs in batches:
-        run_once(model, backend, args, kwargs)
+        compiled(args, kwargs)
 
 
 def fits(held: int, size: int, memory: int | None) -> bool:
@@ -99,10 +98,10 @@ def in_passes(
     gatherer: Gatherer,
 ) -> None:
     """Run the batches until every weight has its statistics."""
-    backend = gatherer.backend(gather)
-    run(model, batches, backend)
+    compiled = compiled_anew(model, gatherer.backend(gather))
+    run(compiled, batches)
     while gatherer.next_pass():
-        run(model, batches, backend)
+        run(compiled, batches)
 
 
 def gather(graph: WatchedGraph, arguments: list[Any]) -> Sequence[Any]:
@@ -205,15 +204,26 @@ class Gatherer:
         self.sums: dict[tuple[str, ...], Sums] = {}
         self._memory = memory
         self._dry = dry
+        self._used: list[list[Any]] = []
+
+    def __enter__(self) -> Gatherer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for used in self._used:
+            used.clear()
 
     def backend(
         self, run_graph: Callable[[WatchedGraph, list[Any]], Sequence[Any]]
     ) -> Callable[..., Any]:
-        """A backend of `torch.compile` that has graphs run."""
+        """A backend of `torch.compile` that has graphs run, until the gatherer is left."""
+        used: list[Any] = [self, run_graph]  # Dynamo keeps the backend, which must not keep these
+        self._used.append(used)
 
         def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
-            graph = WatchedGraph(analysis, self)
-            return lambda arguments: run_graph(graph, arguments)
+            used.append(WatchedGraph(analysis, used[0]))
+            position = len(used) - 1
+            return lambda arguments: used[1](used[position], arguments)
 
         return watching(self.config, run_of)
 
@@ -434,12 +444,12 @@ def _shapes(arguments: Sequence[Any]) -> Iterable[Any]:
 def sequential(model: Callable[..., Any], batches: Batches, gatherer: Gatherer) -> None:
     """Graph after graph, all batches through the one that is next."""
     flow = _Flow(gatherer)
-    backend = gatherer.backend(flow.run)
+    compiled = compiled_anew(model, gatherer.backend(flow.run))
     while True:
         for args, kwargs in batches:
             flow.begin()
             with contextlib.suppress(_Reached):
-                run_once(model, backend, args, kwargs)
+                compiled(args, kwargs)
         if not flow.calls:
             return
         flow.calibrate_next()

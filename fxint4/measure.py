@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fxint4 import _torch
 from fxint4.blocks import quantized_blocks, values_of
-from fxint4.capture import Analysis, run_once, watching
+from fxint4.capture import Analysis, compiled_anew, watching
 from fxint4.config import Int4Config
 from fxint4.passes import Site, sqnr_fault
 from fxint4.passes.pattern import GivenMatch
@@ -124,11 +124,11 @@ def measure(
 
             return run
 
-        backend = watching(config, run_of)
+        compiled = compiled_anew(model, watching(config, run_of))
 
         def outputs() -> list[Tensor]:
             with trials.run(args, kwargs) as (own_args, own_kwargs):
-                made = float_tensors(run_once(model, backend, own_args, own_kwargs))
+                made = float_tensors(compiled(own_args, own_kwargs))
                 return [tensor.detach().clone() for tensor in made]
 
         try:

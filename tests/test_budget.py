@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,15 @@ def test_bytes_are_not_exceeded(model: nn.Module) -> None:
         assert nbytes(report) <= share * original
         errors.append(error_on(model, other, [x]))
     assert errors == sorted(errors)
+
+
+def test_bytes_that_are_too_few_are_warned_of(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="fxint4"):
+        fxint4.calibrate(model, batches(0, 1), {"max_bytes": 10, "method": "mse"})
+    (message,) = [record.getMessage() for record in caplog.records if "bytes" in record.message]
+    assert message.endswith("bytes at least, more than max_bytes=10")
 
 
 def test_overrides_bind_the_budget(model: nn.Module) -> None:

@@ -404,3 +404,18 @@ def test_experts_that_no_row_reached_fall_back() -> None:
     (record,) = fxint4.explain(model, x, options=options).records
     assert record.method == "gptq"
     assert "mse for 1 weights that no row reached" in record.reason
+
+
+def test_runs_of_our_own_are_no_recompiles_of_the_model() -> None:
+    """Dynamo counts what it compiles of a function, and falls back to eager beyond a limit."""
+    model = Attention().eval()
+    x = noise(2, 40, K)
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for _ in range(3):
+            calibration = fxint4.calibrate(model, [x], {"method": "gptq"})
+        fxint4.explain(model, x)
+        options = {"method": "gptq", "calibration": calibration}
+        torch.compile(model, backend="int4tile", options=options)(x)
+    report = fxint4.last_report()
+    assert report is not None
+    assert {record.method for record in report.records} == {"gptq"}

@@ -10,7 +10,7 @@ import torch
 from support import module
 from torch import Tensor, nn
 
-from fxint4.capture import Analysis, run_once, watching
+from fxint4.capture import Analysis, compiled_anew, watching
 from fxint4.config import Int4Config
 from fxint4.passes import Site
 from fxint4.replay import Activation, Replay, own_matrix
@@ -99,7 +99,7 @@ class Watched:
 
             return run
 
-        run_once(model, watching(Int4Config(), run_of), args, {})
+        compiled_anew(model, watching(Int4Config(), run_of))(args, {})
         return outputs
 
 
