@@ -28,6 +28,7 @@ import ast
 import copy
 import gc
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -72,7 +73,7 @@ CONTENDERS = (*OURS, *TORCHAO, "hqq", "gptqmodel")
 BUDGETED = "int4tile target_error"
 #: Where the compiled model and a sequential calibration, which take long, are tried.
 GOAL_GROUP = 128
-#: Processes a device.
+#: Processes on a GPU.
 WORKERS = 3
 #: How much of the target the error on held-out text may be.
 TARGET_SLACK = 1.2
@@ -520,13 +521,10 @@ def budget_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def language(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All seeds and group sizes, in processes side by side."""
+    """All seeds and group sizes, in processes side by side, some on each GPU."""
     size_ = TINY if arguments.tiny else FULL
     if arguments.steps:
         size_ = replace(size_, recipe=replace(size_.recipe, steps=arguments.steps))
-    devices = [arguments.device]
-    if arguments.device.type == "cuda" and arguments.device.index is None:
-        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     start = time.perf_counter()
     text = corpus(size_.config.vocabulary, size_.folder_bytes)
     with torch.device("meta"):
@@ -539,13 +537,13 @@ def language(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         torch.save(asdict(text), folder / "text.pt")
         pools = [
-            stack.enter_context(ProcessPoolExecutor(WORKERS, mp_context=spawn)) for _ in devices
+            ProcessPoolExecutor(WORKERS, spawn, initializer=see_only, initargs=(gpu,))
+            for gpu in visible_gpus(arguments.device)
         ]
-        turns = itertools.cycle(zip(pools, devices, strict=True))
+        turns = itertools.cycle([stack.enter_context(pool) for pool in pools])
 
         def submit(work: Callable[..., Any], seed: int, *given: Any) -> Future[dict[str, Any]]:
-            pool, device = next(turns)
-            return pool.submit(work, Job(seed, size_, folder, device), *given)
+            return next(turns).submit(work, Job(seed, size_, folder, arguments.device), *given)
 
         def gather(runs: Sequence[tuple[dict[str, Any], Future[dict[str, Any]]]]) -> None:
             for result, run in runs:
@@ -578,6 +576,19 @@ def language(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 ]
             )
             yield {**facts, **reported(results)}
+
+
+def visible_gpus(device: torch.device) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is to be, process by process; one empty string on a CPU."""
+    if device.type != "cuda":
+        return [""]
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+
+
+def see_only(gpu: str) -> None:
+    """Before anything uses CUDA in this process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def reported(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -715,11 +726,12 @@ def calibrated_and_packed(config: Config, sequences: int, device: torch.device) 
 
 def llama_8b(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All of Llama-3-8B's layers or, where fewer are asked for, one and as many, extrapolated."""
-    base = asdict(TINY.config if arguments.tiny else Config())
+    base = asdict(replace(TINY.config, layers=4) if arguments.tiny else Config())
     wanted = base["layers"]
-    layers = min(arguments.layers or wanted, wanted)
+    layers = min(max(2, arguments.layers or wanted), wanted)
     sequences = 4 if arguments.tiny else 128
     rows = []
+    calibrated_and_packed(TINY.config, 1, arguments.device)  # loads libraries
     for count in sorted({1, layers} if layers < wanted else {wanted}):
         config = Config(**{**base, "layers": count})
         rows.append(calibrated_and_packed(config, sequences, arguments.device))
@@ -758,7 +770,7 @@ def main() -> None:
     make.add_argument("--groups", nargs="+", type=int, choices=GROUPS, default=GROUPS)
     make.add_argument("--budget", action="store_true", help="language: try target_error, too")
     make.add_argument("--steps", type=int, help="language: of training")
-    make.add_argument("--layers", type=int, help="llama-8b: of 32, if more than 1 and not all")
+    make.add_argument("--layers", type=int, help="llama-8b: of 32; at least 2")
     make.add_argument("--tiny", action="store_true", help="small enough for a check on a CPU")
     make.add_argument(
         "--device",
