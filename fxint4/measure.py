@@ -72,6 +72,8 @@ def _quantized_by(config: Int4Config) -> QuantizedOf:
             return None
         known = _key(site, roots) == site.record.weight_key
         recipe = site.recipe if known else met_recipe(site, roots, config)
+        if recipe is None:
+            return None
         made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         signal = noise = 0.0
         for block in quantized_blocks(weight, site.shape, recipe):

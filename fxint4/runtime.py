@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxint4 import _torch
 from fxint4.config import Int4Config
+from fxint4.errors import FoldError
 from fxint4.forms import choose
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
 from fxint4.names import layer_name, names_in_call
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
 from fxint4.recipe import Recipe, recipe_of
-from fxint4.store import Form, Lookup, PackedWeight, picker, store
+from fxint4.store import Dense, Form, Lookup, PackedWeight, picker, store
 
 __all__ = ["Int4Graph", "Meeting", "expected_rows", "met_recipe"]
 
@@ -232,14 +234,30 @@ class _Variant:
         lookup = self._lookups.get(identity)
         if lookup is None or not lookup.is_of_now() or not lookup.holds(roots):
             lookup = Lookup(roots)
+            pre_scales: dict[Slot, Tensor] = {}
             for slot in self.slots:
                 found = slot.buffers(args, met)
                 if not found:
                     return slot.slot
                 lookup.add(found)
+                if slot.slot.shape.pre_scaled and not isinstance(slot.slot.form, Dense):
+                    pre_scales[slot.slot] = found[2]
+            for alike in self.rewritten.alike:
+                _check_equal(alike, pre_scales)
             kept = {key: old for key, old in self._lookups.items() if old.is_of_now()}
             self._lookups = {**kept, identity: lookup}
         return lookup.tensors()
+
+
+def _check_equal(slots: Sequence[Slot], pre_scales: Mapping[Slot, Tensor]) -> None:
+    first, *others = (pre_scales[slot] for slot in slots)
+    if not all(torch.equal(first, other) for other in others):
+        names = ", ".join(slot.name for slot in slots)
+        raise FoldError(
+            f"compiled code multiplies one activation by {names}, or by those of a layer like it, "
+            "and their calibrated pre-scales differ; give them the same method, or compile with "
+            "options={'fuse_projections': False}"
+        )
 
 
 class _BoundSlot:
@@ -265,33 +283,41 @@ class _BoundSlot:
         packed = self._packed
         if packed is None or not packed.is_current(roots) or self._form not in packed.forms:
             with _torch.real_tensors():
-                self._packed = packed = store.find(
-                    self.slot.weight, roots, self.slot.shape, self._recipe(roots)
-                )
+                recipe = self._recipe(roots)
+                if recipe is None:
+                    return ()
+                self._packed = packed = store.find(self.slot.weight, roots, self.slot.shape, recipe)
                 store.fold(packed, (self._form,), roots)
             met[self.slot.weight.roots, self.slot.weight.signature] = packed
         return () if packing_fault(packed, self.slot.config) else packed.forms[self._form]
 
-    def _recipe(self, roots: Sequence[Tensor]) -> Recipe:
+    def _recipe(self, roots: Sequence[Tensor]) -> Recipe | None:
         """How the codes of a weight are chosen, which may be another than was compiled with."""
         known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
         return self.slot.recipe if known else met_recipe(self.slot, roots, self._config)
 
 
-def met_recipe(slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config) -> Recipe:
+def met_recipe(slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config) -> Recipe | None:
     """How the codes of a weight are chosen that a graph meets when it runs.
+
+    Its group size is that of the compiled code, whatever was asked for it.
 
     Args:
         slot: of the weight that the graph was captured with.
         roots: the real tensors that the other one is made of.
         config: what the user asked for.
+
+    Returns:
+        The recipe; None where a budget keeps the weight as it is.
     """
-    if not (config.overrides or config.needs_calibration):
+    if not (config.overrides or config.needs_calibration or config.budget):
         return slot.recipe
     by_identity = names_in_call(roots)
     largest_first = sorted(roots, key=lambda root: -root.numel())
     names = [by_identity.get(id(root), "") for root in largest_first]
     key = slot.weight.key(list(dict.fromkeys(names)), roots)
+    if config.kept_by_budget(key):
+        return None
     config = config.of(layer_name(names[0]), names, key)
     recipe = recipe_of(config, key, (*slot.shape.batch, slot.shape.n, slot.shape.k))
     return recipe if slot.shape.pre_scaled else recipe.without_pre_scale()

@@ -55,6 +55,7 @@ class Rewritten:
         kept_inputs: which placeholders of the captured graph it still has, by position.
         slots: where its other inputs come from.
         labels: what to call these inputs, such as "fc.weight.tiles", by node name.
+        alike: slots whose pre-scales must be equal, as one of them serves all that share a matmul.
         copies: for each node of the captured graph what stands for it now; some are in no graph any
             more.
     """
@@ -63,6 +64,7 @@ class Rewritten:
     kept_inputs: tuple[int, ...]
     slots: tuple[Slot, ...]
     labels: Mapping[str, str]
+    alike: tuple[tuple[Slot, ...], ...]
     copies: Mapping[fx.Node, fx.Node]
 
 
@@ -100,7 +102,12 @@ def rewrite(
     kept = _drop_unread(captured, copies, droppable)
     gm.graph.lint()
     gm.recompile()
-    return Rewritten(gm, kept, tuple(inputs.nodes), inputs.labels, copies)
+    alike = tuple(
+        tuple(inputs.slot(sites[i], forms[i]) for i in group)
+        for group in made
+        if len(group) > 1 and sites[group[0]].shape.pre_scaled
+    )
+    return Rewritten(gm, kept, tuple(inputs.nodes), inputs.labels, alike, copies)
 
 
 class _PackedInputs:
@@ -135,6 +142,15 @@ class _PackedInputs:
             )
             self._by_key[key] = self.nodes[slot] = nodes
         return self._by_key[key]
+
+    def slot(self, site: Site, form: Form | None) -> Slot:
+        """The slot of a site's weight, which has been asked for."""
+        same = (site.weight.roots, site.weight.signature, site.shape, form)
+        return next(
+            slot
+            for slot in self.nodes
+            if (slot.weight.roots, slot.weight.signature, slot.shape, slot.form) == same
+        )
 
     def _placeholder(
         self,

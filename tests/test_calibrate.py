@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 import fxint4
 from fxint4 import OptionError, PackedFormatError, TrainingError
-from fxint4.calibration import Calibration, Statistics
+from fxint4.calibration import Calibration, Choice, Statistics, Trade
+from fxint4.runtime import _check_equal
 
 EPSILON = 2.0**-24
 
@@ -419,3 +421,72 @@ def test_runs_of_our_own_are_no_recompiles_of_the_model() -> None:
     report = fxint4.last_report()
     assert report is not None
     assert {record.method for record in report.records} == {"gptq"}
+
+
+class Feed(nn.Module):
+    """A layer without anything that magnifies a rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(K)
+        self.up, self.down = nn.Linear(K, 2 * K), nn.Linear(2 * K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def assert_near(y: Tensor, expected: Tensor) -> None:
+    """Equal but for roundings of activations to bf16, which eager and compiled code do apart."""
+    assert float((y - expected).norm()) < 2**-7 * float(expected.norm())
+
+
+def test_layers_that_share_code_keep_their_own_statistics() -> None:
+    """Two equal layers, compiled one by one: Dynamo uses the first one's code for the other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Feed(), Feed()).eval()
+    batches = [correlated(2, 80, K, seed=seed) for seed in range(2)]
+    calibration = fxint4.calibrate(model, batches)
+    options = {"method": "gptq+awq", "calibration": calibration}
+    packed = copy.deepcopy(model)
+    fxint4.pack_(packed, options=options)
+    with torch.no_grad():
+        expected = packed(batches[0])
+        for layer in model:
+            layer.compile(backend="int4tile", options=options)
+        assert_near(model(batches[0]), expected)
+    report = fxint4.last_report()
+    assert report is not None
+    assert {record.method for record in report.records} == {"gptq+awq"}
+
+
+def test_a_budget_holds_for_layers_that_share_code() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Feed(), Feed()).eval()
+    batches = [correlated(2, 80, K, seed=seed) for seed in range(2)]
+    statistics = fxint4.calibrate(model, batches, {"method": "mse"})
+    choices = {key: Choice(128, "mse") for key in statistics}
+    choices["1.up.weight"] = Choice(None)
+    chosen = Calibration({}, choices, Trade("target_error=0.1", 0.1, 1))
+    with torch.no_grad():
+        for layer in model:
+            layer.compile(backend="int4tile", options={"target_error": 0.1, "calibration": chosen})
+        y = model(batches[0])
+        partly = copy.deepcopy(model)
+        fxint4.pack_(partly, options={"method": "mse", "skip": ["1.up"]})
+        assert_near(y, partly(batches[0]))
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+def test_pre_scales_that_one_matmul_shares_are_equal() -> None:
+    scale = torch.ones(K)
+    first, second = (_Named(name) for name in ("q.weight", "k.weight"))
+    alike: Any = [first, second]
+    _check_equal(alike, {first: scale, second: scale.clone()})  # type: ignore[dict-item]
+    with pytest.raises(
+        fxint4.FoldError, match=r"q\.weight, k\.weight, or by those of a layer like"
+    ):
+        _check_equal(alike, {first: scale, second: 2 * scale})  # type: ignore[dict-item]
