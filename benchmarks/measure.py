@@ -233,7 +233,7 @@ def machine() -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     facts["packages"] = {}
-    for name in ("triton", "torchao", "gemlite", "transformers"):
+    for name in ("triton", "torchao", "gemlite", "hqq", "gptqmodel", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
             facts["packages"][name] = version(name)
     return facts
