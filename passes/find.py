@@ -108,17 +108,13 @@ def find(
             continue
         weight = outcome.constant(constants)
         record = _record(node, outcome, weight, tensors, names)
-        value, key = value_of(outcome.weight), ""
-        reason = (
-            None
-            if isinstance(outcome, GivenMatch)
-            else refusal(record, value.dtype, value.device, config)
-        )
-        own = config
-        if reason is None and not isinstance(outcome, GivenMatch):
+        own, key, reason = config, "", None
+        if not isinstance(outcome, GivenMatch):
+            value = value_of(outcome.weight)
             key = weight.key(record.parameters, [tensors[root] for root in weight.roots])
             own = config.of(record.name, record.parameters, key)
-            reason = config.kept_by_budget(key)
+            reason = refusal(record, value.dtype, value.device, config)
+            reason = reason or config.kept_by_budget(key)
         if reason:
             found.append(replace(record, reason=reason))
         else:
