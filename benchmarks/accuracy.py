@@ -482,7 +482,7 @@ def standard_error(
 
 
 def target_of(result: Mapping[str, Any]) -> float | None:
-    """Halfway between the errors of gptq at groups 64 and 128, which no single group meets best."""
+    """Halfway between the errors of gptq at groups 64 and 128; None where one was not measured."""
     errors = [
         result["scores"].get("int4tile gptq", {}).get(group, {}).get("error")
         for group in ("64", "128")
