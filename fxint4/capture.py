@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -58,12 +58,17 @@ def compiled_anew(
 
 def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function like the model, or one that calls the module it is given."""
+    if isinstance(model, MethodType):
+        return MethodType(_with_own_code(model.__func__), model.__self__)
     function: Any = _call if isinstance(model, nn.Module) else model
     if not isinstance(function, FunctionType):
         return model  # an object that can be called
+    # Dynamo reads globals of the function it starts from as they are, and those of others through
+    # the module of that name, which code that was run by exec does not have.
+    forward: Any = type(model).forward if isinstance(model, nn.Module) else function
     twin = FunctionType(
         function.__code__.replace(),
-        function.__globals__,
+        getattr(forward, "__globals__", function.__globals__),
         function.__name__,
         function.__defaults__,
         function.__closure__,
