@@ -638,13 +638,18 @@ def test_a_thousand_matmuls_sort_and_filter_at_once(tmp_path: Path) -> None:
       document.body.offsetHeight; // waits for the layout
       return performance.now() - start;
     };
-    timed(() => {});
-    const times = {
-      sort: timed(() => head("SQNR, dB").click()),
-      search: timed(() => type("layers.99")),
-      all: timed(() => type("")),
-      open: timed(() => document.querySelector("td .name").click()),
+    const actions = {
+      sort: () => head("SQNR, dB").click(),
+      search: () => type("layers.99"),
+      all: () => type(""),
+      open: () => document.querySelector("td .name").click(),
     };
+    const times = {};
+    for (let round = 0; round < 3; round++) { // the best of them: the machine may be busy
+      for (const [name, action] of Object.entries(actions)) {
+        times[name] = Math.min(times[name] ?? Infinity, timed(action));
+      }
+    }
     return [times, shown().length];
     """
     times, count = browse(page(report), SHOWN + script, tmp_path)
