@@ -122,6 +122,7 @@ class _Laboratory:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        self._trials.forget()
 
     def result(self) -> Calibration:
         """Choose."""

@@ -62,7 +62,7 @@ def calibrate(
 
     Statistics take ``4 K^2`` bytes for each activation, and E times that for E experts. Beside
     them the model needs what it needs to run on one batch; with `sequential`, the activations of
-    all batches at the widest place of its graph.
+    all batches at the widest place of its graph, and a quantised copy of its weights.
 
     Args:
         model: a module in eval mode, or a function; it is not changed.

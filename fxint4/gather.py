@@ -17,7 +17,7 @@ from fxint4.calibration import Calibration, Statistics
 from fxint4.capture import Analysis, compiled_anew, watching
 from fxint4.config import Int4Config
 from fxint4.methods.awq import awq_scale
-from fxint4.names import names_in_call
+from fxint4.names import weight_names
 from fxint4.passes import Site, same_activation, scales_freely
 from fxint4.passes.pattern import GivenMatch
 from fxint4.quantize import nonfinite_fault
@@ -334,22 +334,18 @@ class WatchedGraph:
         identity = tuple(id(root) for of_site in roots for root in of_site)
         weights = self._weights_of.get(identity)
         if weights is None:
-            by_identity = names_in_call(root for of_site in roots for root in of_site)
             weights = self._weights_of[identity] = {
-                site.weight.key(self._names(site, of_site, by_identity), of_site): (site, of_site)
+                site.weight.key(self._names(site, of_site), of_site): (site, of_site)
                 for site, of_site in zip(group, roots, strict=True)
             }
         return weights
 
-    def _names(
-        self, site: Site, roots: Sequence[Tensor], by_identity: Mapping[int, str]
-    ) -> tuple[str, ...]:
+    def _names(self, site: Site, roots: Sequence[Tensor]) -> tuple[str, ...]:
         """Of the parameters that a weight is made of, the largest first."""
         captured_with = [self._captured_with[root] for root in site.weight.roots]
         if all(root is known for root, known in zip(roots, captured_with, strict=True)):
             return site.record.parameters
-        largest_first = sorted(roots, key=lambda root: -root.numel())
-        return tuple(dict.fromkeys(by_identity.get(id(root), "") for root in largest_first))
+        return weight_names(roots)
 
 
 def _same_weight(site: Site, other: Site) -> bool:

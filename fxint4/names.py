@@ -23,6 +23,7 @@ __all__ = [
     "parameters_in_call",
     "parameters_of",
     "source_line",
+    "weight_names",
 ]
 
 #: A line of a stack trace that says where it is.
@@ -149,6 +150,17 @@ def names_in_call(
                 full = f"{prefix}.{name}" if prefix else name
                 names[id(tensor)] = full.replace("_orig_mod.", "")
     return names
+
+
+def weight_names(roots: Sequence[Tensor]) -> tuple[str, ...]:
+    """Full names of the tensors that a weight is made of, the largest first; see `names_in_call`.
+
+    Args:
+        roots: the tensors. One that no module being called owns has an empty name.
+    """
+    by_identity = names_in_call(roots)
+    largest_first = sorted(roots, key=lambda root: -root.numel())
+    return tuple(dict.fromkeys(by_identity.get(id(root), "") for root in largest_first))
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from fxint4.errors import FoldError
 from fxint4.forms import choose
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
-from fxint4.names import layer_name, names_in_call
+from fxint4.names import layer_name, weight_names
 from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
 from fxint4.recipe import Recipe, recipe_of
 from fxint4.store import Dense, Form, Lookup, PackedWeight, picker, store
@@ -312,10 +312,8 @@ def met_recipe(slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config) -
     """
     if not (config.overrides or config.needs_calibration or config.budget):
         return slot.recipe
-    by_identity = names_in_call(roots)
-    largest_first = sorted(roots, key=lambda root: -root.numel())
-    names = [by_identity.get(id(root), "") for root in largest_first]
-    key = slot.weight.key(list(dict.fromkeys(names)), roots)
+    names = weight_names(roots)
+    key = slot.weight.key(names, roots)
     if config.kept_by_budget(key):
         return None
     config = config.of(layer_name(names[0]), names, key)
