@@ -332,6 +332,15 @@ def roomy_recompile_limit() -> Iterator[None]:
         yield
 
 
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling a module does more than its forward. Tried on torch 2.11, 2.13 and 2.15."""
+    from torch.nn.modules import module as everywhere
+
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    global_hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
+    return any(map(len, (*hooks, *global_hooks)))
+
+
 def mkldnn_supports(dtype: torch.dtype) -> bool:
     """Whether dense CPU matmuls of a 16-bit dtype run on hardware made for it."""
     probes = {

@@ -40,10 +40,10 @@ def compiled_anew(
     It has Python code of its own, so that what Dynamo keeps of it goes when it does, and does not
     count as one more recompile of the model's. Our errors come out as they are.
     """
-    compiled = torch.compile(_with_own_code(model), backend=backend)
+    function, first = _with_own_code(model)
+    compiled = torch.compile(function, backend=backend)
 
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        first = (model,) if isinstance(model, nn.Module) else ()
         with torch.no_grad(), _torch.roomy_recompile_limit():
             try:
                 return compiled(*first, *args, **kwargs)
@@ -56,25 +56,37 @@ def compiled_anew(
     return run
 
 
-def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function like the model, or one that calls the module it is given."""
-    if isinstance(model, MethodType):
-        return MethodType(_with_own_code(model.__func__), model.__self__)
-    function: Any = _call if isinstance(model, nn.Module) else model
-    if not isinstance(function, FunctionType):
-        return model  # an object that can be called
-    # Dynamo reads globals of the function it starts from as they are, and those of others through
-    # the module of that name, which code that was run by exec does not have.
-    forward: Any = type(model).forward if isinstance(model, nn.Module) else function
-    twin = FunctionType(
+def _with_own_code(model: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function that does what a model does, and what to call it with before its arguments."""
+    if not isinstance(model, nn.Module):
+        if isinstance(model, MethodType):
+            function, _ = _with_own_code(model.__func__)
+            return MethodType(function, model.__self__), ()
+        return (_twin(model, model) if isinstance(model, FunctionType) else model), ()
+    forward = model.forward
+    if not isinstance(forward, MethodType) or not isinstance(forward.__func__, FunctionType):
+        return model, ()
+    # Of torch's own functions Dynamo compiles a wrapper that they all share.
+    if _torch.has_forward_hooks(model) or str(forward.__module__).startswith("torch."):
+        return _twin(_call, forward.__func__), (model,)
+    return MethodType(_twin(forward.__func__, forward.__func__), model), ()
+
+
+def _twin(function: Any, scope: Any) -> FunctionType:
+    """The same function with code of its own, and with the globals of another.
+
+    Dynamo reads globals of the function it starts from as they are, and those of others through
+    the module of that name, which code that was run by exec does not have.
+    """
+    made = FunctionType(
         function.__code__.replace(),
-        getattr(forward, "__globals__", function.__globals__),
+        scope.__globals__,
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return twin
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _call(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -490,3 +490,21 @@ def test_pre_scales_that_one_matmul_shares_are_equal() -> None:
         fxint4.FoldError, match=r"q\.weight, k\.weight, or by those of a layer like"
     ):
         _check_equal(alike, {first: scale, second: 2 * scale})  # type: ignore[dict-item]
+
+
+def test_inputs_of_explained_models_go_by_the_names_that_forward_gives_them() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(K, N)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.layer(hidden)
+
+    model = Named().eval()
+    assert "%hidden: " in fxint4.explain(model, noise(2, K)).graph_diff
+    model.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    report = fxint4.explain(model, noise(2, K))
+    (graph,) = report.to_dict()["graphs"]
+    assert "aten.mul" in graph["before"]
+    assert report.totals["packed"] == 1
