@@ -25,7 +25,6 @@ from fxint4.methods.errors import output_error
 from fxint4.passes import Site
 from fxint4.quantize import nonfinite_fault
 from fxint4.recipe import recipe_of
-from fxint4.replay import Activation, own_matrix
 from fxint4.tiles import choose_shape
 
 __all__ = ["choose"]
@@ -104,7 +103,7 @@ class _Laboratory:
         calibration: Calibration,
     ) -> None:
         self._batches = batches
-        self._config = gatherer.config
+        self._config = dataclasses.replace(gatherer.config, calibration=calibration)
         self._calibration = calibration
         self._weights: Weights = {}
         for sums in gatherer.sums.values():
@@ -142,9 +141,7 @@ class _Laboratory:
                 )
         else:
             steps, error = self._within(ladders, target)
-        trade = Trade(
-            self._config.budget or "", error, sum(o.nbytes for o in steps.mix.values()), steps.next
-        )
+        trade = Trade(self._config.budget or "", error, steps.nbytes, steps.next)
         choices = {key: offer.choice for key, offer in steps.mix.items()}
         return Calibration(
             {key: self._calibration[key] for key in self._calibration}, choices, trade
@@ -185,10 +182,12 @@ class _Laboratory:
                 return [kept]
             groups = self._groups(site)
             base = min(groups, key=lambda group: abs(group - _BASE_GROUP))
-            trials = {method: self._offer(key, base, method) for method in self._methods(site)}
+            methods = self._methods(site)
+            trials = {method: self._offer(key, weight, base, method) for method in methods}
             best = min(trials, key=lambda method: trials[method].error)
             offers = [
-                trials[best] if group == base else self._offer(key, group, best) for group in groups
+                trials[best] if group == base else self._offer(key, weight, group, best)
+                for group in groups
             ]
             return [*offers, kept]
 
@@ -207,11 +206,10 @@ class _Laboratory:
         method = self._config.method
         return list(dict.fromkeys(["mse", "hqq", method.removesuffix("+awq"), method]))
 
-    def _offer(self, key: str, group: int, method: str) -> _Offer:
-        site, roots = self._weights[key]
+    def _offer(self, key: str, weight: Tensor, group: int, method: str) -> _Offer:
+        site, _ = self._weights[key]
         choice = Choice(group, method)
-        weight = site.weight.evaluate(roots)
-        values = self._quantized(key, choice, weight.dtype)
+        values = self._quantized(key, choice, weight)
         error = _product_error(weight, values, self._calibration[key])
         shape = dataclasses.replace(
             choose_shape(site.shape.n, site.shape.k, group, batch=site.shape.batch),
@@ -219,22 +217,14 @@ class _Laboratory:
         )
         return _Offer(choice, shape.packed_bytes, error**2)
 
-    def _quantized(self, key: str, choice: Choice, dtype: torch.dtype) -> Tensor:
-        """What a weight becomes, ``[..., N, K]``."""
-        site, roots = self._weights[key]
-        weight = site.weight.evaluate(roots)
-        config = dataclasses.replace(
-            self._config,
-            overrides=(),
-            target_error=None,
-            max_bytes=None,
-            calibration=self._calibration,
-            method=choice.method,
-        )
+    def _quantized(self, key: str, choice: Choice, weight: Tensor) -> Tensor:
+        """What a weight becomes, ``[..., N, K]`` in its dtype."""
+        site, _ = self._weights[key]
         shape = choose_shape(
             site.shape.n, site.shape.k, choice.group_size or _BASE_GROUP, batch=site.shape.batch
         )
-        return dequantized(weight, shape, recipe_of(config, key, weight.shape), dtype)
+        recipe = recipe_of(self._config.choosing(choice), key, weight.shape)
+        return dequantized(weight, shape, recipe, weight.dtype)
 
     def _as_output_errors(self, key: str, offers: Sequence[_Offer]) -> list[_Offer]:
         """Offers whose errors are of the model's output, by measuring one of them."""
@@ -253,8 +243,8 @@ class _Laboratory:
             for key, offer in mix.items():
                 if offer.choice != _KEPT:
                     site, roots = self._weights[key]
-                    dtype = site.weight.evaluate(roots).dtype
-                    self._held[key] = self._quantized(key, offer.choice, dtype)
+                    weight = site.weight.evaluate(roots)
+                    self._held[key] = self._quantized(key, offer.choice, weight)
         try:
             outputs = self._outputs()
         finally:
@@ -277,20 +267,7 @@ class _Laboratory:
 
     def _run(self, graph: WatchedGraph, arguments: list[Any]) -> Sequence[Any]:
         self._trials.keep(arguments[position] for position in graph.written)
-        return graph.run([arguments], lambda *of: self._matrix(graph, *of))[0]
-
-    def _matrix(
-        self,
-        graph: WatchedGraph,
-        site: Site,
-        roots: Sequence[Tensor],
-        activations: Sequence[Activation],
-    ) -> Tensor:
-        held = self._held.get(graph.key_of(site)) if self._held else None
-        if held is not None:
-            return held.to(activations[0].x.dtype)
-        with real_tensors():
-            return own_matrix(site, roots, activations)
+        return graph.run_with(arguments, self._held.get)
 
 
 @dataclass(frozen=True)

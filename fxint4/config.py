@@ -167,10 +167,13 @@ class Int4Config:
         """
         choice = self._choice(key)
         if choice is not None and choice.group_size is not None:
-            chosen = {"group_size": choice.group_size, "method": choice.method}
-            return self._with(chosen.items())
+            return self.choosing(choice)
         changes = self.changes(name, parameters)
         return self._with(changes.items()) if changes else self
+
+    def choosing(self, choice: Choice) -> Int4Config:
+        """What a budget's choice to pack a weight makes of this."""
+        return self._with({"group_size": choice.group_size, "method": choice.method}.items())
 
     def changes(self, name: str, parameters: Iterable[str]) -> dict[str, Any]:
         """What `overrides` change for a layer; see `of`."""

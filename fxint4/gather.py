@@ -293,6 +293,29 @@ class WatchedGraph:
         self._weights_of: dict[tuple[int, ...], Weights] = {}
         self._arguments: Sequence[Any] = ()
 
+    def run_with(
+        self,
+        arguments: Sequence[Any],
+        matrix_of: Callable[[str], Tensor | None],
+    ) -> Sequence[Any]:
+        """Run one call with other weights than its own.
+
+        Args:
+            arguments: of the call.
+            matrix_of: ``[..., N, K]`` for the key of a weight; None for the weight itself.
+        """
+
+        def matrix(
+            site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
+        ) -> Tensor:
+            other = matrix_of(self.key_of(site))
+            if other is not None:
+                return other.to(activations[0].x.dtype)
+            with real_tensors():
+                return own_matrix(site, roots, activations)
+
+        return self.run([arguments], matrix)[0]
+
     def run(self, calls: Sequence[Sequence[Any]], matrix_of: MatrixOf) -> list[Sequence[Any]]:
         """See `Replay.run`."""
         self._arguments = calls[0]
@@ -380,7 +403,7 @@ class _Flow:
         """What runs in the place of a graph."""
         self._called += 1
         if self._called <= self.position:
-            return graph.run([arguments], lambda *of: self._matrix(graph, *of))[0]
+            return graph.run_with(arguments, self._matrices.__getitem__)
         for written in graph.written:
             arguments[written] = arguments[written].clone()
         self.calls.append((graph, arguments))
@@ -422,15 +445,6 @@ class _Flow:
                     else dequantized(weight, site.shape, recipe, dtype)
                 )
             return self._matrices[key]
-
-    def _matrix(
-        self,
-        graph: WatchedGraph,
-        site: Site,
-        roots: Sequence[Tensor],
-        activations: Sequence[Activation],
-    ) -> Tensor:
-        return self._matrices[graph.key_of(site)]
 
 
 def _shapes(arguments: Sequence[Any]) -> Iterable[Any]:
