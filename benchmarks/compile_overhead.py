@@ -196,7 +196,7 @@ def lookup_of(run: Callable[[], object]) -> Callable[[], object]:
     graph, args = graphs[-1]
     del Watched.__call__
     [variant] = graph._variants.values()
-    return lambda: variant.buffers(args)
+    return lambda: variant.buffers(args, {})
 
 
 def call_times(rounds: int) -> list[dict[str, Any]]:
