@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError, UnsupportedOpError
-from fxint4.export import is_rewritten, placeholders, rewrite_program
+from fxint4.export import is_rewritten, placeholders, remade, rewrite_program
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import lowered
 
@@ -149,16 +149,12 @@ def _for_aotinductor(program: ExportedProgram) -> ExportedProgram:
             return value
         return parameters.setdefault(id(value), nn.Parameter(value, False))
 
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
-        graph_signature=dataclasses.replace(signature, input_specs=specs),
+    return remade(
+        program,
+        program.graph_module,
+        dataclasses.replace(signature, input_specs=specs),
         state_dict={name: of_state(name, value) for name, value in program.state_dict.items()},
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
         constants={name: alone(value) for name, value in program.constants.items()},
-        verifiers=program.verifiers,
     )
 
 

@@ -45,7 +45,7 @@ from fxint4.runtime import expected_rows
 from fxint4.store import Store
 from fxint4.tiles import pack_for_cpu, pack_scale_and_zero
 
-__all__ = ["is_rewritten", "placeholders", "rewrite", "rewrite_program"]
+__all__ = ["is_rewritten", "placeholders", "remade", "rewrite", "rewrite_program"]
 
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
@@ -225,6 +225,27 @@ def _with_matmuls(
     ]
 
 
+def remade(
+    program: ExportedProgram,
+    graph_module: fx.GraphModule,
+    signature: ExportGraphSignature,
+    state_dict: dict[str, Any],
+    constants: dict[str, Any],
+) -> ExportedProgram:
+    """A program with another graph or other tensors, and all else as it was."""
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=signature,
+        state_dict=state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=constants,
+        verifiers=program.verifiers,
+    )
+
+
 class _Weights:
     """The placeholders of a program that are no user inputs, and the real tensors behind them.
 
@@ -345,16 +366,12 @@ class _Program:
             for key, value in program.state_dict.items()
             if key in kept
         }
-        return ExportedProgram(
-            root=self._gm,
-            graph=graph,
-            graph_signature=signature,
+        return remade(
+            program,
+            self._gm,
+            signature,
             state_dict={**state, **self._buffers},
-            range_constraints=program.range_constraints,
-            module_call_graph=program.module_call_graph,
-            example_inputs=program.example_inputs,
             constants={key: v for key, v in program.constants.items() if key not in gone},
-            verifiers=program.verifiers,
         )
 
     def _add_packed(self, nodes: Iterator[fx.Node], rewritten: Rewritten, store: Store) -> None:
