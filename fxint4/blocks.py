@@ -47,7 +47,7 @@ def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> 
     """
     if recipe.statistics is None or weight.ndim == 2:
         quantizer = recipe.quantizer(shape.group_size, shape.k_padded, weight.device)
-        for start, stop in row_blocks(weight, _ROWS if weight.ndim == 2 else 1):
+        for start, stop in row_blocks(weight, _ROWS if weight.ndim == 2 else 1, recipe.chunks):
             part = weight[start:stop]
             made = quantizer(part.reshape(-1, part.shape[-1]))
             yield _block(start, made, part.shape[:-1])

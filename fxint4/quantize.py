@@ -307,13 +307,14 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     return torch.dot(wide, wide)
 
 
-def row_blocks(tensor: Tensor, multiple: int) -> Iterator[tuple[int, int]]:
+def row_blocks(tensor: Tensor, multiple: int, chunks: int = 1) -> Iterator[tuple[int, int]]:
     """(start, stop) of successive blocks of rows, to bound scratch memory.
 
     tensor: at least one axis; the first one is split.
     multiple: every block but the last has a multiple of so many rows.
+    chunks: of `CPU_CHUNK` or `GPU_CHUNK` elements, in a block.
     """
-    chunk = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+    chunk = chunks * (CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK)
     count = tensor.shape[0]
     rows = max(1, chunk * count // max(tensor.numel(), 1) // multiple) * multiple
     for start in range(0, count, rows):

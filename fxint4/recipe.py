@@ -54,6 +54,14 @@ class Recipe:
         statistics = self.statistics if "awq" in self.method else None
         return None if statistics is None else statistics.pre_scale
 
+    @property
+    def chunks(self) -> int:
+        """How much of a weight to quantise at a time, see `fxint4.quantize.row_blocks`.
+
+        GPTQ takes a block's columns one after another, for as long whatever its rows.
+        """
+        return 4 if "gptq" in self.method else 1
+
     def without_pre_scale(self) -> Recipe:
         """The method nearest to it that multiplies the activation by nothing."""
         if self.pre_scale is None:

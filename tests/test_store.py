@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxint4.blocks
+import fxint4.quantize
 import fxint4.recipe
 import fxint4.store
 from fxint4 import Int4Config, Int4TileTensor
+from fxint4.calibration import Statistics
 from fxint4.constants import AXES, Constants, Given, Standing, Weight
 from fxint4.quantize import dequantize, quantize
 from fxint4.store import Dense, Form, PackedWeight, Store
@@ -537,3 +539,22 @@ def test_threads_that_fold_one_weight_at_once_make_it_once(
     assert len(found) == count
     assert len({id(packed) for packed in found}) == len(store) == len(calls) == 1
     assert_holds(found[0], w)
+
+
+def test_gptq_takes_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes column by column, each for as long whatever the rows."""
+    blocks = fxint4.blocks.quantized_blocks
+    x = torch.randn(300, K)
+    statistics = Statistics(x.T @ x, x.abs().mean(0), torch.tensor(len(x)))
+    monkeypatch.setattr(fxint4.quantize, "CPU_CHUNK", 64 * K)
+    w = torch.randn(256, K)
+    shape = choose_shape(256, K, GROUP)
+    made = {
+        method: list(blocks(w, shape, fxint4.recipe.Recipe(method, statistics)))
+        for method in ("mse", "gptq")
+    }
+    assert [len(block.codes) for block in made["mse"]] == [64, 64, 64, 64]
+    [block] = made["gptq"]
+    monkeypatch.undo()
+    [alone] = blocks(w, shape, fxint4.recipe.Recipe("gptq", statistics))
+    assert torch.equal(block.codes, alone.codes)
