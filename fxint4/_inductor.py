@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ __all__ = [
     "in_force",
     "lasting_zeros",
     "launch_triton",
+    "matmul_into",
     "one_if_between",
     "static",
     "uses_cuda_graphs",
@@ -232,6 +234,73 @@ def launch_triton(
             kernel_args={**tensors, **arguments},
             **further,
         )
+
+
+def matmul_into(y: Any, x: Any, w: Any, there: Any) -> None:
+    """Write x ``[M, K]`` times w ``[K, N]`` over y ``[M, N]``, or do nothing.
+
+    Args:
+        y: made by `empty`.
+        x: of the dtype of y.
+        w: likewise; of any size where it is not read.
+        there: a size: where it is 1, y is written, where it is 0, not.
+    """
+    _matmul_into()(y, x, w, there)
+
+
+@functools.cache
+def _matmul_into() -> Callable[..., Any]:
+    """The class of IR nodes behind `matmul_into`; to import what it is made of takes seconds."""
+    from torch._inductor import ir
+    from torch._inductor.codegen.wrapper import WrapperLine
+    from torch._inductor.virtualized import V
+
+    class MatmulInto(ir.ExternKernel):
+        def __init__(self, y: Any, x: Any, w: Any, there: Any) -> None:
+            inputs = self.unwrap_storage([self.realize_input(value) for value in (y, x, w)])
+            super().__init__(
+                None,
+                ir.NoneLayout(device=y.get_device()),
+                inputs,
+                python_kernel_name="extern_kernels.mm",
+                cpp_kernel_name="at::mm_out",
+            )
+            self.there = there
+            V.graph.mark_buffer_mutated(self.input_name(0))
+            self.name = V.graph.register_buffer(self)
+            V.graph.register_operation(self)
+
+        def should_allocate(self) -> bool:
+            return False
+
+        def get_mutation_names(self) -> Sequence[str]:
+            return [self.input_name(0)]
+
+        def codegen(self, wrapper: Any) -> None:
+            wrapper.writeline(Line(self, wrapper))
+
+    class Line(WrapperLine):
+        def __init__(self, node: Any, wrapper: Any) -> None:
+            self.node, self.wrapper = node, wrapper
+            # The wrapper declares what views are made of where it first writes it, and goes by the
+            # writer to know whether it has. What is declared inside the braces is nowhere else.
+            self.body: list[str] = []
+            self.writer = types.SimpleNamespace(writeline=self.body.append)
+
+        def codegen(self, code: Any) -> None:
+            node, wrapper = self.node, self.wrapper
+            y, x, w = (value.codegen_reference(self.writer) for value in node.inputs)
+            condition = wrapper.codegen_sizevar(node.there)
+            device = node.get_device().type
+            code.writeline(f"if ({condition}) {{" if V.graph.cpp_wrapper else f"if {condition}:")
+            with code.indent():
+                code.writelines(self.body)
+                kernel = node.get_kernel_name()
+                wrapper._generate_extern_kernel_out_helper(kernel, y, None, [x, w], device)
+            if V.graph.cpp_wrapper:
+                code.writeline("}")
+
+    return MatmulInto
 
 
 @functools.cache

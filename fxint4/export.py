@@ -214,15 +214,13 @@ def _of_a_program(record: Record, entry: Site | Record) -> Record:
 def _with_matmuls(
     records: Sequence[Record], sites: Sequence[Site], config: Int4Config
 ) -> list[Record]:
-    """Records that say which sites are multiplied together, and by what where M is fixed."""
+    """Records that say which sites a package multiplies together, and by which kernels."""
     packed = [record for record in records if record.action == "packed"]
     forms = [site.int4 for site in sites]
-    made = iter(with_matmuls(packed, sites, forms, config, Policy(config.kernel)))
-    merged = [next(made) if record.action == "packed" else record for record in records]
-    return [
-        dataclasses.replace(record, kernels=record.kernels if len(record.kernels) == 1 else ())
-        for record in merged
-    ]
+    # A launch from C++ costs as little as one from a CUDA graph.
+    policy = Policy(config.kernel, cuda_graphs=True)
+    made = iter(with_matmuls(packed, sites, forms, config, policy))
+    return [next(made) if record.action == "packed" else record for record in records]
 
 
 def remade(

@@ -32,8 +32,8 @@ class Policy:
 
     Attributes:
         kernel: the way to multiply that the user asked for, see `Int4Config.kernel`.
-        cuda_graphs: whether kernels are replayed from CUDA graphs, so that launching one from
-            Python costs nothing.
+        cuda_graphs: whether kernels are replayed from CUDA graphs, or launched by a package, and so
+            none from Python.
         measured: whether kernels are chosen by measuring them.
     """
 

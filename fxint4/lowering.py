@@ -5,8 +5,8 @@ it like its own. Where the sum over K is split among programs, these leave parti
 them is Inductor's: in one kernel with the bias, the activation, the residual or the norm that
 follows. A number of rows that varies decides at run time, in `fxint4.linears`: one compiled graph
 serves every M, and a CUDA graph holds the kernel of the M that it was captured with. A package,
-which runs without Python, has the kernels of all M, of which those of other M are launched with no
-programs.
+which runs without Python, has what the same choice names for any M, W written out and cuBLAS
+included: each run launches the kernels of other M with no programs, and takes no memory for W.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import common, linear
 from fxint4.kernels.common import Blocks, Launch, version_of
-from fxint4.kernels.linear import Choice, choose_blocks, gpu_of
+from fxint4.kernels.linear import Choice
 
 __all__ = ["compile_graph", "lowered"]
 
@@ -116,7 +116,7 @@ class _Matmul:
             return self.multiplied(blocks)
         if not _inductor.for_another_process():
             return self.chosen_at_run_time(policy.cuda_graphs, kernel)
-        return self.by_aten() if kernel == "aten" else self.multiplied_for_any_m()
+        return self.by_aten() if kernel == "aten" else self.multiplied_for_any_m(policy)
 
     def choice(self, m: int, policy: Policy) -> Choice:
         """That of the policy for a number of rows."""
@@ -153,15 +153,8 @@ class _Matmul:
 
     def dequantised(self) -> Any:
         """The product by W written out, and Inductor's matmul."""
-        w = _inductor.empty([sum(self.n), self.k], self.x, self.x.get_dtype())
-        weights, k_padded, half_inner = self._sizes
-        launch = linear.dequantize_launch_of(
-            self.k, weights, k_padded, self.group_size, half_inner, self.x.get_dtype()
-        )
-        self._launch(launch, {"w": w})
-        return _inductor.call(
-            aten.mm.default, self.x, _inductor.call(aten.permute.default, w, [1, 0])
-        )
+        w = _inductor.call(aten.permute.default, self._written_out(), [1, 0])
+        return _inductor.call(aten.mm.default, self.x, w)
 
     def multiplied(self, blocks: Blocks) -> Any:
         """The product by the Triton kernel, and the sum of what its splits leave."""
@@ -180,27 +173,52 @@ class _Matmul:
             y = _inductor.call(aten.add.Tensor, y, part)
         return _as(x.get_dtype(), y)
 
-    def multiplied_for_any_m(self) -> Any:
-        """The product by the Triton kernel, in the blocks that the M of each run asks for.
+    def multiplied_for_any_m(self, policy: Policy) -> Any:
+        """The product by the kernel that the M of each run asks for.
 
-        Every run launches it in all blocks that there are, with no programs where M is another. The
-        sum of splits is the kernel's: it has to end in y whichever blocks are launched.
+        Every run comes by all that there are, and launches those for another M with no programs.
+        The sum of splits is the Triton kernel's: it has to end in y like all else.
         """
         x, n = _inductor.contiguous(self.x), sum(self.n)
         rows = x.get_size()[0]
         y = _inductor.empty([rows, n], x, x.get_dtype())
-        for first, last, blocks in _blocks_by_m(n, self.k, x.get_device()):
-            row_blocks = _inductor.ceil_div(rows, blocks.rows)
-            there = _inductor.one_if_between(rows, first, last)
-            launch = self._launch_of(1, blocks, reduce=True)  # of one block of rows
-            most = launch.programs * -(-last // blocks.rows) if last is not None else None
-            launch = replace(
-                launch,
-                programs=there * row_blocks * launch.programs,
-                arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks},
-            )
-            self._launch_into(y, x, launch, most)
+        for first, last, choice in by_m(lambda m: self.choice(m, policy)):
+            there, blocks = _inductor.one_if_between(rows, first, last), choice.blocks
+            if blocks is None:
+                w = _inductor.call(aten.permute.default, self._written_out(there), [1, 0])
+                _inductor.matmul_into(y, x, w, there)
+            else:
+                # Of all blocks, or of those that are left when all programs had one.
+                split = blocks.at_once or (last and self._count(last, blocks))
+                self._launch_into(y, x, self._launch_of_rows(rows, there, blocks), split)
         return y
+
+    def _count(self, m: int, blocks: Blocks) -> int:
+        return -(-m // blocks.rows) * sum(-(-n // blocks.features) for n in self.n)
+
+    def _launch_of_rows(self, rows: Any, there: Any, blocks: Blocks) -> Launch:
+        """See `launch_of`; of a number of rows that varies, in the runs where `there` is 1."""
+        launch = self._launch_of(1, blocks, reduce=True)
+        row_blocks = _inductor.ceil_div(rows, blocks.rows)
+        count, whole = there * row_blocks * self._count(1, blocks), 0
+        if blocks.rest_splits > 1:
+            whole = blocks.at_once * _inductor.floor_div(count, blocks.at_once)
+        return replace(
+            launch,
+            programs=whole + (count - whole) * launch.arguments["SPLITS"],
+            arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks, "whole": whole},
+        )
+
+    def _written_out(self, there: Any = 1) -> Any:
+        """W ``[sum(n), K]``; with no rows in the runs where `there` is 0."""
+        weights, k_padded, half_inner = self._sizes
+        dtype = self.x.get_dtype()
+        w = _inductor.empty([there * sum(self.n), self.k], self.x, dtype)
+        launch = linear.dequantize_launch_of(
+            self.k, weights, k_padded, self.group_size, half_inner, dtype
+        )
+        self._launch(replace(launch, programs=there * launch.programs), {"w": w})
+        return w
 
     def _launch_of(self, m: int, blocks: Blocks, reduce: bool) -> Launch:
         weights, k_padded, half_inner = self._sizes
@@ -216,23 +234,23 @@ class _Matmul:
             reduce,
         )
 
-    def _launch_into(self, y: Any, x: Any, launch: Launch, most: int | None = None) -> None:
+    def _launch_into(self, y: Any, x: Any, launch: Launch, split: int | None = None) -> None:
         """A launch that writes y.
 
         Args:
             y: the product.
             x: in memory.
             launch: of the kernel.
-            most: programs that it has at most, where their number varies.
+            split: blocks that it splits at most, where their number varies.
         """
         tensors = {"x": x, "y": y}
         shared = linear.shared_programs(launch)
         if shared != 0:
             block = launch.arguments["BM"] * launch.arguments["BN"]
             tensors["partial"] = _inductor.empty([shared, block], x, torch.float32)
-            splits = int(launch.arguments["SPLITS"])
-            counters = _inductor.floor_div(shared if most is None else most, splits)
-            tensors["counters"] = _inductor.lasting_zeros(counters, x)
+            if split is None:
+                split = _inductor.floor_div(shared, int(launch.arguments["SPLITS"]))
+            tensors["counters"] = _inductor.lasting_zeros(split, x)
         self._launch(launch, tensors)
 
     @property
@@ -263,13 +281,3 @@ def _as(dtype: torch.dtype, value: Any) -> Any:
     if value.get_dtype() is dtype:
         return value
     return _inductor.call(torch.ops.prims.convert_element_type.default, value, dtype)
-
-
-def _blocks_by_m(n: int, k: int, device: torch.device) -> list[tuple[int, int | None, Blocks]]:
-    """First and last M, and the blocks of the Triton kernel for them; the last range has no end."""
-
-    def blocks_of(m: int) -> Blocks:
-        blocks = choose_blocks(m, n, k, *gpu_of(device))
-        return replace(blocks, at_once=0, rest_splits=1)
-
-    return by_m(blocks_of)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._dynamo.source import ConstantSource
+from torch._inductor import config
+from torch._inductor.codegen.cpp_wrapper_gpu import DeferredTritonCallWrapper
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.compile_fx import get_cpp_wrapper_config
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
@@ -88,7 +92,7 @@ def generated(
     Args:
         function: of tensors on a GPU.
         specs: size and dtype of each of them.
-        package: whether it is compiled for a package, and for any number of rows of the first.
+        package: whether it is C++ for a package, and for any number of rows of the first.
         kernel: see `Int4Config.kernel`.
     """
     env = ShapeEnv()
@@ -109,14 +113,27 @@ def generated(
         V.set_fake_mode(fake),
         V.set_debug_handler(DebugContext()),
         lowered(Policy(kernel)),
-        # Inductor's own mode for packages would go on to compile C++.
-        mock.patch("fxint4._inductor.for_another_process", return_value=package),
+        _without_compiled_kernels() if package else contextlib.nullcontext(),
     ):
-        graph = GraphLowering(gm, example_inputs=made, shape_env=env)
+        graph = GraphLowering(
+            gm, example_inputs=made, shape_env=env, aot_mode=package, cpp_wrapper=package
+        )
         with V.set_graph_handler(graph):
             graph.run(*made)
             code: Any = graph.codegen()[0]
     return str(getattr(code, "value", code))
+
+
+@contextlib.contextmanager
+def _without_compiled_kernels() -> Iterator[None]:
+    """A while in which C++ calls kernels that are left out of it, which a GPU would compile."""
+    generate = "generate_and_run_autotune_block"
+    with (
+        config.patch({**get_cpp_wrapper_config(), "triton.autotune_at_compile_time": True}),
+        mock.patch.object(PythonWrapperCodegen, generate),
+        mock.patch.object(DeferredTritonCallWrapper, "generate"),
+    ):
+        yield
 
 
 def packed_specs(n: int, k: int) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import fxint4
-from fxint4 import Report
+from fxint4 import Int4Config, Report
 from fxint4.errors import OptionError
+from fxint4.export import rewrite_program
+from fxint4.kernel_choice import Policy
+from fxint4.report import Record
 
 CPU_OP = "aten._weight_int4pack_mm_for_cpu.default"
 #: For models of `module`, which take *inputs.
@@ -323,6 +327,28 @@ def test_the_report_is_that_of_the_program() -> None:
     assert report.totals["held_bytes"] == 0
     assert "+%w_cpu_tiles: u8[96, 32]" in report.graph_diff
     assert "-%w: f32[96, 64]" in report.graph_diff
+
+
+def test_the_report_of_a_package_names_the_kernels_of_every_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = []
+
+    def by_m(
+        records: Sequence[Record], sites: Any, forms: Any, config: Any, policy: Policy
+    ) -> list[Record]:
+        told.append((policy.kernel, policy.cuda_graphs, policy.measured))
+        kernels = ("M<=16: few", "M>=17: many")
+        return [dataclasses.replace(record, kernels=kernels) for record in records]
+
+    monkeypatch.setattr("fxint4.export.with_matmuls", by_m)
+    captured = export(two_matmuls(), (torch.randn(4, 64),), dynamic_shapes=ROWS)
+    rewrite_program(captured, Int4Config(kernel="triton"), only_aten=False)
+    # Launches cost a package as little as a CUDA graph, and it does not measure.
+    assert told == [("triton", True, False)]
+    report = fxint4.last_report()
+    assert report is not None
+    assert [record.kernels for record in report.records] == [("M<=16: few", "M>=17: many")] * 2
 
 
 def test_options_are_checked() -> None:

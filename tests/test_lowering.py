@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes.util
-import itertools
+import operator
 import os
 import re
 import subprocess
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from pretended_gpu import generated, int4pack_mm, packed_specs
-from support import correlated
+from support import assert_within, correlated, dequantised, module, rounding_bound
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxint4
 from fxint4 import Int4TileTensor
-from fxint4.kernel_choice import Policy
+from fxint4.kernel_choice import Policy, by_m, range_text
 from fxint4.kernels.common import triton
-from fxint4.kernels.linear import choose, choose_blocks
-from fxint4.lowering import _blocks_by_m, lowered
+from fxint4.kernels.linear import choose, dequantize_launch_of, gpu_of, launch_of
+from fxint4.lowering import lowered
 from fxint4.quantize import dequantize, quantize
 
 pytestmark = [
@@ -165,12 +165,13 @@ def test_a_known_number_of_rows_decides_while_compiling() -> None:
 
 def launches(code: str) -> Counter[str]:
     """How often generated code launches our kernels and Inductor's, cuBLAS, ATen's op and ours."""
-    ran = re.findall(r"^\s*(\w+?)(?:_\d+)?\.run\(", code, re.MULTILINE)
+    run = r"^\s*(\w+?)(?:_\d+)?\.run\(|^\s*call_(\w+?)(?:_\d+)?\("  # Python, or C++
+    ran = [python or cpp for python, cpp in re.findall(run, code, re.MULTILINE)]
     ours = Counter(name if name in (INT4, DEQUANTISE) else "inductor" for name in ran)
     others = {
-        "mm": r"extern_kernels\.mm\(",
-        "aten": r"aten\._weight_int4pack_mm\.default\(",
-        "op": r"fxint4\.linears\.default\(",
+        "mm": r"extern_kernels\.mm\(|aoti_torch_cuda_mm_out\(",
+        "aten": r"aten\._weight_int4pack_mm\.default\(|aoti_torch_cuda__weight_int4pack_mm\(",
+        "op": r"fxint4\.linears\.default\(|aoti_torch_proxy_executor_call_function\(",
     }
     return ours + Counter({name: len(re.findall(call, code)) for name, call in others.items()})
 
@@ -206,24 +207,91 @@ def test_blocks_that_are_split_alone_share_zeros_in_a_graph() -> None:
     assert launches(code) == Counter({INT4: 2, "inductor": 1})
 
 
+class Values(dict[str, Any]):
+    """Of names in generated code; one that is not known is that of a tensor."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+def run_package(code: str, rows: int) -> list[tuple[Any, ...]]:
+    """What a package runs of our kernels and of cuBLAS.
+
+    Args:
+        code: its C++.
+        rows: of its first input.
+
+    Returns:
+        For each kernel its name, its grid, and of what it takes all that are no tensors; for cuBLAS
+        "mm" and the number of rows that are in W's memory.
+    """
+    [symbol] = set(re.findall(r"^\s*int64_t (s\d+) = ", code, re.MULTILINE))
+    values = Values({symbol: rows, "min": min, "max": max, "div_floor_integer": operator.floordiv})
+    arrays = dict(re.findall(r"const(?:expr)? int64_t (int_array_\d+)\[\] = {(.*)};", code))
+
+    def evaluated(expressions: str) -> list[Any]:
+        python = re.sub(r"std::|c10::|static_cast<int64_t>|(?<=\d)L\b", "", expressions)
+        return list(eval(f"[{python}]", {}, values))
+
+    found: list[tuple[Any, ...]] = []
+    condition = ""
+    for line in code.splitlines():
+        if launch := re.match(r"\s*call_(_kernel_of_\w+)_\d+\((.*), this->device_idx_", line):
+            *arguments, programs, y, z = evaluated(launch[2])
+            assert (y, z) == (1, 1)
+            if programs > 0:
+                sizes = [value for value in arguments if not isinstance(value, str)]
+                found.append((launch[1], programs, sizes))
+        elif start := re.match(r"\s*if \((std::min.*)\) {", line):
+            condition = start[1]
+        elif call := re.search(r"cuda_mm_out\(.*reinterpret_tensor_wrapper\((buf\d+), 2,", line):
+            made = rf"empty_strided\(2, (int_array_\d+), .*&{call[1]}_handle"
+            [size] = re.findall(made, code)
+            w_rows, _ = evaluated(arrays[size])
+            [there] = evaluated(condition)
+            found += [("mm", w_rows)] if there else []
+            assert w_rows == 0 or there
+    return found
+
+
 @needs_triton
-@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (28672, 4096), (72, 256)])
-def test_a_package_launches_one_kernel_for_each_number_of_rows(n: int, k: int) -> None:
-    specs = [((77, k), torch.bfloat16), *packed_specs(n, k)]
-    code = generated(int4pack_mm, specs, package=True)
-    assert launches(code).keys() <= {INT4, "inductor"}  # no op of ours, which a package has not
+@pytest.mark.parametrize("kernel", [None, "triton"])
+@pytest.mark.parametrize(
+    ("n", "k", "dtype"),
+    [
+        ((1024,), 1024, torch.bfloat16),
+        ((72,), 256, torch.bfloat16),
+        ((151936,), 1024, torch.bfloat16),
+        ((28672,), 4096, torch.float16),
+        ((4096, 1024, 1000), 4000, torch.float16),  # narrower than what is stored
+    ],
+)
+def test_a_package_runs_the_kernel_that_is_chosen_for_the_number_of_rows(
+    n: tuple[int, ...], k: int, dtype: torch.dtype, kernel: str | None
+) -> None:
+    def linears(x: Tensor, *packed: Tensor) -> Tensor:
+        return torch.ops.fxint4.linears(x, list(packed[0::2]), list(packed[1::2]), 128, list(n))
+
+    k_padded = -(-k // 128) * 128
+    packed = [spec for each in n for spec in packed_specs(each, k_padded)]
+    code = generated(linears, [((77, k), dtype), *packed], package=True, kernel=kernel)
+    assert launches(code).keys() <= {INT4, DEQUANTISE, "mm", "inductor"}  # no op of ours
     assert launches(code)["inductor"] <= 1  # counters, for all launches
-    # The grid's size is what stands in front of its other two axes, 1 and 1.
-    grids = re.findall(r"_kernel_of_linear_\d+\.run\((.*), 1, 1, stream=", code)
-    [symbol] = set(re.findall(r"\bs\d+\b", " ".join(grids)))
-    outside = [grid.rpartition("1.0, ")[2] for grid in grids]
-    assert len(outside) == len(_blocks_by_m(n, k, torch.device("cpu")))
-    for rows in (*range(1, 1100, 7), 128, 256, 1024, 2048, 4096, 20_000, 2**20):
-        programs = [eval(grid, {symbol: rows, "min": min, "max": max}) for grid in outside]
-        assert sum(count > 0 for count in programs) == 1, rows
-        blocks = choose_blocks(rows, n, k)
-        expected = -(-rows // blocks.rows) * -(-n // blocks.features) * blocks.splits
-        assert sum(programs) == expected, rows
+    assert run_package(code, 0) == []
+    weights, policy = [(each, each) for each in n], Policy(kernel)
+    for rows in (*range(1, 1200, 7), 128, 256, 384, 896, 1024, 1025, 4096, 20_000, 2**20, 2**31):
+        choice = policy.choose(rows, sum(n), k, 128, 4, dtype, torch.device("cpu"))
+        sizes = (k_padded, 128, 4, dtype)
+        (name, programs, told), *rest = run_package(code, rows)
+        if choice.blocks is None:
+            launch = dequantize_launch_of(k, weights, *sizes)
+            assert (name, rest) == (DEQUANTISE, [("mm", sum(n))]), rows
+        else:
+            launch = launch_of(rows, k, weights, *sizes, choice.blocks, reduce=True)
+            assert (name, rest) == (INT4, []), rows
+            varying = ("M", "row_blocks", "whole")
+            assert told[:3] == [launch.arguments[argument] for argument in varying], rows
+        assert programs == launch.programs, rows
 
 
 @needs_triton
@@ -390,11 +458,45 @@ class Op(nn.Module):
 
 RUN = """
 import sys, torch
-inputs = torch.load(sys.argv[2])
+from torch.profiler import ProfilerActivity, profile
 run = torch._inductor.aoti_load_package(sys.argv[1])
-torch.save([run(x) for x in inputs], sys.argv[3])
+inputs = torch.load(sys.argv[2])
+for x in inputs:
+    run(x)  # cuBLAS makes itself a workspace
+ran = []
+for x in inputs:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        y = run(x)
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    ran.append((y, {event.key: event.count for event in profiled.key_averages()}, peak))
+torch.save(ran, sys.argv[3])
 assert "fxint4" not in sys.modules
 """
+
+
+def run_in_another_process(
+    package: Path | str, inputs: list[Tensor], folder: Path
+) -> list[tuple[Any, Counter[str], int]]:
+    """For each input what a package gives, how often kernels ran, and bytes that it took."""
+    given, results = folder / "given.pt", folder / "results.pt"
+    torch.save(inputs, given)
+    # A libstdc++ that came with another package may be too old for what was compiled here.
+    preload = {"LD_PRELOAD": ctypes.util.find_library("stdc++") or ""}
+    command = [sys.executable, "-W", "ignore", "-c", RUN, *map(str, (package, given, results))]
+    subprocess.run(command, env=os.environ | preload, cwd=folder, check=True)
+    return [(y, Counter(counts), peak) for y, counts, peak in torch.load(results)]
+
+
+def rows_of_every_kernel(n: int, k: int) -> list[int]:
+    """Numbers of rows at both ends of all ranges, and some more."""
+    gpu_at_hand = gpu_of(torch.device("cuda"))
+    ranges = by_m(lambda m: choose(m, n, k, *gpu_at_hand))
+    ends = {m for first, _, _ in ranges[1:] for m in (first - 1, first)}
+    return sorted({0, 1, 17, 300, 1024, 2048, 4096, *ends})
 
 
 @gpu
@@ -404,34 +506,88 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
     weight = torch.randn(N, K, device="cuda") / K**0.5
     made = quantize(weight, 128)
     w = dequantize(made.codes, made.scale, made.zero, 128, torch.float64)
-    rows = [
-        1,
-        *(m for f, _, _ in _blocks_by_m(N, K, torch.device("cuda"))[1:] for m in (f - 1, f)),
-        5000,
-    ]
-    inputs = [torch.randn(m, K, device="cuda").bfloat16() for m in (rows if dynamic else [16])]
-    dims = ({0: torch.export.Dim("m", min=1, max=2**20)},) if dynamic else None
-    package, given, results = tmp_path / "op.pt2", tmp_path / "given.pt", tmp_path / "results.pt"
+    rows = rows_of_every_kernel(N, K) if dynamic else [16]
+    inputs = [torch.randn(m, K, device="cuda").bfloat16() for m in rows]
+    dims = ({0: torch.export.Dim("m", min=0, max=2**20)},) if dynamic else None
+    package = tmp_path / "op.pt2"
     with torch.no_grad():
         program = torch.export.export(Op(weight), (inputs[-1],), dynamic_shapes=dims)
         with lowered(Policy()):
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
-    torch.save(inputs, given)
-    # A libstdc++ that came with another package may be too old for what was compiled here.
-    preload = {"LD_PRELOAD": ctypes.util.find_library("stdc++") or ""}
-    command = [sys.executable, "-c", RUN, *map(str, (package, given, results))]
-    subprocess.run(command, env=os.environ | preload, cwd=tmp_path, check=True)
-    for x, y in zip(inputs, torch.load(results), strict=True):
+    ran = run_in_another_process(package, inputs, tmp_path)
+    for x, (y, _, _) in zip(inputs, ran, strict=True):
         bound = ROUNDING[torch.bfloat16] * (x.double().abs() @ w.abs().T)
         assert ((y.double() - F.relu(x.double() @ w.T)).abs() <= bound).all(), len(x)
 
 
-@pytest.mark.parametrize(("n", "k"), [(64, 64), (4096, 4096), (28672, 4096), (4096, 14336)])
-def test_the_ranges_of_rows_leave_none_out(n: int, k: int) -> None:
-    ranges = _blocks_by_m(n, k, torch.device("cpu"))
-    assert (ranges[0][0], ranges[-1][1]) == (1, None)
-    for (_, last, _), (following, _, _) in itertools.pairwise(ranges):
-        assert last == following - 1
+@gpu
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+@pytest.mark.parametrize(
+    ("dtype", "n", "k"),
+    [
+        (torch.bfloat16, (4096, 1024), 4096),
+        (torch.float16, (200, 72), 1000),
+        (
+            torch.float16,
+            (3072, 3072),
+            768,
+        ),  # whose last rows but those of cuBLAS split what is left
+    ],
+)
+def test_a_package_runs_what_the_compiled_model_runs(
+    dtype: torch.dtype, n: tuple[int, int], k: int, tmp_path: Path
+) -> None:
+    """For every M: of two layers, the first with two projections, a bias and an activation."""
+
+    def layers(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = F.relu(F.linear(x, m.q, m.bias))
+        return hidden, F.linear(x, m.k), F.linear(hidden, m.last)
+
+    torch.manual_seed(0)
+    model = module(layers, q=(n[0], k), k=(n[1], k), last=(sum(n), n[0]), bias=n[:1])
+    model = model.to("cuda", dtype)
+    rows = rows_of_every_kernel(sum(n), k)
+    inputs = [torch.randn(m, k, device="cuda", dtype=dtype) for m in rows]
+    dims = (({0: torch.export.Dim("m", min=0, max=2**20)},),)
+    with torch.no_grad():
+        program = torch.export.export(model, (inputs[-1],), dynamic_shapes=dims)
+    package = fxint4.package(program, tmp_path / "model.pt2")
+    report = fxint4.last_report()
+    assert report is not None
+    records = {record.name: record for record in report.records}
+    assert records["q"].fused_with == ("k",)
+    w = {
+        name: dequantised(getattr(model, name).detach(), record.group_size, torch.float64)
+        for name, record in records.items()
+    }
+    choices = {
+        m: [choose(m, sum(n), size, *gpu_of(torch.device("cuda"))) for size in (k, n[0])]
+        for m in rows
+    }
+    compiled = torch.compile(model, backend="int4tile", dynamic=True)
+    every = run_in_another_process(package, inputs, tmp_path)
+    for x, (ys, ran, peak) in zip(inputs, every, strict=True):
+        hidden, *_ = ys
+        of_inputs = [(x, "q", model.bias), (x, "k", None), (hidden, "last", None)]
+        for y, (given, name, bias) in zip(ys, of_inputs, strict=True):
+            expected = given.double() @ w[name].T
+            if bias is not None:
+                expected = F.relu(expected + bias.double())
+            assert_within(y, expected, rounding_bound(given, w[name], bias))
+        m = len(x)
+        if m == 0:
+            assert ran[INT4] == ran[DEQUANTISE] == 0
+            continue
+        by = Counter(choice.kernel for choice in choices[m])
+        assert (ran[INT4], ran[DEQUANTISE]) == (by["triton"], by["dequantise"]), m
+        with torch.no_grad():
+            assert kernels(lambda x=x: compiled(x))[DEQUANTISE] == by["dequantise"], m
+        if m <= 32 and n[0] * k >= 2**22:
+            assert peak < 2 * sum(n) * k, "as much as W takes"
+    told = by_m(lambda m: choose(m, sum(n), k, *gpu_of(torch.device("cuda"))))
+    assert records["q"].kernels == tuple(
+        f"{range_text(first, last)}: {choice}" for first, last, choice in told
+    )
 
 
 def test_nothing_is_left_in_inductors_tables() -> None:

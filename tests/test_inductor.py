@@ -1,0 +1,69 @@
+"""Pieces of Inductor's IR, in graphs that run for real: on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import aoti_load_package
+
+from fxint4 import _inductor
+from fxint4._torch import aten
+
+#: Rows from which a matmul is by W; with fewer rows it is by -W.
+MANY = 5
+K = 8
+
+
+def mm(x: Any, w: Any) -> Any:
+    """A lowering that writes y in one of two ways."""
+    x = _inductor.contiguous(x)
+    rows = x.get_size()[0]
+    y = _inductor.empty([rows, w.get_size()[1]], x, x.get_dtype())
+    negated = _inductor.call(aten.neg.default, w)
+    _inductor.matmul_into(y, x, w, _inductor.one_if_between(rows, MANY, None))
+    _inductor.matmul_into(y, x, negated, _inductor.one_if_between(rows, 1, MANY - 1))
+    return y
+
+
+class Layers(nn.Module):
+    """Matmuls of equal sizes, of views; something before, between and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(K, K, bias=False), nn.Linear(K, K, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(x).unsqueeze(0)
+        return self.second(torch.relu(self.first(x)) + 1).squeeze(0) + x.squeeze(0)
+
+    def expected(self, x: Tensor) -> Tensor:
+        sign = 1 if len(x) >= MANY else -1
+        x = torch.relu(x)
+        hidden = torch.relu(sign * x @ self.first.weight.T) + 1
+        return sign * hidden @ self.second.weight.T + x
+
+
+def compiled(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, dynamic=True)
+
+
+def packaged(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    dims = ({0: torch.export.Dim("m", min=0, max=2**20)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=dims)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "m.pt2"))
+    return aoti_load_package(path)
+
+
+@pytest.mark.parametrize("make", [compiled, packaged])
+def test_a_matmul_for_some_numbers_of_rows(make: Callable[..., Any], tmp_path: Path) -> None:
+    model = Layers().double().eval()
+    with torch.no_grad(), _inductor.in_force({aten.mm.default: mm}, "test"):
+        run = make(model, torch.randn(7, K, dtype=torch.float64), tmp_path)
+        for rows in (7, MANY, MANY - 1, 1, 100, 0):
+            x = torch.randn(rows, K, dtype=torch.float64)
+            torch.testing.assert_close(run(x), model.expected(x))
