@@ -98,28 +98,158 @@ def compile_fx(
     inner_compile: Callable[..., Any],
     config_patches: Mapping[str, Any],
     extra_decompositions: Mapping[Any, Callable[..., Any]],
+    subclass: type[Tensor],
 ) -> Callable[..., Any]:
     """Inductor's whole pipeline for inference, with `inner_compile` in place of its last stage.
 
     AOTAutograd's cache is off: it would answer with what plain Inductor compiled from the same
     graph, which is not quantised. Inductor's own FX graph cache sees the rewritten graph and
     stays on. no_grad forces the inference path although parameters require grad.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        inner_compile: in place of `torch._inductor.compile_fx.compile_fx_inner`.
+        config_patches: of Inductor's config.
+        extra_decompositions: see `decompositions`.
+        subclass: inputs of this type are taken apart here, see `_TakenApart`.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
+    apart = _TakenApart(gm, example_inputs, subclass)
     patches = {**config_patches, **CONFIG_PATCHES}
     with torch.no_grad(), functorch_config.patch(enable_autograd_cache=False):
-        return cast(
-            "Callable[..., Any]",
-            inductor_compile_fx(
-                gm,
-                example_inputs,
-                inner_compile=inner_compile,
-                config_patches=patches,
-                decompositions=decompositions(extra_decompositions),
-            ),
+        compiled = inductor_compile_fx(
+            apart.gm,
+            apart.inputs,
+            inner_compile=apart.with_origins(inner_compile),
+            config_patches=patches,
+            decompositions=decompositions(extra_decompositions),
         )
+    return apart.calling(compiled)
+
+
+class _TakenApart:
+    """A graph of Dynamo's with the inner tensors of its inputs of one tensor subclass as inputs.
+
+    It makes the subclass of them again, which AOTAutograd traces away. Left to itself AOTAutograd
+    takes such inputs apart, too, but at every call, which takes torch 2.11 some microseconds each.
+    A graph that returns a tensor of the subclass stays as it is: the result may be an input, and
+    only AOTAutograd knows how to return that.
+
+    Args:
+        gm: the graph, which Dynamo goes on using.
+        inputs: its inputs.
+        subclass: the type.
+
+    Attributes:
+        gm: the graph, or another in its place.
+        inputs: of that graph.
+    """
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], subclass: type[Tensor]) -> None:
+        self.gm = gm
+        self.inputs = inputs
+        #: For each input of the other graph the position of Dynamo's, and which attribute of it.
+        self._origins: list[tuple[int, str | None]] = []
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        given = [
+            node
+            for node, value in zip(placeholders, inputs, strict=True)
+            if type(value) is subclass
+        ]
+        returned = gm.graph.output_node().all_input_nodes
+        if (
+            given
+            and all(getattr(node, "_dynamo_source", None) is not None for node in given)
+            and not any(isinstance(node.meta.get("example_value"), subclass) for node in returned)
+        ):
+            self._take_apart(placeholders, set(given))
+
+    def _take_apart(self, placeholders: Sequence[Any], given: set[fx.Node]) -> None:
+        from torch._dynamo.source import AttrSource
+
+        old_gm, old_inputs = self.gm, self.inputs
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        by_source: dict[Any, fx.Node] = {}
+        # The model's own code may read an inner tensor, which then is an input already.
+        sources = {node._dynamo_source for node in placeholders}
+        self.inputs = []
+        for index, (old, value) in enumerate(zip(placeholders, old_inputs, strict=True)):
+            attributes = value.__tensor_flatten__()[0] if old in given else [None]
+            for attribute in attributes:
+                source = old._dynamo_source
+                if attribute is None:
+                    new = copies[old] = graph.node_copy(old)
+                    self.inputs.append(value)
+                else:
+                    source = AttrSource(source, attribute)
+                    if source in sources:
+                        continue
+                    new = graph.placeholder(f"{old.name}_{attribute}")
+                    new.meta["example_value"] = getattr(old.meta["example_value"], attribute)
+                    # Says whether CUDA graphs may take its address for granted.
+                    new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})
+                    self.inputs.append(getattr(value, attribute))
+                new._dynamo_source = source  # type: ignore[attr-defined]
+                by_source[source] = new
+                self._origins.append((index, attribute))
+        for old, value in zip(placeholders, old_inputs, strict=True):
+            if old in given:
+                attributes, context = value.__tensor_flatten__()
+                inner = {
+                    name: by_source[AttrSource(old._dynamo_source, name)] for name in attributes
+                }
+                made = (inner, context, None, None)
+                copies[old] = graph.call_function(type(value).__tensor_unflatten__, made)
+                copies[old].meta["example_value"] = old.meta["example_value"]
+        for old in old_gm.graph.nodes:
+            if old.op != "placeholder":
+                copies[old] = graph.node_copy(old, copies.__getitem__)
+        self.gm = fx.GraphModule(old_gm, graph)
+        self.gm.meta = old_gm.meta
+        self.gm._param_name_to_source = old_gm._param_name_to_source
+
+    def with_origins(self, inner_compile: Callable[..., Any]) -> Callable[..., Any]:
+        """`inner_compile`, told of placeholders what AOTAutograd would say of Dynamo's inputs."""
+        from torch._functorch._aot_autograd.descriptors import (
+            PlainAOTInput,
+            SubclassGetAttrAOTInput,
+        )
+
+        if not self._origins:
+            return inner_compile
+
+        def inner(captured: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            for node in captured.graph.find_nodes(op="placeholder"):
+                desc = node.meta.get("desc")
+                if isinstance(desc, PlainAOTInput):
+                    index, attribute = self._origins[desc.idx]
+                    origin = PlainAOTInput(index)
+                    node.meta["desc"] = (
+                        origin if attribute is None else SubclassGetAttrAOTInput(origin, attribute)
+                    )
+            return inner_compile(captured, *args, **kwargs)
+
+        return inner
+
+    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """What takes the inputs of Dynamo's graph where `compiled` takes those of the other."""
+        origins = self._origins
+        if not origins:
+            return compiled
+
+        def run(*args: Any) -> Any:
+            return compiled(
+                *[
+                    args[index] if attribute is None else getattr(args[index], attribute)
+                    for index, attribute in origins
+                ]
+            )
+
+        return run
 
 
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:
@@ -359,6 +489,19 @@ def fake_mode_of(gm: fx.GraphModule) -> Any:
     from torch._guards import detect_fake_mode
 
     return detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
+
+
+@contextlib.contextmanager
+def faking(fake_mode: Any) -> Iterator[None]:
+    """A while in which ops work on fake tensors and leave sizes that vary as they are.
+
+    Without the dispatcher in Python some ops, such as `constant_pad_nd`, take the sizes of the
+    example for the only ones.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with fake_mode, enable_python_dispatcher():
+        yield
 
 
 def aoti_package(

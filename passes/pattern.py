@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxint4._torch import aten
+from fxint4._torch import aten, faking
 from fxint4.config import Int4Config
 from fxint4.constants import AXES, Constants, Given, Weight
 from fxint4.tiles import TileShape, choose_shape
@@ -252,7 +252,7 @@ class Build:
             node = self._graph.call_function(op, args, kwargs)
         node.meta = dict(self._meta)
         real_args, real_kwargs = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        with self._fake_mode:
+        with faking(self._fake_mode):
             node.meta["val"] = op(*real_args, **real_kwargs)
         return node
 
