@@ -123,20 +123,21 @@ def compile_fx(
         compiled = inductor_compile_fx(
             apart.gm,
             apart.inputs,
-            inner_compile=apart.with_origins(inner_compile),
+            inner_compile=apart.telling_origins(inner_compile),
             config_patches=patches,
             decompositions=decompositions(extra_decompositions),
         )
-    return apart.calling(compiled)
+    return apart.calling(cast("Callable[..., Any]", compiled))
 
 
 class _TakenApart:
-    """A graph of Dynamo's with the inner tensors of its inputs of one tensor subclass as inputs.
+    """A graph of Dynamo's that takes the inner tensors of its inputs of one tensor subclass.
 
-    It makes the subclass of them again, which AOTAutograd traces away. Left to itself AOTAutograd
-    takes such inputs apart, too, but at every call, which takes torch 2.11 some microseconds each.
-    A graph that returns a tensor of the subclass stays as it is: the result may be an input, and
-    only AOTAutograd knows how to return that.
+    In the graph these are put together again, which AOTAutograd traces away. Left to itself it
+    takes the inputs apart, too, but at every call, which takes torch 2.11 some microseconds each.
+
+    A graph that returns a tensor of the subclass is left as it is: that may be one of the inputs,
+    or a view of it, and AOTAutograd then sees to it that the very input, or a view, comes out.
 
     Args:
         gm: the graph, which Dynamo goes on using.
@@ -151,101 +152,87 @@ class _TakenApart:
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], subclass: type[Tensor]) -> None:
         self.gm = gm
         self.inputs = inputs
-        #: For each input of the other graph the position of Dynamo's, and which attribute of it.
+        #: For each input of the graph the position of Dynamo's, and the attribute of it or None.
         self._origins: list[tuple[int, str | None]] = []
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        given = [
-            node
-            for node, value in zip(placeholders, inputs, strict=True)
-            if type(value) is subclass
-        ]
-        returned = gm.graph.output_node().all_input_nodes
-        if (
-            given
-            and all(getattr(node, "_dynamo_source", None) is not None for node in given)
-            and not any(isinstance(node.meta.get("example_value"), subclass) for node in returned)
-        ):
-            self._take_apart(placeholders, set(given))
+        values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        given = {node: value for node, value in values.items() if type(value) is subclass}
+        named = all(getattr(node, "_dynamo_source", None) for node in given)
+        results = gm.graph.output_node().all_input_nodes
+        returned = [node.meta.get("example_value") for node in results]
+        if given and named and not any(isinstance(value, subclass) for value in returned):
+            self._take_apart(values, given)
 
-    def _take_apart(self, placeholders: Sequence[Any], given: set[fx.Node]) -> None:
+    def _take_apart(self, values: Mapping[Any, Any], given: Mapping[Any, Any]) -> None:
         from torch._dynamo.source import AttrSource
 
-        old_gm, old_inputs = self.gm, self.inputs
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         by_source: dict[Any, fx.Node] = {}
-        # The model's own code may read an inner tensor, which then is an input already.
-        sources = {node._dynamo_source for node in placeholders}
+        # The model's own code may read an inner tensor, which is an input already then.
+        read = {getattr(old, "_dynamo_source", None) for old in values}
         self.inputs = []
-        for index, (old, value) in enumerate(zip(placeholders, old_inputs, strict=True)):
-            attributes = value.__tensor_flatten__()[0] if old in given else [None]
-            for attribute in attributes:
-                source = old._dynamo_source
+        for position, (old, value) in enumerate(values.items()):
+            for attribute in value.__tensor_flatten__()[0] if old in given else [None]:
+                source: Any = getattr(old, "_dynamo_source", None)
                 if attribute is None:
                     new = copies[old] = graph.node_copy(old)
-                    self.inputs.append(value)
                 else:
                     source = AttrSource(source, attribute)
-                    if source in sources:
+                    if source in read:
                         continue
                     new = graph.placeholder(f"{old.name}_{attribute}")
                     new.meta["example_value"] = getattr(old.meta["example_value"], attribute)
                     # Says whether CUDA graphs may take its address for granted.
                     new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})
-                    self.inputs.append(getattr(value, attribute))
-                new._dynamo_source = source  # type: ignore[attr-defined]
+                new._dynamo_source = source
                 by_source[source] = new
-                self._origins.append((index, attribute))
-        for old, value in zip(placeholders, old_inputs, strict=True):
-            if old in given:
-                attributes, context = value.__tensor_flatten__()
-                inner = {
-                    name: by_source[AttrSource(old._dynamo_source, name)] for name in attributes
-                }
-                made = (inner, context, None, None)
-                copies[old] = graph.call_function(type(value).__tensor_unflatten__, made)
-                copies[old].meta["example_value"] = old.meta["example_value"]
-        for old in old_gm.graph.nodes:
-            if old.op != "placeholder":
+                self.inputs.append(value if attribute is None else getattr(value, attribute))
+                self._origins.append((position, attribute))
+        for old, value in given.items():
+            attributes, context = value.__tensor_flatten__()
+            inner = {name: by_source[AttrSource(old._dynamo_source, name)] for name in attributes}
+            together = (inner, context, None, None)
+            copies[old] = graph.call_function(type(value).__tensor_unflatten__, together)
+            copies[old].meta["example_value"] = old.meta["example_value"]
+        for old in self.gm.graph.nodes:
+            if old not in values:
                 copies[old] = graph.node_copy(old, copies.__getitem__)
-        self.gm = fx.GraphModule(old_gm, graph)
-        self.gm.meta = old_gm.meta
-        self.gm._param_name_to_source = old_gm._param_name_to_source
+        made = fx.GraphModule(self.gm, graph)
+        made.meta = self.gm.meta
+        made._param_name_to_source = self.gm._param_name_to_source
+        self.gm = made
 
-    def with_origins(self, inner_compile: Callable[..., Any]) -> Callable[..., Any]:
-        """`inner_compile`, told of placeholders what AOTAutograd would say of Dynamo's inputs."""
+    def telling_origins(self, inner_compile: Callable[..., Any]) -> Callable[..., Any]:
+        """`inner_compile`, given placeholders that say where in Dynamo's inputs they come from."""
         from torch._functorch._aot_autograd.descriptors import (
             PlainAOTInput,
             SubclassGetAttrAOTInput,
         )
 
-        if not self._origins:
-            return inner_compile
-
         def inner(captured: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
             for node in captured.graph.find_nodes(op="placeholder"):
                 desc = node.meta.get("desc")
-                if isinstance(desc, PlainAOTInput):
-                    index, attribute = self._origins[desc.idx]
-                    origin = PlainAOTInput(index)
+                if self._origins and isinstance(desc, PlainAOTInput):
+                    position, attribute = self._origins[desc.idx]
+                    desc = PlainAOTInput(position)
                     node.meta["desc"] = (
-                        origin if attribute is None else SubclassGetAttrAOTInput(origin, attribute)
+                        desc if attribute is None else SubclassGetAttrAOTInput(desc, attribute)
                     )
             return inner_compile(captured, *args, **kwargs)
 
         return inner
 
     def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """What takes the inputs of Dynamo's graph where `compiled` takes those of the other."""
-        origins = self._origins
-        if not origins:
+        """`compiled`, the graph, called with Dynamo's inputs."""
+        if not self._origins:
             return compiled
+        origins = self._origins
 
         def run(*args: Any) -> Any:
             return compiled(
                 *[
-                    args[index] if attribute is None else getattr(args[index], attribute)
-                    for index, attribute in origins
+                    args[position] if attribute is None else getattr(args[position], attribute)
+                    for position, attribute in origins
                 ]
             )
 

@@ -30,6 +30,7 @@ from fxint4.packing import Owners, from_modules, replace_parameters
 from fxint4.passes import DECOMPOSITIONS, Site, fold, folded_record, with_matmuls
 from fxint4.report import GraphReport, Report, graph_text
 from fxint4.runtime import Int4Graph, Meeting, expected_rows
+from fxint4.tensor import Int4TileTensor
 
 __all__ = ["explain", "int4tile", "last_report", "remember"]
 
@@ -200,7 +201,9 @@ def _compile_graph(
         remember(report)
         return graph if sites else compile_graph(captured, fake_inputs, policy, **kwargs)
 
-    return _torch.compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS)
+    return _torch.compile_fx(
+        gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor
+    )
 
 
 def _free(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:

@@ -119,7 +119,9 @@ def watching(
             analysis = Analysis(captured, gm, inputs, example_inputs, config, state)
             return _torch.mark_boxed(run_of(analysis))
 
-        return _torch.compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS)
+        return _torch.compile_fx(
+            gm, example_inputs, inner_compile, {}, DECOMPOSITIONS, Int4TileTensor
+        )
 
     return backend
 

@@ -239,9 +239,10 @@ class _Variant:
                 found = slot.buffers(args, met)
                 if not found:
                     return slot.slot
-                lookup.add(found)
+                lookup.add(found, [args[position] for position in slot.positions])
                 if slot.slot.shape.pre_scaled and not isinstance(slot.slot.form, Dense):
                     pre_scales[slot.slot] = found[2]
+            lookup.finish(roots)
             for alike in self.rewritten.alike:
                 _check_equal(alike, pre_scales)
             kept = {key: old for key, old in self._lookups.items() if old.is_of_now()}

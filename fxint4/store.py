@@ -247,7 +247,8 @@ class Lookup:
 
     As exact as asking each of them, at a quarter of the time. While the epoch is the same, every
     packed weight holds what it held and keeps the identity of its roots, and of their storages,
-    from being reused; so what is left to compare are the roots.
+    from being reused; so what is left to compare are the roots. Where a root is itself what was
+    found, as are the buffers of a weight that came packed, only its address counts.
 
     Args:
         roots: of all the weights, just before they are looked up.
@@ -255,15 +256,37 @@ class Lookup:
 
     def __init__(self, roots: Sequence[Tensor]) -> None:
         self._epoch = PackedWeight.epoch
+        self._made_from = tuple(range(len(roots)))
         # Inference tensors have no version and raise when asked.
-        versioned = [index for index, root in enumerate(roots) if not root.is_inference()]
-        self._versioned = picker(versioned)
+        self._versioned = tuple(i for i, root in enumerate(roots) if not root.is_inference())
+        self._pick()
         self._state = self._state_of(roots)
         self._found: list[Sequence[Tensor]] = []
+        self._copied: set[int] = set()
 
-    def add(self, found: Sequence[Tensor]) -> None:
-        """Take the tensors of one more packed weight: the very list that it keeps them in."""
+    def add(self, found: Sequence[Tensor], roots: Sequence[Tensor]) -> None:
+        """Take one more packed weight.
+
+        Args:
+            found: its tensors: the very list that it keeps them in.
+            roots: those that it is made of.
+        """
         self._found.append(found)
+        if not all(any(_same_memory(tensor, root) for root in roots) for tensor in found):
+            self._copied.update(map(id, roots))
+
+    def finish(self, roots: Sequence[Tensor]) -> None:
+        """Compare no more than has to be from now on, as all weights are there."""
+        addresses, versions, storages = self._state
+        version_of = dict(zip(self._versioned, versions, strict=True))
+        self._made_from = tuple(i for i, root in enumerate(roots) if id(root) in self._copied)
+        self._versioned = tuple(i for i in self._made_from if i in version_of)
+        self._pick()
+        self._state = (
+            addresses,
+            tuple(version_of[i] for i in self._versioned),
+            tuple(storages[i] for i in self._made_from),
+        )
 
     def is_of_now(self) -> bool:
         """Whether no weight has been folded or freed since it was begun."""
@@ -277,12 +300,24 @@ class Lookup:
         """What it found."""
         return list(chain.from_iterable(self._found))
 
+    def _pick(self) -> None:
+        self._pick_versioned = picker(self._versioned)
+        self._pick_made_from = picker(self._made_from)
+
     def _state_of(self, roots: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
         return (
             tuple(map(Tensor.data_ptr, roots)),
-            tuple(map(_version, self._versioned(roots))),
-            tuple(map(_storage_id, map(Tensor.untyped_storage, roots))),
+            tuple(map(_version, self._pick_versioned(roots))),
+            tuple(map(_storage_id, map(Tensor.untyped_storage, self._pick_made_from(roots)))),
         )
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.stride() == other.stride()
+        and _storage_id(one.untyped_storage()) == _storage_id(other.untyped_storage())
+    )
 
 
 class Store:

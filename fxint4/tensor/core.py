@@ -92,6 +92,9 @@ class Int4TileTensor(Tensor):
         is_part: whether what is stored beside the logical part belongs to another tensor.
         pre_scale: float32 ``[K]``, the factor of each stored column, the same for all rows and
             matrices, 1 behind the logical ones; None where x is multiplied by nothing.
+
+    Attributes:
+        metadata: what it is beside its buffers: dtype, n, columns, group_size, axes, is_part.
     """
 
     tiles: Tensor
@@ -102,6 +105,7 @@ class Int4TileTensor(Tensor):
     group_size: int
     axes: tuple[int, ...]
     is_part: bool
+    metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
 
     @staticmethod
     def __new__(
@@ -143,6 +147,9 @@ class Int4TileTensor(Tensor):
         self.group_size = group_size
         self.axes = axes
         self.is_part = is_part
+        self.metadata = (self.dtype, n, columns, group_size, axes, is_part)
+        # Made once: Dynamo's guards ask for it twice in every call of compiled code.
+        self._flattened = (list(self.buffers), self.metadata)
 
     # --- ways in ---------------------------------------------------------------------------------
 
@@ -633,14 +640,9 @@ class Int4TileTensor(Tensor):
 
     # --- for PyTorch -----------------------------------------------------------------------------
 
-    @property
-    def metadata(self) -> tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]:
-        """What it is beside its buffers: dtype, n, columns, group_size, axes, is_part."""
-        return (self.dtype, self.n, self.columns, self.group_size, self.axes, self.is_part)
-
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For torch.compile and torch.export."""
-        return list(self.buffers), self.metadata
+        return self._flattened
 
     @staticmethod
     def __tensor_unflatten__(
