@@ -20,6 +20,7 @@ from fxint4.errors import OptionError, UnsupportedOpError
 from fxint4.export import is_rewritten, placeholders, remade, rewrite_program
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import lowered
+from fxint4.lowering_experts import package_fault
 
 __all__ = ["METADATA", "package"]
 
@@ -36,8 +37,8 @@ def package(
 
     The package is loaded by `torch._inductor.aoti_load_package(path)`, or in C++ by
     `torch::inductor::AOTIModelPackageLoader`; the process needs no fxint4. On a GPU matmuls run the
-    kernels that `torch.compile(..., backend="int4tile")` has. Experts stay as they are, because
-    their ops are fxint4's own. `fxint4.last_report()` says what was done.
+    kernels that `torch.compile(..., backend="int4tile")` has, those of experts too; elsewhere
+    experts stay as they are. `fxint4.last_report()` says what was done.
 
     Args:
         exported_program: of `torch.export.export`, as captured or from `fxint4.rewrite`; it is not
@@ -52,7 +53,8 @@ def package(
     Raises:
         OptionError: an option that is not known; or a path or program that no package is made of.
         FoldError: a weight could not be folded.
-        UnsupportedOpError: the program has experts that are packed.
+        UnsupportedOpError: the program has experts that are packed, and is not for a GPU, or there
+            is no Triton to compile their kernel.
     """
     path = os.fspath(path)
     _check_path(path)
@@ -96,13 +98,20 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_ops(program: ExportedProgram) -> None:
-    known = torch.ops.fxint4.linears.default  # to our lowering
+    ours = torch.ops.fxint4
+    of_experts = (ours.bmm.default, ours.grouped_mm.default, ours.indexed_mm.default)
     for node in program.graph.nodes:
-        if getattr(node.target, "namespace", None) == "fxint4" and node.target is not known:
+        known = node.target is ours.linears.default  # to our lowering
+        if getattr(node.target, "namespace", None) != "fxint4" or known:
+            continue
+        fault: str | None = "a package runs without fxint4"
+        if node.target in of_experts:
+            fault = package_fault(node.args[0].meta["val"].device)
+        if fault is not None:
             raise UnsupportedOpError(
-                f"the program calls {node.target}, an op of fxint4, which a package runs without: "
-                "its experts were packed by fxint4.rewrite or fxint4.pack_. Package a program "
-                "whose experts are not, and they stay as they are"
+                f"the program calls {node.target}, an op of fxint4, because fxint4.rewrite or "
+                f"fxint4.pack_ packed a weight of it, but {fault}. Package a program where that "
+                "weight is not packed: it may stay as it is"
             )
 
 

@@ -27,6 +27,7 @@ from fxint4.constants import Constants, Standing
 from fxint4.errors import OptionError
 from fxint4.forms import UNBOUNDED
 from fxint4.kernel_choice import Policy
+from fxint4.lowering_experts import package_fault
 from fxint4.measure import Errors, measure_graph
 from fxint4.passes import (
     DECOMPOSITIONS,
@@ -40,6 +41,7 @@ from fxint4.passes import (
     with_matmuls,
 )
 from fxint4.passes import rewrite as rewrite_graph
+from fxint4.passes.pattern import value_of
 from fxint4.report import GraphReport, Record, Report, graph_text
 from fxint4.runtime import expected_rows
 from fxint4.store import Store
@@ -114,8 +116,8 @@ def rewrite_program(
     Args:
         program: the program.
         config: what the user asked for.
-        only_aten: whether matmuls become ATen's ops; otherwise ops of fxint4 that our lowering
-            knows, while experts stay as they are.
+        only_aten: whether matmuls become ATen's ops where there are such; otherwise ops of fxint4
+            that our lowering knows, while experts stay as they are where it has no kernel for them.
     """
     _check_program(program)
     config.check_settled()
@@ -148,7 +150,10 @@ def rewrite_program(
             if spec.target is not None
         }
         after = graph_text(program.graph_module, targets, labels)
-    records = list(map(_of_a_program, records, found))
+    records = [
+        _of_a_program(record, entry, only_aten)
+        for record, entry in zip(records, found, strict=True)
+    ]
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
     if errors is not None:
         report.measured(errors.output, errors.of_weights)
@@ -183,25 +188,26 @@ def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
     """A site with its one form, or the record of one that is kept."""
     if isinstance(entry, Record):
         return entry
-    if entry.shape.batch and not only_aten:
-        reason = "experts need ops of fxint4, which a package runs without"
-        return dataclasses.replace(entry.record, reason=reason)
+    fault = package_fault(value_of(entry.match.weight).device)
+    if entry.shape.batch and not only_aten and fault is not None:
+        return dataclasses.replace(entry.record, reason=fault)
     if expected_rows(entry) == 0:
         return dataclasses.replace(entry.record, reason="no rows in the example inputs")
     return dataclasses.replace(entry, beyond=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
 
 
-def _of_a_program(record: Record, entry: Site | Record) -> Record:
+def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Record:
     """What a program's report says of a matmul.
 
     Args:
         record: what it says of any.
         entry: what `find` found.
+        only_aten: see `rewrite_program`.
     """
     reasons = [record.reason]
     if isinstance(entry, Site) and record.action == "packed":
         rows = expected_rows(entry)
-        if entry.shape.batch:
+        if entry.shape.batch and only_aten:
             reasons.append("needs fxint4 where the program runs")
         elif rows is not None and rows > entry.most_rows:
             reasons.append(

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxint4 import _inductor, kernel_choice
+from fxint4 import _inductor, kernel_choice, lowering_experts
 from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
-from fxint4.kernels import common, linear
+from fxint4.kernels import common, experts, linear
 from fxint4.kernels.common import Blocks, Launch, version_of
 from fxint4.kernels.linear import Choice
 
@@ -52,7 +52,8 @@ def lowered(policy: Policy) -> AbstractContextManager[None]:
         policy: which kernels to choose.
     """
     # All that has a say in what is made of a graph.
-    version = version_of(sys.modules[__name__], _inductor, kernel_choice, common, linear)
+    here = sys.modules[__name__]
+    version = version_of(here, lowering_experts, _inductor, kernel_choice, common, linear, experts)
     return _inductor.in_force(_lowerings(policy), f"{version} {policy}")
 
 
@@ -75,6 +76,7 @@ def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
     return {
         aten._weight_int4pack_mm.default: int4pack_mm,
         torch.ops.fxint4.linears.default: linears,
+        **lowering_experts.lowerings(),
     }
 
 

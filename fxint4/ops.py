@@ -141,8 +141,7 @@ def _indexed_cuda(
         IndexError on the CPU; the GPU, which does not wait to look, gives a row of NaN or of zeros.
     """
     ids = torch.where(ids < 0, ids + len(tiles), ids)
-    if 2 * len(ids) > len(tiles):
-        # So many rows share experts: in order, each expert is read once and not once a row.
+    if experts.better_sorted(len(ids), len(tiles)):
         ordered, order = ids.sort()
         offs = torch.searchsorted(
             ordered, torch.arange(len(tiles), device=ids.device, dtype=ids.dtype), right=True

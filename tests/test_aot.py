@@ -232,27 +232,66 @@ def test_a_rewritten_program_is_taken_as_it_is(tmp_path: Path) -> None:
         fxint4.package(rewritten, tmp_path / "model.pt2", {"group_size": 64})
 
 
-def test_experts_stay_as_they_are_in_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = module(lambda m, x: torch.bmm(x, m.w), w=(4, K, N))
-    captured = export(model, (torch.randn(4, 3, K),))
-    compiled: list[torch.export.ExportedProgram] = []
-    monkeypatch.setattr("fxint4._torch.aoti_package", lambda given, *_: compiled.append(given))
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.export.ExportedProgram]:
+    """The programs that would be compiled."""
+    given: list[torch.export.ExportedProgram] = []
+    monkeypatch.setattr("fxint4._torch.aoti_package", lambda program, *_: given.append(program))
+    return given
+
+
+def experts() -> nn.Module:
+    return module(lambda m, x: torch.bmm(x, m.w), w=(4, K, N))
+
+
+def test_experts_stay_as_they_are_in_a_package_for_the_cpu(
+    compiled: list[torch.export.ExportedProgram],
+) -> None:
+    captured = export(experts(), (torch.randn(4, 3, K),))
     fxint4.package(captured, "model.pt2")
     report = fxint4.last_report()
     assert report is not None
-    assert [record.reason for record in report.records] == [
-        "experts need ops of fxint4, which a package runs without"
+    assert [(record.action, record.reason) for record in report.records] == [
+        ("kept", "a package for cpu has no kernel for packed experts")
     ]
     assert "fxint4" not in str(compiled[0].graph)
-    with pytest.raises(UnsupportedOpError, match=r"calls fxint4\.bmm\.default, an op of fxint4"):
-        fxint4.package(fxint4.rewrite(captured), "model.pt2")
 
 
-def test_weights_packed_in_place_before_are_in_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_experts_are_refused_in_a_package_for_the_cpu() -> None:
+    model, x = experts(), torch.randn(4, 3, K)
+    message = r"calls fxint4\.bmm\.default, an op of fxint4, .* but a package for cpu has no kernel"
+    with pytest.raises(UnsupportedOpError, match=message):
+        fxint4.package(fxint4.rewrite(export(model, (x,))), "model.pt2")
+    fxint4.pack_(model, (x,))
+    with pytest.raises(UnsupportedOpError, match=message):
+        fxint4.package(export(model, (x,)), "model.pt2")
+
+
+def test_experts_are_packed_where_a_package_has_their_kernel(
+    compiled: list[torch.export.ExportedProgram], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("export", "aot"):
+        monkeypatch.setattr(f"fxint4.{room}.package_fault", lambda _: None)
+    model, x = experts(), torch.randn(4, 3, K)
+    captured = export(model, (x,))
+    fxint4.package(captured, "model.pt2")
+    report = fxint4.last_report()
+    assert report is not None
+    [record] = report.records
+    assert (record.action, record.batch) == ("packed", 4)
+    assert "needs fxint4" not in record.reason
+    fxint4.package(fxint4.rewrite(captured), "model.pt2")
+    fxint4.pack_(model, (x,))
+    fxint4.package(export(model, (x,)), "model.pt2")
+    for program in compiled:
+        assert str(program.graph).count("torch.ops.fxint4.bmm.default") == 1
+
+
+def test_weights_packed_in_place_before_are_in_a_package(
+    compiled: list[torch.export.ExportedProgram],
+) -> None:
     model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K)).eval()
     fxint4.pack_(model)
-    compiled: list[torch.export.ExportedProgram] = []
-    monkeypatch.setattr("fxint4._torch.aoti_package", lambda given, *_: compiled.append(given))
     fxint4.package(export(model, (torch.randn(4, K),)), "model.pt2")
     graph = str(compiled[0].graph)
     assert "fxint4." not in graph

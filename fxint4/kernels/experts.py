@@ -15,6 +15,7 @@ Importing this module works without Triton, calling it does not.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, no_type_check
 
 import torch
@@ -38,7 +39,7 @@ from fxint4.kernels.common import (
     triton,
 )
 
-__all__ = ["grouped_mm", "indexed_mm"]
+__all__ = ["better_sorted", "blocks_by_rows", "check", "grouped_mm", "indexed_mm", "launch_of"]
 
 # Few rows: reading W is the bottleneck, so small programs, many of them, with much of W on its way.
 # Many rows: unpacking W is, and then reading x again for each of them, so larger ones.
@@ -66,13 +67,7 @@ def grouped_mm(
     n: out features to compute, at most Np.
     Returns bf16 ``[S, n]``, contiguous; rows from ends[-1] on are 0.
     """
-    _check(x, tiles, scale_and_zero, group_size, n)
-    if ends.dtype != torch.int32 or ends.shape != tiles.shape[:1] or not ends.is_contiguous():
-        raise ValueError(
-            f"ends are {ends.dtype} {tuple(ends.shape)}: they must be torch.int32 "
-            f"[{tiles.shape[0]}], one an expert, and contiguous"
-        )
-    return _launch(x, tiles, scale_and_zero, ends, group_size, n, by_row=False)
+    return _multiplied(x, tiles, scale_and_zero, ends, group_size, n, by_row=False)
 
 
 def indexed_mm(
@@ -87,39 +82,39 @@ def indexed_mm(
         with an index outside 0..E-1 reads no weight and comes out as NaN.
     The others, and what is returned: see `grouped_mm`.
     """
-    _check(x, tiles, scale_and_zero, group_size, n)
-    dtypes = (torch.int32, torch.int64)
-    if experts.dtype not in dtypes or experts.shape != x.shape[:1] or not experts.is_contiguous():
-        raise ValueError(
-            f"experts are {experts.dtype} {tuple(experts.shape)}: they must be torch.int32 or "
-            f"torch.int64 [{x.shape[0]}], one a row of x, and contiguous"
-        )
-    return _launch(x, tiles, scale_and_zero, experts, group_size, n, by_row=True)
+    return _multiplied(x, tiles, scale_and_zero, experts, group_size, n, by_row=True)
 
 
-def _launch(
-    x: Tensor,
-    tiles: Tensor,
-    scale_and_zero: Tensor,
-    experts: Tensor,
+def launch_of(
+    rows: int,
+    k: int,
+    tiles: Sequence[int],
     group_size: int,
     n: int,
     *,
     by_row: bool,
-) -> Tensor:
-    need_triton()
-    named = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero, "ends or experts": experts}
-    check_devices(_kernel, named)
-    rows, k = x.shape
-    y = x.new_empty((rows, n))
-    if rows == 0 or n == 0:
-        return y
-    count, n_tiles, k_tiles, _, half_inner = tiles.shape
-    blocks = _BY_ROWS[0][1] if by_row else _blocks(rows, count)
+    blocks: Blocks | None = None,
+) -> Launch:
+    """The launch that multiplies x ``[rows, k]``, but for its tensors.
+
+    These are x, tiles, scale_and_zero, where the rows of the experts end or, by row, the expert of
+    each, and y.
+
+    rows: at least 1.
+    k: in features of x.
+    tiles: the shape of the tiles, see `grouped_mm`.
+    group_size: of the weights.
+    n: out features to compute, at least 1.
+    by_row: whether each row names its expert.
+    blocks: what suits so many rows, unless told.
+    """
+    count, n_tiles, k_tiles, _, half_inner = tiles
+    if blocks is None:
+        blocks = _BY_ROWS[0][1] if by_row else _blocks(rows, count)
     row_blocks = rows if by_row else _most_row_blocks(rows, count, blocks.rows)
     feature_blocks = -(-n // blocks.features)
     n_padded, k_padded = 8 * n_tiles, k_tiles * 32 * half_inner
-    launch = Launch(
+    return Launch(
         _kernel,
         row_blocks * feature_blocks,
         {
@@ -146,7 +141,44 @@ def _launch(
         blocks.warps,
         blocks.stages,
     )
-    run(launch, [x, tiles, scale_and_zero, experts, y])
+
+
+def better_sorted(rows: int, experts: int) -> bool:
+    """Whether so many rows share experts, so that each of these is better read once and not by row.
+
+    rows: that name their experts.
+    experts: from which they choose.
+    """
+    return 2 * rows > experts
+
+
+def blocks_by_rows(experts: int) -> list[tuple[int, int | None, Blocks]]:
+    """First and last number of rows, and the blocks that suit them; the last range has no end."""
+    ends = [int(most * experts) for most, _ in _BY_ROWS[:-1]]
+    firsts = [1, *(end + 1 for end in ends)]
+    blocks = [each for _, each in _BY_ROWS]
+    return list(zip(firsts, [*ends, None], blocks, strict=True))
+
+
+def _multiplied(
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    experts: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    by_row: bool,
+) -> Tensor:
+    check(x, tiles, scale_and_zero, experts, group_size, n, by_row=by_row)
+    need_triton()
+    named = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero, "ends or experts": experts}
+    check_devices(_kernel, named)
+    rows, k = x.shape
+    y = x.new_empty((rows, n))
+    if y.numel():
+        launch = launch_of(rows, k, tiles.shape, group_size, n, by_row=by_row)
+        run(launch, [x, tiles, scale_and_zero, experts, y])
     return y
 
 
@@ -165,7 +197,20 @@ def _most_row_blocks(rows: int, experts: int, block: int) -> int:
     return (rows + (block - 1) * parts) // block
 
 
-def _check(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> None:
+def check(
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    experts: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    by_row: bool,
+) -> None:
+    """Refuses, with a ValueError, what `grouped_mm` or, by row, `indexed_mm` does not take.
+
+    Devices and values are not looked at. The arguments: see there.
+    """
     if tiles.ndim != 5 or tiles.shape[0] < 1:
         raise ValueError(
             f"tiles are {tuple(tiles.shape)}: those of experts have 5 axes, and the first, the "
@@ -173,6 +218,27 @@ def _check(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n:
         )
     _, k_padded = check_weight(tiles, scale_and_zero, group_size, n)
     check_x(x, k_padded)
+    given = f"{experts.dtype} {tuple(experts.shape)}"
+    if by_row:
+        dtypes = (torch.int32, torch.int64)
+        if (
+            experts.dtype not in dtypes
+            or experts.shape != x.shape[:1]
+            or not experts.is_contiguous()
+        ):
+            raise ValueError(
+                f"experts are {given}: they must be torch.int32 or torch.int64 [{x.shape[0]}], one "
+                "a row of x, and contiguous"
+            )
+    elif (
+        experts.dtype != torch.int32
+        or experts.shape != tiles.shape[:1]
+        or not experts.is_contiguous()
+    ):
+        raise ValueError(
+            f"ends are {given}: they must be torch.int32 [{tiles.shape[0]}], one an expert, and "
+            "contiguous"
+        )
 
 
 @no_type_check  # annotations here are Triton's, not types
