@@ -37,7 +37,7 @@ def package(
 
     The package is loaded by `torch._inductor.aoti_load_package(path)`, or in C++ by
     `torch::inductor::AOTIModelPackageLoader`; the process needs no fxint4. On a GPU matmuls run the
-    kernels that `torch.compile(..., backend="int4tile")` has, those of experts too; elsewhere
+    kernels that `torch.compile(..., backend="int4tile")` has, those of experts too; on the CPU
     experts stay as they are. `fxint4.last_report()` says what was done.
 
     Args:

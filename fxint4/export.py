@@ -60,7 +60,8 @@ def rewrite(
     What `torch.compile(..., backend="int4tile")` does to a captured graph, but for good: the packed
     weights are buffers of the new program, and what nothing reads any more is not in it. Only ATen
     ops are needed, so that the program runs where fxint4 is not installed; but for experts, whose
-    ops are fxint4's own. `fxint4.last_report()` says what was done.
+    ops are fxint4's own (`fxint4.package` makes do without them on a GPU). `fxint4.last_report()`
+    says what was done.
 
     A program has one form of each weight, the packed one, for any number of rows; where a dense
     matmul would be faster for the rows of the example inputs, which on the CPU it is for many, the
