@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config as inductor_config
 import torch._inductor.lowering as inductor_lowering
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.decomposition import decompositions as inductor_decompositions
 from torch.nn import functional as F
 
 import fxint4
+from fxint4 import Int4TileTensor, _torch
 from fxint4.quantize import dequantize, quantize
 from fxint4.store import store
 
@@ -327,6 +331,168 @@ def test_a_parameter_that_the_graph_writes_to_is_not_packed(x: Tensor) -> None:
     report = fxint4.last_report()
     assert report is not None
     assert report.totals["packed"] == 0
+
+
+# --- parameters that are packed already ----------------------------------------------------------
+
+
+def calls_in(run: Callable[[], Any]) -> Counter[str]:
+    """Calls of Python functions, by what they belong to: fxint4, AOTAutograd or the rest."""
+    found: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            file = frame.f_code.co_filename.replace(os.sep, "/")
+            owners = [owner for owner in ("/fxint4/", "/_functorch/") if owner in file]
+            found[owners[0] if owners else "other"] += 1
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_call_does_little_for_each_packed_parameter(x: Tensor) -> None:
+    """Dynamo's guards ask each twice what it is; nothing else is done for each of them in Python.
+
+    AOTAutograd, left to itself, takes tensor subclasses apart at every call.
+    """
+    counts = []
+    for layers in (2, 12):
+        model = nn.Sequential(*(nn.Linear(K, K, bias=False) for _ in range(layers))).eval()
+        fxint4.pack_(model)
+        compiled = int4(model)
+        with torch.no_grad():
+            compiled(x), compiled(x)
+            counts.append(calls_in(lambda compiled=compiled: compiled(x)))
+    few, many = counts
+    assert few["/fxint4/"] > 0
+    assert few["/_functorch/"] > 0
+    assert many["/_functorch/"] == few["/_functorch/"]
+    assert many["/fxint4/"] - few["/fxint4/"] <= 2 * (12 - 2)
+
+
+def test_cuda_graphs_take_the_addresses_of_packed_parameters_for_granted() -> None:
+    """Of others they copy the data at every replay."""
+    model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K)).eval()
+    fxint4.pack_(model)
+    seen: list[tuple[list[bool], Sequence[int]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def inner(captured: fx.GraphModule, _: Any, **kwargs: Any) -> Callable[..., Any]:
+            placeholders = captured.graph.find_nodes(op="placeholder")
+            origins = [_torch.outer_input(node) for node in placeholders]
+            seen.append(
+                ([origin[1] is not None for origin in origins], kwargs["static_input_idxs"])
+            )
+            return _torch.mark_boxed(lambda args: captured(*args))
+
+        return _torch.compile_fx(gm, inputs, inner, {}, {}, Int4TileTensor)
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(torch.randn(2, K))
+    [(is_buffer, static)] = seen
+    # Tiles and scale_and_zero of two weights, two biases, x.
+    assert (sum(is_buffer), len(is_buffer)) == (4, 7)
+    assert {index for index, buffer in enumerate(is_buffer) if buffer} <= set(static)
+    assert len(static) == 6
+
+
+def packed(n: int = N) -> Int4TileTensor:
+    return Int4TileTensor.from_float(torch.randn(n, K), fxint4.Int4Config(**OPTIONS))
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """`y` is x W^T with a packed weight; see `assert_linear`."""
+    w, x = weight.dequantize(torch.float64), x.double()
+    assert ((y.double() - x @ w.T).abs() <= ROUNDING * (x.abs() @ w.abs().T)).all()
+
+
+def test_packed_weights_that_compiled_code_returns_are_the_very_ones(x: Tensor) -> None:
+    w = packed()
+    with torch.no_grad():
+        y, same, part = int4(lambda w, x: (x @ w.t(), w, w[:32]))(w, x)
+    assert_product(y, x, w)
+    assert same is w
+    assert isinstance(part, Int4TileTensor)
+    assert part.tiles.data_ptr() == w.tiles.data_ptr()
+    assert torch.equal(part.dequantize(), w[:32].dequantize())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_code_may_read_a_buffer_of_the_packed_weight_it_multiplies_by(
+    first: bool, x: Tensor
+) -> None:
+    def run(w: Int4TileTensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if first:
+            raised = w.tiles + 1
+            return x @ w.t(), raised, w.scale_and_zero
+        y = x @ w.t()
+        return y, w.tiles + 1, w.scale_and_zero
+
+    compiled = int4(run)
+    for w in (packed(), packed()):
+        with torch.no_grad():
+            y, raised, scale_and_zero = compiled(w, x)
+        assert_product(y, x, w)
+        assert torch.equal(raised, w.tiles + 1)
+        assert scale_and_zero is w.scale_and_zero
+
+
+def test_packed_weights_that_share_tiles_and_then_do_not(x: Tensor) -> None:
+    compiled = int4(lambda w, transposed, x: (x @ w.t(), x @ transposed))
+    shared, one, other = packed(), packed(), packed()
+    for w, another in ((shared, shared), (one, other), (shared, shared)):
+        with torch.no_grad():
+            y, z = compiled(w, another.t(), x)
+        assert_product(y, x, w)
+        assert_product(z, x, another)
+
+
+def test_a_packed_weight_that_the_graph_writes_to(x: Tensor) -> None:
+    def run(w: Int4TileTensor, x: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        before = x @ w.t()
+        w.copy_(new)
+        return before, x @ w.t()
+
+    compiled = int4(run)
+    w = packed()
+    for new in (packed(), packed()):
+        old = w.clone()
+        with torch.no_grad():
+            before, after = compiled(w, x, new)
+        assert_product(before, x, old)
+        assert_product(after, x, new)
+        assert torch.equal(w.dequantize(), new.dequantize())
+
+
+def test_a_packed_parameter_whose_data_changes_in_any_way(x: Tensor) -> None:
+    layer = nn.Linear(K, N, bias=False).eval()
+    layer.weight = nn.Parameter(packed(), requires_grad=False)
+    compiled = int4(layer)
+
+    def replace() -> None:
+        layer.weight = nn.Parameter(packed(), requires_grad=False)
+
+    def write() -> None:
+        layer.weight.copy_(packed())
+
+    def write_tiles() -> None:
+        layer.weight.tiles.copy_(packed().tiles)
+
+    def point_elsewhere() -> None:
+        layer.weight.tiles.data = packed().tiles
+
+    def replace_tiles() -> None:
+        layer.weight.tiles = packed().tiles
+
+    with torch.no_grad():
+        for change in (replace, write, write_tiles, point_elsewhere, replace_tiles):
+            assert_product(compiled(x), x, layer.weight)
+            change()
+            assert_product(compiled(x), x, layer.weight)
 
 
 # --- beside other compilers ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fxint4 import Int4Config, Int4TileTensor
 from fxint4.calibration import Statistics
 from fxint4.constants import AXES, Constants, Given, Standing, Weight
 from fxint4.quantize import dequantize, quantize
-from fxint4.store import Dense, Form, PackedWeight, Store
+from fxint4.store import Dense, Form, Lookup, PackedWeight, Store
 from fxint4.tiles import TileShape, choose_shape, unpack, unpack_scale_and_zero
 
 N, K, GROUP = 40, 100, 32  # both are padded
@@ -259,6 +259,41 @@ def test_given_tiles_that_change_are_packed_again(store: Store) -> None:
     assert not found.is_current(roots)
     store.fold(found, ("cpu",), roots)
     assert not torch.equal(before[0], found.forms["cpu"][0])
+
+
+def test_a_look_up_of_given_tiles_asks_only_where_they_are() -> None:
+    """They are what it found, so that a write to them changes nothing; a copy it would outdate."""
+    _, _, roots = given()
+    aliases, copies = Lookup(roots), Lookup(roots)
+    aliases.add([root.detach() for root in roots], roots)
+    copies.add([root.clone() for root in roots], roots)
+    for lookup in (aliases, copies):
+        lookup.finish(roots)
+        assert lookup.holds(roots)
+    roots[0].add_(1)
+    assert aliases.holds(roots)
+    assert not copies.holds(roots)
+    roots[0].data = roots[0].clone()
+    assert not aliases.holds(roots)
+
+
+def test_a_look_up_misses_no_write_while_it_looks() -> None:
+    _, _, roots = given()
+    lookup = Lookup(roots)
+    lookup.add([root.clone() for root in roots], roots)
+    roots[1].mul_(2)
+    lookup.finish(roots)
+    assert not lookup.holds(roots)
+
+
+def test_a_look_up_of_tiles_and_of_a_copy_of_them_sees_a_write() -> None:
+    _, _, roots = given()
+    lookup = Lookup(roots)
+    lookup.add([root.detach() for root in roots], roots)
+    lookup.add([roots[0].float()], roots)
+    lookup.finish(roots)
+    roots[0].add_(1)
+    assert not lookup.holds(roots)
 
 
 def test_given_tiles_are_not_kept_alive(store: Store) -> None:
