@@ -55,6 +55,7 @@ def launched(code: str, rows: int) -> list[tuple[int, int, int]]:
     values = Values({symbol: rows, "min": min, "max": max, "div_floor_integer": operator.floordiv})
     found = []
     for variant, text in re.findall(r"call__experts_kernel_(\d+)\((.*), this->device_idx_", code):
+        text = re.sub(r"wrap_with_raii_handle_if_needed\(.*?\)\)", "view", text)
         text = re.sub(r"std::|c10::|static_cast<int64_t>|(?<=\d)L\b", "", text)
         *arguments, programs, y, z = eval(f"[{text}]", {}, values)
         assert (y, z) == (1, 1)
@@ -89,7 +90,7 @@ def indexed_mm(x: Tensor, tiles: Tensor, params: Tensor, _: Tensor) -> Tensor:
     return torch.ops.fxint4.indexed_mm(x, tiles, params, ids, 128, 8 * tiles.shape[1])
 
 
-SIZES = [(8, 512, 512), (128, 768, 2048), (3, 72, 200)]
+SIZES = [(1, 512, 512), (8, 512, 512), (128, 768, 2048), (3, 72, 200)]
 OPS = [grouped_mm, bmm, indexed_mm]
 
 
