@@ -35,7 +35,8 @@ from peers import GemLite, TorchAO
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
-from fxint4.kernels.linear import Choice, choose, linear
+from fxint4.kernels.choice import Choice, choose
+from fxint4.kernels.linear import linear
 
 DEVICE = torch.device("cuda")
 GROUP = 128

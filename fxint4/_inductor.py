@@ -38,6 +38,7 @@ __all__ = [
     "lasting_zeros",
     "launch_triton",
     "matmul_into",
+    "of_dtype",
     "one_if_between",
     "static",
     "uses_cuda_graphs",
@@ -158,6 +159,13 @@ def call_as_it_is(op: Any, *args: Any, **kwargs: Any) -> Any:
 
     handler = lowering.fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
     return handler(*args, **kwargs)
+
+
+def of_dtype(dtype: torch.dtype, value: Any) -> Any:
+    """The value in a dtype."""
+    if value.get_dtype() is dtype:
+        return value
+    return call(torch.ops.prims.convert_element_type.default, value, dtype)
 
 
 def contiguous(value: Any) -> Any:

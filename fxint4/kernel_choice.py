@@ -11,7 +11,7 @@ import torch
 from fxint4 import _inductor
 from fxint4._torch import real_tensors
 from fxint4.config import Int4Config
-from fxint4.kernels.linear import Choice, choose, choose_blocks, gpu_of
+from fxint4.kernels.choice import Choice, choose, choose_blocks, gpu_of
 from fxint4.kernels.tuning import fastest
 
 __all__ = ["Policy", "at_run_time", "by_m", "range_text"]

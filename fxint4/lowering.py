@@ -23,9 +23,10 @@ from torch import fx
 from fxint4 import _inductor, kernel_choice, lowering_experts
 from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
+from fxint4.kernels import choice as rule
 from fxint4.kernels import common, experts, linear
+from fxint4.kernels.choice import Choice
 from fxint4.kernels.common import Blocks, Launch, version_of
-from fxint4.kernels.linear import Choice
 
 __all__ = ["compile_graph", "lowered"]
 
@@ -52,8 +53,8 @@ def lowered(policy: Policy) -> AbstractContextManager[None]:
         policy: which kernels to choose.
     """
     # All that has a say in what is made of a graph.
-    here = sys.modules[__name__]
-    version = version_of(here, lowering_experts, _inductor, kernel_choice, common, linear, experts)
+    modules = (sys.modules[__name__], lowering_experts, _inductor, kernel_choice)
+    version = version_of(*modules, rule, common, linear, experts)
     return _inductor.in_force(_lowerings(policy), f"{version} {policy}")
 
 
@@ -142,7 +143,7 @@ class _Matmul:
     def by_aten(self) -> Any:
         """The product by ATen's op, once for each weight; it counts elements in 32 bits."""
         weights, k_padded, _ = self._sizes
-        x = _as(torch.bfloat16, self.x)
+        x = _inductor.of_dtype(torch.bfloat16, self.x)
         if k_padded > self.k:
             x = _inductor.call(aten.constant_pad_nd.default, x, [0, k_padded - self.k], 0.0)
         x, op = _inductor.contiguous(x), aten._weight_int4pack_mm.default
@@ -151,7 +152,7 @@ class _Matmul:
             y = _inductor.call_as_it_is(op, x, tiles, self.group_size, parameters)
             products.append(_inductor.call(aten.slice.Tensor, y, 1, 0, n))
         y = products[0] if len(products) == 1 else _inductor.call(aten.cat.default, products, 1)
-        return _as(self.x.get_dtype(), y)
+        return _inductor.of_dtype(self.x.get_dtype(), y)
 
     def dequantised(self) -> Any:
         """The product by W written out, and Inductor's matmul."""
@@ -173,7 +174,7 @@ class _Matmul:
         for split in range(1, splits):
             part = _inductor.call(aten.select.int, partial, 0, split)
             y = _inductor.call(aten.add.Tensor, y, part)
-        return _as(x.get_dtype(), y)
+        return _inductor.of_dtype(x.get_dtype(), y)
 
     def multiplied_for_any_m(self, policy: Policy) -> Any:
         """The product by the kernel that the M of each run asks for.
@@ -277,9 +278,3 @@ class _Matmul:
             launch.warps,
             launch.stages,
         )
-
-
-def _as(dtype: torch.dtype, value: Any) -> Any:
-    if value.get_dtype() is dtype:
-        return value
-    return _inductor.call(torch.ops.prims.convert_element_type.default, value, dtype)

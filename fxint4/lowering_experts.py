@@ -63,7 +63,7 @@ def _bmm(x: Any, tiles: Any, scale_and_zero: Any, group_size: int, n: int) -> An
 
 
 def _grouped_mm(x: Any, tiles: Any, scale_and_zero: Any, offs: Any, group_size: int, n: int) -> Any:
-    ends = _as(torch.int32, offs)
+    ends = _inductor.of_dtype(torch.int32, offs)
     return _multiplied(x, tiles, scale_and_zero, ends, group_size, n, by_row=False)
 
 
@@ -101,7 +101,7 @@ def _multiplied(
         by_row: whether each row names its expert.
     """
     dtype = x.get_dtype()
-    x = _as(torch.bfloat16, x)
+    x = _inductor.of_dtype(torch.bfloat16, x)
     rows, k = x.get_size()
     given = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero, "experts": of_experts}
     shapes = {name: _without_numbers(value) for name, value in given.items()}
@@ -119,7 +119,7 @@ def _multiplied(
             launch.warps,
             launch.stages,
         )
-    return _as(dtype, y)
+    return _inductor.of_dtype(dtype, y)
 
 
 def _launches(
@@ -161,12 +161,6 @@ def _numbers(start: int, count: int, dtype: torch.dtype, device: torch.device) -
 def _at_most(size: Any, most: int) -> Any:
     """The smaller one of a size and a number."""
     return size - (size - most) * _inductor.one_if_between(size, most, None)
-
-
-def _as(dtype: torch.dtype, value: Any) -> Any:
-    if value.get_dtype() is dtype:
-        return value
-    return _inductor.call(torch.ops.prims.convert_element_type.default, value, dtype)
 
 
 def _without_numbers(value: Any) -> Tensor:

@@ -18,7 +18,7 @@ from kernel_support import make_experts
 from test_kernels_stress import BF16, FP16, fitted, make
 
 from fxint4.kernels import experts
-from fxint4.kernels.linear import Choice, configurations
+from fxint4.kernels.choice import Choice, configurations
 
 SHAPES = [([128, 64], 1024, 128, 8, BF16), ([100, 9], 1000, 32, 2, FP16)]
 

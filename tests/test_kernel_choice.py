@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fxint4.kernel_choice import at_run_time, by_m, range_text
-from fxint4.kernels import linear
-from fxint4.kernels.linear import Blocks, Choice, choose
+from fxint4.kernels.choice import Choice, choose
+from fxint4.kernels.common import Blocks
 
 
 def test_one_choice_is_one_range() -> None:
@@ -50,7 +50,7 @@ def launched_by_the_host(m: int, n: int, k: int) -> Choice:
 def test_the_ranges_say_what_the_kernels_say(
     choice: Callable[[int, int, int], object], n: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "triton", object())  # choices are made without it
+    monkeypatch.setattr("fxint4.kernels.choice.triton", object())  # choices are made without it
     ranges = by_m(lambda m: choice(m, n, k))
     assert (ranges[0][0], ranges[-1][1]) == (1, None)
     for (_, last, chosen), (first, _, following) in itertools.pairwise(ranges):
@@ -83,7 +83,7 @@ def test_a_range_as_text(first: int, last: int | None, text: str) -> None:
 def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_own(
     dtype: torch.dtype, replayed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "triton", object())
+    monkeypatch.setattr("fxint4.kernels.choice.triton", object())
     n, k = 28672, 4096
     few, many = (at_run_time(m, n, k, dtype, torch.device("cpu"), replayed) for m in (8, 100))
     host = dtype is torch.bfloat16 and not replayed

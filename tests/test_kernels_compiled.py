@@ -33,8 +33,9 @@ from torch import Tensor
 
 from fxint4.kernels import experts
 from fxint4.kernels import linear as kernels
+from fxint4.kernels.choice import Choice, configurations
 from fxint4.kernels.common import Blocks, Launch
-from fxint4.kernels.linear import Choice, configurations, dequantize, linears
+from fxint4.kernels.linear import dequantize, linears
 
 pytestmark = [needs_triton, compiled_only, quiet_triton]
 

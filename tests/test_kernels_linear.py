@@ -28,17 +28,11 @@ from kernel_support import (
 from support import assert_within
 from torch import Tensor
 
-from fxint4.kernels import common
+from fxint4.kernels import common, counters
 from fxint4.kernels import linear as kernels
+from fxint4.kernels.choice import Choice, choose, configurations
 from fxint4.kernels.common import Blocks
-from fxint4.kernels.linear import (
-    Choice,
-    choose,
-    configurations,
-    dequantize,
-    linear,
-    linears,
-)
+from fxint4.kernels.linear import dequantize, linear, linears
 from fxint4.quantize import dequantize as dequantise_plainly
 from fxint4.tiles import TileShape, pack, pack_scale_and_zero, unpack, unpack_scale_and_zero
 
@@ -353,7 +347,7 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
         refused("needs blocks", choice=Choice("triton"))
     else:
         refused("they must be on one CUDA device")
-    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr("fxint4.kernels.choice.triton", None)
     monkeypatch.setattr(common, "triton", None)
     assert choose(1, 64, 64) == choose(10**6, 64, 64) == ATEN
     monkeypatch.setattr(kernels, "check_devices", lambda *_: None)
@@ -589,9 +583,9 @@ def test_gpu_without_lasting_counters(lacking: str, monkeypatch: pytest.MonkeyPa
     x = rows(4, 2048, "cuda")
     choice = triton_choice(splits=4)
     expected = made.times(x, choice)
-    monkeypatch.setattr(kernels, "_by_device", {})
+    monkeypatch.setattr(counters, "_by_device", {})
     if lacking == "room":
-        monkeypatch.setattr(kernels, "_COUNTERS", 4)
+        monkeypatch.setattr(counters, "_COUNT", 4)
         assert torch.equal(made.times(x, choice), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -603,7 +597,9 @@ def test_gpu_without_lasting_counters(lacking: str, monkeypatch: pytest.MonkeyPa
 
 _FIRST_CALL_IN_A_TREE = """
 import torch
-from fxint4.kernels.linear import Blocks, Choice, linear
+from fxint4.kernels.choice import Choice
+from fxint4.kernels.common import Blocks
+from fxint4.kernels.linear import linear
 
 tiles = torch.randint(-(2**31), 2**31 - 1, (64, 8, 32, 4), dtype=torch.int32, device="cuda")
 parameters = torch.randn(8, 512, 2, dtype=torch.bfloat16, device="cuda")

@@ -24,8 +24,9 @@ from support import FP32, assert_within
 from torch import Tensor
 
 from fxint4.kernels import linear as kernels
+from fxint4.kernels.choice import Choice, configurations
 from fxint4.kernels.common import Blocks
-from fxint4.kernels.linear import Choice, configurations, linears
+from fxint4.kernels.linear import linears
 
 pytestmark = [pytest.mark.gpu, needs_triton, compiled_only, quiet_triton]
 
@@ -201,7 +202,9 @@ def test_after_a_launch_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _FAULT = """
 import torch
-from fxint4.kernels.linear import Blocks, Choice, linear
+from fxint4.kernels.choice import Choice
+from fxint4.kernels.common import Blocks
+from fxint4.kernels.linear import linear
 
 tiles = torch.randint(-(2**31), 2**31 - 1, (512, 32, 32, 4), dtype=torch.int32, device="cuda")
 parameters = torch.randn(32, 4096, 2, dtype=torch.bfloat16, device="cuda")

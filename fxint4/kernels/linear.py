@@ -1,7 +1,8 @@
 """One or several int4 weights: their product with x, and W written out.
 
 `linears` multiplies x by up to MOST_WEIGHTS weights of the same K, side by side, in one launch that
-reads each where it lies; `linear` is its case of one. It does so in the way that `choose` names: a
+reads each where it lies; `linear` is its case of one. It does so in the way that
+`fxint4.kernels.choice.choose` names: a
 Triton kernel that unpacks W in registers; `dequantize` and then torch's matmul, where rows are so
 many that unpacking W once for each block of them costs more than writing W out; or ATen's op, where
 Triton is missing. None waits for the device, and all can be captured in CUDA graphs. Equal inputs
@@ -19,18 +20,16 @@ Importing this module works without Triton.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, no_type_check
+from collections.abc import Sequence
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fxint4._torch import aten
+from fxint4.kernels import counters
+from fxint4.kernels.choice import Choice, choose, gpu_of
 from fxint4.kernels.common import (
     VARYING,
     Blocks,
@@ -48,21 +47,14 @@ from fxint4.kernels.common import (
     run,
     tile_of,
     tl,
-    triton,
     unpack,
 )
 
 __all__ = [
     "MOST_WEIGHTS",
-    "Blocks",
-    "Choice",
     "buffers_of",
-    "choose",
-    "choose_blocks",
-    "configurations",
     "dequantize",
     "dequantize_launch_of",
-    "gpu_of",
     "launch_of",
     "linear",
     "linears",
@@ -74,113 +66,6 @@ MOST_WEIGHTS = 4
 """Weights that one launch takes."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How to multiply.
-
-    kernel: "triton", "dequantise" (and torch.mm), or "aten" (`_weight_int4pack_mm`).
-    blocks: of the Triton kernel, else None.
-    """
-
-    kernel: Literal["aten", "triton", "dequantise"]
-    blocks: Blocks | None = None
-
-    def __str__(self) -> str:
-        """For people: "aten", "dequantise + cuBLAS", or the Triton kernel's blocks as MxN."""
-        if self.blocks is None:
-            return "dequantise + cuBLAS" if self.kernel == "dequantise" else self.kernel
-        splits = f", {self.blocks.splits} splits" if self.blocks.splits > 1 else ""
-        return f"{self.kernel} {self.blocks.rows}x{self.blocks.features}{splits}"
-
-
-def choose(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = True) -> Choice:
-    """How to multiply x ``[m, k]`` with weights of n out features; "aten" where Triton is missing.
-
-    Measured on an H200 with groups of 128 and inner_k_tiles 8.
-
-    multiprocessors: of the GPU; those of an H100 or H200.
-    wgmma: whether the GPU has these instructions: Hopper's, which read x from shared memory.
-    """
-    if triton is None:
-        return Choice("aten")
-    if m > (_MOST_ROWS if wgmma else 128):
-        return Choice("dequantise")
-    blocks = choose_blocks(m, n, k, multiprocessors, wgmma)
-    # The more blocks of rows, the more often W is unpacked. With the most of them that costs as
-    # much as writing it out once, and less only where no program waits for another.
-    if m > _MOST_ROWS - 128 and wgmma and _count(m, n, blocks) > 2 * multiprocessors:
-        return Choice("dequantise")
-    return Choice("triton", blocks)
-
-
-def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = True) -> Blocks:
-    """The Triton kernel's blocks, see `choose`.
-
-    Programs of large blocks read x and W, and unpack W, less often. But those that run at once, two
-    on each multiprocessor, have to be about as many as the GPU takes, and what each of them sums
-    long enough for that to pay.
-    """
-    at_once = 2 * multiprocessors
-    rows = next((rows for rows in (16, 32, 64) if m <= rows), 128 if wgmma else 64)
-
-    def columns(blocks: Blocks) -> float:
-        """Of k that a program sums where all that run at once share the blocks' work evenly."""
-        return _count(m, n, blocks) * k / at_once
-
-    blocks = Blocks(rows, features=128, step=256 if rows < 64 else 128)
-    if not wgmma:
-        blocks = Blocks(rows, features=64)
-    elif columns(blocks) < _ENOUGH:
-        blocks = replace(blocks, features=64)
-        if rows == 128 and columns(blocks) < _ENOUGH_OF_HALF:
-            blocks = replace(blocks, rows=64)
-        if rows == 32:
-            blocks = replace(blocks, step=128)
-    count = _count(m, n, blocks)
-    if blocks.rows < 128:
-        # More than two run on each multiprocessor; only two have room for more of W on its way.
-        splits = _splits(k, blocks, lambda s: s * count < 1.5 * at_once)
-        deep = blocks.step == 128 and blocks.features == 64 and splits * count <= at_once
-        return replace(blocks, splits=splits, stages=4 if deep else 3)
-    rest = count % at_once
-    if not rest or m > _MOST_ROWS:
-        return blocks
-    splits = _splits(k, blocks, lambda s: s * rest <= at_once)
-    if rest == count:
-        return replace(blocks, splits=splits)
-    return replace(blocks, at_once=at_once, rest_splits=splits) if splits > 1 else blocks
-
-
-def configurations() -> list[Blocks]:
-    """What `choose_blocks` can return for an H100 or H200, and for GPUs without wgmma."""
-    sizes = itertools.product(
-        (1, 32, 64, 128, 129, 256, 384, 512, 1024),
-        (8, *(i << e for e in range(8, 17) for i in (2, 3))),
-        (32, *(1 << e for e in range(9, 16))),
-        (132,),
-        (True, False),
-    )
-    return sorted({choose_blocks(*size) for size in sizes}, key=str)
-
-
-def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
-    """The largest of 1, 2, 4, 8 that is allowed and leaves each program two steps."""
-    splits = 1
-    while splits < 8 and allowed(2 * splits) and k >= 4 * splits * blocks.step:
-        splits *= 2
-    return splits
-
-
-#: For more rows W is written out.
-_MOST_ROWS = 1024
-#: Columns that make blocks of 128 out features, or else of 128 rows, pay.
-_ENOUGH, _ENOUGH_OF_HALF = 3400, 1900
-
-
-def _count(m: int, n: int, blocks: Blocks) -> int:
-    return -(-m // blocks.rows) * -(-n // blocks.features)
 
 
 def linear(
@@ -238,15 +123,6 @@ def linears(
     if choice.blocks is None:
         raise ValueError('a Choice of "triton" needs blocks')
     return _multiply(x, weights, group_size, ns, choice.blocks)
-
-
-@functools.cache
-def gpu_of(device: torch.device) -> tuple[int, bool]:
-    """What `choose` wants to know of a device: multiprocessors, and whether it has wgmma."""
-    if device.type != "cuda":
-        return 132, True
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major == 9
 
 
 def dequantize(
@@ -434,12 +310,12 @@ def _multiply(
     (m, k), n = x.shape, sum(ns)
     launch = launch_of(m, k, sizes, k_padded, group_size, half_inner, x.dtype, blocks, reduce=True)
     y = x.new_empty((m, n))
-    partial = counters = y  # not used
+    partial = counted = y  # not used
     shared = shared_programs(launch)
     if shared:
         partial = x.new_empty(shared * blocks.rows * blocks.features, dtype=torch.float32)
-        counters = _counters(shared // int(launch.arguments["SPLITS"]), x)
-    run(launch, [x, *buffers_of(weights), y, partial, counters])
+        counted = counters.zeroed(shared // int(launch.arguments["SPLITS"]), x)
+    run(launch, [x, *buffers_of(weights), y, partial, counted])
     return y
 
 
@@ -497,86 +373,6 @@ def _further(weights: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         for i, weight in enumerate(weights[1:], 1)
         for kind, buffer in zip(kinds, weight, strict=True)
     }
-
-
-# --- counters of the splits ----------------------------------------------------------------------
-# Programs that share a sum count themselves; the last one adds up and sets the counter to 0 again.
-# Making zeros for each launch would be a kernel of its own and cost about as much as a small
-# matmul. So there is a buffer for each device, zeroed once. No two launches that may run at the
-# same time share counters: launches on one stream follow each other and share a part of the
-# buffer; each launch that is captured in a graph, which may be replayed on any stream, keeps a
-# part for itself, for good. Where a part is not to be had, zeros are made after all.
-#
-# So counters are zeros whenever a launch begins. One that Triton or CUDA refuses has run no
-# program; a kernel that faults or is killed ends the process's CUDA context, and its counters with
-# it; a capture that fails leaves a part that is never used.
-
-_COUNTERS = 2**20
-_COUNTERS_A_STREAM = 2**12
-_lock = threading.Lock()
-
-
-@dataclass
-class _Counters:
-    buffer: Tensor  # int32 [_COUNTERS], zero but for the launches that run
-    used: int
-    by_stream: dict[int, Tensor]
-
-
-_by_device: dict[int, _Counters] = {}
-
-
-def _counters(count: int, like: Tensor) -> Tensor:
-    """int32 ``[count]`` of zeros, on the device of a tensor, for one launch on its current stream.
-
-    The launch leaves zeros behind.
-    """
-    device = like.get_device()
-    if not like.is_cuda:
-        return like.new_zeros(count, dtype=torch.int32)
-    captured = torch.cuda.is_current_stream_capturing()
-    with _lock:
-        mine = _by_device.get(device)
-        if mine is None and not captured:
-            mine = _by_device[device] = _Counters(_lasting_zeros(_COUNTERS, like.device), 0, {})
-        if mine is not None and captured:
-            part = _take(mine, count)
-        elif mine is not None and count <= _COUNTERS_A_STREAM:
-            stream = torch.cuda.current_stream(device).cuda_stream
-            part = mine.by_stream.get(stream)
-            if part is None:
-                part = _take(mine, _COUNTERS_A_STREAM)
-                if part is not None:
-                    mine.by_stream[stream] = part
-        else:
-            part = None
-    return like.new_zeros(count, dtype=torch.int32) if part is None else part
-
-
-def _take(counters: _Counters, count: int) -> Tensor | None:
-    if counters.used + count > _COUNTERS:
-        return None
-    part = counters.buffer[counters.used : counters.used + count]
-    counters.used += -(-count // 4) * 4  # Triton compiles anew for an address of other alignment
-    return part
-
-
-def _lasting_zeros(count: int, device: torch.device) -> Tensor:
-    """int32 zeros that are on the device when this returns, and that no memory pool owns.
-
-    torch's CUDA graphs of compiled functions give a thread's allocations to a pool in which nothing
-    may stay. So another thread allocates.
-    """
-    made: list[Tensor] = []
-
-    def make() -> None:
-        made.append(torch.zeros(count, dtype=torch.int32, device=device))
-        torch.cuda.current_stream(device).synchronize()
-
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
 
 
 # --- in Triton's language; annotations are its own, not types ------------------------------------

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from fxint4.files import write_whole
+from fxint4.kernels import choice as rule
 from fxint4.kernels import common, linear
+from fxint4.kernels.choice import Choice, choose, choose_blocks, gpu_of
 from fxint4.kernels.common import Blocks, triton, version_of
-from fxint4.kernels.linear import Choice, choose, choose_blocks, gpu_of
 
 __all__ = ["candidates", "fastest"]
 
@@ -112,7 +113,7 @@ def _choice(entry: dict[str, Any]) -> Choice:
 
 def _machine() -> str:
     """Names a GPU and the versions that its times depend on, for a file name."""
-    code = version_of(common, linear)
+    code = version_of(rule, common, linear)
     facts = (torch.cuda.get_device_properties(), torch.__version__, triton.__version__, code)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 

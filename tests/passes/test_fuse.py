@@ -35,7 +35,7 @@ from torch.nn import functional as F
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, Report
 from fxint4.kernel_choice import Policy
-from fxint4.kernels.linear import gpu_of
+from fxint4.kernels.choice import gpu_of
 from fxint4.passes import folded_record, matmuls, with_matmuls
 from fxint4.passes.fuse import _kernels_by_m
 from fxint4.store import store
@@ -49,7 +49,7 @@ H200 = gpu_of(torch.device("cpu"))  # what choices are made for where there is n
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxint4.passes.fuse.fuses", lambda device: True)
-    monkeypatch.setattr("fxint4.kernels.linear.triton", None)  # the GPU's kernels
+    monkeypatch.setattr("fxint4.kernels.choice.triton", None)  # the GPU's kernels
 
 
 class Heads(nn.Module):

@@ -1,0 +1,92 @@
+"""Counters for programs of one launch that share a sum: the last one adds up.
+
+Each program counts itself, and the last one sets the counter to 0 again. Making zeros for each
+launch would be a kernel of its own and cost about as much as a small matmul. So there is a buffer
+for each device, zeroed once. No two launches that may run at the same time share counters: launches
+on one stream follow each other and share a part of the buffer; each launch that is captured in a
+graph, which may be replayed on any stream, keeps a part for itself, for good. Where a part is not
+to be had, zeros are made after all.
+
+So counters are zeros whenever a launch begins. One that Triton or CUDA refuses has run no program;
+a kernel that faults or is killed ends the process's CUDA context, and its counters with it; a
+capture that fails leaves a part that is never used.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["zeroed"]
+
+_COUNT = 2**20
+_A_STREAM = 2**12
+_lock = threading.Lock()
+
+
+@dataclass
+class _Counters:
+    buffer: Tensor  # int32 [_COUNT], zero but for the launches that run
+    used: int
+    by_stream: dict[int, Tensor]
+
+
+_by_device: dict[int, _Counters] = {}
+
+
+def zeroed(count: int, like: Tensor) -> Tensor:
+    """Counters for one launch, which leaves zeros behind, on its device's current stream.
+
+    count: how many.
+    like: a tensor on the device.
+    Returns int32 ``[count or more]`` of zeros.
+    """
+    device = like.get_device()
+    if not like.is_cuda:
+        return like.new_zeros(count, dtype=torch.int32)
+    captured = torch.cuda.is_current_stream_capturing()
+    with _lock:
+        mine = _by_device.get(device)
+        if mine is None and not captured:
+            mine = _by_device[device] = _Counters(_lasting_zeros(_COUNT, like.device), 0, {})
+        if mine is not None and captured:
+            part = _take(mine, count)
+        elif mine is not None and count <= _A_STREAM:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            part = mine.by_stream.get(stream)
+            if part is None:
+                part = _take(mine, _A_STREAM)
+                if part is not None:
+                    mine.by_stream[stream] = part
+        else:
+            part = None
+    return like.new_zeros(count, dtype=torch.int32) if part is None else part
+
+
+def _take(counters: _Counters, count: int) -> Tensor | None:
+    if counters.used + count > _COUNT:
+        return None
+    part = counters.buffer[counters.used : counters.used + count]
+    counters.used += -(-count // 4) * 4  # Triton compiles anew for an address of other alignment
+    return part
+
+
+def _lasting_zeros(count: int, device: torch.device) -> Tensor:
+    """int32 zeros that are on the device when this returns, and that no memory pool owns.
+
+    torch's CUDA graphs of compiled functions give a thread's allocations to a pool in which nothing
+    may stay. So another thread allocates.
+    """
+    made: list[Tensor] = []
+
+    def make() -> None:
+        made.append(torch.zeros(count, dtype=torch.int32, device=device))
+        torch.cuda.current_stream(device).synchronize()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
