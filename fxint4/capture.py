@@ -37,8 +37,9 @@ def compiled_anew(
 ) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
     """A model compiled with a backend of ours, to be called with arguments and keyword arguments.
 
-    It has Python code of its own, so that what Dynamo keeps of it goes when it does, and does not
-    count as one more recompile of the model's. Our errors come out as they are.
+    It has Python code of its own, so that what Dynamo keeps of it goes when it does, does not count
+    as one more recompile of the model's, and has no size of the model's vary that ours differed in.
+    Our errors come out as they are.
     """
     function, first = _with_own_code(model)
     compiled = torch.compile(function, backend=backend)
@@ -78,8 +79,10 @@ def _twin(function: Any, scope: Any) -> FunctionType:
     Dynamo reads globals of the function it starts from as they are, and those of others through
     the module of that name, which code that was run by exec does not have.
     """
+    # By this name Dynamo remembers which sizes varied.
+    name = f"{function.__code__.co_name}_for_fxint4"
     made = FunctionType(
-        function.__code__.replace(),
+        function.__code__.replace(co_name=name),
         scope.__globals__,
         function.__name__,
         function.__defaults__,

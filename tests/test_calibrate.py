@@ -435,6 +435,17 @@ class Feed(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+def test_runs_of_our_own_make_no_size_vary() -> None:
+    """Dynamo lets a size vary that was another when it compiled a function before."""
+    model = Feed().eval()
+    fxint4.calibrate(model, [noise(8, 64, K)])
+    x = noise(16, K)
+    torch.compile(model, backend="int4tile")(x)
+    report = fxint4.last_report()
+    assert report is not None
+    assert f"f32[16, {K}]" in report.graph_diff
+
+
 def assert_near(y: Tensor, expected: Tensor) -> None:
     """Equal but for roundings of activations to bf16, which eager and compiled code do apart."""
     assert float((y - expected).norm()) < 2**-7 * float(expected.norm())
