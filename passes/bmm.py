@@ -25,7 +25,7 @@ class BatchedMatMul(Pattern):
         """A weight on either side."""
         bias = node.args[0] if node.target is aten.baddbmm.default else None
         left, right = (_unexpanded(operand) for operand in node.args[-2:])
-        found = [_picked(operand, constants) for operand in (left, right)]
+        found = [picked(operand, constants) for operand in (left, right)]
         if (found[0] is None) == (found[1] is None):
             return kept_pick((left, right), constants) if found[0] is None else None
         weight, ids, swapped = found[1] or found[0]  # type: ignore[misc]
@@ -57,8 +57,8 @@ class BatchedMatMul(Pattern):
         return build.add_scaled(product, match.bias, **factors)
 
 
-def _picked(operand: Any, constants: Constants) -> tuple[fx.Node, fx.Node | None, bool] | None:
-    """The constant weight behind an operand.
+def picked(operand: Any, constants: Constants) -> tuple[fx.Node, fx.Node | None, bool] | None:
+    """The constant weight behind an operand [B, rows, columns].
 
     Returns:
         The weight; which of its matrices each member of the batch takes, where it is not simply

@@ -360,6 +360,8 @@ def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> Non
         operand = build(aten.index.Tensor, dense, [match.ids])
         if match.axes.endswith("KN") != weight_on_right:
             operand = build(aten.permute.default, operand, [0, 2, 1])
+        if value_of(node.args[position]).ndim == 2:  # type: ignore[arg-type]
+            operand = build(aten.squeeze.dim, operand, 0)
     else:  # the weight is expanded over the batch
         operand = build(aten.view.default, dense, list(value_of(dense).shape[-2:]))
         operand = build(aten.expand.default, operand, [build.size(match.x, 0), -1, -1])
