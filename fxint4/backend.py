@@ -18,7 +18,7 @@ from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError, TrainingError
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import compile_graph
-from fxint4.measure import Errors, Trials, measure
+from fxint4.measure import Errors, measure
 from fxint4.names import (
     Inputs,
     layer_name,
@@ -31,6 +31,7 @@ from fxint4.passes import DECOMPOSITIONS, Site, fold, folded_record, with_matmul
 from fxint4.report import GraphReport, Report, graph_text
 from fxint4.runtime import Int4Graph, Meeting, expected_rows
 from fxint4.tensor import Int4TileTensor
+from fxint4.trials import Trials
 
 __all__ = ["explain", "int4tile", "last_report", "remember"]
 

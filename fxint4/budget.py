@@ -20,12 +20,13 @@ from fxint4.calibration import Calibration, Choice, Statistics, Trade
 from fxint4.capture import compiled_anew
 from fxint4.config import GROUP_SIZES
 from fxint4.gather import Gatherer, WatchedGraph, Weights
-from fxint4.measure import Trials, differences, float_tensors, ratio
+from fxint4.measure import differences, float_tensors, ratio
 from fxint4.methods.errors import output_error
 from fxint4.passes import Site
 from fxint4.quantize import nonfinite_fault
 from fxint4.recipe import recipe_of
 from fxint4.tiles import choose_shape
+from fxint4.trials import Trials
 
 __all__ = ["choose"]
 

@@ -13,11 +13,12 @@ from fxint4 import _torch
 from fxint4.config import Int4Config
 from fxint4.constants import Constants, Standing
 from fxint4.errors import Int4Error
-from fxint4.names import Inputs
+from fxint4.names import OWN_CODE, Inputs
 from fxint4.packing import Candidate, from_graph
 from fxint4.passes import DECOMPOSITIONS, PATTERNS, Site, find, inline_regions
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
+from fxint4.trials import Trials
 
 __all__ = [
     "Analysis",
@@ -79,10 +80,9 @@ def _twin(function: Any, scope: Any) -> FunctionType:
     Dynamo reads globals of the function it starts from as they are, and those of others through
     the module of that name, which code that was run by exec does not have.
     """
-    # By this name Dynamo remembers which sizes varied.
-    name = f"{function.__code__.co_name}_for_fxint4"
+    code = function.__code__  # by its name Dynamo remembers which sizes varied
     made = FunctionType(
-        function.__code__.replace(co_name=name),
+        code.replace(co_name=code.co_name + OWN_CODE),
         scope.__globals__,
         function.__name__,
         function.__defaults__,
@@ -134,6 +134,8 @@ def candidates_of(
 ) -> tuple[list[Candidate], list[Record]]:
     """What a model's graphs multiply by, found by running it once, without compiling anything.
 
+    Buffers, arguments and the like hold what they held before, see `fxint4.trials.Trials`.
+
     Args:
         model: the model.
         args: its arguments.
@@ -145,6 +147,7 @@ def candidates_of(
     """
     candidates: dict[int, Candidate] = {}
     kept: list[Record] = []
+    trials = [Trials(model)]  # emptied: Dynamo keeps the backend, which must not keep the model
 
     def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
         kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
@@ -153,13 +156,21 @@ def candidates_of(
             if known.k_axis != candidate.k_axis:
                 known.fault = known.fault or "multiplied along different axes"
             known.fault = known.fault or candidate.fault
-        captured = analysis.captured
-        return lambda arguments: cast("Sequence[Any]", captured(*arguments))
+        captured, written = analysis.captured, analysis.weights.written
 
-    compiled_anew(model, watching(config, run_of))(args, kwargs)
-    found = list(candidates.values())
-    candidates.clear()  # Dynamo keeps the backend, which must not keep the parameters
-    return found, kept
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            trials[0].keep(arguments[position] for position in written)
+            return cast("Sequence[Any]", captured(*arguments))
+
+        return run
+
+    try:
+        with trials[0].run(args, kwargs) as (own_args, own_kwargs):
+            compiled_anew(model, watching(config, run_of))(own_args, own_kwargs)
+        return list(candidates.values()), kept
+    finally:
+        trials.clear()
+        candidates.clear()
 
 
 class Analysis:

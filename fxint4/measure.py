@@ -6,16 +6,14 @@ one that the quantised weight gives for the same activation, and with the quanti
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from tqdm import tqdm
 
 from fxint4 import _torch
@@ -27,11 +25,11 @@ from fxint4.passes.pattern import GivenMatch
 from fxint4.quantize import nonfinite_fault, sqnr_db
 from fxint4.replay import Activation, Replay, own_matrix
 from fxint4.runtime import met_recipe
+from fxint4.trials import Trials, forked_random_state
 
 __all__ = [
     "Errors",
     "QuantizedOf",
-    "Trials",
     "differences",
     "float_tensors",
     "measure",
@@ -163,93 +161,13 @@ def measure_graph(
     with _Meter(_quantized_by(config), config.progress) as meter:
 
         def run() -> list[Tensor]:
-            with _torch.real_tensors(), _forked_random_state():
+            with _torch.real_tensors(), forked_random_state():
                 results = replay.run([arguments], meter)[0]
             return float_tensors([results[position] for position in outputs])
 
         before = run()
         meter.exchange = True
         return meter.errors(before, run())
-
-
-class Trials:
-    """Runs of a model that begin in the state it is in, and leave it as it was.
-
-    That state is: the buffers and other tensors that its graphs write to, the attributes of its
-    modules, its arguments, and torch's random state. What code between two graphs writes to, and
-    lists and objects in attributes, are not among it.
-
-    Args:
-        model: the model.
-    """
-
-    def __init__(self, model: Callable[..., Any]) -> None:
-        owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
-        self._modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._written: list[Tensor] = []
-
-    def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Note what tensors hold that the run is about to write to."""
-        for tensor in tensors:
-            if id(tensor) not in self._before:
-                self._before[id(tensor)] = (tensor, tensor.clone())
-
-    @contextlib.contextmanager
-    def run(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
-        """Around one run; gives the arguments to call the model with."""
-        self.keep(self._written)
-        namespaces = [
-            (names, dict(names))
-            for module in self._modules
-            for names in (vars(module), module._buffers)
-        ]
-        try:
-            with _forked_random_state():
-                yield self._copied((tuple(args), dict(kwargs)))
-        finally:
-            with torch.no_grad():
-                for tensor, held in self._before.values():
-                    tensor.copy_(held)
-            self._written = [tensor for tensor, _ in self._before.values()]
-            self._before.clear()
-            for names, were in namespaces:
-                _put_back(names, were)
-
-    def forget(self) -> None:
-        """Let go of the tensors that runs wrote to."""
-        self._written.clear()
-
-    def _copied(self, tree: Any) -> Any:
-        """Arguments in containers and objects (caches, say) of their own."""
-        shared = (*self._modules, *(p for module in self._modules for p in module.parameters()))
-        memo = {id(each): each for each in shared}
-
-        def of_its_own(value: Any) -> Any:
-            if isinstance(value, Tensor) or callable(value):
-                return value
-            try:
-                return copy.deepcopy(value, memo)
-            except Exception:  # an object that has no copies
-                return value
-
-        return _torch.map_leaves(of_its_own, tree)
-
-
-def _put_back(names: dict[str, Any], were: Mapping[str, Any]) -> None:
-    """Make a namespace hold what it held."""
-    if names.keys() != were.keys() or any(names[name] is not value for name, value in were.items()):
-        names.clear()
-        names.update(were)
-
-
-@contextlib.contextmanager
-def _forked_random_state() -> Iterator[None]:
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if used else ()):
-        yield
 
 
 class _Meter:

@@ -16,6 +16,7 @@ from fxint4._torch import frame_scope, source_name
 from fxint4.tensor import Int4TileTensor
 
 __all__ = [
+    "OWN_CODE",
     "Inputs",
     "layer_name",
     "names_in_call",
@@ -25,6 +26,9 @@ __all__ = [
     "source_line",
     "weight_names",
 ]
+
+#: What the name of a user's function ends with in a copy of its code for runs of our own.
+OWN_CODE = "_for_fxint4"
 
 #: A line of a stack trace that says where it is.
 _FRAME = re.compile(
@@ -125,7 +129,8 @@ def source_line(node: fx.Node) -> str:
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     for frame in reversed(frames):
         if not frame["file"].startswith(_NOT_USERS):
-            return f"{os.path.basename(frame['file'])}:{frame['line']} in {frame['function']}"
+            function = frame["function"].removesuffix(OWN_CODE)
+            return f"{os.path.basename(frame['file'])}:{frame['line']} in {function}"
     return ""
 
 

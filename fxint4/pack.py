@@ -13,7 +13,7 @@ from fxint4.calibrate import settled
 from fxint4.capture import candidates_of
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError
-from fxint4.measure import Trials, measure
+from fxint4.measure import measure
 from fxint4.names import parameters_of
 from fxint4.packing import (
     Candidate,
@@ -26,6 +26,7 @@ from fxint4.packing import (
 from fxint4.passes import Site
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
+from fxint4.trials import Trials
 
 __all__ = ["pack_"]
 
@@ -40,10 +41,11 @@ def pack_(
 ) -> Report:
     """Replace the weights of a model by packed ones, one at a time, and free the originals.
 
-    With example arguments the model is run once, and every parameter that its graphs multiply by
-    is packed, however it is used. Without them the modules are: `nn.Linear`, 1x1 convolutions,
-    `nn.MultiheadAttention`, and transformers' Conv1D and experts. Afterwards the model runs in
-    eager, with any backend, and fastest with `torch.compile(model, backend="int4tile")`.
+    With example arguments the model is run once, which leaves its buffers as they are, and every
+    parameter that its graphs multiply by is packed, however it is used. Without them the modules
+    are: `nn.Linear`, 1x1 convolutions, `nn.MultiheadAttention`, and transformers' Conv1D and
+    experts. Afterwards the model runs in eager, with any backend, and fastest with
+    `torch.compile(model, backend="int4tile")`.
 
     A weight that a parametrisation makes (weight_norm, say) is computed once and for all. A
     parameter that an embedding reads too, or that goes into an operator which packed weights don't

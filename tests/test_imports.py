@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowering",),
     ("passes",),
     ("runtime",),
-    ("packing", "replay"),
+    ("packing", "replay", "trials"),
     ("capture",),
     ("gather", "measure"),
     ("budget",),

@@ -20,7 +20,8 @@ from torch.export import export
 import fxint4
 from fxint4 import Int4Config, OptionError, Report, backend
 from fxint4 import measure as measuring
-from fxint4.measure import Trials, measure
+from fxint4.measure import measure
+from fxint4.trials import Trials
 
 GROUP = 64
 OPTIONS = {"group_size": GROUP}

@@ -374,6 +374,34 @@ def test_nothing_is_compiled_to_find_the_uses(monkeypatch: pytest.MonkeyPatch) -
 # --- on first compile ----------------------------------------------------------------------------
 
 
+class Remembering(nn.Module):
+    """Writes what it is given to a cache, to an attribute, and to an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(64, 64)
+        self.cache = nn.Buffer(torch.zeros(8, 64))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        self.cache[: len(x)] += self.projection(x)
+        seen += 1
+        self.last = x
+        return F.dropout(self.cache.sum(0))
+
+
+def test_the_run_leaves_buffers_arguments_and_random_numbers_as_they_were() -> None:
+    model = Remembering().eval()
+    x, seen = torch.randn(4, 64), torch.zeros(())
+    state = torch.random.get_rng_state()
+    [record] = pack_(model, (x, seen)).records
+    assert record.action == "packed"
+    assert not model.cache.any()
+    assert seen == 0
+    assert model.last is None
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,96 @@
+"""Runs of a model that leave it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxint4 import _torch
+
+__all__ = ["Trials", "forked_random_state"]
+
+
+class Trials:
+    """Runs of a model that begin in the state it is in, and leave it as it was.
+
+    That state is: the buffers and other tensors that its graphs write to, the attributes of its
+    modules, its arguments, and torch's random state. What code between two graphs writes to, and
+    lists and objects in attributes, are not among it.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+        self._modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: list[Tensor] = []
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Note what tensors hold that the run is about to write to."""
+        for tensor in tensors:
+            if id(tensor) not in self._before:
+                self._before[id(tensor)] = (tensor, tensor.clone())
+
+    @contextlib.contextmanager
+    def run(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
+        """Around one run; gives the arguments to call the model with."""
+        self.keep(self._written)
+        namespaces = [
+            (names, dict(names))
+            for module in self._modules
+            for names in (vars(module), module._buffers)
+        ]
+        try:
+            with forked_random_state():
+                yield self._copied((tuple(args), dict(kwargs)))
+        finally:
+            with torch.no_grad():
+                for tensor, held in self._before.values():
+                    tensor.copy_(held)
+            self._written = [tensor for tensor, _ in self._before.values()]
+            self._before.clear()
+            for names, were in namespaces:
+                _put_back(names, were)
+
+    def forget(self) -> None:
+        """Let go of the tensors that runs wrote to."""
+        self._written.clear()
+
+    def _copied(self, tree: Any) -> Any:
+        """Arguments in containers and objects (caches, say) of their own."""
+        shared = (*self._modules, *(p for module in self._modules for p in module.parameters()))
+        memo = {id(each): each for each in shared}
+
+        def of_its_own(value: Any) -> Any:
+            if isinstance(value, Tensor) or callable(value):
+                return value
+            try:
+                return copy.deepcopy(value, memo)
+            except Exception:  # an object that has no copies
+                return value
+
+        return _torch.map_leaves(of_its_own, tree)
+
+
+def _put_back(names: dict[str, Any], were: Mapping[str, Any]) -> None:
+    """Make a namespace hold what it held."""
+    if names.keys() != were.keys() or any(names[name] is not value for name, value in were.items()):
+        names.clear()
+        names.update(were)
+
+
+@contextlib.contextmanager
+def forked_random_state() -> Iterator[None]:
+    """A while in which random numbers may be drawn, and after which they go on as before."""
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if used else ()):
+        yield
