@@ -218,26 +218,14 @@ def check(
         )
     _, k_padded = check_weight(tiles, scale_and_zero, group_size, n)
     check_x(x, k_padded)
-    given = f"{experts.dtype} {tuple(experts.shape)}"
     if by_row:
-        dtypes = (torch.int32, torch.int64)
-        if (
-            experts.dtype not in dtypes
-            or experts.shape != x.shape[:1]
-            or not experts.is_contiguous()
-        ):
-            raise ValueError(
-                f"experts are {given}: they must be torch.int32 or torch.int64 [{x.shape[0]}], one "
-                "a row of x, and contiguous"
-            )
-    elif (
-        experts.dtype != torch.int32
-        or experts.shape != tiles.shape[:1]
-        or not experts.is_contiguous()
-    ):
+        name, of, dtypes, count = "experts", "a row of x", [torch.int32, torch.int64], len(x)
+    else:
+        name, of, dtypes, count = "ends", "an expert", [torch.int32], len(tiles)
+    if experts.dtype not in dtypes or experts.shape != (count,) or not experts.is_contiguous():
         raise ValueError(
-            f"ends are {given}: they must be torch.int32 [{tiles.shape[0]}], one an expert, and "
-            "contiguous"
+            f"{name} are {experts.dtype} {tuple(experts.shape)}: they must be "
+            f"{' or '.join(map(str, dtypes))} [{count}], one {of}, and contiguous"
         )
 
 
