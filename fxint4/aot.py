@@ -73,7 +73,7 @@ def package(
     program = _for_aotinductor(program)
     known = patches.get("aot_inductor.metadata") or {}
     patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
-    with lowered(Policy(config.kernel)):
+    with lowered(Policy(config.kernel, package=True)):
         _torch.aoti_package(program, path, patches)
     return path
 

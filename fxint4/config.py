@@ -37,7 +37,7 @@ _CALIBRATED = METHODS[3:]
 #: What a layer can have of its own.
 _OVERRIDDEN = ("group_size", "inner_k_tiles", "method", "min_sqnr_db")
 #: Ways to multiply by int4 weights on a GPU.
-KERNELS = ("triton", "dequantise", "aten")
+KERNELS = ("triton", "cuda", "dequantise", "aten")
 #: Files that a report can be written to.
 REPORT_SUFFIXES = (".json", ".txt", ".html")
 
@@ -78,7 +78,9 @@ class Int4Config:
             and up) in one matmul.
         kernel: on the GPU, how to multiply, whatever M is: "triton" (a kernel that unpacks weights
             in registers), "dequantise" (write the weight out, then cuBLAS) or "aten" (PyTorch's
-            int4 op). None is the fastest: by rule, or with mode="max-autotune" by measurement.
+            int4 op); or "cuda" (kernels in CUDA C++, where there is one for M and K, also outside
+            of CUDA graphs; not in packages). None is the fastest: by rule, or with
+            mode="max-autotune" by measurement.
         measure: measure what quantising does to the output of each matmul and of the whole model,
             by running it on the example inputs with both kinds of weights. None is for
             `fxint4.explain` alone; `fxint4.pack_`, `rewrite` and `package` do it where it is True.

@@ -224,8 +224,7 @@ def _with_matmuls(
     """Records that say which sites a package multiplies together, and by which kernels."""
     packed = [record for record in records if record.action == "packed"]
     forms = [site.int4 for site in sites]
-    # A launch from C++ costs as little as one from a CUDA graph.
-    policy = Policy(config.kernel, cuda_graphs=True)
+    policy = Policy(config.kernel, package=True)
     made = iter(with_matmuls(packed, sites, forms, config, policy))
     return [next(made) if record.action == "packed" else record for record in records]
 

@@ -11,6 +11,7 @@ import torch
 from fxint4 import _inductor
 from fxint4._torch import real_tensors
 from fxint4.config import Int4Config
+from fxint4.kernels import cuda
 from fxint4.kernels.choice import Choice, choose, choose_blocks, gpu_of
 from fxint4.kernels.tuning import fastest
 
@@ -32,14 +33,15 @@ class Policy:
 
     Attributes:
         kernel: the way to multiply that the user asked for, see `Int4Config.kernel`.
-        cuda_graphs: whether kernels are replayed from CUDA graphs, or launched by a package, and so
-            none from Python.
+        cuda_graphs: whether kernels are replayed from CUDA graphs, and none launched from Python.
         measured: whether kernels are chosen by measuring them.
+        package: whether a package launches them, which has no CUDA C++ kernels.
     """
 
     kernel: str | None = None
     cuda_graphs: bool = False
     measured: bool = False
+    package: bool = False
 
     @classmethod
     def now(cls, config: Int4Config) -> Policy:
@@ -67,17 +69,19 @@ class Policy:
             dtype: of x, bf16 or fp16.
             device: the GPU.
         """
-        if self.kernel is not None:
-            return _asked_for(self.kernel, m, n, k, device)
-        if not self.measured:
-            return choose(m, n, k, *gpu_of(device))
+        in_cuda = not self.package and _in_cuda(self.kernel, self.cuda_graphs, device)
+        if self.kernel is not None or not self.measured:
+            return _by_rule(m, n, k, device, self.kernel, in_cuda)
+        folder = _inductor.cache_folder()
         with real_tensors(), torch.cuda.device(device):
-            return fastest(m, n, k, group_size, half_inner, dtype, _inductor.cache_folder())
+            return fastest(m, n, k, group_size, half_inner, dtype, folder, in_cuda)
 
     def choose_at_run_time(
         self, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     ) -> Choice:
-        """How `fxint4.linears` multiplies where m is known when it is called."""
+        """How x ``[m, k]`` is multiplied where m is known when the graph runs."""
+        if self.package:
+            return _by_rule(m, n, k, device, self.kernel, in_cuda=False)
         return at_run_time(m, n, k, dtype, device, self.cuda_graphs, self.kernel)
 
 
@@ -94,7 +98,8 @@ def at_run_time(
 
     Where the host launches each kernel anew, that takes it longer for a Triton kernel than for the
     aten op. So the aten op, which reads W again for every 16 rows, is the faster one while the GPU
-    needs less than the difference. It knows bf16 alone.
+    needs less than the difference. It knows bf16 alone. From a CUDA graph a CUDA C++ kernel may be
+    launched.
 
     Args:
         m: rows.
@@ -105,17 +110,24 @@ def at_run_time(
         replayed: whether the kernel is launched from a CUDA graph.
         kernel: see `Int4Config.kernel`.
     """
-    if kernel is not None:
-        return _asked_for(kernel, m, n, k, device)
     few = m <= 8 or -(-m // 16) * n * k <= _ATEN_ELEMENTS
-    if few and not replayed and dtype is torch.bfloat16:
+    if kernel is None and few and not replayed and dtype is torch.bfloat16:
         return Choice("aten")
-    return choose(m, n, k, *gpu_of(device))
+    return _by_rule(m, n, k, device, kernel, _in_cuda(kernel, replayed, device))
 
 
-def _asked_for(kernel: str, m: int, n: int, k: int, device: torch.device) -> Choice:
+def _in_cuda(kernel: str | None, replayed: bool, device: torch.device) -> bool:
+    """Whether a CUDA C++ kernel may be the choice. One that was asked for is not looked for."""
+    return kernel == "cuda" or (replayed and cuda.available(device))
+
+
+def _by_rule(
+    m: int, n: int, k: int, device: torch.device, kernel: str | None, in_cuda: bool
+) -> Choice:
     if kernel == "triton":
         return Choice("triton", choose_blocks(m, n, k, *gpu_of(device)))
+    if kernel is None or kernel == "cuda":
+        return choose(m, n, k, *gpu_of(device), in_cuda)
     return Choice("aten" if kernel == "aten" else "dequantise")
 
 

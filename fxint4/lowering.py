@@ -1,9 +1,10 @@
 """What Inductor makes of int4 matmuls on a GPU, in force only inside our compile.
 
-A number of rows that is known decides the kernel while the graph is compiled, and Inductor launches
-it like its own. Where the sum over K is split among programs, these leave partial sums, and adding
-them is Inductor's: in one kernel with the bias, the activation, the residual or the norm that
-follows. A number of rows that varies decides at run time, in `fxint4.linears`: one compiled graph
+A number of rows that is known decides the kernel while the graph is compiled. Triton's and cuBLAS's
+are launched by Inductor like its own. Where the sum over K is split among programs, these leave
+partial sums, and adding them is Inductor's: in one kernel with the bias, the activation, the
+residual or the norm that follows. A CUDA C++ kernel is launched by `fxint4.linears`, which is told
+its sizes. A number of rows that varies decides at run time, in the same op: one compiled graph
 serves every M, and a CUDA graph holds the kernel of the M that it was captured with. A package,
 which runs without Python, has what the same choice names for any M, W written out and cuBLAS
 included: each run launches the kernels of other M with no programs, and takes no memory for W.
@@ -24,9 +25,10 @@ from fxint4 import _inductor, kernel_choice, lowering_experts
 from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import choice as rule
-from fxint4.kernels import common, experts, linear
+from fxint4.kernels import common, cuda, experts, linear, nvrtc
 from fxint4.kernels.choice import Choice
 from fxint4.kernels.common import Blocks, Launch, version_of
+from fxint4.kernels.cuda import CudaBlocks
 
 __all__ = ["compile_graph", "lowered"]
 
@@ -54,8 +56,8 @@ def lowered(policy: Policy) -> AbstractContextManager[None]:
     """
     # All that has a say in what is made of a graph.
     modules = (sys.modules[__name__], lowering_experts, _inductor, kernel_choice)
-    version = version_of(*modules, rule, common, linear, experts)
-    return _inductor.in_force(_lowerings(policy), f"{version} {policy}")
+    version = version_of(*modules, rule, common, linear, experts, cuda)
+    return _inductor.in_force(_lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}")
 
 
 def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
@@ -113,6 +115,8 @@ class _Matmul:
         if m is not None:
             choice = self.choice(m, policy)
             kernel, blocks = choice.kernel, choice.blocks
+        if isinstance(blocks, CudaBlocks):
+            return self.chosen_at_run_time(policy.cuda_graphs, blocks.name, blocks.sizes)
         if kernel == "dequantise":
             return self.dequantised()
         if blocks is not None:
@@ -127,8 +131,10 @@ class _Matmul:
         _, _, half_inner = self._sizes
         return policy.choose(m, sum(self.n), self.k, self.group_size, half_inner, dtype, device)
 
-    def chosen_at_run_time(self, replayed: bool, kernel: str | None) -> Any:
-        """The product by the op that chooses when it is called."""
+    def chosen_at_run_time(
+        self, replayed: bool, kernel: str | None, sizes: Sequence[int] = ()
+    ) -> Any:
+        """The product by the op that chooses when it is called, or by this CUDA kernel."""
         return _inductor.call_as_it_is(
             torch.ops.fxint4.linears.default,
             self.x,
@@ -138,6 +144,7 @@ class _Matmul:
             self.n,
             replayed,
             kernel,
+            list(sizes),
         )
 
     def by_aten(self) -> Any:
@@ -187,7 +194,7 @@ class _Matmul:
         y = _inductor.empty([rows, n], x, x.get_dtype())
         for first, last, choice in by_m(lambda m: self.choice(m, policy)):
             there, blocks = _inductor.one_if_between(rows, first, last), choice.blocks
-            if blocks is None:
+            if not isinstance(blocks, Blocks):
                 w = _inductor.call(aten.permute.default, self._written_out(there), [1, 0])
                 _inductor.matmul_into(y, x, w, there)
             else:

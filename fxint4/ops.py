@@ -25,6 +25,8 @@ from fxint4._torch import aten
 from fxint4.constants import Given
 from fxint4.kernel_choice import at_run_time
 from fxint4.kernels import experts, linear
+from fxint4.kernels.choice import Choice
+from fxint4.kernels.cuda import CudaBlocks
 from fxint4.store import store
 
 __all__: list[str] = []
@@ -36,7 +38,7 @@ _SCHEMAS = (
     f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
     "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
-    "bool replayed=False, str? kernel=None) -> Tensor",
+    "bool replayed=False, str? kernel=None, int[] sizes=[]) -> Tensor",
 )
 _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -56,16 +58,21 @@ def _linears_cuda(
     n: Sequence[int],
     replayed: bool = False,
     kernel: str | None = None,
+    sizes: Sequence[int] = (),
 ) -> Tensor:
     """``[..., K]`` times several weights of the same K, side by side: ``[..., sum(n)]``.
 
     replayed, kernel: see `fxint4.kernel_choice.at_run_time`.
+    sizes: with them kernel is the name of a CUDA kernel, see `fxint4.kernels.cuda.CudaBlocks.of`.
     """
     native = x.dtype is torch.float16
     rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
     m, k = rows.shape
     weights = [(t.contiguous(), p.contiguous()) for t, p in zip(tiles, scale_and_zero, strict=True)]
-    choice = at_run_time(m, sum(n), k, rows.dtype, x.device, replayed, kernel)
+    if kernel is not None and sizes:
+        choice = Choice("cuda", CudaBlocks.of(kernel, sizes))
+    else:
+        choice = at_run_time(m, sum(n), k, rows.dtype, x.device, replayed, kernel)
     y = linear.linears(rows, weights, group_size, n, choice)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
@@ -86,6 +93,7 @@ def _linears_cpu(
     n: Sequence[int],
     replayed: bool = False,
     kernel: str | None = None,
+    sizes: Sequence[int] = (),
 ) -> Tensor:
     weights = zip(tiles, scale_and_zero, n, strict=True)
     return torch.cat([_linear_cpu(x, t, p, group_size, rows) for t, p, rows in weights], -1)
@@ -233,6 +241,7 @@ def _fake_linears(
     n: Sequence[int],
     replayed: bool = False,
     kernel: str | None = None,
+    sizes: Sequence[int] = (),
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(n)))
 

@@ -86,6 +86,7 @@ def generated(
     specs: Sequence[tuple[Sequence[int], torch.dtype]],
     package: bool = False,
     kernel: str | None = None,
+    cuda_graphs: bool = False,
 ) -> str:
     """The code that Inductor makes of a function with our lowerings in force.
 
@@ -94,6 +95,7 @@ def generated(
         specs: size and dtype of each of them.
         package: whether it is C++ for a package, and for any number of rows of the first.
         kernel: see `Int4Config.kernel`.
+        cuda_graphs: whether kernels are to be replayed from CUDA graphs.
     """
     env = ShapeEnv()
     fake = FakeTensorMode(shape_env=env)
@@ -112,7 +114,7 @@ def generated(
         pretended_gpu(),
         V.set_fake_mode(fake),
         V.set_debug_handler(DebugContext()),
-        lowered(Policy(kernel)),
+        lowered(Policy(kernel, cuda_graphs, package=package)),
         _without_compiled_kernels() if package else contextlib.nullcontext(),
     ):
         graph = GraphLowering(

@@ -87,7 +87,11 @@ BAD_VALUES = [
     ("measure", 1, "measure is 1; it takes True, False or None"),
     ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
     ("report", True, "report is True; it takes the name of a .json, .txt, .html file"),
-    ("kernel", "cuda", "kernel is 'cuda'; it takes one of None, 'triton', 'dequantise', 'aten'"),
+    (
+        "kernel",
+        "cublas",
+        "kernel is 'cublas'; it takes one of None, 'triton', 'cuda', 'dequantise', 'aten'",
+    ),
 ]
 
 

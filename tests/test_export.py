@@ -338,14 +338,14 @@ def test_the_report_of_a_package_names_the_kernels_of_every_number_of_rows(
     def by_m(
         records: Sequence[Record], sites: Any, forms: Any, config: Any, policy: Policy
     ) -> list[Record]:
-        told.append((policy.kernel, policy.cuda_graphs, policy.measured))
+        told.append((policy.kernel, policy.package, policy.measured))
         kernels = ("M<=16: few", "M>=17: many")
         return [dataclasses.replace(record, kernels=kernels) for record in records]
 
     monkeypatch.setattr("fxint4.export.with_matmuls", by_m)
     captured = export(two_matmuls(), (torch.randn(4, 64),), dynamic_shapes=ROWS)
     rewrite_program(captured, Int4Config(kernel="triton"), only_aten=False)
-    # Launches cost a package as little as a CUDA graph, and it does not measure.
+    # A package has no kernels in CUDA C++, and does not measure.
     assert told == [("triton", True, False)]
     report = fxint4.last_report()
     assert report is not None

@@ -14,37 +14,60 @@ from typing import Literal
 import torch
 
 from fxint4.kernels.common import Blocks, triton
+from fxint4.kernels.cuda import CudaBlocks, FewRows
 
-__all__ = ["Choice", "choose", "choose_blocks", "configurations", "gpu_of"]
+__all__ = [
+    "Choice",
+    "choose",
+    "choose_blocks",
+    "choose_few_rows",
+    "configurations",
+    "few_rows_configurations",
+    "gpu_of",
+]
 
 
 @dataclass(frozen=True)
 class Choice:
     """How to multiply.
 
-    kernel: "triton", "dequantise" (and torch.mm), or "aten" (`_weight_int4pack_mm`).
-    blocks: of the Triton kernel, else None.
+    kernel: "triton", "cuda" (CUDA C++), "dequantise" (and torch.mm), or "aten"
+        (`_weight_int4pack_mm`).
+    blocks: of the Triton or CUDA kernel, else None.
     """
 
-    kernel: Literal["aten", "triton", "dequantise"]
-    blocks: Blocks | None = None
+    kernel: Literal["aten", "triton", "cuda", "dequantise"]
+    blocks: Blocks | CudaBlocks | None = None
 
     def __str__(self) -> str:
-        """For people: "aten", "dequantise + cuBLAS", or the Triton kernel's blocks as MxN."""
+        """For people: "aten", "dequantise + cuBLAS", or the kernel and its blocks as MxN."""
         if self.blocks is None:
             return "dequantise + cuBLAS" if self.kernel == "dequantise" else self.kernel
+        if isinstance(self.blocks, CudaBlocks):
+            return f"{self.kernel} {self.blocks}"
         splits = f", {self.blocks.splits} splits" if self.blocks.splits > 1 else ""
         return f"{self.kernel} {self.blocks.rows}x{self.blocks.features}{splits}"
 
 
-def choose(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = True) -> Choice:
+def choose(
+    m: int,
+    n: int,
+    k: int,
+    multiprocessors: int = 132,
+    wgmma: bool = True,
+    cuda: bool = False,
+) -> Choice:
     """How to multiply x ``[m, k]`` with weights of n out features; "aten" where Triton is missing.
 
     Measured on an H200 with groups of 128 and inner_k_tiles 8.
 
     multiprocessors: of the GPU; those of an H100 or H200.
     wgmma: whether the GPU has these instructions: Hopper's, which read x from shared memory.
+    cuda: whether a CUDA kernel may be the choice, see `fxint4.kernels.cuda.available`. Launching it
+        takes the host longer than the GPU, so that it pays in CUDA graphs alone.
     """
+    if cuda and m <= _MOST_OF_FEW_ROWS and k % 8 == 0:
+        return Choice("cuda", choose_few_rows(m, n, k, multiprocessors))
     if triton is None:
         return Choice("aten")
     if m > (_MOST_ROWS if wgmma else 128):
@@ -100,16 +123,37 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: boo
     return replace(blocks, at_once=at_once, rest_splits=splits) if splits > 1 else blocks
 
 
+def choose_few_rows(m: int, n: int, k: int, multiprocessors: int = 132) -> FewRows:
+    """The blocks of the CUDA kernel for few rows, see `choose`."""
+    rows = 8 if m <= 8 else 16
+    if -(-n // 32) < 2 * multiprocessors:
+        return FewRows(rows, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
+    return FewRows(rows, subtiles=2, warps_n=1, warps_k=8, prefetch=2)
+
+
 def configurations() -> list[Blocks]:
     """What `choose_blocks` can return for an H100 or H200, and for GPUs without wgmma."""
-    sizes = itertools.product(
-        (1, 32, 64, 128, 129, 256, 384, 512, 1024),
-        (8, *(i << e for e in range(8, 17) for i in (2, 3))),
-        (32, *(1 << e for e in range(9, 16))),
-        (132,),
-        (True, False),
-    )
-    return sorted({choose_blocks(*size) for size in sizes}, key=str)
+    sizes = itertools.product((1, 32, 64, 128, 129, 256, 384, 512, 1024), _NS, _KS)
+    gpus = [(132, True), (132, False)]
+    return sorted({choose_blocks(*size, *gpu) for size in sizes for gpu in gpus}, key=str)
+
+
+def few_rows_configurations() -> list[FewRows]:
+    """What `choose_few_rows` can return for an H100 or H200, and what is measured besides."""
+    chosen = {choose_few_rows(*size) for size in itertools.product((1, 16), _NS, _KS)}
+    measured = {
+        FewRows(rows, subtiles, warps_n, warps_k, prefetch)
+        for rows in (8, 16)
+        for subtiles in (1, 2)
+        for warps_n, warps_k in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8))
+        for prefetch in (1, 2)
+    }
+    return sorted(chosen | measured, key=lambda blocks: blocks.sizes)
+
+
+#: Out and in features among which there are those of every choice.
+_NS = (8, *(i << e for e in range(8, 17) for i in (2, 3)))
+_KS = (32, *(1 << e for e in range(9, 16)))
 
 
 def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
@@ -120,6 +164,8 @@ def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
     return splits
 
 
+#: More rows are not for the CUDA kernel of few.
+_MOST_OF_FEW_ROWS = 16
 #: For more rows W is written out.
 _MOST_ROWS = 1024
 #: Columns that make blocks pay: of 128 out features; of 128 rows by half of these; and of 128 out

@@ -3,17 +3,18 @@
 `linears` multiplies x by up to MOST_WEIGHTS weights of the same K, side by side, in one launch that
 reads each where it lies; `linear` is its case of one. It does so in the way that
 `fxint4.kernels.choice.choose` names: a
-Triton kernel that unpacks W in registers; `dequantize` and then torch's matmul, where rows are so
-many that unpacking W once for each block of them costs more than writing W out; or ATen's op, where
-Triton is missing. None waits for the device, and all can be captured in CUDA graphs. Equal inputs
-give equal bits: sums are made in a fixed order.
+Triton or CUDA C++ kernel that unpacks W in registers; `dequantize` and then torch's matmul, where
+rows are so many that unpacking W once for each block of them costs more than writing W out; or
+ATen's op, where Triton is missing. None waits for the device, and all can be captured in CUDA
+graphs. Equal inputs give equal bits: sums are made in a fixed order.
 
 `launch_of` and `dequantize_launch_of` say how the kernels are launched, for compilers that do it
 themselves.
 
 A weight is ``(q - 8) * scale + zero`` rounded to the dtype of x, see `fxint4.kernels.common`;
 products are summed in fp32 and y is rounded to the dtype of x. For bf16 these are the numbers of
-``aten._weight_int4pack_mm``. ``fxint4.tiles`` describes the tiles.
+``aten._weight_int4pack_mm``. The CUDA kernel for few rows does not round weights: scale and zero
+are applied to the sum of a group. ``fxint4.tiles`` describes the tiles.
 
 Importing this module works without Triton.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxint4._torch import aten
-from fxint4.kernels import counters
+from fxint4.kernels import counters, cuda
 from fxint4.kernels.choice import Choice, choose, gpu_of
 from fxint4.kernels.common import (
     VARYING,
@@ -98,7 +99,7 @@ def linears(
         its scale_and_zero, bf16 ``[Kp/group_size, Np, 2]``, both contiguous; K <= Kp.
     group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
     ns: out features to compute of each, at most its Np.
-    choice: how, None for what `choose` says.
+    choice: how, None for what `choose` says; what CUDA kernels can't read is left to others.
     Returns ``[M, sum(ns)]`` in the dtype of x, contiguous, columns in the order of the weights.
     "aten" casts fp16 to bf16 and y back.
     """
@@ -110,18 +111,22 @@ def linears(
     (m, k), n = x.shape, sum(ns)
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros((m, n))
-    choice = choose(m, n, k, *gpu_of(x.device)) if choice is None else choice
+    in_cuda = choice is not None and choice.kernel == "cuda"
+    if choice is None or (in_cuda and not cuda.reads(x, buffers_of(weights))):
+        choice = choose(m, n, k, *gpu_of(x.device))
     if choice.kernel == "aten":
         products = [
             _aten(x.to(torch.bfloat16), *weight, group_size, n).to(x.dtype)
             for weight, n in zip(weights, ns, strict=True)
         ]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
+    if isinstance(choice.blocks, cuda.CudaBlocks):
+        return _multiply_in_cuda(x, weights, group_size, ns, choice.blocks)
     need_triton()
     if choice.kernel == "dequantise":
         return x @ _dequantize(weights, group_size, ns, k, x.dtype).T
     if choice.blocks is None:
-        raise ValueError('a Choice of "triton" needs blocks')
+        raise ValueError(f'a Choice of "{choice.kernel}" needs blocks')
     return _multiply(x, weights, group_size, ns, choice.blocks)
 
 
@@ -254,12 +259,15 @@ def dequantize_launch_of(
 
 
 def _weights_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
+    return {**_sizes_arguments(weights), "WEIGHTS": len(weights)}
+
+
+def _sizes_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
     rest = [(0, weights[0][1])] * (MOST_WEIGHTS - len(weights))
     sizes = [*weights, *rest]
     return {
         **{f"n{i}": n for i, (n, _) in enumerate(sizes)},
         **{f"n_padded{i}": n_padded for i, (_, n_padded) in enumerate(sizes)},
-        "WEIGHTS": len(weights),
     }
 
 
@@ -316,6 +324,24 @@ def _multiply(
         partial = x.new_empty(shared * blocks.rows * blocks.features, dtype=torch.float32)
         counted = counters.zeroed(shared // int(launch.arguments["SPLITS"]), x)
     run(launch, [x, *buffers_of(weights), y, partial, counted])
+    return y
+
+
+def _multiply_in_cuda(
+    x: Tensor,
+    weights: Sequence[tuple[Tensor, Tensor]],
+    group_size: int,
+    ns: Sequence[int],
+    blocks: cuda.CudaBlocks,
+) -> Tensor:
+    sizes, k_padded, half_inner = sizes_of([tiles.shape for tiles, _ in weights], ns)
+    (m, k), n = x.shape, sum(ns)
+    blocks.check(m, k)
+    kernel = cuda.kernel(blocks, group_size, half_inner, len(weights), x.dtype, x.device)
+    y = x.new_empty((m, n))
+    addresses = [tensor.data_ptr() for tensor in (x, *buffers_of(weights), y)]
+    arguments = cuda.Arguments(*addresses, *_sizes_arguments(sizes).values(), m, k, k_padded)
+    kernel.launch(blocks.programs(m, ns), arguments)
     return y
 
 

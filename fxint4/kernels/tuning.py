@@ -14,8 +14,14 @@ import torch
 
 from fxint4.files import write_whole
 from fxint4.kernels import choice as rule
-from fxint4.kernels import common, linear
-from fxint4.kernels.choice import Choice, choose, choose_blocks, gpu_of
+from fxint4.kernels import common, cuda, linear, nvrtc
+from fxint4.kernels.choice import (
+    Choice,
+    choose,
+    choose_blocks,
+    few_rows_configurations,
+    gpu_of,
+)
 from fxint4.kernels.common import Blocks, triton, version_of
 
 __all__ = ["candidates", "fastest"]
@@ -27,7 +33,14 @@ _WARM_UP_MS, _REPEAT_MS = 5, 20
 
 
 def fastest(
-    m: int, n: int, k: int, group_size: int, half_inner: int, dtype: torch.dtype, folder: Path
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    half_inner: int,
+    dtype: torch.dtype,
+    folder: Path,
+    in_cuda: bool = False,
 ) -> Choice:
     """The fastest of `candidates` on the current GPU; the L2 is cold, as it is inside a model.
 
@@ -39,28 +52,36 @@ def fastest(
         half_inner: inner_k_tiles / 2.
         dtype: of x, bf16 or fp16.
         folder: where what was found is kept, in one file for a GPU and a version of the kernels.
+        in_cuda: whether CUDA C++ kernels are among the candidates.
     """
     path = folder / f"fxint4-kernels-{_machine()}.json"
     name = f"m={m} n={n} k={k} group_size={group_size} half_inner={half_inner} dtype={dtype}"
+    name += " cuda" if in_cuda else ""
     known = _read(path)
     if name not in known:
-        measured = _measured(m, n, k, group_size, half_inner, dtype)
+        measured = _measured(m, n, k, group_size, half_inner, dtype, in_cuda)
         known = {**_read(path), name: measured}  # others may have written meanwhile
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(known, indent=1))
     return _choice(min(known[name], key=lambda entry: entry["us"]))
 
 
-def candidates(m: int, n: int, k: int) -> list[Choice]:
+def candidates(m: int, n: int, k: int, in_cuda: bool = False) -> list[Choice]:
     """What is worth measuring on the current GPU for x ``[m, k]`` and a weight ``[n, k]``.
 
     The first is what `choose` says.
+
+    in_cuda: whether CUDA C++ kernels are among them.
     """
     gpu = gpu_of(torch.device("cuda"))
-    first = choose(m, n, k, *gpu)
+    first = choose(m, n, k, *gpu, in_cuda)
+    found = [first]
+    if isinstance(first.blocks, cuda.FewRows):
+        rows = first.blocks.rows
+        found += [Choice("cuda", b) for b in few_rows_configurations() if b.rows == rows]
     if triton is None:
-        return [first]
-    base = first.blocks or choose_blocks(m, n, k, *gpu)
+        return found
+    base = choose_blocks(m, n, k, *gpu)
     variants = [
         dataclasses.replace(base, rows=rows, features=features, splits=splits, stages=stages)
         for rows in {base.rows, max(16, base.rows // 2)}
@@ -69,7 +90,7 @@ def candidates(m: int, n: int, k: int) -> list[Choice]:
         for stages in (3, 4)
         if k >= splits * base.step
     ]
-    found = [first, *(Choice("triton", blocks) for blocks in variants)]
+    found += [Choice("triton", blocks) for blocks in (base, *variants)]
     if m <= 16:
         found.append(Choice("aten"))
     if m >= 256:
@@ -78,7 +99,13 @@ def candidates(m: int, n: int, k: int) -> list[Choice]:
 
 
 def _measured(
-    m: int, n: int, k: int, group_size: int, half_inner: int, dtype: torch.dtype
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    half_inner: int,
+    dtype: torch.dtype,
+    in_cuda: bool = False,
 ) -> list[dict[str, Any]]:
     """Each candidate as JSON, with its time in us."""
     inner = 2 * half_inner
@@ -89,7 +116,7 @@ def _measured(
     parameters = torch.randn(k_padded // group_size, n_padded, 2, device="cuda").bfloat16() / k
     x = torch.randn(m, k, device="cuda", dtype=dtype)
     results = []
-    for choice in candidates(m, n, k):
+    for choice in candidates(m, n, k, in_cuda):
         run = functools.partial(linear.linear, x, tiles, parameters, group_size, n, choice)
         try:
             time_ms = triton.testing.do_bench(
@@ -103,17 +130,20 @@ def _measured(
 
 
 def _entry(choice: Choice, time_us: float) -> dict[str, Any]:
-    return {**dataclasses.asdict(choice), "us": time_us}
+    of = {"of": choice.blocks.name} if isinstance(choice.blocks, cuda.CudaBlocks) else {}
+    return {**dataclasses.asdict(choice), **of, "us": time_us}
 
 
 def _choice(entry: dict[str, Any]) -> Choice:
-    blocks = entry["blocks"]
-    return Choice(entry["kernel"], Blocks(**blocks) if blocks else None)
+    kernel, blocks = entry["kernel"], entry["blocks"]
+    if kernel == "cuda":
+        return Choice(kernel, cuda.CudaBlocks.of(entry["of"], blocks.values()))
+    return Choice(kernel, Blocks(**blocks) if blocks else None)
 
 
 def _machine() -> str:
     """Names a GPU and the versions that its times depend on, for a file name."""
-    code = version_of(rule, common, linear)
+    code = version_of(rule, common, linear, cuda) + nvrtc.fingerprint()
     facts = (torch.cuda.get_device_properties(), torch.__version__, triton.__version__, code)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 

@@ -43,7 +43,8 @@ from fxint4.store import store
 M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 aten = torch.ops.aten
-H200 = gpu_of(torch.device("cpu"))  # what choices are made for where there is no GPU
+#: What choices are made for where there is no GPU, and whether CUDA kernels may be among them.
+H200 = (*gpu_of(torch.device("cpu")), False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,250 @@
+"""int4 matmuls in CUDA C++: the sizes of their blocks, what they read, and their launch.
+
+`FewRows` is few_rows.cu, which runs on GPUs of compute capability 8.0 and newer, and `ManyRows`
+many_rows.cu, which is written for Hopper's wgmma. Both read the tiles that Triton's kernels read,
+write y themselves in one launch, and take the same arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxint4.kernels import nvrtc
+
+__all__ = ["Arguments", "CudaBlocks", "FewRows", "ManyRows", "available", "kernel", "reads"]
+
+
+@dataclass(frozen=True)
+class CudaBlocks(ABC):
+    """What one block of threads computes, and with what: the macros of a kernel, in lower case.
+
+    name: the kernel's.
+    rows: of x.
+    """
+
+    name: ClassVar[str]
+
+    rows: int
+
+    @staticmethod
+    def of(name: str, sizes: Sequence[int]) -> CudaBlocks:
+        """Those of the kernel with this name; `sizes` gives them back."""
+        [kind] = (kind for kind in (FewRows, ManyRows) if kind.name == name)
+        return kind(*sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The values of all fields."""
+        return astuple(self)
+
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """Out features, of one weight."""
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """Of a block."""
+
+    @abstractmethod
+    def shared(self, group_size: int) -> int:
+        """Bytes of shared memory."""
+
+    @abstractmethod
+    def check(self, m: int, k: int) -> None:
+        """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
+
+    def programs(self, m: int, ns: Sequence[int]) -> int:
+        """Blocks for x of m rows and weights of these out features."""
+        return -(-m // self.rows) * sum(-(-n // self.features) for n in ns)
+
+    def macros(
+        self, group_size: int, half_inner: int, weights: int, dtype: torch.dtype
+    ) -> tuple[tuple[str, int], ...]:
+        """What the kernel is compiled with.
+
+        Args:
+            group_size: neighbouring k that share a scale and a zero.
+            half_inner: inner_k_tiles / 2.
+            weights: how many.
+            dtype: of x and y, bf16 or fp16.
+        """
+        return (
+            *((field.name.upper(), getattr(self, field.name)) for field in fields(self)),
+            ("GROUP", group_size),
+            ("HALF_INNER", half_inner),
+            ("WEIGHTS", weights),
+            ("DTYPE_FP16", int(dtype is torch.float16)),
+        )
+
+
+@dataclass(frozen=True)
+class FewRows(CudaBlocks):
+    """Of few_rows.cu.
+
+    rows: of x, 8 or 16, and at least M.
+    subtiles: of 16 features, that a warp multiplies.
+    warps_n: warps side by side along the features.
+    warps_k: warps that share the sum over k; with several warps_n at most 15.
+    prefetch: steps of 128 columns that are on their way while another is multiplied.
+    pdl: 1: the launch is a programmatic dependent of the one before, for compute capability 9.0 and
+        newer; tiles are read before that one is done, and it must not write them.
+    """
+
+    name = "few_rows"
+
+    subtiles: int
+    warps_n: int
+    warps_k: int
+    prefetch: int
+    pdl: int = 0
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.rows}x{self.features}, {self.warps_k} warps along K"
+
+    @property
+    def features(self) -> int:
+        """Out features, of one weight."""
+        return 16 * self.subtiles * self.warps_n
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps_n * self.warps_k
+
+    def shared(self, group_size: int) -> int:
+        """Bytes of shared memory: for x on its way, and then for the sums of all warps."""
+        x = (self.prefetch + 1) * self.warps_k * self.rows * 128 * 2
+        return max(x, 4 * self.warps_k * self.rows * (self.features + 4))
+
+    def check(self, m: int, k: int) -> None:
+        """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
+        if m > self.rows:
+            raise ValueError(f"x has {m} rows: these blocks take at most {self.rows}")
+
+
+@dataclass(frozen=True)
+class ManyRows(CudaBlocks):
+    """Of many_rows.cu.
+
+    rows: of x, 64, 128 or 256.
+    warpgroups: of 128 threads.
+    subtiles: of 64 features, that a warpgroup multiplies.
+    step: columns of k at a time, 64 or 128.
+    stages: steps in shared memory, at least 3.
+    splits: blocks that share the sum over k, a cluster.
+    blocks_per_sm: that the registers have to be enough for.
+    """
+
+    name = "many_rows"
+
+    warpgroups: int
+    subtiles: int
+    step: int
+    stages: int
+    splits: int = 1
+    blocks_per_sm: int = 1
+
+    def __str__(self) -> str:
+        """For people."""
+        splits = f", {self.splits} splits" if self.splits > 1 else ""
+        return f"{self.rows}x{self.features}{splits}"
+
+    @property
+    def features(self) -> int:
+        """Out features, of one weight."""
+        return 64 * self.warpgroups * self.subtiles
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 128 * self.warpgroups
+
+    def shared(self, group_size: int) -> int:
+        """Bytes of shared memory: for x, words and parameters on their way, and then for sums."""
+        parameters = self.features * -(-self.step // group_size) * 4
+        stage = self.rows * self.step * 2 + self.features * self.step // 2 + parameters
+        sums = self.rows * (self.features + 4) * 4
+        return max(self.stages * (-(-stage // 1024) * 1024), sums)
+
+    def check(self, m: int, k: int) -> None:
+        """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
+        if k < self.splits * self.step:
+            raise ValueError(
+                f"x has {k} columns: {self.splits} splits of {self.step} columns and more need "
+                f"{self.splits * self.step}"
+            )
+
+    def programs(self, m: int, ns: Sequence[int]) -> int:
+        """Blocks for x of m rows and weights of these out features."""
+        return self.splits * super().programs(m, ns)
+
+
+_FOURS = ("tiles0", "params0", "tiles1", "params1", "tiles2", "params2", "tiles3", "params3")
+_COUNTS = tuple(f"{kind}{i}" for kind in ("n", "n_padded") for i in range(4))
+
+
+class Arguments(ctypes.Structure):
+    """Of both kernels: addresses of x, of what `fxint4.kernels.linear.buffers_of` gives, and of y.
+
+    Then n and n_padded of four weights, M, K and k_padded.
+    """
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", *_FOURS, "y")),
+        *((name, ctypes.c_int) for name in (*_COUNTS, "M", "K", "k_padded")),
+    )
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether these kernels can be compiled here, for a device."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return nvrtc.architecture(*torch.cuda.get_device_capability(device)) is not None
+
+
+def reads(x: Tensor, buffers: Sequence[Tensor]) -> bool:
+    """Whether x ``[M, K]`` and the weights' buffers lie where these kernels can read them.
+
+    They read 16 bytes at a time.
+    """
+    return x.shape[1] % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, *buffers))
+
+
+@functools.cache
+def kernel(
+    blocks: CudaBlocks,
+    group_size: int,
+    half_inner: int,
+    weights: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nvrtc.Kernel:
+    """The kernel, loaded.
+
+    Args:
+        blocks: `CudaBlocks`.
+        group_size: see `CudaBlocks.macros`, likewise the others.
+        half_inner: inner_k_tiles / 2.
+        weights: how many.
+        dtype: of x.
+        device: of CUDA, with its index.
+
+    Raises:
+        RuntimeError: it can't be compiled, or the driver refuses it.
+    """
+    macros = blocks.macros(group_size, half_inner, weights, dtype)
+    dependent = isinstance(blocks, FewRows) and bool(blocks.pdl)
+    shared = blocks.shared(group_size)
+    return nvrtc.Kernel(blocks.name, macros, device, blocks.threads, shared, dependent)

@@ -1,0 +1,257 @@
+"""CUDA C++ kernels: compiled by NVRTC when they are first needed, loaded and launched.
+
+A kernel is a file beside this one, NAME.cu, that includes nothing but the .cuh files here, and has
+one ``extern "C"`` function NAME; macros give its sizes. NVRTC and the bindings to it and to the
+driver come with torch's CUDA wheels for Linux. Importing this module works without them, and
+compiling works without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import logging
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import torch
+
+from fxint4 import _inductor
+from fxint4.files import write_whole
+
+__all__ = ["Kernel", "architecture", "compiled", "fingerprint", "version"]
+
+logger = logging.getLogger("fxint4")
+
+Macros = tuple[tuple[str, int], ...]
+
+#: Bytes of shared memory that a block may have without asking for them.
+_USUAL_SHARED = 48 * 2**10
+
+
+@functools.cache
+def _bindings() -> tuple[Any, Any, str] | None:
+    """The modules for NVRTC and the driver, and NVRTC's version; None where they are missing."""
+    try:
+        # Not import statements: a type checker that has them and one that has not would disagree.
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+        driver = importlib.import_module("cuda.bindings.driver")
+        _, major, minor = nvrtc.nvrtcVersion()  # the first call looks for the library
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.debug("no CUDA C++ kernels, Triton's are taken instead: %s", error)
+        return None
+    return nvrtc, driver, f"{major}.{minor}"
+
+
+def version() -> str | None:
+    """NVRTC's, "13.0"; None where it or the bindings are missing."""
+    found = _bindings()
+    return found and found[2]
+
+
+@functools.cache
+def architecture(major: int, minor: int) -> str | None:
+    """What to compile for, so that GPUs of a compute capability run it; None where that is nothing.
+
+    "sm_90a", with Hopper's own instructions, for 9.0; else the newest that NVRTC knows of those
+    whose code runs there: they share the major number.
+    """
+    found = _bindings()
+    if found is None:
+        return None
+    _, known = found[0].nvrtcGetSupportedArchs()
+    fit = [each for each in known if each // 10 == major and each % 10 <= minor]
+    return f"sm_{max(fit)}{'a' if max(fit) == 90 else ''}" if fit else None
+
+
+@functools.cache
+def fingerprint() -> str:
+    """For caches on disk: another one whenever a kernel's source or NVRTC is another."""
+    return hashlib.sha256(repr((sorted(_sources().items()), version())).encode()).hexdigest()
+
+
+@functools.cache
+def _sources() -> Mapping[str, bytes]:
+    """The .cu and .cuh files by name."""
+    files = resources.files(__package__).iterdir()
+    return {file.name: file.read_bytes() for file in files if file.name.endswith((".cu", ".cuh"))}
+
+
+@functools.cache
+def compiled(name: str, macros: Macros, target: str) -> bytes:
+    """A kernel as a cubin; it is kept in Inductor's cache folder.
+
+    Args:
+        name: of its file, less the suffix.
+        macros: names and values.
+        target: see `architecture`.
+
+    Raises:
+        RuntimeError: NVRTC is missing, or refuses the source; then its log is in the message.
+    """
+    defined = [f"-D{macro}={value}" for macro, value in macros]
+    options = [f"-arch={target}", "-std=c++17", *defined]
+    digest = hashlib.sha256(repr((fingerprint(), options)).encode()).hexdigest()[:32]
+    path = _inductor.cache_folder() / f"fxint4-{name}-{digest}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        cubin = _compiled(name, options)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, cubin)
+    except OSError as error:
+        logger.debug("%s is compiled again in the next process: %s", name, error)
+    return cubin
+
+
+def _compiled(name: str, options: list[str]) -> bytes:
+    nvrtc, _, number = _needed()
+    headers = {file: text for file, text in _sources().items() if file.endswith(".cuh")}
+    file = f"{name}.cu"
+    _, program = nvrtc.nvrtcCreateProgram(
+        _sources()[file],
+        file.encode(),
+        len(headers),
+        list(headers.values()),
+        [header.encode() for header in headers],
+    )
+    try:
+        (result,) = nvrtc.nvrtcCompileProgram(
+            program, len(options), [option.encode() for option in options]
+        )
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            log = bytes(size)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(
+                f"NVRTC {number} does not compile {file} with {' '.join(options)} "
+                f"({result.name}):\n{log.rstrip(bytes(1)).decode(errors='replace')}"
+            )
+        _, size = nvrtc.nvrtcGetCUBINSize(program)
+        cubin = bytes(size)
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return cubin
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _needed() -> tuple[Any, Any, str]:
+    found = _bindings()
+    if found is None:
+        raise RuntimeError(
+            "this int4 matmul needs NVRTC and cuda-bindings, which are not installed; torch's CUDA "
+            "wheels for Linux bring them, otherwise: pip install cuda-bindings nvidia-cuda-nvrtc "
+            "of torch.version.cuda; or leave the option kernel='cuda' out"
+        )
+    return found
+
+
+class Kernel:
+    """A kernel on one device, loaded. What the driver refuses is a RuntimeError that names it.
+
+    Args:
+        name: see `compiled`.
+        macros: see `compiled`.
+        device: of CUDA, with its index.
+        threads: of a block.
+        shared: bytes of shared memory that each block is given.
+        dependent: whether it may start while the kernel before it on the stream still runs, for
+            which it waits itself ("programmatic dependent launch").
+    """
+
+    def __init__(
+        self,
+        name: str,
+        macros: Macros,
+        device: torch.device,
+        threads: int,
+        shared: int,
+        dependent: bool = False,
+    ) -> None:
+        self._name, self._device, self._threads, self._shared = name, device, threads, shared
+        self._dependent = dependent
+        _, self._driver, number = _needed()
+        capability = torch.cuda.get_device_capability(device)
+        target = architecture(*capability)
+        if target is None:
+            major, minor = capability
+            raise RuntimeError(
+                f"NVRTC {number} does not compile for compute capability {major}.{minor} of "
+                f"{device}: leave the option kernel='cuda' out"
+            )
+        driver, cubin = self._driver, compiled(name, macros, target)
+        with torch.cuda.device(device):
+            self._make_context_current()
+            # The module lives as long as the process: its kernels may be in CUDA graphs.
+            module = self._checked(driver.cuModuleLoadData(cubin))
+            self._function = self._checked(driver.cuModuleGetFunction(module, name.encode()))
+            if shared > _USUAL_SHARED:
+                most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._checked(driver.cuFuncSetAttribute(self._function, most, shared))
+
+    def launch(self, programs: int, arguments: ctypes.Structure) -> None:
+        """On the device's current stream.
+
+        Args:
+            programs: blocks, along the grid's first axis.
+            arguments: the kernel's, a field for each, in their order.
+        """
+        start = ctypes.addressof(arguments)
+        offsets = _offsets(type(arguments))
+        pointers = (ctypes.c_void_p * len(offsets))(*[start + offset for offset in offsets])
+        address = ctypes.addressof(pointers)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        launch = self._launch_dependent if self._dependent else self._launch
+        with torch.cuda.device(self._device):
+            launched = launch(programs, stream, address)
+            if launched[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+                # A thread's first calls of torch do not need to have made one current.
+                self._make_context_current()
+                launched = launch(programs, stream, address)
+            self._checked(launched)
+
+    def _launch(self, programs: int, stream: int, address: int) -> tuple[Any, ...]:
+        grid, block = (programs, 1, 1), (self._threads, 1, 1)
+        return self._driver.cuLaunchKernel(  # type: ignore[no-any-return]
+            self._function, *grid, *block, self._shared, stream, address, 0
+        )
+
+    def _launch_dependent(self, programs: int, stream: int, address: int) -> tuple[Any, ...]:
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes, config.hStream = self._shared, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return driver.cuLaunchKernelEx(  # type: ignore[no-any-return]
+            config, self._function, address, 0
+        )
+
+    def _make_context_current(self) -> None:
+        """The one of the device that torch uses, too."""
+        driver = self._driver
+        device = self._checked(driver.cuDeviceGet(self._device.index))
+        context = self._checked(driver.cuDevicePrimaryCtxRetain(device))
+        self._checked(driver.cuCtxSetCurrent(context))
+
+    def _checked(self, returned: tuple[Any, ...]) -> Any:
+        """What a call of the driver returned beside its result."""
+        result, *values = returned
+        if result != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA kernel {self._name} on {self._device}: {result.name}")
+        return values[0] if values else None
+
+
+@functools.cache
+def _offsets(arguments: type[ctypes.Structure]) -> tuple[int, ...]:
+    """Of the fields, in bytes."""
+    return tuple(getattr(arguments, name).offset for name, *_ in arguments._fields_)
