@@ -15,10 +15,11 @@ import sys
 
 import torch
 from kernel_support import make_experts
+from test_kernels_cuda import runs
 from test_kernels_stress import BF16, FP16, fitted, make
 
 from fxint4.kernels import experts
-from fxint4.kernels.choice import Choice, configurations
+from fxint4.kernels.choice import Choice, configurations, few_rows_configurations
 
 SHAPES = [([128, 64], 1024, 128, 8, BF16), ([100, 9], 1000, 32, 2, FP16)]
 
@@ -35,6 +36,11 @@ def launches(part: int, parts: int) -> int:
             for _ in range(2):  # the second uses the counters that the first leaves behind
                 made.times(torch.randn(m, k, device="cuda").to(dtype), choice)
             count += 1
+        for few in few_rows_configurations()[part::parts]:
+            if runs(few, group):
+                x = torch.randn(few.rows - 3, k, device="cuda").to(dtype)
+                made.times(x, Choice("cuda", few))
+                count += 1
         many = make_experts(5, ns[0], k, group, inner, "cuda")
         for most, _ in experts._BY_ROWS[part::parts]:
             rows = int(5 * min(most, 80) - 2)

@@ -96,6 +96,7 @@ class FewRows(CudaBlocks):
     warps_n: warps side by side along the features.
     warps_k: warps that share the sum over k; with several warps_n at most 15.
     prefetch: steps of 128 columns that are on their way while another is multiplied.
+    blocks: that a multiprocessor shall have registers for.
     pdl: 1: the launch is a programmatic dependent of the one before, for compute capability 9.0 and
         newer; tiles are read before that one is done, and it must not write them.
     """
@@ -106,6 +107,7 @@ class FewRows(CudaBlocks):
     warps_n: int
     warps_k: int
     prefetch: int
+    blocks: int = 1
     pdl: int = 0
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -22,12 +22,13 @@ import torch
 from fxint4 import _inductor
 from fxint4.files import write_whole
 
-__all__ = ["Kernel", "architecture", "compiled", "fingerprint", "version"]
+__all__ = ["Kernel", "architecture", "build", "compiled", "fingerprint", "version"]
 
 logger = logging.getLogger("fxint4")
 
 Macros = tuple[tuple[str, int], ...]
 
+_OPTIONS = ("-std=c++17",)
 #: Bytes of shared memory that a block may have without asking for them.
 _USUAL_SHARED = 48 * 2**10
 
@@ -70,7 +71,8 @@ def architecture(major: int, minor: int) -> str | None:
 @functools.cache
 def fingerprint() -> str:
     """For caches on disk: another one whenever a kernel's source or NVRTC is another."""
-    return hashlib.sha256(repr((sorted(_sources().items()), version())).encode()).hexdigest()
+    facts = (sorted(_sources().items()), _OPTIONS, version())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 @functools.cache
@@ -82,24 +84,13 @@ def _sources() -> Mapping[str, bytes]:
 
 @functools.cache
 def compiled(name: str, macros: Macros, target: str) -> bytes:
-    """A kernel as a cubin; it is kept in Inductor's cache folder.
-
-    Args:
-        name: of its file, less the suffix.
-        macros: names and values.
-        target: see `architecture`.
-
-    Raises:
-        RuntimeError: NVRTC is missing, or refuses the source; then its log is in the message.
-    """
-    defined = [f"-D{macro}={value}" for macro, value in macros]
-    options = [f"-arch={target}", "-std=c++17", *defined]
-    digest = hashlib.sha256(repr((fingerprint(), options)).encode()).hexdigest()[:32]
+    """A kernel as a cubin; it is kept in Inductor's cache folder. See `build`."""
+    digest = hashlib.sha256(repr((fingerprint(), macros, target)).encode()).hexdigest()[:32]
     path = _inductor.cache_folder() / f"fxint4-{name}-{digest}.cubin"
     try:
         return path.read_bytes()
     except OSError:
-        cubin = _compiled(name, options)
+        cubin, _ = build(name, macros, target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, cubin)
@@ -108,10 +99,25 @@ def compiled(name: str, macros: Macros, target: str) -> bytes:
     return cubin
 
 
-def _compiled(name: str, options: list[str]) -> bytes:
+def build(name: str, macros: Macros, target: str, further: Sequence[str] = ()) -> tuple[bytes, str]:
+    """Compile a kernel.
+
+    Args:
+        name: of its file, less the suffix.
+        macros: names and values.
+        target: see `architecture`.
+        further: options of NVRTC.
+
+    Returns:
+        The cubin, and NVRTC's log.
+
+    Raises:
+        RuntimeError: NVRTC is missing, or refuses the source; then its log is in the message.
+    """
     nvrtc, _, number = _needed()
     headers = {file: text for file, text in _sources().items() if file.endswith(".cuh")}
-    file = f"{name}.cu"
+    file, defined = f"{name}.cu", [f"-D{macro}={value}" for macro, value in macros]
+    options = [f"-arch={target}", *_OPTIONS, *defined, *further]
     _, program = nvrtc.nvrtcCreateProgram(
         _sources()[file],
         file.encode(),
@@ -123,18 +129,19 @@ def _compiled(name: str, options: list[str]) -> bytes:
         (result,) = nvrtc.nvrtcCompileProgram(
             program, len(options), [option.encode() for option in options]
         )
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        written = bytes(size)
+        nvrtc.nvrtcGetProgramLog(program, written)
+        log = written.rstrip(bytes(1)).decode(errors="replace")
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            _, size = nvrtc.nvrtcGetProgramLogSize(program)
-            log = bytes(size)
-            nvrtc.nvrtcGetProgramLog(program, log)
             raise RuntimeError(
                 f"NVRTC {number} does not compile {file} with {' '.join(options)} "
-                f"({result.name}):\n{log.rstrip(bytes(1)).decode(errors='replace')}"
+                f"({result.name}):\n{log}"
             )
         _, size = nvrtc.nvrtcGetCUBINSize(program)
         cubin = bytes(size)
         nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin
+        return cubin, log
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -154,8 +161,8 @@ class Kernel:
     """A kernel on one device, loaded. What the driver refuses is a RuntimeError that names it.
 
     Args:
-        name: see `compiled`.
-        macros: see `compiled`.
+        name: see `build`.
+        macros: see `build`.
         device: of CUDA, with its index.
         threads: of a block.
         shared: bytes of shared memory that each block is given.
