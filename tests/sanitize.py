@@ -19,7 +19,7 @@ from test_kernels_cuda import runs
 from test_kernels_stress import BF16, FP16, fitted, make
 
 from fxint4.kernels import experts
-from fxint4.kernels.choice import Choice, configurations, few_rows_configurations
+from fxint4.kernels.choice import Choice, configurations, cuda_configurations
 
 SHAPES = [([128, 64], 1024, 128, 8, BF16), ([100, 9], 1000, 32, 2, FP16)]
 
@@ -36,10 +36,10 @@ def launches(part: int, parts: int) -> int:
             for _ in range(2):  # the second uses the counters that the first leaves behind
                 made.times(torch.randn(m, k, device="cuda").to(dtype), choice)
             count += 1
-        for few in few_rows_configurations()[part::parts]:
-            if runs(few, group):
-                x = torch.randn(few.rows - 3, k, device="cuda").to(dtype)
-                made.times(x, Choice("cuda", few))
+        for in_cuda in cuda_configurations()[part::parts]:
+            if runs(in_cuda, group):
+                x = torch.randn(in_cuda.rows - 3, k, device="cuda").to(dtype)
+                made.times(x, Choice("cuda", in_cuda))
                 count += 1
         many = make_experts(5, ns[0], k, group, inner, "cuda")
         for most, _ in experts._BY_ROWS[part::parts]:

@@ -22,7 +22,7 @@ __all__ = [
     "choose_blocks",
     "choose_few_rows",
     "configurations",
-    "few_rows_configurations",
+    "cuda_configurations",
     "gpu_of",
 ]
 
@@ -138,8 +138,8 @@ def configurations() -> list[Blocks]:
     return sorted({choose_blocks(*size, *gpu) for size in sizes for gpu in gpus}, key=str)
 
 
-def few_rows_configurations() -> list[FewRows]:
-    """What `choose_few_rows` can return for an H100 or H200, and what is measured besides."""
+def cuda_configurations() -> list[CudaBlocks]:
+    """The blocks of CUDA kernels that can be the choice for an H100 or H200, or are measured."""
     chosen = {choose_few_rows(*size) for size in itertools.product((1, 16), _NS, _KS)}
     measured = {
         FewRows(rows, subtiles, warps_n, warps_k, prefetch)
@@ -148,7 +148,7 @@ def few_rows_configurations() -> list[FewRows]:
         for warps_n, warps_k in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8))
         for prefetch in (1, 2)
     }
-    return sorted(chosen | measured, key=lambda blocks: blocks.sizes)
+    return sorted(chosen | measured, key=lambda blocks: (blocks.name, blocks.sizes))
 
 
 #: Out and in features among which there are those of every choice.

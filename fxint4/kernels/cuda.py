@@ -2,7 +2,7 @@
 
 `FewRows` is few_rows.cu, which runs on GPUs of compute capability 8.0 and newer, and `ManyRows`
 many_rows.cu, which is written for Hopper's wgmma. Both read the tiles that Triton's kernels read,
-write y themselves in one launch, and take the same arguments.
+and write y themselves in one launch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,28 @@ from torch import Tensor
 
 from fxint4.kernels import nvrtc
 
-__all__ = ["Arguments", "CudaBlocks", "FewRows", "ManyRows", "available", "kernel", "reads"]
+__all__ = ["CudaBlocks", "FewRows", "ManyRows", "available", "kernel", "reads"]
+
+_COUNTS = tuple((f"{kind}{i}", ctypes.c_int) for kind in ("n", "n_padded") for i in range(4))
+
+
+class _FewArguments(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((f"{kind}{i}", ctypes.c_void_p) for i in range(4) for kind in ("tiles", "params")),
+        ("y", ctypes.c_void_p),
+        *_COUNTS,
+        *((name, ctypes.c_int) for name in ("M", "K", "k_padded")),
+    )
+
+
+class _ManyArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, nvrtc.TensorMap) for name in ("x", "tiles0", "tiles1", "tiles2", "tiles3")),
+        *((name, ctypes.c_void_p) for name in ("params0", "params1", "params2", "params3", "y")),
+        *_COUNTS,
+        *((name, ctypes.c_int) for name in ("M", "k_padded")),
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,20 @@ class CudaBlocks(ABC):
     @abstractmethod
     def check(self, m: int, k: int) -> None:
         """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
+
+    @abstractmethod
+    def arguments(
+        self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
+    ) -> ctypes.Structure:
+        """The kernel's.
+
+        Args:
+            x: ``[M, K]``.
+            buffers: see `fxint4.kernels.linear.buffers_of`.
+            y: ``[M, N]``.
+            sizes: n of four weights, and then n_padded.
+            k_padded: columns of the weights.
+        """
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""
@@ -134,28 +169,35 @@ class FewRows(CudaBlocks):
         if m > self.rows:
             raise ValueError(f"x has {m} rows: these blocks take at most {self.rows}")
 
+    def arguments(
+        self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
+    ) -> ctypes.Structure:
+        """See `CudaBlocks.arguments`."""
+        addresses = [tensor.data_ptr() for tensor in (x, *buffers, y)]
+        return _FewArguments(*addresses, *sizes, *x.shape, k_padded)
+
 
 @dataclass(frozen=True)
 class ManyRows(CudaBlocks):
     """Of many_rows.cu.
 
-    rows: of x, 64, 128 or 256.
-    warpgroups: of 128 threads.
+    rows: of x, 8 to 256.
+    warpgroups: of 128 threads, that multiply; one more loads.
     subtiles: of 64 features, that a warpgroup multiplies.
-    step: columns of k at a time, 64 or 128.
-    stages: steps in shared memory, at least 3.
+    stages: steps of 128 columns in shared memory.
     splits: blocks that share the sum over k, a cluster.
     blocks_per_sm: that the registers have to be enough for.
+    in_flight: products that are not waited for while the next operand is unpacked.
     """
 
     name = "many_rows"
 
     warpgroups: int
     subtiles: int
-    step: int
     stages: int
     splits: int = 1
     blocks_per_sm: int = 1
+    in_flight: int = 1
 
     def __str__(self) -> str:
         """For people."""
@@ -170,42 +212,36 @@ class ManyRows(CudaBlocks):
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 128 * self.warpgroups
+        return 128 * self.warpgroups + 128
 
     def shared(self, group_size: int) -> int:
-        """Bytes of shared memory: for x, words and parameters on their way, and then for sums."""
-        parameters = self.features * -(-self.step // group_size) * 4
-        stage = self.rows * self.step * 2 + self.features * self.step // 2 + parameters
+        """Bytes of shared memory: stages of x, words and parameters, or sums; and barriers."""
+        parameters = self.features * -(-128 // group_size) * 4
+        stage = self.rows * 128 * 2 + self.features * 128 // 2 + parameters
         sums = self.rows * (self.features + 4) * 4
-        return max(self.stages * (-(-stage // 1024) * 1024), sums)
+        return max(self.stages * stage, sums) + 16 * self.stages
 
     def check(self, m: int, k: int) -> None:
         """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
-        if k < self.splits * self.step:
+        if k < 128 * self.splits:
             raise ValueError(
-                f"x has {k} columns: {self.splits} splits of {self.step} columns and more need "
-                f"{self.splits * self.step}"
+                f"x has {k} columns: {self.splits} splits of 128 columns and more need "
+                f"{128 * self.splits}"
             )
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""
         return self.splits * super().programs(m, ns)
 
-
-_FOURS = ("tiles0", "params0", "tiles1", "params1", "tiles2", "params2", "tiles3", "params3")
-_COUNTS = tuple(f"{kind}{i}" for kind in ("n", "n_padded") for i in range(4))
-
-
-class Arguments(ctypes.Structure):
-    """Of both kernels: addresses of x, of what `fxint4.kernels.linear.buffers_of` gives, and of y.
-
-    Then n and n_padded of four weights, M, K and k_padded.
-    """
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", *_FOURS, "y")),
-        *((name, ctypes.c_int) for name in (*_COUNTS, "M", "K", "k_padded")),
-    )
+    def arguments(
+        self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
+    ) -> ctypes.Structure:
+        """See `CudaBlocks.arguments`."""
+        box = (self.features // 8, 128)
+        tiles = [nvrtc.tensor_map(t.view(-1, k_padded), box) for t in buffers[::2]]
+        x_map = nvrtc.tensor_map(x, (self.rows, 64), swizzled=True)
+        addresses = [tensor.data_ptr() for tensor in (*buffers[1::2], y)]
+        return _ManyArguments(x_map, *tiles, *addresses, *sizes, len(x), k_padded)
 
 
 @functools.cache

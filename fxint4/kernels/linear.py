@@ -339,9 +339,10 @@ def _multiply_in_cuda(
     blocks.check(m, k)
     kernel = cuda.kernel(blocks, group_size, half_inner, len(weights), x.dtype, x.device)
     y = x.new_empty((m, n))
-    addresses = [tensor.data_ptr() for tensor in (x, *buffers_of(weights), y)]
-    arguments = cuda.Arguments(*addresses, *_sizes_arguments(sizes).values(), m, k, k_padded)
-    kernel.launch(blocks.programs(m, ns), arguments)
+    counts = list(_sizes_arguments(sizes).values())
+    kernel.launch(
+        blocks.programs(m, ns), blocks.arguments(x, buffers_of(weights), y, counts, k_padded)
+    )
     return y
 
 

@@ -18,11 +18,21 @@ from importlib import resources
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxint4 import _inductor
 from fxint4.files import write_whole
 
-__all__ = ["Kernel", "architecture", "build", "compiled", "fingerprint", "version"]
+__all__ = [
+    "Kernel",
+    "TensorMap",
+    "architecture",
+    "build",
+    "compiled",
+    "fingerprint",
+    "tensor_map",
+    "version",
+]
 
 logger = logging.getLogger("fxint4")
 
@@ -256,6 +266,49 @@ class Kernel:
         if result != self._driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"the CUDA kernel {self._name} on {self._device}: {result.name}")
         return values[0] if values else None
+
+
+class TensorMap(ctypes.Structure):
+    """A kernel's argument that says how it reads boxes of a matrix."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> TensorMap:
+    """For a contiguous matrix, whose rows and address are multiples of 16 bytes.
+
+    Args:
+        matrix: bf16, fp16 or int32 ``[rows, columns]``; a box that goes beyond it has zeros there.
+        box: rows and columns of it.
+        swizzled: whether in shared memory the 16-byte parts of its rows, which have 128 bytes, are
+            exchanged as wgmma reads them.
+    """
+    _, driver, _ = _needed()
+    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    kind = {
+        torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.int32: types.CU_TENSOR_MAP_DATA_TYPE_INT32,
+    }[matrix.dtype]
+    rows, columns = matrix.shape
+    result, made = driver.cuTensorMapEncodeTiled(
+        kind,
+        2,
+        matrix.data_ptr(),
+        [driver.cuuint64_t(size) for size in (columns, rows)],
+        [driver.cuuint64_t(columns * matrix.element_size())],
+        [driver.cuuint32_t(size) for size in reversed(box)],
+        [driver.cuuint32_t(1)] * 2,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzled else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if result != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(
+            f"CUDA has no boxes {box} of a matrix {tuple(matrix.shape)}: {result.name}"
+        )
+    return TensorMap((ctypes.c_uint64 * 16)(*map(int, made.opaque)))
 
 
 @functools.cache

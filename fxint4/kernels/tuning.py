@@ -19,7 +19,7 @@ from fxint4.kernels.choice import (
     Choice,
     choose,
     choose_blocks,
-    few_rows_configurations,
+    cuda_configurations,
     gpu_of,
 )
 from fxint4.kernels.common import Blocks, triton, version_of
@@ -76,9 +76,9 @@ def candidates(m: int, n: int, k: int, in_cuda: bool = False) -> list[Choice]:
     gpu = gpu_of(torch.device("cuda"))
     first = choose(m, n, k, *gpu, in_cuda)
     found = [first]
-    if isinstance(first.blocks, cuda.FewRows):
-        rows = first.blocks.rows
-        found += [Choice("cuda", b) for b in few_rows_configurations() if b.rows == rows]
+    if isinstance(first.blocks, cuda.CudaBlocks):
+        like = (first.blocks.name, first.blocks.rows)
+        found += [Choice("cuda", b) for b in cuda_configurations() if (b.name, b.rows) == like]
     if triton is None:
         return found
     base = choose_blocks(m, n, k, *gpu)

@@ -1,0 +1,851 @@
+"""The kernels in CUDA C++: compiled for GPUs that are not here, chosen, launched; run on a GPU.
+
+What ptxas says of registers and spills is held to what golden/cuda_kernels.json records, the most
+that NVRTC 13.0, 13.2 and 13.5 need; on a machine with one of them, after kernels have changed,
+
+    python tests/test_kernels_cuda.py
+
+adds what is new, raises what is too low and prints both; remove the file first to lower it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_support import make_experts, rows
+from pretended_gpu import generated, int4pack_mm, packed_specs
+from support import FP32, assert_within
+from test_kernels_stress import assert_right, captured
+from torch import Tensor, nn
+
+import fxint4
+from fxint4.kernel_choice import Policy, at_run_time, by_m
+from fxint4.kernels import cuda, linear, nvrtc
+from fxint4.kernels.choice import (
+    Choice,
+    choose,
+    choose_few_rows,
+    cuda_configurations,
+)
+from fxint4.kernels.common import triton
+from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
+from fxint4.kernels.linear import linears
+from fxint4.kernels.tuning import _choice, _entry, candidates
+from fxint4.tiles import unpack_scale_and_zero
+
+gpu = pytest.mark.gpu
+needs_triton = pytest.mark.skipif(triton is None, reason="needs Triton")
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc.version() is None, reason="needs NVRTC and cuda-bindings, for Linux on x86_64"
+)
+
+Arguments = cuda._FewArguments
+RECORD = Path(__file__).parent / "golden" / "cuda_kernels.json"
+BF16, FP16 = torch.bfloat16, torch.float16
+CPU = torch.device("cpu")
+
+#: By the target, the bytes of shared memory that a block may have.
+TARGETS = {"sm_80": 163 * 2**10, "sm_90a": 227 * 2**10, "sm_100": 227 * 2**10}
+#: What every GPU of compute capability 8.0 and newer has for a block.
+EVERYWHERE = 99 * 2**10
+FEW = FewRows(8, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
+
+
+# --- what ships, compiled ------------------------------------------------------------------------
+
+#: For every configuration; and for those that the rule chooses all values of all options, too.
+USUAL = (128, 4, 1, BF16)
+OPTIONS = [(32, 1, 4, FP16), (64, 2, 2, BF16), (256, 4, 3, FP16)]
+RULE = [choose_few_rows(m, n, 4096) for m in (1, 16) for n in (1024, 4096, 28672)]
+
+
+def cases() -> dict[str, tuple[CudaBlocks, tuple[int, int, int, torch.dtype]]]:
+    made: dict[str, tuple[CudaBlocks, tuple[int, int, int, torch.dtype]]] = {}
+    for blocks in cuda_configurations():
+        for options in (USUAL, *(OPTIONS if blocks in RULE else [])):
+            group, half_inner, weights, dtype = options
+            named = f"group {group}, {2 * half_inner}, {weights}, {dtype}".replace("torch.", "")
+            made[f"{blocks.name} {' '.join(map(str, blocks.sizes))}, {named}"] = (blocks, options)
+    return made
+
+
+CASES = cases()
+
+
+def needs_of(name: str) -> dict[str, list[int]]:
+    """By the target registers of a thread, by 8 as they are handed out, and bytes spilled."""
+    blocks, options = CASES[name]
+    group = options[0]
+    found = {}
+    for target, most in TARGETS.items():
+        if blocks.shared(group) > most or (isinstance(blocks, ManyRows) and target != "sm_90a"):
+            continue  # not for this GPU
+        macros = blocks.macros(*options)
+        _, log = nvrtc.build(blocks.name, macros, target, ["--ptxas-options=-v"])
+        [registers] = re.findall(r"Used (\d+) registers", log)
+        spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+        assert len(spilled) == 2, log
+        found[target] = [-(-int(registers) // 8) * 8, sum(map(int, spilled))]
+    return found
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", CASES)
+def test_registers_and_spills(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = json.loads(RECORD.read_text()).get(name)
+    assert bounds is not None, f"golden/{RECORD.name} has no {name!r}: see this file's docstring"
+    blocks, (group, *_) = CASES[name]
+    # What the host computes is what the kernel does.
+    told = f"FEATURES == {blocks.features} && SHARED_BYTES == {blocks.shared(group)}"
+    file = f"{blocks.name}.cu"
+    source = nvrtc._sources()[file] + f"\nstatic_assert({told});\n".encode()
+    monkeypatch.setattr(nvrtc, "_sources", lambda: {file: source})
+    needs = needs_of(name)
+    assert needs.keys() == bounds.keys()
+    for target, (registers, spilled) in needs.items():
+        assert registers <= bounds[target][0], target
+        assert spilled <= bounds[target][1], target
+        assert registers * blocks.threads <= 2**16, target
+
+
+def test_the_record_names_nothing_else() -> None:
+    assert sorted(json.loads(RECORD.read_text())) == sorted(CASES)
+
+
+@needs_nvrtc
+def test_what_is_refused_comes_with_nvrtcs_log() -> None:
+    macros = FewRows(8, 1, 2, 16, 1).macros(*USUAL)
+    with pytest.raises(
+        RuntimeError, match=r"does not compile few_rows.cu with .*-DWARPS_K=16"
+    ) as e:
+        nvrtc.build("few_rows", macros, "sm_80")
+    assert "error: static assertion failed" in str(e.value)
+
+
+@pytest.fixture
+def _compiled_anew() -> Iterator[None]:
+    nvrtc.compiled.cache_clear()
+    yield
+    nvrtc.compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("_compiled_anew")
+def test_cubins_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def build(name: str, macros: nvrtc.Macros, target: str) -> tuple[bytes, str]:
+        built.append((name, macros, target))
+        return b"cubin %d" % len(built), ""
+
+    monkeypatch.setattr(nvrtc, "build", build)
+    monkeypatch.setattr("fxint4._inductor.cache_folder", lambda: tmp_path / "cache")
+    for _ in range(2):
+        assert nvrtc.compiled("few_rows", (("ROWS", 8),), "sm_80") == b"cubin 1"
+        nvrtc.compiled.cache_clear()  # as in another process
+    others = [("many_rows", (("ROWS", 8),), "sm_80"), ("few_rows", (("ROWS", 16),), "sm_80")]
+    for number, other in enumerate([*others, ("few_rows", (("ROWS", 8),), "sm_90a")], 2):
+        assert nvrtc.compiled(*other) == b"cubin %d" % number
+    assert len(list((tmp_path / "cache").iterdir())) == len(built) == 4
+
+
+@pytest.mark.usefixtures("_compiled_anew")
+def test_a_folder_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(nvrtc, "build", lambda *_: (b"cubin", ""))
+    monkeypatch.setattr("fxint4._inductor.cache_folder", lambda: tmp_path / "file" / "folder")
+    assert nvrtc.compiled("few_rows", (), "sm_80") == b"cubin"
+
+
+# --- where there are none ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    pretended = SimpleNamespace(import_module=missing)
+    monkeypatch.setattr(nvrtc, "importlib", pretended)
+    for cached in (nvrtc._bindings, nvrtc.architecture, cuda.available):
+        cached.cache_clear()
+    yield
+    for cached in (nvrtc._bindings, nvrtc.architecture, cuda.available):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_without_nvrtc")
+def test_without_nvrtc_there_are_no_cuda_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    with caplog.at_level(logging.DEBUG, "fxint4"):
+        assert not cuda.available(torch.device("cuda:0"))
+        assert not cuda.available(torch.device("cuda:1"))
+        assert nvrtc.version() is None
+    [told] = caplog.messages
+    assert told.startswith("no CUDA C++ kernels, Triton's are taken instead: No module named 'cuda")
+    with pytest.raises(RuntimeError, match="needs NVRTC and cuda-bindings, which are not install"):
+        nvrtc.build("few_rows", FEW.macros(*USUAL), "sm_80")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100"),
+        ((99, 0), None),
+    ],
+)
+def test_what_is_compiled_for(capability: tuple[int, int], target: str | None) -> None:
+    assert nvrtc.architecture(*capability) == target
+
+
+def test_code_of_an_older_minor_version_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = SimpleNamespace(nvrtcGetSupportedArchs=lambda: (0, [75, 80, 86, 90, 100]))
+    monkeypatch.setattr(nvrtc, "_bindings", lambda: (bindings, None, "13.0"))
+    nvrtc.architecture.cache_clear()
+    try:
+        asked = [(8, 9), (8, 6), (8, 0), (10, 3), (12, 0)]
+        assert [nvrtc.architecture(*each) for each in asked] == [
+            "sm_86",
+            "sm_86",
+            "sm_80",
+            "sm_100",
+            None,
+        ]
+    finally:
+        nvrtc.architecture.cache_clear()
+
+
+def test_only_cuda_devices_have_them() -> None:
+    assert not cuda.available(CPU)
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as choices go, there are CUDA and Triton kernels for every device."""
+    monkeypatch.setattr(cuda, "available", lambda _: True)
+    monkeypatch.setattr("fxint4.kernels.choice.triton", object())
+
+
+@pytest.mark.usefixtures("_available")
+def test_few_rows_are_theirs_where_they_may_be() -> None:
+    for m, n, k in itertools.product((1, 8, 9, 16), (8, 4096, 151936), (8, 4096, 28672)):
+        chosen = choose(m, n, k, cuda=True)
+        assert isinstance(chosen.blocks, FewRows)
+        assert chosen == Choice("cuda", choose_few_rows(m, n, k))
+        assert chosen.blocks in cuda_configurations()
+        assert m <= chosen.blocks.rows
+        assert chosen.blocks.shared(128) <= EVERYWHERE
+        assert choose(m, n, k).kernel == "triton"
+    for m, k in ((17, 4096), (1, 4092), (16, 1001)):
+        assert choose(m, 4096, k, cuda=True) == choose(m, 4096, k)
+
+
+@pytest.mark.usefixtures("_available")
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_they_are_chosen_where_launches_are_replayed(dtype: torch.dtype) -> None:
+    n, k = 6144, 4096
+    by_rule = Choice("cuda", choose_few_rows(1, n, k))
+    sizes = (1, n, k, 128, 4, dtype, CPU)
+    asked = (1, n, k, dtype, CPU)
+    host = Choice("aten") if dtype is BF16 else choose(1, n, k)
+    assert at_run_time(*asked) == Policy().choose_at_run_time(*asked) == host
+    for policy, chosen in (
+        (Policy(cuda_graphs=True), by_rule),
+        (Policy("cuda"), by_rule),
+        (Policy("cuda", cuda_graphs=True, measured=True), by_rule),
+        (Policy(package=True), choose(1, n, k)),
+        (Policy("cuda", package=True), choose(1, n, k)),
+        (Policy("aten", cuda_graphs=True), Choice("aten")),
+    ):
+        assert policy.choose(*sizes) == policy.choose_at_run_time(*asked) == chosen, policy
+    assert Policy().choose(*sizes) == choose(1, n, k)
+    assert Policy("triton", cuda_graphs=True).choose(*sizes).kernel == "triton"
+
+
+@pytest.mark.usefixtures("_available")
+def test_what_is_asked_for_falls_back_where_there_is_no_kernel() -> None:
+    for m, k in ((17, 4096), (2048, 4096), (1, 4001)):
+        chosen = Policy("cuda").choose(m, 4096, k, 128, 4, BF16, CPU)
+        assert chosen == choose(m, 4096, k)
+
+
+@pytest.mark.usefixtures("_available")
+def test_the_report_names_them_for_the_rows_that_they_serve() -> None:
+    policy = Policy(cuda_graphs=True)
+    ranges = by_m(lambda m: str(policy.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
+    assert [(first, last) for first, last, text in ranges if text.startswith("cuda ")] == [
+        (1, 8),
+        (9, 16),
+    ]
+    package = Policy(package=True)
+    ranges = by_m(lambda m: str(package.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
+    assert not [text for _, _, text in ranges if text.startswith(("cuda ", "aten"))]
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        (Choice("cuda", FewRows(8, 2, 1, 8, 2)), "cuda 8x32, 8 warps along K"),
+        (Choice("cuda", FewRows(16, 1, 2, 4, 1)), "cuda 16x32, 4 warps along K"),
+        (Choice("cuda", ManyRows(128, 2, 1, 4)), "cuda 128x128"),
+        (Choice("cuda", ManyRows(64, 1, 2, 4, 2)), "cuda 64x128, 2 splits"),
+    ],
+)
+def test_a_choice_as_text_and_as_json(choice: Choice, text: str) -> None:
+    assert str(choice) == text
+    assert _choice(json.loads(json.dumps(_entry(choice, 1.0)))) == choice
+    blocks = cast("CudaBlocks", choice.blocks)
+    assert CudaBlocks.of(blocks.name, list(blocks.sizes)) == blocks
+
+
+@pytest.mark.usefixtures("_available")
+def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxint4.kernels.tuning.gpu_of", lambda _: (132, True))
+    monkeypatch.setattr("fxint4.kernels.tuning.triton", object())
+    first, *others = candidates(9, 4096, 4096, in_cuda=True)
+    assert first == choose(9, 4096, 4096, cuda=True)
+    kinds = {choice.kernel for choice in others}
+    assert kinds == {"cuda", "triton", "aten"}
+    theirs = [choice.blocks for choice in (first, *others) if choice.kernel == "cuda"]
+    assert all(isinstance(blocks, FewRows) and blocks.rows == 16 for blocks in theirs)
+    assert candidates(9, 4096, 4096)[0].kernel == "triton"
+    assert "cuda" not in {choice.kernel for choice in candidates(9, 4096, 4096)}
+    assert "cuda" not in {choice.kernel for choice in candidates(17, 4096, 4096, in_cuda=True)}
+
+
+# --- generated code ------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.usefixtures("_available")
+@pytest.mark.parametrize(
+    ("rows", "k", "kernel", "calls"),
+    [
+        (1, 1024, None, True),
+        (16, 1024, "cuda", True),
+        (16, 1024, "triton", False),
+        (17, 1024, None, False),
+        (17, 1024, "cuda", False),
+    ],
+)
+def test_code_under_cuda_graphs(rows: int, k: int, kernel: str | None, calls: bool) -> None:
+    code = generated(
+        lambda x, *packed: int4pack_mm(x, *packed) + 1,
+        [((rows, k), BF16), *packed_specs(1024, k)],
+        kernel=kernel,
+        cuda_graphs=True,
+    )
+    ours = re.findall(r"fxint4\.linears\.default\((.*)\)", code)
+    assert len(ours) == calls
+    for call in ours:  # with its sizes: what is chosen is not chosen again
+        blocks = choose_few_rows(rows, 1024, k)
+        assert call.endswith(f"True, 'few_rows', {list(blocks.sizes)}")
+    assert ("_kernel_of_linear" in code) != calls
+    assert len(re.findall(r"^\s*triton_\w+\.run\(", code, re.MULTILINE)) == 1  # + 1, or the sum
+
+
+@needs_triton
+@pytest.mark.usefixtures("_available")
+@pytest.mark.parametrize("kernel", [None, "cuda"])
+@pytest.mark.parametrize("package", [False, True])
+def test_code_without_cuda_graphs(kernel: str | None, package: bool) -> None:
+    specs = [((4, 1024), BF16), *packed_specs(1024, 1024)]
+    code = generated(int4pack_mm, specs, package, kernel)
+    assert ("fxint4.linears" in code) == (kernel == "cuda" and not package)
+    assert ("_kernel_of_linear" in code) == (kernel is None or package)
+
+
+# --- the launch ----------------------------------------------------------------------------------
+
+
+class PretendedDriver:
+    """Records launches; a thread has no context before one is made current."""
+
+    CUresult = SimpleNamespace(
+        CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"),
+        CUDA_ERROR_INVALID_CONTEXT=SimpleNamespace(name="CUDA_ERROR_INVALID_CONTEXT"),
+        CUDA_ERROR_ILLEGAL_ADDRESS=SimpleNamespace(name="CUDA_ERROR_ILLEGAL_ADDRESS"),
+    )
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    CUlaunchConfig = SimpleNamespace
+    CUtensorMapDataType = SimpleNamespace(
+        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16="bf16",
+        CU_TENSOR_MAP_DATA_TYPE_FLOAT16="fp16",
+        CU_TENSOR_MAP_DATA_TYPE_INT32="int32",
+    )
+    CUtensorMapSwizzle = SimpleNamespace(
+        CU_TENSOR_MAP_SWIZZLE_NONE="plain", CU_TENSOR_MAP_SWIZZLE_128B="swizzled"
+    )
+    CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE=0)
+    CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_256B=0)
+    CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0)
+    cuuint32_t = cuuint64_t = int
+
+    def __init__(self) -> None:
+        self.result = self.CUresult.CUDA_SUCCESS
+        self.context = threading.local()
+        self.asked: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+        self.maps: list[tuple[Any, ...]] = []
+
+    def cuTensorMapEncodeTiled(
+        self,
+        kind: str,
+        rank: int,
+        address: int,
+        sizes: list[int],
+        strides: list[int],
+        box: list[int],
+        steps: list[int],
+        interleave: int,
+        swizzle: str,
+        *_: int,
+    ) -> tuple[Any, ...]:
+        assert (rank, steps) == (2, [1, 1])
+        self.maps.append((kind, address, sizes, strides, box, swizzle))
+        return self.result, SimpleNamespace(opaque=range(len(self.maps), len(self.maps) + 16))
+
+    @staticmethod
+    def CUlaunchAttribute() -> Any:
+        return SimpleNamespace(value=SimpleNamespace())
+
+    def cuDeviceGet(self, index: int) -> tuple[Any, ...]:
+        return self.CUresult.CUDA_SUCCESS, f"device {index}"
+
+    def cuDevicePrimaryCtxRetain(self, device: str) -> tuple[Any, ...]:
+        return self.CUresult.CUDA_SUCCESS, f"context of {device}"
+
+    def cuCtxSetCurrent(self, context: str) -> tuple[Any, ...]:
+        self.context.current = context
+        return (self.CUresult.CUDA_SUCCESS,)
+
+    def cuModuleLoadData(self, cubin: bytes) -> tuple[Any, ...]:
+        return self.CUresult.CUDA_SUCCESS, cubin
+
+    def cuModuleGetFunction(self, module: bytes, name: bytes) -> tuple[Any, ...]:
+        return self.CUresult.CUDA_SUCCESS, (module, name)
+
+    def cuFuncSetAttribute(self, *attribute: Any) -> tuple[Any, ...]:
+        self.asked.append(attribute)
+        return (self.CUresult.CUDA_SUCCESS,)
+
+    def cuLaunchKernel(self, function: Any, *sizes: Any) -> tuple[Any, ...]:
+        if getattr(self.context, "current", None) is None:
+            return (self.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
+        *launch, address, extra = sizes
+        assert extra == 0
+        values = []
+        pointers = (ctypes.c_void_p * len(Arguments._fields_)).from_address(address)
+        for pointer, (_, kind) in zip(pointers, Arguments._fields_, strict=True):
+            values.append(kind.from_address(pointer).value)
+        self.launched.append((function, launch, values, self.context.current))
+        return (self.result,)
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, *rest: Any) -> tuple[Any, ...]:
+        [attribute] = config.attrs
+        assert (config.numAttrs, attribute.id) == (1, 6)
+        assert attribute.value.programmaticStreamSerializationAllowed == 1
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        block = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        return self.cuLaunchKernel(
+            function, *grid, *block, config.sharedMemBytes, config.hStream, *rest
+        )
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
+    class Device:
+        def __init__(self, _: torch.device) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    made = PretendedDriver()
+    monkeypatch.setattr(nvrtc, "_needed", lambda: (None, made, "13.0"))
+    monkeypatch.setattr(nvrtc, "architecture", lambda *_: "sm_90a")
+    monkeypatch.setattr(nvrtc, "compiled", lambda *key: repr(key).encode())
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("torch.cuda.device", Device)
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: stream)
+    cuda.kernel.cache_clear()
+    yield made
+    cuda.kernel.cache_clear()
+
+
+ARGUMENTS = range(1000, 1000 + len(Arguments._fields_))
+
+
+@pytest.mark.parametrize("pdl", [0, 1])
+def test_a_launch(driver: PretendedDriver, pdl: int) -> None:
+    blocks = FewRows(16, 2, 1, 8, 2, pdl=pdl)
+    kernel = cuda.kernel(blocks, 128, 4, 2, BF16, torch.device("cuda:3"))
+    kernel.launch(5, Arguments(*ARGUMENTS))
+    [(function, launch, values, context)] = driver.launched
+    assert function[1] == b"few_rows"
+    assert b"('ROWS', 16), ('SUBTILES', 2), ('WARPS_N', 1), ('WARPS_K', 8)" in function[0]
+    assert b"('GROUP', 128), ('HALF_INNER', 4), ('WEIGHTS', 2), ('DTYPE_FP16', 0)" in function[0]
+    shared = blocks.shared(128)
+    assert shared > 48 * 2**10
+    assert driver.asked == [(function, "shared", shared)]
+    assert launch == [5, 1, 1, 256, 1, 1, shared, 77]
+    assert values == list(ARGUMENTS)
+    assert context == "context of device 3"
+
+
+def test_a_thread_without_a_context_gets_one(driver: PretendedDriver) -> None:
+    kernel = cuda.kernel(FEW, 128, 4, 1, BF16, torch.device("cuda:0"))
+    assert driver.asked == []  # 48 KiB are everybody's
+    thread = threading.Thread(target=lambda: kernel.launch(1, Arguments(*ARGUMENTS)))
+    thread.start()
+    thread.join()
+    assert len(driver.launched) == 1
+
+
+def test_what_the_driver_refuses_is_an_error(driver: PretendedDriver) -> None:
+    kernel = cuda.kernel(FEW, 128, 4, 1, BF16, torch.device("cuda:0"))
+    driver.result = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    message = "the CUDA kernel few_rows on cuda:0: CUDA_ERROR_ILLEGAL_ADDRESS"
+    with pytest.raises(RuntimeError, match=message):
+        kernel.launch(1, Arguments(*ARGUMENTS))
+
+
+def test_a_gpu_that_nvrtc_does_not_know_is_an_error(
+    driver: PretendedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "architecture", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"NVRTC 13.0 does not compile for .* 9.0 of cuda:0: l"):
+        cuda.kernel(FEW, 128, 4, 1, BF16, torch.device("cuda:0"))
+
+
+def test_what_a_launch_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [make_experts(1, n, 248, 32, 4) for n in (40, 17)]
+    weights = [(m.tiles[0], m.scale_and_zero[0]) for m in made]
+    launched: list[tuple[Any, ...]] = []
+
+    def kernel(*key: Any) -> Any:
+        return SimpleNamespace(launch=lambda *launch: launched.append((key, *launch)))
+
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    monkeypatch.setattr(linear, "check_devices", lambda *_: None)
+    x = torch.randn(5, 248).bfloat16()
+    y = linears(x, weights, 32, [40, 17], Choice("cuda", FEW))
+    [(key, programs, arguments)] = launched
+    assert key == (FEW, 32, 2, 2, BF16, x.device)
+    assert programs == 3 + 2
+    given = {name: getattr(arguments, name) for name, *_ in Arguments._fields_}
+    (t0, p0), (t1, p1) = ((t.data_ptr(), p.data_ptr()) for t, p in weights)
+    assert given == {
+        **{"x": x.data_ptr(), "y": y.data_ptr(), "M": 5, "K": 248, "k_padded": 256},
+        **{"tiles0": t0, "params0": p0, "tiles1": t1, "params1": p1},
+        **{"tiles2": t0, "params2": p0, "tiles3": t0, "params3": p0},
+        **{"n0": 40, "n1": 17, "n2": 0, "n3": 0},
+        **{"n_padded0": 40, "n_padded1": 24, "n_padded2": 40, "n_padded3": 40},
+    }
+    assert (y.shape, y.dtype) == ((5, 57), BF16)
+
+
+def test_what_a_launch_for_many_rows_is_given(driver: PretendedDriver) -> None:
+    blocks = ManyRows(64, 2, 1, 4, splits=2)
+    assert blocks.programs(65, [128, 129]) == 2 * (1 + 2) * 2
+    x = torch.empty(40, 248).half()
+    tiles = torch.empty(5, 2, 32, 4, dtype=torch.int32)
+    params = [torch.empty(2, 40, 2).bfloat16() for _ in range(4)]
+    y = torch.empty(40, 160).half()
+    buffers = [buffer for parameters in params for buffer in (tiles, parameters)]
+    given = cast("Any", blocks.arguments(x, buffers, y, range(8), 256))
+    of_tiles = ("int32", tiles.data_ptr(), [256, 5], [1024], [128, 16], "plain")
+    of_x = ("fp16", x.data_ptr(), [248, 40], [496], [64, 64], "swizzled")
+    assert driver.maps == [of_tiles] * 4 + [of_x]
+    assert [given.tiles0.words[0], given.tiles3.words[15], given.x.words[0]] == [1, 4 + 15, 5]
+    addresses = [given.params0, given.params1, given.params2, given.params3, given.y]
+    assert addresses == [tensor.data_ptr() for tensor in (*params, y)]
+    assert [given.n0, given.n3, given.n_padded0, given.n_padded3] == [0, 3, 4, 7]
+    assert (given.M, given.k_padded) == (40, 256)
+    driver.result = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(RuntimeError, match=r"no boxes \(16, 128\) of a matrix \(5, 256\): CUDA_E"):
+        blocks.arguments(x, buffers, y, range(8), 256)
+
+
+def test_what_they_cannot_read_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_experts(1, 40, 256)
+    weights = [(made.tiles[0], made.scale_and_zero[0])]
+    monkeypatch.setattr(linear, "check_devices", lambda *_: None)
+    monkeypatch.setattr(linear, "choose", lambda *_: Choice("aten"))
+    monkeypatch.setattr(linear, "_multiply_in_cuda", lambda *_: "in CUDA")
+    monkeypatch.setattr(linear, "_aten", lambda x, *_: torch.zeros(len(x), 40))
+    memory = torch.randn(5 * 256 + 8).bfloat16()
+    choice = Choice("cuda", FEW)
+    aligned = memory[: 5 * 256].view(5, 256)
+    assert linears(aligned, weights, 128, [40], choice) == "in CUDA"
+    for x in (memory[1 : 1 + 5 * 256].view(5, 256), memory[: 5 * 252].view(5, 252)):
+        assert isinstance(linears(x, weights, 128, [40], choice), Tensor)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "m", "k", "message"),
+    [
+        (FEW, 9, 256, "x has 9 rows: these blocks take at most 8"),
+        (
+            ManyRows(64, 1, 1, 3, splits=4),
+            64,
+            256,
+            "x has 256 columns: 4 splits of 128 columns and more need 512",
+        ),
+    ],
+)
+def test_refused_sizes(
+    blocks: CudaBlocks, m: int, k: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_experts(1, 40, k)
+    monkeypatch.setattr(linear, "check_devices", lambda *_: None)
+    weights = [(made.tiles[0], made.scale_and_zero[0])]
+    with pytest.raises(ValueError, match=message):
+        linears(torch.randn(m, k).bfloat16(), weights, 128, [40], Choice("cuda", blocks))
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+class Weights:
+    """Packed weights of the same K, and all of them in float64, one below the other."""
+
+    def __init__(self, ns: list[int], k: int, group: int, inner: int) -> None:
+        made = [make_experts(1, n, k, group, inner, "cuda") for n in ns]
+        self.packed = [(m.tiles[0], m.scale_and_zero[0]) for m in made]
+        self.ns, self.group = ns, made[0].shape.group_size
+        self.weight = torch.cat([m.weight[0] for m in made])
+        parts = [
+            torch.stack([p[:n] for p in unpack_scale_and_zero(parameters)])
+            for (_, parameters), n in zip(self.packed, ns, strict=True)
+        ]
+        expanded = torch.cat(parts, 1).double().repeat_interleave(self.group, 2)[..., :k]
+        self.scale, self.zero = expanded
+
+    def times(self, x: Tensor, blocks: CudaBlocks) -> Tensor:
+        return linears(x, self.packed, self.group, self.ns, Choice("cuda", blocks))
+
+    def check(self, y: Tensor, x: Tensor, blocks: CudaBlocks) -> None:
+        """y is x times the weights but for fp32 sums and rounding y."""
+        if isinstance(blocks, FewRows):
+            self.check_unrounded(y, x)
+        else:
+            assert_right(y, x, self.weight.to(x.dtype).double())
+
+    def check_unrounded(self, y: Tensor, x: Tensor) -> None:
+        """Nothing has rounded the weights.
+
+        In a group codes with an offset are summed, and their sums are subtracted from each other:
+        of magnitudes up to 1024 + 15 and 1024 + 8 times the scale in fp16, 128 in bf16. Tensor
+        cores cut off where fp32 additions round, so each of these counts four times.
+        """
+        k, offset = x.shape[1], 1024 if x.dtype is FP16 else 128
+        step = torch.finfo(x.dtype).eps / 2
+        in_group = (1 + FP32) ** (4 * self.group + 8) - 1
+        share = (1 + step) * (1 + FP32) ** (4 * (k // self.group + 40)) - 1
+        least = torch.finfo(x.dtype).smallest_normal * step
+        x = x.double()
+        exact, magnitude = x @ self.weight.T, x.abs() @ self.weight.abs().T
+        summed = x.abs() @ ((2 * offset + 23) * self.scale.abs() + self.zero.abs()).T
+        assert_within(y, exact, share * (magnitude + in_group * summed) + in_group * summed + least)
+        # Nearly all that differs is y's own rounding.
+        if exact.numel() >= 256:
+            rounded = (exact.to(y.dtype).double() - exact).norm()
+            assert (y.double() - exact).norm() <= 1.1 * rounded + least
+
+
+SHAPES: list[tuple[list[int], int, int, int, torch.dtype]] = [  # n, k, group, inner_k_tiles, dtype
+    ([1024], 4096, 128, 8, BF16),
+    ([1024, 256, 256], 2048, 64, 4, FP16),
+    ([1000, 72], 1096, 32, 2, BF16),
+    ([1111], 2880, 256, 8, FP16),
+    ([200, 300, 8, 500], 1000, 32, 8, BF16),
+    ([512, 512], 3072, 256, 2, FP16),
+]
+CONFIGURATIONS = cuda_configurations()
+
+
+def runs(blocks: CudaBlocks, group: int) -> bool:
+    gpu_at_hand = torch.cuda.get_device_properties(0)
+    wgmma = gpu_at_hand.major == 9
+    has = gpu_at_hand.shared_memory_per_block_optin
+    return blocks.shared(group) <= has and (wgmma or not isinstance(blocks, ManyRows))
+
+
+@gpu
+@needs_nvrtc
+@pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
+def test_every_configuration_gives_the_same_bits_again(number: int) -> None:
+    blocks = CONFIGURATIONS[number]
+    for ns, k, group, inner, dtype in (SHAPES[0], SHAPES[1 + number % (len(SHAPES) - 1)]):
+        if not runs(blocks, group):
+            pytest.skip(f"{blocks} is not for this GPU")
+        made = Weights(ns, k, group, inner)
+        for m in (1, blocks.rows - 3, blocks.rows if isinstance(blocks, FewRows) else 500):
+            x = rows(m, k, "cuda", dtype)
+            expected = made.times(x, blocks)
+            made.check(expected, x, blocks)
+            different = sum((made.times(x, blocks) != expected).any() for _ in range(50))
+            graph, of_graph = captured(50, partial(made.times, x, blocks), expected)
+            for _ in range(20):
+                graph.replay()
+            assert int(different) == int(of_graph) == 0
+
+
+@gpu
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 16),
+    ns=st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    eighths=st.integers(1, 400),
+    group=st.sampled_from([32, 64, 128, 256]),
+    inner=st.sampled_from([2, 4, 8]),
+)
+def test_random_shapes(
+    dtype: torch.dtype, m: int, ns: list[int], eighths: int, group: int, inner: int
+) -> None:
+    k = 8 * eighths
+    made = Weights(ns, k, group, inner)
+    x = rows(m, k, "cuda", dtype)
+    made.check_unrounded(made.times(x, choose_few_rows(m, sum(ns), k)), x)
+
+
+@gpu
+@needs_nvrtc
+def test_streams_threads_and_graphs_at_the_same_time() -> None:
+    made = Weights([1024, 520], 4096, 128, 8)
+    jobs = []
+    for number, m in enumerate((1, 5, 8, 16)):
+        x = rows(m, 4096, "cuda", (BF16, FP16)[number % 2], seed=number)
+        call = partial(made.times, x, choose_few_rows(m, 1544, 4096))
+        jobs.append((call, call()))
+    graphs = [captured(20, call, expected) for call, expected in jobs]
+    torch.cuda.synchronize()
+    different: list[Tensor] = []
+
+    def launch(at: int) -> None:
+        call, expected = jobs[at]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            different.extend((call() != expected).any() for _ in range(200))
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=launch, args=(at,)) for at in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(60):
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert len(different) == 200 * len(jobs)
+    assert sum(map(int, different)) == 0
+    assert [int(of_graph) for _, of_graph in graphs] == [0] * len(graphs)
+
+
+@gpu
+@needs_nvrtc
+def test_a_misaligned_x_is_multiplied_all_the_same() -> None:
+    made = Weights([520], 1024, 128, 8)
+    memory = torch.randn(3 * 1024 + 1, device="cuda").bfloat16()
+    x = memory[1:].view(3, 1024)
+    y = made.times(x, FEW)
+    expected = linears(x.clone(), made.packed, made.group, made.ns, choose(3, 520, 1024))
+    assert torch.equal(y, expected)
+
+
+class Block(nn.Module):
+    """Projections that are fused, what follows them, and a layer that is not."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(k, 2 * k), nn.Linear(k, 2 * k, bias=False)
+        self.down = nn.Linear(2 * k, k, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return x + y
+
+
+@gpu
+@needs_nvrtc
+@needs_triton
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kernel", [None, "triton"])
+def test_a_compiled_model_under_cuda_graphs(kernel: str | None, dynamic: bool) -> None:
+    from test_lowering import kernels, with_int4_weights
+
+    model = Block(1024).to("cuda", BF16).eval()
+    exact = with_int4_weights(model)
+    options = {"kernel": kernel, "triton.cudagraphs": True}
+    compiled: Any = torch.compile(model, backend="int4tile", options=options, dynamic=dynamic)
+    with torch.no_grad():
+        for m in (1, 7, 16, 40):
+            x = torch.randn(m, 1024, device="cuda", dtype=BF16)
+            if dynamic:
+                torch._dynamo.mark_dynamic(x, 0, min=1)
+            ran = kernels(lambda x=x: compiled(x))
+            few = m <= 16 and kernel is None
+            assert ran["few_rows"] == (2 if few else 0), (m, ran)
+            y, expected = compiled(x).double(), exact(x.double())
+            assert (y - expected).norm() <= 0.01 * expected.norm()
+            if few and not dynamic:
+                assert ran.total() == 4  # each matmul, and all that follows it
+    report = fxint4.last_report()
+    assert report is not None
+    told = [text for record in report.records for text in record.kernels]
+    assert any("cuda " in text for text in told) == (kernel is None)
+
+
+def record() -> None:
+    """Raises what is recorded to what this NVRTC needs."""
+    old = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    new = {}
+    for name in CASES:
+        needs = needs_of(name)
+        known = old.get(name, needs)
+        new[name] = {t: list(map(max, needs[t], known[t])) for t in needs}
+        if new[name] != old.get(name):
+            print(name, old.get(name), "->", new[name])  # noqa: T201
+    lines = [f"  {json.dumps(name)}: {json.dumps(needs)}" for name, needs in new.items()]
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    record()
