@@ -110,7 +110,9 @@ def test_registers_and_spills(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert bounds is not None, f"golden/{RECORD.name} has no {name!r}: see this file's docstring"
     blocks, (group, *_) = CASES[name]
     # What the host computes is what the kernel does.
-    told = f"FEATURES == {blocks.features} && SHARED_BYTES == {blocks.shared(group)}"
+    sizes = {"THREADS": blocks.threads, "FEATURES": blocks.features}
+    sizes["SHARED_BYTES"] = blocks.shared(group)
+    told = " && ".join(f"{size} == {value}" for size, value in sizes.items())
     file = f"{blocks.name}.cu"
     source = nvrtc._sources()[file] + f"\nstatic_assert({told});\n".encode()
     monkeypatch.setattr(nvrtc, "_sources", lambda: {file: source})
@@ -403,7 +405,7 @@ class PretendedDriver:
         CU_TENSOR_MAP_SWIZZLE_NONE="plain", CU_TENSOR_MAP_SWIZZLE_128B="swizzled"
     )
     CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE=0)
-    CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_256B=0)
+    CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B=0)
     CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0)
     cuuint32_t = cuuint64_t = int
 
@@ -413,6 +415,7 @@ class PretendedDriver:
         self.asked: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
         self.maps: list[tuple[Any, ...]] = []
+        self.dependent = 0
 
     def cuTensorMapEncodeTiled(
         self,
@@ -471,11 +474,14 @@ class PretendedDriver:
         [attribute] = config.attrs
         assert (config.numAttrs, attribute.id) == (1, 6)
         assert attribute.value.programmaticStreamSerializationAllowed == 1
+        launched = len(self.launched)
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
         block = (config.blockDimX, config.blockDimY, config.blockDimZ)
-        return self.cuLaunchKernel(
+        result = self.cuLaunchKernel(
             function, *grid, *block, config.sharedMemBytes, config.hStream, *rest
         )
+        self.dependent += len(self.launched) - launched
+        return result
 
 
 @pytest.fixture
@@ -496,6 +502,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
     monkeypatch.setattr(nvrtc, "compiled", lambda *key: repr(key).encode())
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("torch.cuda.device", Device)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr("torch.cuda.current_stream", lambda _: stream)
     cuda.kernel.cache_clear()
@@ -506,9 +513,20 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
 ARGUMENTS = range(1000, 1000 + len(Arguments._fields_))
 
 
-@pytest.mark.parametrize("pdl", [0, 1])
-def test_a_launch(driver: PretendedDriver, pdl: int) -> None:
-    blocks = FewRows(16, 2, 1, 8, 2, pdl=pdl)
+@pytest.mark.parametrize(
+    ("captured", "capability", "dependent"),
+    [(False, (9, 0), False), (True, (9, 0), True), (True, (8, 9), False)],
+)
+def test_a_launch(
+    driver: PretendedDriver,
+    captured: bool,
+    capability: tuple[int, int],
+    dependent: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: captured)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    blocks = FewRows(16, 2, 1, 8, 2)
     kernel = cuda.kernel(blocks, 128, 4, 2, BF16, torch.device("cuda:3"))
     kernel.launch(5, Arguments(*ARGUMENTS))
     [(function, launch, values, context)] = driver.launched
@@ -521,6 +539,7 @@ def test_a_launch(driver: PretendedDriver, pdl: int) -> None:
     assert launch == [5, 1, 1, 256, 1, 1, shared, 77]
     assert values == list(ARGUMENTS)
     assert context == "context of device 3"
+    assert driver.dependent == int(dependent)
 
 
 def test_a_thread_without_a_context_gets_one(driver: PretendedDriver) -> None:

@@ -48,10 +48,12 @@ class CudaBlocks(ABC):
     """What one block of threads computes, and with what: the macros of a kernel, in lower case.
 
     name: the kernel's.
+    dependent: whether the kernel reads W before the kernel before it has ended, see `nvrtc.Kernel`.
     rows: of x.
     """
 
     name: ClassVar[str]
+    dependent: ClassVar[bool]
 
     rows: int
 
@@ -132,18 +134,16 @@ class FewRows(CudaBlocks):
     warps_k: warps that share the sum over k; with several warps_n at most 15.
     prefetch: steps of 128 columns that are on their way while another is multiplied.
     blocks: that a multiprocessor shall have registers for.
-    pdl: 1: the launch is a programmatic dependent of the one before, for compute capability 9.0 and
-        newer; tiles are read before that one is done, and it must not write them.
     """
 
     name = "few_rows"
+    dependent = True
 
     subtiles: int
     warps_n: int
     warps_k: int
     prefetch: int
     blocks: int = 1
-    pdl: int = 0
 
     def __str__(self) -> str:
         """For people."""
@@ -181,23 +181,22 @@ class FewRows(CudaBlocks):
 class ManyRows(CudaBlocks):
     """Of many_rows.cu.
 
-    rows: of x, 8 to 256.
+    rows: of x, 64, 128, 192 or 256.
     warpgroups: of 128 threads, that multiply; one more loads.
     subtiles: of 64 features, that a warpgroup multiplies.
     stages: steps of 128 columns in shared memory.
     splits: blocks that share the sum over k, a cluster.
     blocks_per_sm: that the registers have to be enough for.
-    in_flight: products that are not waited for while the next operand is unpacked.
     """
 
     name = "many_rows"
+    dependent = False
 
     warpgroups: int
     subtiles: int
     stages: int
     splits: int = 1
     blocks_per_sm: int = 1
-    in_flight: int = 1
 
     def __str__(self) -> str:
         """For people."""
@@ -283,6 +282,5 @@ def kernel(
         RuntimeError: it can't be compiled, or the driver refuses it.
     """
     macros = blocks.macros(group_size, half_inner, weights, dtype)
-    dependent = isinstance(blocks, FewRows) and bool(blocks.pdl)
     shared = blocks.shared(group_size)
-    return nvrtc.Kernel(blocks.name, macros, device, blocks.threads, shared, dependent)
+    return nvrtc.Kernel(blocks.name, macros, device, blocks.threads, shared, blocks.dependent)

@@ -176,8 +176,9 @@ class Kernel:
         device: of CUDA, with its index.
         threads: of a block.
         shared: bytes of shared memory that each block is given.
-        dependent: whether it may start while the kernel before it on the stream still runs, for
-            which it waits itself ("programmatic dependent launch").
+        dependent: whether it waits itself for the kernel before it on the stream. Captured in a
+            CUDA graph, which writes no weights, it may then start while that one still runs
+            ("programmatic dependent launch", of compute capability 9.0 and newer).
     """
 
     def __init__(
@@ -190,9 +191,9 @@ class Kernel:
         dependent: bool = False,
     ) -> None:
         self._name, self._device, self._threads, self._shared = name, device, threads, shared
-        self._dependent = dependent
         _, self._driver, number = _needed()
         capability = torch.cuda.get_device_capability(device)
+        self._dependent = dependent and capability >= (9, 0)
         target = architecture(*capability)
         if target is None:
             major, minor = capability
@@ -222,8 +223,9 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(offsets))(*[start + offset for offset in offsets])
         address = ctypes.addressof(pointers)
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        launch = self._launch_dependent if self._dependent else self._launch
         with torch.cuda.device(self._device):
+            dependent = self._dependent and torch.cuda.is_current_stream_capturing()
+            launch = self._launch_dependent if dependent else self._launch
             launched = launch(programs, stream, address)
             if launched[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
                 # A thread's first calls of torch do not need to have made one current.
@@ -301,7 +303,7 @@ def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> 
         [driver.cuuint32_t(1)] * 2,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzled else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if result != driver.CUresult.CUDA_SUCCESS:
