@@ -30,6 +30,7 @@ from kernel_support import make_experts, rows
 from pretended_gpu import generated, int4pack_mm, packed_specs
 from support import FP32, assert_within
 from test_kernels_stress import assert_right, captured
+from test_lowering import kernels, with_int4_weights
 from torch import Tensor, nn
 
 import fxint4
@@ -826,30 +827,33 @@ class Block(nn.Module):
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("kernel", [None, "triton"])
-def test_a_compiled_model_under_cuda_graphs(kernel: str | None, dynamic: bool) -> None:
-    from test_lowering import kernels, with_int4_weights
-
+@pytest.mark.parametrize(
+    ("kernel", "cuda_graphs", "taken"),
+    [(None, True, True), ("triton", True, False), (None, False, False), ("cuda", False, True)],
+)
+def test_a_compiled_model(
+    kernel: str | None, cuda_graphs: bool, taken: bool, dynamic: bool
+) -> None:
     model = Block(1024).to("cuda", BF16).eval()
     exact = with_int4_weights(model)
-    options = {"kernel": kernel, "triton.cudagraphs": True}
+    options = {"kernel": kernel, "triton.cudagraphs": cuda_graphs}
     compiled: Any = torch.compile(model, backend="int4tile", options=options, dynamic=dynamic)
     with torch.no_grad():
         for m in (1, 7, 16, 40):
             x = torch.randn(m, 1024, device="cuda", dtype=BF16)
-            if dynamic:
-                torch._dynamo.mark_dynamic(x, 0, min=1)
-            ran = kernels(lambda x=x: compiled(x))
-            few = m <= 16 and kernel is None
-            assert ran["few_rows"] == (2 if few else 0), (m, ran)
+            ran = kernels(partial(compiled, x))
+            count = 2 if taken and m <= 16 else 0  # gate and up are one matmul
+            assert ran["few_rows"] == count, (m, ran)
+            if count and not dynamic:  # all that follows a matmul is one kernel
+                assert sum(ran[name] for name in ran if name.startswith("triton_")) == 2
+            if m == 1:
+                report = fxint4.last_report()
+                assert report is not None
+                told = [text for record in report.records for text in record.kernels]
+                assert len(told) >= 3
+                assert all(("cuda " in text) == taken for text in told if "M=1:" in text)
             y, expected = compiled(x).double(), exact(x.double())
             assert (y - expected).norm() <= 0.01 * expected.norm()
-            if few and not dynamic:
-                assert ran.total() == 4  # each matmul, and all that follows it
-    report = fxint4.last_report()
-    assert report is not None
-    told = [text for record in report.records for text in record.kernels]
-    assert any("cuda " in text for text in told) == (kernel is None)
 
 
 def record() -> None:
