@@ -507,8 +507,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr("torch.cuda.current_stream", lambda _: stream)
     cuda.kernel.cache_clear()
+    nvrtc._tensor_map.cache_clear()
     yield made
     cuda.kernel.cache_clear()
+    nvrtc._tensor_map.cache_clear()
 
 
 ARGUMENTS = range(1000, 1000 + len(Arguments._fields_))
@@ -606,15 +608,17 @@ def test_what_a_launch_for_many_rows_is_given(driver: PretendedDriver) -> None:
     given = cast("Any", blocks.arguments(x, buffers, y, range(8), 256))
     of_tiles = ("int32", tiles.data_ptr(), [256, 5], [1024], [128, 16], "plain")
     of_x = ("fp16", x.data_ptr(), [248, 40], [496], [64, 64], "swizzled")
-    assert driver.maps == [of_tiles] * 4 + [of_x]
-    assert [given.tiles0.words[0], given.tiles3.words[15], given.x.words[0]] == [1, 4 + 15, 5]
+    assert driver.maps == [of_tiles, of_x]  # the same weight four times
+    assert [given.tiles0.words[0], given.tiles3.words[15], given.x.words[0]] == [1, 1 + 15, 2]
+    blocks.arguments(x, buffers, y, range(8), 256)
+    assert len(driver.maps) == 2
     addresses = [given.params0, given.params1, given.params2, given.params3, given.y]
     assert addresses == [tensor.data_ptr() for tensor in (*params, y)]
     assert [given.n0, given.n3, given.n_padded0, given.n_padded3] == [0, 3, 4, 7]
     assert (given.M, given.k_padded) == (40, 256)
     driver.result = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
-    with pytest.raises(RuntimeError, match=r"no boxes \(16, 128\) of a matrix \(5, 256\): CUDA_E"):
-        blocks.arguments(x, buffers, y, range(8), 256)
+    with pytest.raises(RuntimeError, match=r"no boxes \(64, 64\) of a matrix \(39, 248\): CUDA_E"):
+        blocks.arguments(x[:39], buffers, y, range(8), 256)
 
 
 def test_what_they_cannot_read_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

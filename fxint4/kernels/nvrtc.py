@@ -285,20 +285,27 @@ def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> 
         swizzled: whether in shared memory the 16-byte parts of its rows, which have 128 bytes, are
             exchanged as wgmma reads them.
     """
+    rows, columns = matrix.shape
+    return _tensor_map(matrix.dtype, matrix.data_ptr(), rows, columns, box, swizzled)
+
+
+@functools.lru_cache(maxsize=2**12)  # to make one takes longer than a launch
+def _tensor_map(
+    dtype: torch.dtype, address: int, rows: int, columns: int, box: tuple[int, int], swizzled: bool
+) -> TensorMap:
     _, driver, _ = _needed()
     types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
     kind = {
         torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         torch.int32: types.CU_TENSOR_MAP_DATA_TYPE_INT32,
-    }[matrix.dtype]
-    rows, columns = matrix.shape
+    }[dtype]
     result, made = driver.cuTensorMapEncodeTiled(
         kind,
         2,
-        matrix.data_ptr(),
+        address,
         [driver.cuuint64_t(size) for size in (columns, rows)],
-        [driver.cuuint64_t(columns * matrix.element_size())],
+        [driver.cuuint64_t(columns * dtype.itemsize)],
         [driver.cuuint32_t(size) for size in reversed(box)],
         [driver.cuuint32_t(1)] * 2,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -307,9 +314,7 @@ def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> 
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if result != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(
-            f"CUDA has no boxes {box} of a matrix {tuple(matrix.shape)}: {result.name}"
-        )
+        raise RuntimeError(f"CUDA has no boxes {box} of a matrix {(rows, columns)}: {result.name}")
     return TensorMap((ctypes.c_uint64 * 16)(*map(int, made.opaque)))
 
 
