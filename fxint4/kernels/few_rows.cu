@@ -1,0 +1,377 @@
+// y = x W^T for at most 16 rows of x, W in int4 tiles (fxint4/tiles.py); sm_80 and newer.
+//
+// The tensor cores multiply W x^T (mma.m16n8k16): the words that a thread loads of two tiles are
+// just what it needs of their left operand, so W goes from global memory to registers, unpacked by
+// few instructions, and nowhere else. x goes through shared memory.
+//
+// Weights are not rounded: the codes are multiplied as they are, with an offset that comes with
+// unpacking them, and the fp32 sums of a group get its scale and zero. With q' = offset + q,
+//     sum ((q - 8) scale + zero) x = scale (sum q' x - sum (offset + 8) x) + zero sum x;
+// the last two sums are an mma of their own, whose left operand is constant.
+//
+// The warps of a block that have the same features take steps of 128 columns of k in turn. What
+// they summed is added in shared memory, always in the same order.
+//
+// Given by -D:
+//   DTYPE_FP16    x and y are 0: bf16, 1: fp16
+//   GROUP         32, 64, 128 or 256
+//   HALF_INNER    inner_k_tiles / 2: 1, 2 or 4
+//   WEIGHTS       1 to 4
+//   ROWS          8 or 16, at least M
+//   SUBTILES      of 16 features each, that a warp multiplies
+//   WARPS_N       warps side by side along the features: 1, 2 or 4
+//   WARPS_K       warps that share the sum over k; at most 15 if WARPS_N > 1
+//   PREFETCH      steps of W and x that are on their way while another is multiplied
+//   BLOCKS        that a multiprocessor shall have room for, as far as registers go
+// A block has 32 * WARPS_N * WARPS_K threads and SHARED_BYTES of dynamic shared memory. Launched as
+// a programmatic dependent, it reads W, but neither x nor y, before the kernel before it has ended.
+
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef uint16_t T;  // the bits of bf16 or fp16
+
+constexpr int THREADS = 32 * WARPS_N * WARPS_K;
+constexpr int FEATURES = 16 * SUBTILES * WARPS_N;  // of a block
+constexpr int TILES = 2 * SUBTILES;                // of 8 features, that a warp multiplies
+constexpr int ROW_TILES = ROWS / 8;
+constexpr int STEP = 128;                          // columns of k
+constexpr int WORDS = STEP / 32;                   // that each thread has of a tile in a step
+constexpr int LOADS = WORDS / HALF_INNER;          // k tiles in a step; one load reads each
+constexpr int FOLDS = GROUP < STEP ? STEP / GROUP : 1;  // groups in a step
+constexpr int STAGES = PREFETCH + 1;
+
+constexpr int X_ROW_BYTES = 2 * STEP;
+constexpr int X_STEP_BYTES = ROWS * X_ROW_BYTES;
+constexpr int X_STAGE_BYTES = WARPS_K * X_STEP_BYTES;
+constexpr int SUM_PITCH = FEATURES + 4;  // floats; 4 more, or threads would meet in the same banks
+constexpr int X_BYTES = STAGES * X_STAGE_BYTES;
+constexpr int SUM_BYTES = 4 * WARPS_K * ROWS * SUM_PITCH;
+constexpr int SHARED_BYTES = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES;
+
+static_assert(SHARED_BYTES <= 227 * 1024, "no GPU has more");
+static_assert(WARPS_N == 1 || WARPS_K <= 15, "each of WARPS_K has a barrier, of the 15 beside 0");
+static_assert(2 * WARPS_N <= ROWS && 8 % WARPS_N == 0, "each thread copies chunks of x");
+
+#if DTYPE_FP16
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define ROUND "cvt.rn.f16.f32"
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define ROUND "cvt.rn.bf16.f32"
+#endif
+
+// --- instructions that C++ has no words for ------------------------------------------------------
+
+// sums[feature, row] += codes[feature, k] * x[row, k] of 16 features, 8 rows, 16 columns.
+__device__ void multiply(float (&sums)[4], const uint32_t (&codes)[4], uint32_t x0, uint32_t x1) {
+    asm volatile(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x0), "r"(x1));
+}
+
+// (bits & mask) | magic, for which the compiler would take two instructions.
+template <uint32_t mask, uint32_t magic>
+__device__ uint32_t pick(uint32_t bits) {
+    uint32_t picked;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(picked) : "r"(bits), "n"(mask), "n"(magic));
+    return picked;
+}
+
+// The same, but unknown to the compiler, which would compute it again for each step.
+__device__ uint32_t kept(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+template <typename V>
+__device__ const V* kept(const V* pointer) {
+    asm volatile("" : "+l"(pointer));
+    return pointer;
+}
+
+__device__ T rounded(float sum) {
+    T bits;
+    asm(ROUND " %0, %1;" : "=h"(bits) : "f"(sum));
+    return bits;
+}
+
+// Every word of W is read once: it shall not drive x out of the L1 cache.
+__device__ void load_words(uint32_t* words, const uint32_t* from) {
+#if HALF_INNER == 4
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(from));
+#elif HALF_INNER == 2
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "l"(from));
+#else
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];"
+                 : "=r"(words[0])
+                 : "l"(from));
+#endif
+}
+
+__device__ uint32_t load_param(const uint32_t* from) {
+    uint32_t param;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(param) : "l"(from));
+    return param;
+}
+
+__device__ uint32_t address(void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
+// Of 8 rows of x, whose 16-byte chunks the lanes point to, 4 times 8 columns as right operands.
+__device__ void load_matrices(uint32_t (&xs)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(xs[0]), "=r"(xs[1]), "=r"(xs[2]), "=r"(xs[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+// Copies the first `bytes` of 16 into shared memory, by and by, and zeros for the rest.
+__device__ void copy(uint32_t to, const T* from, uint32_t bytes) {
+#if X_IN_L1
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+__device__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until of this thread's groups of copies all but the latest `latest` are there.
+template <int latest>
+__device__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(latest) : "memory");
+}
+
+// Until the warps side by side are all here.
+__device__ void wait_for_warps(uint32_t barrier) {
+    if (WARPS_N == 1)
+        __syncwarp();
+    else
+        asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(32 * WARPS_N) : "memory");
+}
+
+// These two do nothing unless this kernel, or the one after it, is a programmatic dependent.
+__device__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// --- the kernel ----------------------------------------------------------------------------------
+
+// What a thread has of one step of W.
+struct Step {
+    uint32_t words[TILES][WORDS];
+    uint32_t params[TILES][FOLDS];  // bf16: scale low, zero high
+};
+
+// The left operand for columns 16 * half on of the 32 that two words hold, of tiles one below the
+// other: offset + code. The 7 bits of bf16's mantissa have room for one code, above 128. The 10
+// bits of fp16's have room for two neighbours: one above 256, one above 16, where each shift serves
+// both. (Without a shift it would be 1024. The larger the offset, the more of an fp32 sum is lost.)
+__device__ void unpack(uint32_t (&codes)[4], uint32_t upper, uint32_t lower, int half) {
+#if DTYPE_FP16
+    upper = half ? upper >> 6 : upper << 2;
+    lower = half ? lower >> 6 : lower << 2;
+    codes[0] = pick<0x003c003c, 0x5c005c00>(upper);
+    codes[1] = pick<0x003c003c, 0x5c005c00>(lower);
+    codes[2] = pick<0x03c003c0, 0x4c004c00>(upper);
+    codes[3] = pick<0x03c003c0, 0x4c004c00>(lower);
+#else
+    codes[0] = pick<0x000f000f, 0x43004300>(upper >> (8 * half));
+    codes[1] = pick<0x000f000f, 0x43004300>(lower >> (8 * half));
+    codes[2] = pick<0x000f000f, 0x43004300>(upper >> (8 * half + 4));
+    codes[3] = pick<0x000f000f, 0x43004300>(lower >> (8 * half + 4));
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
+         const uint32_t* tiles1, const uint32_t* params1,
+         const uint32_t* tiles2, const uint32_t* params2,
+         const uint32_t* tiles3, const uint32_t* params3, T* y,
+         int n, int n1, int n2, int n3,
+         int n_padded, int n_padded1, int n_padded2, int n_padded3, int M, int K, int k_padded) {
+    extern __shared__ __align__(256) unsigned char shared[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
+
+    launch_dependents();
+
+    // The weight of this block, its first column of y, and the block's number among the weight's.
+    const int N = n + n1 + n2 + n3;
+    int column = 0, block = blockIdx.x;
+    auto next = [&](const uint32_t* tiles_, const uint32_t* params_, int n_, int n_padded_) {
+        const int blocks = (n + FEATURES - 1) / FEATURES;
+        if (block < blocks) return;
+        block -= blocks, column += n;
+        tiles = tiles_, params = params_, n = n_, n_padded = n_padded_;
+    };
+    if (WEIGHTS > 1) next(tiles1, params1, n1, n_padded1);
+    if (WEIGHTS > 2) next(tiles2, params2, n2, n_padded2);
+    if (WEIGHTS > 3) next(tiles3, params3, n3, n_padded3);
+
+    // Tiles and groups beyond the last are the last: what comes of them is not stored, or times 0.
+    const int last_tile = n_padded / 8 - 1;
+    const int last_k_tile = k_padded / (32 * HALF_INNER) - 1;
+    const int last_group = k_padded / GROUP - 1;
+    const uint32_t* tile_words[TILES];
+    uint32_t feature[TILES];
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+        const int tile = min((block * WARPS_N + warp_n) * TILES + t, last_tile);
+        tile_words[t] = kept(tiles + (size_t)tile * (uint32_t)k_padded + lane * HALF_INNER);
+        feature[t] = kept(8 * tile + lane / 4);
+    }
+
+    const int steps = (K + STEP - 1) / STEP;
+    auto load_w = [&](Step& w, int step) {
+        if (step >= steps) return;
+#pragma unroll
+        for (int load = 0; load < LOADS; ++load) {
+            const int from = min(step * LOADS + load, last_k_tile) * (32 * HALF_INNER);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t)
+                load_words(&w.words[t][load * HALF_INNER], tile_words[t] + from);
+        }
+#pragma unroll
+        for (int fold = 0; fold < FOLDS; ++fold) {
+            const uint32_t group = min(step * STEP / GROUP + fold, last_group);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t)
+                w.params[t][fold] = load_param(params + (group * n_padded + feature[t]));
+        }
+    };
+
+    // x of a step lies as [ROWS, STEP], the 16-byte chunks of a row exchanged by its number, so
+    // that ldmatrix finds those of 8 rows in different banks. 16 threads side by side copy a row:
+    // the L1 cache serves whole lines. Rows from M on are left as they are: no other row's sums see
+    // them.
+    constexpr int ROWS_AT_ONCE = 2 * WARPS_N;
+    const uint32_t x_shared = address(shared) + warp_k * X_STEP_BYTES;
+    const int row = 2 * warp_n + lane / 16, chunk = lane % 16;
+    const uint32_t x_to = kept(x_shared + row * X_ROW_BYTES + 16 * (chunk ^ row));
+    const T* x_from = kept(x + (size_t)row * (uint32_t)K + 8 * chunk);
+    const int rows_left = M - row, k_left = kept(K - 8 * chunk);
+    const int apart = kept(ROWS_AT_ONCE * K);
+    auto load_x = [&](int stage, int step) {
+        const T* from = x_from + step * STEP;
+        const uint32_t bytes = step * STEP < k_left ? 16 : 0;  // zeros beyond K
+        const int rows = step < steps ? rows_left : 0;
+#pragma unroll
+        for (int r = 0; r < ROWS; r += ROWS_AT_ONCE, from += apart)
+            if (r < rows)
+                copy((x_to ^ (16 * (r % 8))) + stage * X_STAGE_BYTES + r * X_ROW_BYTES, from, bytes);
+        end_of_copies();
+    };
+
+    // The left operand that makes sums of x, in its rows 0 to 7, and of (offset + 8) x.
+    uint32_t ones[4];
+    ones[0] = ones[2] = DTYPE_FP16 ? 0x3c003c00 : 0x3f803f80;
+    ones[1] = DTYPE_FP16 ? 0x5c205c20 : 0x43084308;
+    ones[3] = DTYPE_FP16 ? 0x4e004e00 : 0x43084308;
+
+    float acc[SUBTILES][ROW_TILES][4] = {};
+    const uint32_t x_lane =
+        kept(x_shared + lane % 8 * X_ROW_BYTES + 16 * ((lane / 8) ^ (lane % 8)));
+    auto multiply_step = [&](const Step& w, int stage) {
+#pragma unroll
+        for (int fold = 0; fold < FOLDS; ++fold) {
+            float code_sums[SUBTILES][ROW_TILES][4] = {};
+            float x_sums[ROW_TILES][4] = {};
+#pragma unroll
+            for (int word = fold * WORDS / FOLDS; word < (fold + 1) * WORDS / FOLDS; ++word) {
+                uint32_t xs[ROW_TILES][4];  // 8 rows, 4 times 8 columns
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r)
+                    load_matrices(xs[r], ((x_lane + stage * X_STAGE_BYTES) ^ (64 * word)) +
+                                             r * 8 * X_ROW_BYTES);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int r = 0; r < ROW_TILES; ++r)
+                        multiply(x_sums[r], ones, xs[r][2 * half], xs[r][2 * half + 1]);
+#pragma unroll
+                    for (int s = 0; s < SUBTILES; ++s) {
+                        uint32_t codes[4];
+                        unpack(codes, w.words[2 * s][word], w.words[2 * s + 1][word], half);
+#pragma unroll
+                        for (int r = 0; r < ROW_TILES; ++r)
+                            multiply(code_sums[s][r], codes, xs[r][2 * half], xs[r][2 * half + 1]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                const float scale = __uint_as_float(w.params[t][fold] << 16);
+                const float zero = __uint_as_float(w.params[t][fold] & 0xffff0000);
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                    for (int odd = 0; odd < 2; ++odd) {
+                        const int c = t % 2 * 2 + odd;
+                        float& sum = acc[t / 2][r][c];
+                        sum = zero * x_sums[r][odd] + sum;
+                        sum = scale * (code_sums[t / 2][r][c] - x_sums[r][2 + odd]) + sum;
+                    }
+            }
+        }
+    };
+
+    Step w[STAGES];
+#pragma unroll
+    for (int i = 0; i < PREFETCH; ++i) load_w(w[i], warp_k + i * WARPS_K);
+    wait_for_kernel_before();
+#pragma unroll
+    for (int i = 0; i < PREFETCH; ++i) load_x(i, warp_k + i * WARPS_K);
+
+    for (int first = warp_k; first < steps; first += STAGES * WARPS_K) {
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+            const int step = first + stage * WARPS_K, next = step + PREFETCH * WARPS_K;
+            if (step >= steps) break;
+            // This step's x is there, and all have done with the x in whose place another comes.
+            wait_for_copies<PREFETCH - 1>();
+            wait_for_warps(warp_k + 1);
+            load_x((stage + PREFETCH) % STAGES, next);
+            load_w(w[(stage + PREFETCH) % STAGES], next);
+            multiply_step(w[stage], stage);
+        }
+    }
+
+    // The place of x becomes that of the sums, [WARPS_K, ROWS, SUM_PITCH].
+    wait_for_copies<0>();
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+                const int at = warp_k * ROWS + 8 * r + lane % 4 * 2 + odd;
+                const int feature = 8 * (warp_n * TILES + t) + lane / 4;
+                sums[at * SUM_PITCH + feature] = acc[t / 2][r][t % 2 * 2 + odd];
+            }
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t e = threadIdx.x; e < M * FEATURES; e += THREADS) {
+        const uint32_t m = e / FEATURES, feature = block * FEATURES + e % FEATURES;
+        if (feature >= n) continue;
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < WARPS_K; ++k) sum += sums[(k * ROWS + m) * SUM_PITCH + e % FEATURES];
+        y[(size_t)m * N + column + feature] = rounded(sum);
+    }
+}
