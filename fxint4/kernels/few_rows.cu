@@ -23,6 +23,7 @@
 //   WARPS_K       warps that share the sum over k; at most 15 if WARPS_N > 1
 //   PREFETCH      steps of W and x that are on their way while another is multiplied
 //   BLOCKS        that a multiprocessor shall have room for, as far as registers go
+//   X_PAST_L1     1: x does not go through the L1 cache
 // A block has 32 * WARPS_N * WARPS_K threads and SHARED_BYTES of dynamic shared memory. Launched as
 // a programmatic dependent, it reads W, but neither x nor y, before the kernel before it has ended.
 
@@ -60,6 +61,12 @@ static_assert(2 * WARPS_N <= ROWS && 8 % WARPS_N == 0, "each thread copies chunk
 #define ROUND "cvt.rn.bf16.f32"
 #endif
 
+#if X_PAST_L1
+#define X_CACHE "cg"
+#else
+#define X_CACHE "ca"
+#endif
+
 // --- instructions that C++ has no words for ------------------------------------------------------
 
 // sums[feature, row] += codes[feature, k] * x[row, k] of 16 features, 8 rows, 16 columns.
@@ -78,15 +85,13 @@ __device__ uint32_t pick(uint32_t bits) {
 }
 
 // The same, but unknown to the compiler, which would compute it again for each step.
-__device__ uint32_t kept(uint32_t value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 template <typename V>
-__device__ const V* kept(const V* pointer) {
-    asm volatile("" : "+l"(pointer));
-    return pointer;
+__device__ V kept(V value) {
+    if constexpr (sizeof(V) == 8)
+        asm volatile("" : "+l"(value));
+    else
+        asm volatile("" : "+r"(value));
+    return value;
 }
 
 __device__ T rounded(float sum) {
@@ -96,19 +101,15 @@ __device__ T rounded(float sum) {
 }
 
 // Every word of W is read once: it shall not drive x out of the L1 cache.
+#define LOAD "ld.global.nc.L1::no_allocate.L2::256B"
 __device__ void load_words(uint32_t* words, const uint32_t* from) {
 #if HALF_INNER == 4
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "l"(from));
+    asm volatile(LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(from));
 #elif HALF_INNER == 2
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(words[0]), "=r"(words[1])
-                 : "l"(from));
+    asm volatile(LOAD ".v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
 #else
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];"
-                 : "=r"(words[0])
-                 : "l"(from));
+    asm volatile(LOAD ".u32 %0, [%1];" : "=r"(words[0]) : "l"(from));
 #endif
 }
 
@@ -123,20 +124,13 @@ __device__ uint32_t address(void* shared) { return (uint32_t)__cvta_generic_to_s
 // Of 8 rows of x, whose 16-byte chunks the lanes point to, 4 times 8 columns as right operands.
 __device__ void load_matrices(uint32_t (&xs)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(xs[0]), "=r"(xs[1]), "=r"(xs[2]), "=r"(xs[3])
-                 : "r"(from)
-                 : "memory");
+                 : "=r"(xs[0]), "=r"(xs[1]), "=r"(xs[2]), "=r"(xs[3]) : "r"(from) : "memory");
 }
 
 // Copies the first `bytes` of 16 into shared memory, by and by, and zeros for the rest.
 __device__ void copy(uint32_t to, const T* from, uint32_t bytes) {
-#if X_IN_L1
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-#else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-#endif
+    asm volatile("cp.async." X_CACHE ".shared.global [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -156,17 +150,13 @@ __device__ void wait_for_warps(uint32_t barrier) {
 }
 
 // These two do nothing unless this kernel, or the one after it, is a programmatic dependent.
-__device__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+__device__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ void launch_dependents() {}
+__device__ void wait_for_kernel_before() {}
 #endif
-}
-
-__device__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // --- the kernel ----------------------------------------------------------------------------------
 
@@ -232,7 +222,7 @@ few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
     for (int t = 0; t < TILES; ++t) {
         const int tile = min((block * WARPS_N + warp_n) * TILES + t, last_tile);
         tile_words[t] = kept(tiles + (size_t)tile * (uint32_t)k_padded + lane * HALF_INNER);
-        feature[t] = kept(8 * tile + lane / 4);
+        feature[t] = 8 * tile + lane / 4;
     }
 
     const int steps = (K + STEP - 1) / STEP;
@@ -256,8 +246,8 @@ few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
 
     // x of a step lies as [ROWS, STEP], the 16-byte chunks of a row exchanged by its number, so
     // that ldmatrix finds those of 8 rows in different banks. 16 threads side by side copy a row:
-    // the L1 cache serves whole lines. Rows from M on are left as they are: no other row's sums see
-    // them.
+    // chunks that lie below each other in several rows share banks of the L1 cache. Rows from M on
+    // are left as they are: no other row's sums see them.
     constexpr int ROWS_AT_ONCE = 2 * WARPS_N;
     const uint32_t x_shared = address(shared) + warp_k * X_STEP_BYTES;
     const int row = 2 * warp_n + lane / 16, chunk = lane % 16;
@@ -270,17 +260,18 @@ few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
         const uint32_t bytes = step * STEP < k_left ? 16 : 0;  // zeros beyond K
         const int rows = step < steps ? rows_left : 0;
 #pragma unroll
-        for (int r = 0; r < ROWS; r += ROWS_AT_ONCE, from += apart)
-            if (r < rows)
-                copy((x_to ^ (16 * (r % 8))) + stage * X_STAGE_BYTES + r * X_ROW_BYTES, from, bytes);
+        for (int r = 0; r < ROWS; r += ROWS_AT_ONCE, from += apart) {
+            const uint32_t to = (x_to ^ (16 * (r % 8))) + stage * X_STAGE_BYTES + r * X_ROW_BYTES;
+            if (r < rows) copy(to, from, bytes);
+        }
         end_of_copies();
     };
 
     // The left operand that makes sums of x, in its rows 0 to 7, and of (offset + 8) x.
     uint32_t ones[4];
     ones[0] = ones[2] = DTYPE_FP16 ? 0x3c003c00 : 0x3f803f80;
-    ones[1] = DTYPE_FP16 ? 0x5c205c20 : 0x43084308;
-    ones[3] = DTYPE_FP16 ? 0x4e004e00 : 0x43084308;
+    ones[1] = DTYPE_FP16 ? 0x5c205c20 : 0x43084308;  // 264 or 136
+    ones[3] = DTYPE_FP16 ? 0x4e004e00 : 0x43084308;  // 24 or 136
 
     float acc[SUBTILES][ROW_TILES][4] = {};
     const uint32_t x_lane =
