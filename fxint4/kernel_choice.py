@@ -69,19 +69,21 @@ class Policy:
             dtype: of x, bf16 or fp16.
             device: the GPU.
         """
-        in_cuda = not self.package and _in_cuda(self.kernel, self.cuda_graphs, device)
         if self.kernel is not None or not self.measured:
-            return _by_rule(m, n, k, device, self.kernel, in_cuda)
+            return _by_rule(m, n, k, device, self.kernel, self.cuda_graphs, self.package)
         folder = _inductor.cache_folder()
+        in_cuda = not self.package and cuda.available(device)
         with real_tensors(), torch.cuda.device(device):
-            return fastest(m, n, k, group_size, half_inner, dtype, folder, in_cuda)
+            return fastest(
+                m, n, k, group_size, half_inner, dtype, folder, in_cuda, self.cuda_graphs
+            )
 
     def choose_at_run_time(
         self, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     ) -> Choice:
         """How x ``[m, k]`` is multiplied where m is known when the graph runs."""
         if self.package:
-            return _by_rule(m, n, k, device, self.kernel, in_cuda=False)
+            return _by_rule(m, n, k, device, self.kernel, replayed=True, package=True)
         return at_run_time(m, n, k, dtype, device, self.cuda_graphs, self.kernel)
 
 
@@ -98,8 +100,7 @@ def at_run_time(
 
     Where the host launches each kernel anew, that takes it longer for a Triton kernel than for the
     aten op. So the aten op, which reads W again for every 16 rows, is the faster one while the GPU
-    needs less than the difference. It knows bf16 alone. From a CUDA graph a CUDA C++ kernel may be
-    launched.
+    needs less than the difference. It knows bf16 alone.
 
     Args:
         m: rows.
@@ -113,21 +114,24 @@ def at_run_time(
     few = m <= 8 or -(-m // 16) * n * k <= _ATEN_ELEMENTS
     if kernel is None and few and not replayed and dtype is torch.bfloat16:
         return Choice("aten")
-    return _by_rule(m, n, k, device, kernel, _in_cuda(kernel, replayed, device))
-
-
-def _in_cuda(kernel: str | None, replayed: bool, device: torch.device) -> bool:
-    """Whether a CUDA C++ kernel may be the choice. One that was asked for is not looked for."""
-    return kernel == "cuda" or (replayed and cuda.available(device))
+    return _by_rule(m, n, k, device, kernel, replayed)
 
 
 def _by_rule(
-    m: int, n: int, k: int, device: torch.device, kernel: str | None, in_cuda: bool
+    m: int,
+    n: int,
+    k: int,
+    device: torch.device,
+    kernel: str | None,
+    replayed: bool,
+    package: bool = False,
 ) -> Choice:
     if kernel == "triton":
         return Choice("triton", choose_blocks(m, n, k, *gpu_of(device)))
-    if kernel is None or kernel == "cuda":
-        return choose(m, n, k, *gpu_of(device), in_cuda)
+    asked = kernel == "cuda"  # then it is not looked for
+    if kernel is None or asked:
+        in_cuda = not package and (asked or cuda.available(device))
+        return choose(m, n, k, *gpu_of(device), in_cuda, replayed or asked)
     return Choice("aten" if kernel == "aten" else "dequantise")
 
 

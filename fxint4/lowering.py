@@ -25,7 +25,7 @@ from fxint4 import _inductor, kernel_choice, lowering_experts
 from fxint4._torch import aten
 from fxint4.kernel_choice import Policy, by_m
 from fxint4.kernels import choice as rule
-from fxint4.kernels import common, cuda, experts, linear, nvrtc
+from fxint4.kernels import common, cuda, cuda_choice, experts, linear, nvrtc
 from fxint4.kernels.choice import Choice
 from fxint4.kernels.common import Blocks, Launch, version_of
 from fxint4.kernels.cuda import CudaBlocks
@@ -56,7 +56,7 @@ def lowered(policy: Policy) -> AbstractContextManager[None]:
     """
     # All that has a say in what is made of a graph.
     modules = (sys.modules[__name__], lowering_experts, _inductor, kernel_choice)
-    version = version_of(*modules, rule, common, linear, experts, cuda)
+    version = version_of(*modules, rule, cuda_choice, common, linear, experts, cuda)
     return _inductor.in_force(_lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}")
 
 

@@ -36,14 +36,10 @@ from torch import Tensor, nn
 import fxint4
 from fxint4.kernel_choice import Policy, at_run_time, by_m
 from fxint4.kernels import cuda, linear, nvrtc
-from fxint4.kernels.choice import (
-    Choice,
-    choose,
-    choose_few_rows,
-    cuda_configurations,
-)
+from fxint4.kernels.choice import Choice, choose
 from fxint4.kernels.common import triton
 from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
+from fxint4.kernels.cuda_choice import choose_few_rows, choose_many_rows, cuda_configurations
 from fxint4.kernels.linear import linears
 from fxint4.kernels.tuning import _choice, _entry, candidates
 from fxint4.tiles import unpack_scale_and_zero
@@ -71,7 +67,10 @@ FEW = FewRows(8, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
 #: For every configuration; and for those that the rule chooses all values of all options, too.
 USUAL = (128, 4, 1, BF16)
 OPTIONS = [(32, 1, 4, FP16), (64, 2, 2, BF16), (256, 4, 3, FP16)]
-RULE = [choose_few_rows(m, n, 4096) for m in (1, 16) for n in (1024, 4096, 28672)]
+RULE = [
+    *(choose_few_rows(m, n, 4096) for m in (1, 16) for n in (1024, 4096, 28672)),
+    *(choose_many_rows(m, n, 4096) for m in (64, 512) for n in (4096, 6144, 28672)),
+]
 
 
 def cases() -> dict[str, tuple[CudaBlocks, tuple[int, int, int, torch.dtype]]]:
@@ -257,15 +256,45 @@ def _available(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_available")
 def test_few_rows_are_theirs_where_they_may_be() -> None:
     for m, n, k in itertools.product((1, 8, 9, 16), (8, 4096, 151936), (8, 4096, 28672)):
-        chosen = choose(m, n, k, cuda=True)
+        chosen = choose(m, n, k, cuda=True, replayed=True)
         assert isinstance(chosen.blocks, FewRows)
         assert chosen == Choice("cuda", choose_few_rows(m, n, k))
         assert chosen.blocks in cuda_configurations()
         assert m <= chosen.blocks.rows
         assert chosen.blocks.shared(128) <= EVERYWHERE
         assert choose(m, n, k).kernel == "triton"
-    for m, k in ((17, 4096), (1, 4092), (16, 1001)):
-        assert choose(m, 4096, k, cuda=True) == choose(m, 4096, k)
+    for m, k in ((17, 4096), (32, 4096), (1, 4092), (16, 1001)):
+        assert choose(m, 4096, k, cuda=True, replayed=True) == choose(m, 4096, k)
+    # Launched from Python it has to be worth that.
+    assert choose(1, 28672, 4096, cuda=True).kernel == "triton"
+    assert isinstance(choose(16, 2**17, 2**13, cuda=True).blocks, FewRows)
+
+
+@pytest.mark.usefixtures("_available")
+def test_many_rows_are_theirs_on_hopper() -> None:
+    for m, n, k in itertools.product((33, 64, 300, 2048), (8, 4096, 151936), (128, 4096, 28672)):
+        chosen = choose(m, n, k, cuda=True, replayed=True)
+        assert isinstance(chosen.blocks, ManyRows)
+        assert chosen == Choice("cuda", choose_many_rows(m, n, k))
+        assert chosen.blocks in cuda_configurations()
+        chosen.blocks.check(m, k)
+        for group in (32, 64, 128, 256):
+            assert chosen.blocks.stages(group) >= 3 - (group == 32)
+            assert chosen.blocks.shared(group) <= TARGETS["sm_90a"]
+        assert choose(m, n, k, wgmma=False, cuda=True, replayed=True).kernel != "cuda"
+    for m, k in ((2049, 4096), (64, 4092), (64, 120)):
+        assert choose(m, 4096, k, cuda=True, replayed=True) == choose(m, 4096, k)
+    assert choose(64, 4096, 4096, cuda=True).kernel == "triton"
+    assert isinstance(choose(1024, 4096, 4096, cuda=True).blocks, ManyRows)
+
+
+def test_the_rule_for_many_rows_counts_waves() -> None:
+    # A wave of 132 blocks of 128 rows by 192 features fits where one of 256 by 128 leaves a
+    # quarter of the multiprocessors idle, and where it does not, sums are split.
+    assert choose_many_rows(512, 6144, 4096) == ManyRows(128, 3, 1)
+    assert choose_many_rows(1024, 4096, 14336) == ManyRows(256, 2, 1)
+    assert choose_many_rows(512, 4096, 14336) == ManyRows(256, 2, 1, splits=2)
+    assert choose_many_rows(64, 4096, 256).splits == 1  # too short to be split
 
 
 @pytest.mark.usefixtures("_available")
@@ -292,7 +321,7 @@ def test_they_are_chosen_where_launches_are_replayed(dtype: torch.dtype) -> None
 
 @pytest.mark.usefixtures("_available")
 def test_what_is_asked_for_falls_back_where_there_is_no_kernel() -> None:
-    for m, k in ((17, 4096), (2048, 4096), (1, 4001)):
+    for m, k in ((17, 4096), (2049, 4096), (1, 4001)):
         chosen = Policy("cuda").choose(m, 4096, k, 128, 4, BF16, CPU)
         assert chosen == choose(m, 4096, k)
 
@@ -301,10 +330,10 @@ def test_what_is_asked_for_falls_back_where_there_is_no_kernel() -> None:
 def test_the_report_names_them_for_the_rows_that_they_serve() -> None:
     policy = Policy(cuda_graphs=True)
     ranges = by_m(lambda m: str(policy.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
-    assert [(first, last) for first, last, text in ranges if text.startswith("cuda ")] == [
-        (1, 8),
-        (9, 16),
-    ]
+    theirs = [(first, last) for first, last, text in ranges if text.startswith("cuda ")]
+    assert theirs[:2] == [(1, 8), (9, 16)]
+    assert theirs[2][0] == 33
+    assert theirs[-1][1] == 2048
     package = Policy(package=True)
     ranges = by_m(lambda m: str(package.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
     assert not [text for _, _, text in ranges if text.startswith(("cuda ", "aten"))]
@@ -315,8 +344,8 @@ def test_the_report_names_them_for_the_rows_that_they_serve() -> None:
     [
         (Choice("cuda", FewRows(8, 2, 1, 8, 2)), "cuda 8x32, 8 warps along K"),
         (Choice("cuda", FewRows(16, 1, 2, 4, 1)), "cuda 16x32, 4 warps along K"),
-        (Choice("cuda", ManyRows(128, 2, 1, 4)), "cuda 128x128"),
-        (Choice("cuda", ManyRows(64, 1, 2, 4, 2)), "cuda 64x128, 2 splits"),
+        (Choice("cuda", ManyRows(128, 2, 1)), "cuda 128x128"),
+        (Choice("cuda", ManyRows(64, 1, 2, 2)), "cuda 64x128, 2 splits"),
     ],
 )
 def test_a_choice_as_text_and_as_json(choice: Choice, text: str) -> None:
@@ -330,15 +359,18 @@ def test_a_choice_as_text_and_as_json(choice: Choice, text: str) -> None:
 def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxint4.kernels.tuning.gpu_of", lambda _: (132, True))
     monkeypatch.setattr("fxint4.kernels.tuning.triton", object())
-    first, *others = candidates(9, 4096, 4096, in_cuda=True)
-    assert first == choose(9, 4096, 4096, cuda=True)
+    first, *others = candidates(9, 4096, 4096, in_cuda=True, replayed=True)
+    assert first == choose(9, 4096, 4096, cuda=True, replayed=True)
     kinds = {choice.kernel for choice in others}
     assert kinds == {"cuda", "triton", "aten"}
     theirs = [choice.blocks for choice in (first, *others) if choice.kernel == "cuda"]
     assert all(isinstance(blocks, FewRows) and blocks.rows == 16 for blocks in theirs)
     assert candidates(9, 4096, 4096)[0].kernel == "triton"
     assert "cuda" not in {choice.kernel for choice in candidates(9, 4096, 4096)}
-    assert "cuda" not in {choice.kernel for choice in candidates(17, 4096, 4096, in_cuda=True)}
+    none = candidates(17, 4096, 4096, in_cuda=True, replayed=True)
+    assert "cuda" not in {choice.kernel for choice in none}
+    many = [c.blocks for c in candidates(64, 4096, 4096, in_cuda=True, replayed=True)]
+    assert {b.rows for b in many if isinstance(b, ManyRows)} == {64, 128, 192, 256}
 
 
 # --- generated code ------------------------------------------------------------------------------
@@ -598,7 +630,7 @@ def test_what_a_launch_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_launch_for_many_rows_is_given(driver: PretendedDriver) -> None:
-    blocks = ManyRows(64, 2, 1, 4, splits=2)
+    blocks = ManyRows(64, 2, 1, splits=2)
     assert blocks.programs(65, [128, 129]) == 2 * (1 + 2) * 2
     x = torch.empty(40, 248).half()
     tiles = torch.empty(5, 2, 32, 4, dtype=torch.int32)
@@ -641,7 +673,7 @@ def test_what_they_cannot_read_is_left_to_others(monkeypatch: pytest.MonkeyPatch
     [
         (FEW, 9, 256, "x has 9 rows: these blocks take at most 8"),
         (
-            ManyRows(64, 1, 1, 3, splits=4),
+            ManyRows(64, 1, 1, splits=4),
             64,
             256,
             "x has 256 columns: 4 splits of 128 columns and more need 512",
@@ -717,6 +749,7 @@ SHAPES: list[tuple[list[int], int, int, int, torch.dtype]] = [  # n, k, group, i
     ([512, 512], 3072, 256, 2, FP16),
 ]
 CONFIGURATIONS = cuda_configurations()
+MANY = [blocks for blocks in CONFIGURATIONS if isinstance(blocks, ManyRows)]
 
 
 def runs(blocks: CudaBlocks, group: int) -> bool:
@@ -768,12 +801,43 @@ def test_random_shapes(
 
 @gpu
 @needs_nvrtc
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 700),
+    ns=st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    eighths=st.integers(48, 400),
+    group=st.sampled_from([32, 64, 128, 256]),
+    inner=st.sampled_from([2, 4, 8]),
+    number=st.integers(0, len(MANY) - 1),
+)
+def test_random_shapes_of_many_rows(
+    dtype: torch.dtype,
+    m: int,
+    ns: list[int],
+    eighths: int,
+    group: int,
+    inner: int,
+    number: int,
+) -> None:
+    if not runs(MANY[number], group):
+        pytest.skip("for Hopper alone")
+    k = 8 * eighths
+    made = Weights(ns, k, group, inner)
+    x = rows(m, k, "cuda", dtype)
+    made.check(made.times(x, MANY[number]), x, MANY[number])
+
+
+@gpu
+@needs_nvrtc
 def test_streams_threads_and_graphs_at_the_same_time() -> None:
     made = Weights([1024, 520], 4096, 128, 8)
+    many = runs(choose_many_rows(500, 1544, 4096), 128)
     jobs = []
-    for number, m in enumerate((1, 5, 8, 16)):
+    for number, m in enumerate((1, 5, 8, 16, *((64, 500) if many else ()))):
         x = rows(m, 4096, "cuda", (BF16, FP16)[number % 2], seed=number)
-        call = partial(made.times, x, choose_few_rows(m, 1544, 4096))
+        choose_rows = choose_few_rows if m <= 16 else choose_many_rows
+        call = partial(made.times, x, choose_rows(m, 1544, 4096))
         jobs.append((call, call()))
     graphs = [captured(20, call, expected) for call, expected in jobs]
     torch.cuda.synchronize()

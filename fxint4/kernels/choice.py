@@ -14,15 +14,14 @@ from typing import Literal
 import torch
 
 from fxint4.kernels.common import Blocks, triton
-from fxint4.kernels.cuda import CudaBlocks, FewRows
+from fxint4.kernels.cuda import CudaBlocks
+from fxint4.kernels.cuda_choice import choose_few_rows, choose_many_rows
 
 __all__ = [
     "Choice",
     "choose",
     "choose_blocks",
-    "choose_few_rows",
     "configurations",
-    "cuda_configurations",
     "gpu_of",
 ]
 
@@ -56,6 +55,7 @@ def choose(
     multiprocessors: int = 132,
     wgmma: bool = True,
     cuda: bool = False,
+    replayed: bool = False,
 ) -> Choice:
     """How to multiply x ``[m, k]`` with weights of n out features; "aten" where Triton is missing.
 
@@ -63,11 +63,15 @@ def choose(
 
     multiprocessors: of the GPU; those of an H100 or H200.
     wgmma: whether the GPU has these instructions: Hopper's, which read x from shared memory.
-    cuda: whether a CUDA kernel may be the choice, see `fxint4.kernels.cuda.available`. Launching it
-        takes the host longer than the GPU, so that it pays in CUDA graphs alone.
+    cuda: whether a CUDA kernel may be the choice, see `fxint4.kernels.cuda.available`.
+    replayed: whether it is launched from a CUDA graph. Else launching it takes the host some time,
+        which only much work is worth.
     """
-    if cuda and m <= _MOST_OF_FEW_ROWS and k % 8 == 0:
-        return Choice("cuda", choose_few_rows(m, n, k, multiprocessors))
+    if cuda and k % 8 == 0 and (replayed or m * n * k >= _WORTH_A_LAUNCH):
+        if m <= _FEW_ROWS:
+            return Choice("cuda", choose_few_rows(m, n, k, multiprocessors))
+        if wgmma and _MIDDLE_ROWS < m <= _MANY_ROWS and k >= 128:
+            return Choice("cuda", choose_many_rows(m, n, k, multiprocessors))
     if triton is None:
         return Choice("aten")
     if m > (_MOST_ROWS if wgmma else 128):
@@ -123,32 +127,11 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: boo
     return replace(blocks, at_once=at_once, rest_splits=splits) if splits > 1 else blocks
 
 
-def choose_few_rows(m: int, n: int, k: int, multiprocessors: int = 132) -> FewRows:
-    """The blocks of the CUDA kernel for few rows, see `choose`."""
-    rows = 8 if m <= 8 else 16
-    if -(-n // 32) < 2 * multiprocessors:
-        return FewRows(rows, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
-    return FewRows(rows, subtiles=2, warps_n=1, warps_k=8, prefetch=2)
-
-
 def configurations() -> list[Blocks]:
     """What `choose_blocks` can return for an H100 or H200, and for GPUs without wgmma."""
     sizes = itertools.product((1, 32, 64, 128, 129, 256, 384, 512, 1024), _NS, _KS)
     gpus = [(132, True), (132, False)]
     return sorted({choose_blocks(*size, *gpu) for size in sizes for gpu in gpus}, key=str)
-
-
-def cuda_configurations() -> list[CudaBlocks]:
-    """The blocks of CUDA kernels that can be the choice for an H100 or H200, or are measured."""
-    chosen = {choose_few_rows(*size) for size in itertools.product((1, 16), _NS, _KS)}
-    measured = {
-        FewRows(rows, subtiles, warps_n, warps_k, prefetch)
-        for rows in (8, 16)
-        for subtiles in (1, 2)
-        for warps_n, warps_k in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8))
-        for prefetch in (1, 2)
-    }
-    return sorted(chosen | measured, key=lambda blocks: (blocks.name, blocks.sizes))
 
 
 #: Out and in features among which there are those of every choice.
@@ -164,9 +147,11 @@ def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
     return splits
 
 
-#: More rows are not for the CUDA kernel of few.
-_MOST_OF_FEW_ROWS = 16
-#: For more rows W is written out.
+#: Rows that the CUDA kernels are for: up to the first, and more than the second up to the third.
+_FEW_ROWS, _MIDDLE_ROWS, _MANY_ROWS = 16, 32, 2048
+#: Multiplications that take the GPU as long as the host takes for a launch from Python.
+_WORTH_A_LAUNCH = 2**33
+#: For more rows Triton's kernel is behind writing W out.
 _MOST_ROWS = 1024
 #: Columns that make blocks pay: of 128 out features; of 128 rows by half of these; and of 128 out
 #: features by few rows, where eight splits of them all run at once.

@@ -21,6 +21,8 @@ from fxint4.kernels import nvrtc
 
 __all__ = ["CudaBlocks", "FewRows", "ManyRows", "available", "kernel", "reads"]
 
+#: Bytes of shared memory that a multiprocessor of Hopper has; of these each block costs 1024 more.
+_HOPPERS_SHARED = 228 * 2**10
 _COUNTS = tuple((f"{kind}{i}", ctypes.c_int) for kind in ("n", "n_padded") for i in range(4))
 
 
@@ -184,9 +186,8 @@ class ManyRows(CudaBlocks):
     rows: of x, 64, 128, 192 or 256.
     warpgroups: of 128 threads, that multiply; one more loads.
     subtiles: of 64 features, that a warpgroup multiplies.
-    stages: steps of 128 columns in shared memory.
     splits: blocks that share the sum over k, a cluster.
-    blocks_per_sm: that the registers have to be enough for.
+    blocks_per_sm: that a multiprocessor shall have registers and shared memory for.
     """
 
     name = "many_rows"
@@ -194,7 +195,6 @@ class ManyRows(CudaBlocks):
 
     warpgroups: int
     subtiles: int
-    stages: int
     splits: int = 1
     blocks_per_sm: int = 1
 
@@ -215,10 +215,24 @@ class ManyRows(CudaBlocks):
 
     def shared(self, group_size: int) -> int:
         """Bytes of shared memory: stages of x, words and parameters, or sums; and barriers."""
-        parameters = self.features * -(-128 // group_size) * 4
-        stage = self.rows * 128 * 2 + self.features * 128 // 2 + parameters
+        stages = self.stages(group_size)
         sums = self.rows * (self.features + 4) * 4
-        return max(self.stages * stage, sums) + 16 * self.stages
+        return max(stages * self._stage(group_size), sums) + 16 * stages
+
+    def stages(self, group_size: int) -> int:
+        """Steps of 128 columns in shared memory: as many as fit."""
+        return (_HOPPERS_SHARED // self.blocks_per_sm - 1024) // (self._stage(group_size) + 16)
+
+    def _stage(self, group_size: int) -> int:
+        parameters = self.features * -(-128 // group_size) * 4
+        return self.rows * 128 * 2 + self.features * 128 // 2 + parameters
+
+    def macros(
+        self, group_size: int, half_inner: int, weights: int, dtype: torch.dtype
+    ) -> tuple[tuple[str, int], ...]:
+        """See `CudaBlocks.macros`."""
+        macros = super().macros(group_size, half_inner, weights, dtype)
+        return (*macros, ("STAGES", self.stages(group_size)))
 
     def check(self, m: int, k: int) -> None:
         """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""

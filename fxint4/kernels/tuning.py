@@ -19,10 +19,10 @@ from fxint4.kernels.choice import (
     Choice,
     choose,
     choose_blocks,
-    cuda_configurations,
     gpu_of,
 )
 from fxint4.kernels.common import Blocks, triton, version_of
+from fxint4.kernels.cuda_choice import cuda_configurations
 
 __all__ = ["candidates", "fastest"]
 
@@ -41,6 +41,7 @@ def fastest(
     dtype: torch.dtype,
     folder: Path,
     in_cuda: bool = False,
+    replayed: bool = False,
 ) -> Choice:
     """The fastest of `candidates` on the current GPU; the L2 is cold, as it is inside a model.
 
@@ -53,32 +54,37 @@ def fastest(
         dtype: of x, bf16 or fp16.
         folder: where what was found is kept, in one file for a GPU and a version of the kernels.
         in_cuda: whether CUDA C++ kernels are among the candidates.
+        replayed: see `choose`.
     """
     path = folder / f"fxint4-kernels-{_machine()}.json"
     name = f"m={m} n={n} k={k} group_size={group_size} half_inner={half_inner} dtype={dtype}"
-    name += " cuda" if in_cuda else ""
+    name += (" cuda" if in_cuda else "") + (" replayed" if replayed else "")
     known = _read(path)
     if name not in known:
-        measured = _measured(m, n, k, group_size, half_inner, dtype, in_cuda)
+        measured = _measured(m, n, k, group_size, half_inner, dtype, in_cuda, replayed)
         known = {**_read(path), name: measured}  # others may have written meanwhile
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(known, indent=1))
     return _choice(min(known[name], key=lambda entry: entry["us"]))
 
 
-def candidates(m: int, n: int, k: int, in_cuda: bool = False) -> list[Choice]:
+def candidates(
+    m: int, n: int, k: int, in_cuda: bool = False, replayed: bool = False
+) -> list[Choice]:
     """What is worth measuring on the current GPU for x ``[m, k]`` and a weight ``[n, k]``.
 
     The first is what `choose` says.
 
     in_cuda: whether CUDA C++ kernels are among them.
+    replayed: see `choose`.
     """
     gpu = gpu_of(torch.device("cuda"))
-    first = choose(m, n, k, *gpu, in_cuda)
+    first = choose(m, n, k, *gpu, in_cuda, replayed)
     found = [first]
     if isinstance(first.blocks, cuda.CudaBlocks):
-        like = (first.blocks.name, first.blocks.rows)
-        found += [Choice("cuda", b) for b in cuda_configurations() if (b.name, b.rows) == like]
+        few = isinstance(first.blocks, cuda.FewRows)
+        alike = (b for b in cuda_configurations() if b.name == first.blocks.name)
+        found += [Choice("cuda", b) for b in alike if not few or b.rows == first.blocks.rows]
     if triton is None:
         return found
     base = choose_blocks(m, n, k, *gpu)
@@ -106,6 +112,7 @@ def _measured(
     half_inner: int,
     dtype: torch.dtype,
     in_cuda: bool = False,
+    replayed: bool = False,
 ) -> list[dict[str, Any]]:
     """Each candidate as JSON, with its time in us."""
     inner = 2 * half_inner
@@ -116,7 +123,7 @@ def _measured(
     parameters = torch.randn(k_padded // group_size, n_padded, 2, device="cuda").bfloat16() / k
     x = torch.randn(m, k, device="cuda", dtype=dtype)
     results = []
-    for choice in candidates(m, n, k, in_cuda):
+    for choice in candidates(m, n, k, in_cuda, replayed):
         run = functools.partial(linear.linear, x, tiles, parameters, group_size, n, choice)
         try:
             time_ms = triton.testing.do_bench(

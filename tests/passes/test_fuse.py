@@ -44,7 +44,7 @@ M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 aten = torch.ops.aten
 #: What choices are made for where there is no GPU, and whether CUDA kernels may be among them.
-H200 = (*gpu_of(torch.device("cpu")), False)
+H200 = (*gpu_of(torch.device("cpu")), False, False)
 
 
 @pytest.fixture(autouse=True)

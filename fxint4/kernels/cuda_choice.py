@@ -1,0 +1,85 @@
+"""In which blocks the CUDA C++ kernels multiply, by M, N and K.
+
+The rules are made from measurements on an H200 with groups of 128 and inner_k_tiles 8.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+
+from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
+
+__all__ = ["choose_few_rows", "choose_many_rows", "cuda_configurations"]
+
+#: Microseconds that a block takes beside its steps of 128 columns, and for each of these, where all
+#: multiprocessors are busy.
+_TIMES = {
+    ManyRows(64, warpgroups=1, subtiles=1, blocks_per_sm=2): (4.97, 0.518),
+    ManyRows(64, warpgroups=2, subtiles=1, blocks_per_sm=2): (6.63, 0.815),
+    ManyRows(128, warpgroups=2, subtiles=1): (4.72, 0.692),
+    ManyRows(128, warpgroups=3, subtiles=1): (5.42, 1.019),
+    ManyRows(128, warpgroups=2, subtiles=2): (5.94, 1.374),
+    ManyRows(192, warpgroups=2, subtiles=1): (5.50, 1.008),
+    ManyRows(256, warpgroups=2, subtiles=1): (6.23, 1.349),
+}
+#: Clusters of more blocks are not placed on all multiprocessors; already three leave a tenth idle.
+_SPLITS = {1: 1.0, 2: 1.0, 3: 10 / 11}
+#: The time of a last wave of blocks that have a multiprocessor each, where two could run.
+_ALONE = 0.6
+
+
+def choose_few_rows(m: int, n: int, k: int, multiprocessors: int = 132) -> FewRows:
+    """The blocks of the kernel for few rows.
+
+    m: of x, at most 16.
+    n: out features, of all weights that are multiplied together.
+    k: in features.
+    multiprocessors: of the GPU; those of an H100 or H200.
+    """
+    rows = 8 if m <= 8 else 16
+    if -(-n // 32) < 2 * multiprocessors:
+        return FewRows(rows, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
+    return FewRows(rows, subtiles=2, warps_n=1, warps_k=8, prefetch=2)
+
+
+def choose_many_rows(m: int, n: int, k: int, multiprocessors: int = 132) -> ManyRows:
+    """The blocks of the kernel for many rows: those whose waves are computed to take the least.
+
+    m: of x.
+    n: out features, of all weights that are multiplied together.
+    k: in features, at least 128.
+    multiprocessors: of the GPU; those of an H100 or H200.
+    """
+    return _fastest(-(-m // 64), n, k, multiprocessors)
+
+
+@functools.lru_cache(4096)
+def _fastest(row_blocks: int, n: int, k: int, multiprocessors: int) -> ManyRows:
+    """See `choose_many_rows`; row_blocks: of 64."""
+
+    def time(blocks: ManyRows) -> float:
+        fixed, step = _TIMES[replace(blocks, splits=1)]
+        count = blocks.programs(64 * row_blocks, [n])
+        at_once = multiprocessors * blocks.blocks_per_sm * _SPLITS[blocks.splits]
+        waves, rest = divmod(count, at_once)
+        alone = rest <= multiprocessors < at_once
+        waves += 0 if rest == 0 else _ALONE if alone else 1
+        return waves * (fixed + step * -(-k // (128 * blocks.splits)))
+
+    splits = [splits for splits in _SPLITS if splits == 1 or k >= 512 * splits]
+    return min((replace(b, splits=s) for b, s in itertools.product(_TIMES, splits)), key=time)
+
+
+def cuda_configurations() -> list[CudaBlocks]:
+    """The blocks that can be the choice for an H100 or H200, or are measured."""
+    few: set[CudaBlocks] = {
+        FewRows(rows, subtiles, warps_n, warps_k, prefetch)
+        for rows in (8, 16)
+        for subtiles in (1, 2)
+        for warps_n, warps_k in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8))
+        for prefetch in (1, 2)
+    }
+    many = {replace(blocks, splits=splits) for blocks in _TIMES for splits in _SPLITS}
+    return sorted(few | many, key=lambda blocks: (blocks.name, blocks.sizes))
