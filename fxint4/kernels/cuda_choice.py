@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
 
-__all__ = ["choose_few_rows", "choose_many_rows", "cuda_configurations"]
+__all__ = ["choose_few_rows", "choose_many_rows", "cuda_configurations", "waves"]
 
 #: Microseconds that a block takes beside its steps of 128 columns, and for each of these, where all
 #: multiprocessors are busy.
@@ -61,15 +61,25 @@ def _fastest(row_blocks: int, n: int, k: int, multiprocessors: int) -> ManyRows:
 
     def time(blocks: ManyRows) -> float:
         fixed, step = _TIMES[replace(blocks, splits=1)]
-        count = blocks.programs(64 * row_blocks, [n])
-        at_once = multiprocessors * blocks.blocks_per_sm * _SPLITS[blocks.splits]
-        waves, rest = divmod(count, at_once)
-        alone = rest <= multiprocessors < at_once
-        waves += 0 if rest == 0 else _ALONE if alone else 1
-        return waves * (fixed + step * -(-k // (128 * blocks.splits)))
+        count, steps = waves(blocks, 64 * row_blocks, n, k, multiprocessors)
+        return count * fixed + steps * step
 
     splits = [splits for splits in _SPLITS if splits == 1 or k >= 512 * splits]
     return min((replace(b, splits=s) for b, s in itertools.product(_TIMES, splits)), key=time)
+
+
+def waves(
+    blocks: ManyRows, m: int, n: int, k: int, multiprocessors: int = 132
+) -> tuple[float, float]:
+    """Waves of blocks that run at once, and in all waves the steps of 128 columns of one block.
+
+    These times the two of `_TIMES` are the time. For the arguments see `choose_many_rows`.
+    """
+    at_once = multiprocessors * blocks.blocks_per_sm * _SPLITS[blocks.splits]
+    count, rest = divmod(blocks.programs(m, [n]), at_once)
+    alone = rest <= multiprocessors < at_once
+    count += 0 if rest == 0 else _ALONE if alone else 1
+    return count, count * -(-k // (128 * blocks.splits))
 
 
 def cuda_configurations() -> list[CudaBlocks]:
