@@ -6,7 +6,8 @@ graph over enough copies of the weight to overflow the L2, in one run:
 - bf16: `torch.mm`, cuBLAS
 - aten: `aten._weight_int4pack_mm` (to 256 rows, it only gets slower)
 - torchao, gemlite: see peers.py; where they are installed, to 256 rows
-- ours: `fxint4.kernels.linear`, in the way that its `choose` picks
+- ours: `fxint4.kernels.linear`, in the way that a compiled model takes under CUDA graphs
+- triton: our Triton kernel, where that way is another one
 
 All multiply by the same weight, and each result is compared with fp32. "best peer" is the fastest
 of bf16, aten, torchao and gemlite. `TARGETS` has the times to reach, as ratios.
@@ -16,7 +17,7 @@ bf16 matmul, both measured in the same run. Prediction: up to 64 rows the time i
 a quarter of bf16's bytes, and so well below bf16; at 128 rows unpacking costs as much as is saved;
 beyond, int4 loses a little.
 
-Kernels are compiled first, by several processes; Triton's cache on disk hands them on.
+Kernels are compiled first, by several processes; caches on disk hand them on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from peers import GemLite, TorchAO
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
-from fxint4.kernels.choice import Choice, choose
+from fxint4.kernel_choice import at_run_time
+from fxint4.kernels.choice import Choice
 from fxint4.kernels.linear import linear
 
 DEVICE = torch.device("cuda")
@@ -52,6 +54,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 #: The int4 peers get slower and slower; bf16 is the one to beat beyond.
 MOST_PEER_ROWS = 256
 PEERS = ("bf16", "aten", "torchao", "gemlite")
+OURS = ("ours", "triton")
 #: Bytes of weight copies: more than twice an H200's L2 of 60 MB.
 WEIGHT_BYTES = 150e6
 #: Relative errors (Frobenius norm) up to which a result counts as right: bf16 weights and sums
@@ -121,11 +124,11 @@ class Weight:
     Args:
         n: out features.
         k: in features.
-        peers: who else wants it.
+        peers: who else wants it, if any.
         enough: whether to make copies that overflow the L2, or one only.
     """
 
-    def __init__(self, n: int, k: int, peers: Peers, enough: bool = True) -> None:
+    def __init__(self, n: int, k: int, peers: Peers | None = None, enough: bool = True) -> None:
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
         scale = (torch.rand(n, k // GROUP, device=DEVICE) + 0.5).bfloat16() * (k**-0.5 / 8)
         zero_point = torch.randint(7, 10, scale.shape, dtype=torch.int8, device=DEVICE)
@@ -137,7 +140,7 @@ class Weight:
         packed = Int4TileTensor.from_plain(codes, scale, zero_point, group_size=GROUP)
         self.tiles = [(packed.tiles, packed.scale_and_zero)]
         self.gemlite: list[tuple[Any, list[Tensor]]] = []
-        if peers.gemlite is not None:
+        if peers is not None and peers.gemlite is not None:
             self.gemlite = [peers.gemlite.weight(codes, scale, zero_point.bfloat16())]
         if enough:
             for _ in range(copies(n * k / 2) - 1):
@@ -158,25 +161,31 @@ def copies(bytes_each: float) -> int:
 Calls = dict[str, list[Callable[[], Tensor]]]
 
 
+def our_choice(m: int, n: int, k: int, kernel: str | None = None) -> Choice:
+    """What a compiled model takes under CUDA graphs; kernel: the option, None for the rule."""
+    return at_run_time(m, n, k, torch.bfloat16, DEVICE, replayed=True, kernel=kernel)
+
+
 def contenders(x: Tensor, weight: Weight, peers: Peers) -> Calls:
     """A call for each copy of the weight; GemLite's are named "gemlite" and the kernel."""
     m, n, k = len(x), weight.n, weight.k
-    # With many rows, x and y alone overflow the L2, and few calls take long enough.
-    tiles = weight.tiles if m <= 64 else weight.tiles[: max(2, len(weight.tiles) // 4)]
 
     def ours(choice: Choice) -> list[Callable[[], Tensor]]:
-        return [lambda w=w: linear(x, *w, GROUP, n, choice) for w in tiles]
+        return [lambda w=w: linear(x, *w, GROUP, n, choice) for w in weight.tiles]
 
+    choice = our_choice(m, n, k)
     made: Calls = {
         "bf16": [lambda w=w: x @ w.T for w in weight.dense],
-        "ours": ours(choose(m, n, k)),
+        "ours": ours(choice),
     }
+    if choice.kernel != "triton":
+        made["triton"] = ours(our_choice(m, n, k, "triton"))
     if m <= MOST_PEER_ROWS:
         made["aten"] = ours(Choice("aten"))
         if peers.torchao is not None:
-            made["torchao"] = peers.torchao.linears(x, tiles, GROUP, n)
+            made["torchao"] = peers.torchao.linears(x, weight.tiles, GROUP, n)
         if peers.gemlite is not None:
-            for kernel, calls in peers.gemlite.linears(x, weight.gemlite[: len(tiles)]).items():
+            for kernel, calls in peers.gemlite.linears(x, weight.gemlite).items():
                 made[f"gemlite {kernel}"] = calls
     return made
 
@@ -187,16 +196,20 @@ def errors(made: Calls, x: Tensor, dense: Tensor) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     for label, calls in made.items():
         try:
-            y = calls[0]().float()
+            y = calls[0]()
         except Exception as error:
-            if label == "ours":
+            if label in OURS:
                 raise
             found[label] = f"{type(error).__name__}: {error}"
         else:
-            found[label] = float((y - reference).norm() / reference.norm())
-    if not found["ours"] <= MOST_ERROR:
-        raise AssertionError(f"ours is off by {found['ours']} at {tuple(x.shape)}")
+            found[label] = off = relative_error(y, reference)
+            if label in OURS and not off <= MOST_ERROR:
+                raise AssertionError(f"{label} is off by {off} at {tuple(x.shape)}")
     return found
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    return float((y.float() - reference).norm() / reference.norm())
 
 
 def measure(name: str, rows: Sequence[int], peers: Peers, speeds: Mapping[str, float]) -> list[Any]:
@@ -204,6 +217,7 @@ def measure(name: str, rows: Sequence[int], peers: Peers, speeds: Mapping[str, f
     weight = Weight(*SHAPES[name], peers)
     results = []
     for m in rows:
+        choice = our_choice(m, weight.n, weight.k)
         x = torch.randn(m, weight.k, dtype=torch.bfloat16, device=DEVICE)
         made = contenders(x, weight, peers)
         off = errors(made, x, weight.dense[0])
@@ -226,8 +240,8 @@ def measure(name: str, rows: Sequence[int], peers: Peers, speeds: Mapping[str, f
                 "n": weight.n,
                 "k": weight.k,
                 "m": m,
-                "choice": str(choose(m, weight.n, weight.k)),
-                "kernel": choose(m, weight.n, weight.k).kernel,
+                "choice": str(choice),
+                "kernel": choice.kernel,
                 "floor_us": 1e6
                 * max(moved / speeds["copy_bytes_s"], flops / speeds["bf16_flops_s"]),
                 "times_us": times,
@@ -270,7 +284,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         times = row["times_us"]
         line: dict[str, Any] = {"N x K": f"{row['n']}x{row['k']}", "M": row["m"]}
         line["floor"] = row["floor_us"]
-        line |= {label: times.get(label) for label in (*PEERS, "ours")}
+        line |= {label: times.get(label) for label in (*PEERS, *reversed(OURS))}
         line["kernel"] = row["kernel"]
         for of in ("aten", "bf16", "best peer"):
             line[f"of {of}"] = times["ours"] / times[of] if of in times else None
