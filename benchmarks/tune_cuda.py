@@ -42,7 +42,7 @@ from fxint4.kernels.cuda_choice import (
 from fxint4.kernels.linear import linear
 
 #: Those of the kernel for few rows, and of that for many.
-FEW, MANY = (1, 2, 4, 8, 16), (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+FEW, MANY = (1, 2, 4, 8), (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 OTHERS = ("triton", "dequantise", "bf16")
 ROUNDS = 9
 
@@ -54,11 +54,8 @@ Size = tuple[int, int, int]
 
 def configurations(m: int) -> list[CudaBlocks]:
     """Those for x of m rows."""
-    few = [b for b in cuda_configurations() if isinstance(b, FewRows)]
-    rows = min((b.rows for b in few if b.rows >= m), default=None)
-    if rows is None:
-        return [b for b in cuda_configurations() if isinstance(b, ManyRows)]
-    return [b for b in few if b.rows == rows]
+    kind = FewRows if m in FEW else ManyRows
+    return [blocks for blocks in cuda_configurations() if isinstance(blocks, kind)]
 
 
 def compile_first(wanted: Sequence[CudaBlocks]) -> None:
@@ -173,7 +170,7 @@ def judge(size: Size, us: Mapping[str, float], fitted: Times, sms: int) -> dict[
     best = min(found, key=lambda name: us[name])
     row: dict[str, Any] = {"n": n, "k": k, "m": m, "best": best}
     if m in FEW:
-        row["rule"] = label(choose_few_rows(m, n, k, sms))
+        row["rule"] = label(choose_few_rows(n, sms))
     else:
         row["rule"] = label(choose_many_rows(m, n, k, sms))
         row["fitted"] = label(

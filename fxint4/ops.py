@@ -73,7 +73,8 @@ def _linears_cuda(
         choice = Choice("cuda", CudaBlocks.of(kernel, sizes))
     else:
         choice = at_run_time(m, sum(n), k, rows.dtype, x.device, replayed, kernel)
-    y = linear.linears(rows, weights, group_size, n, choice)
+    written = not all(tensor.is_contiguous() for tensor in (*tiles, *scale_and_zero))
+    y = linear.linears(rows, weights, group_size, n, choice, replayed and not written)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
 

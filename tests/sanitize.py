@@ -20,6 +20,7 @@ from test_kernels_stress import BF16, FP16, fitted, make
 
 from fxint4.kernels import experts
 from fxint4.kernels.choice import Choice, configurations
+from fxint4.kernels.cuda import ManyRows
 from fxint4.kernels.cuda_choice import cuda_configurations
 
 SHAPES = [([128, 64], 1024, 128, 8, BF16), ([100, 9], 1000, 32, 2, FP16)]
@@ -39,7 +40,8 @@ def launches(part: int, parts: int) -> int:
             count += 1
         for in_cuda in cuda_configurations()[part::parts]:
             if runs(in_cuda, group):
-                x = torch.randn(in_cuda.rows - 3, k, device="cuda").to(dtype)
+                m = in_cuda.rows - 3 if isinstance(in_cuda, ManyRows) else 5
+                x = torch.randn(m, k, device="cuda").to(dtype)
                 made.times(x, Choice("cuda", in_cuda))
                 count += 1
         many = make_experts(5, ns[0], k, group, inner, "cuda")

@@ -59,7 +59,7 @@ CPU = torch.device("cpu")
 TARGETS = {"sm_80": 163 * 2**10, "sm_90a": 227 * 2**10, "sm_100": 227 * 2**10}
 #: What every GPU of compute capability 8.0 and newer has for a block.
 EVERYWHERE = 99 * 2**10
-FEW = FewRows(8, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
+FEW = FewRows(subtiles=1, warps_n=1, warps_k=8, prefetch=2)
 
 
 # --- what ships, compiled ------------------------------------------------------------------------
@@ -68,7 +68,7 @@ FEW = FewRows(8, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
 USUAL = (128, 4, 1, BF16)
 OPTIONS = [(32, 1, 4, FP16), (64, 2, 2, BF16), (256, 4, 3, FP16)]
 RULE = [
-    *(choose_few_rows(m, n, 4096) for m in (1, 16) for n in (1024, 4096, 28672)),
+    *map(choose_few_rows, (1024, 4096, 6144, 8192, 28672)),
     *(choose_many_rows(m, n, 4096) for m in (64, 512) for n in (4096, 6144, 28672)),
 ]
 
@@ -130,7 +130,7 @@ def test_the_record_names_nothing_else() -> None:
 
 @needs_nvrtc
 def test_what_is_refused_comes_with_nvrtcs_log() -> None:
-    macros = FewRows(8, 1, 2, 16, 1).macros(*USUAL)
+    macros = FewRows(1, 2, 16, 1).macros(*USUAL)
     with pytest.raises(
         RuntimeError, match=r"does not compile few_rows.cu with .*-DWARPS_K=16"
     ) as e:
@@ -255,19 +255,18 @@ def _available(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_available")
 def test_few_rows_are_theirs_where_they_may_be() -> None:
-    for m, n, k in itertools.product((1, 8, 9, 16), (8, 4096, 151936), (8, 4096, 28672)):
+    for m, n, k in itertools.product((1, 8), (8, 4096, 6144, 151936), (8, 4096, 28672)):
         chosen = choose(m, n, k, cuda=True, replayed=True)
         assert isinstance(chosen.blocks, FewRows)
-        assert chosen == Choice("cuda", choose_few_rows(m, n, k))
+        assert chosen == Choice("cuda", choose_few_rows(n))
         assert chosen.blocks in cuda_configurations()
-        assert m <= chosen.blocks.rows
         assert chosen.blocks.shared(128) <= EVERYWHERE
         assert choose(m, n, k).kernel == "triton"
-    for m, k in ((17, 4096), (32, 4096), (1, 4092), (16, 1001)):
+    for m, k in ((9, 4096), (32, 4096), (1, 4092), (8, 1001)):
         assert choose(m, 4096, k, cuda=True, replayed=True) == choose(m, 4096, k)
     # Launched from Python it has to be worth that.
     assert choose(1, 28672, 4096, cuda=True).kernel == "triton"
-    assert isinstance(choose(16, 2**17, 2**13, cuda=True).blocks, FewRows)
+    assert isinstance(choose(8, 2**18, 2**14, cuda=True).blocks, FewRows)
 
 
 @pytest.mark.usefixtures("_available")
@@ -285,7 +284,7 @@ def test_many_rows_are_theirs_on_hopper() -> None:
     for m, k in ((2049, 4096), (64, 4092), (64, 120)):
         assert choose(m, 4096, k, cuda=True, replayed=True) == choose(m, 4096, k)
     assert choose(64, 4096, 4096, cuda=True).kernel == "triton"
-    assert isinstance(choose(1024, 4096, 4096, cuda=True).blocks, ManyRows)
+    assert isinstance(choose(2048, 4096, 4096, cuda=True).blocks, ManyRows)
 
 
 def test_the_rule_for_many_rows_counts_waves() -> None:
@@ -301,7 +300,7 @@ def test_the_rule_for_many_rows_counts_waves() -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_they_are_chosen_where_launches_are_replayed(dtype: torch.dtype) -> None:
     n, k = 6144, 4096
-    by_rule = Choice("cuda", choose_few_rows(1, n, k))
+    by_rule = Choice("cuda", choose_few_rows(n))
     sizes = (1, n, k, 128, 4, dtype, CPU)
     asked = (1, n, k, dtype, CPU)
     host = Choice("aten") if dtype is BF16 else choose(1, n, k)
@@ -331,8 +330,8 @@ def test_the_report_names_them_for_the_rows_that_they_serve() -> None:
     policy = Policy(cuda_graphs=True)
     ranges = by_m(lambda m: str(policy.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
     theirs = [(first, last) for first, last, text in ranges if text.startswith("cuda ")]
-    assert theirs[:2] == [(1, 8), (9, 16)]
-    assert theirs[2][0] == 33
+    assert theirs[0] == (1, 8)
+    assert theirs[1][0] == 33
     assert theirs[-1][1] == 2048
     package = Policy(package=True)
     ranges = by_m(lambda m: str(package.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
@@ -342,8 +341,8 @@ def test_the_report_names_them_for_the_rows_that_they_serve() -> None:
 @pytest.mark.parametrize(
     ("choice", "text"),
     [
-        (Choice("cuda", FewRows(8, 2, 1, 8, 2)), "cuda 8x32, 8 warps along K"),
-        (Choice("cuda", FewRows(16, 1, 2, 4, 1)), "cuda 16x32, 4 warps along K"),
+        (Choice("cuda", FewRows(2, 1, 8, 2)), "cuda 8x32, 8 warps along K"),
+        (Choice("cuda", FewRows(1, 2, 4, 1)), "cuda 8x32, 4 warps along K"),
         (Choice("cuda", ManyRows(128, 2, 1)), "cuda 128x128"),
         (Choice("cuda", ManyRows(64, 1, 2, 2)), "cuda 64x128, 2 splits"),
     ],
@@ -359,14 +358,14 @@ def test_a_choice_as_text_and_as_json(choice: Choice, text: str) -> None:
 def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxint4.kernels.tuning.gpu_of", lambda _: (132, True))
     monkeypatch.setattr("fxint4.kernels.tuning.triton", object())
-    first, *others = candidates(9, 4096, 4096, in_cuda=True, replayed=True)
-    assert first == choose(9, 4096, 4096, cuda=True, replayed=True)
+    first, *others = candidates(8, 4096, 4096, in_cuda=True, replayed=True)
+    assert first == choose(8, 4096, 4096, cuda=True, replayed=True)
     kinds = {choice.kernel for choice in others}
     assert kinds == {"cuda", "triton", "aten"}
     theirs = [choice.blocks for choice in (first, *others) if choice.kernel == "cuda"]
-    assert all(isinstance(blocks, FewRows) and blocks.rows == 16 for blocks in theirs)
-    assert candidates(9, 4096, 4096)[0].kernel == "triton"
-    assert "cuda" not in {choice.kernel for choice in candidates(9, 4096, 4096)}
+    assert all(isinstance(blocks, FewRows) for blocks in theirs)
+    assert candidates(8, 4096, 4096)[0].kernel == "triton"
+    assert "cuda" not in {choice.kernel for choice in candidates(8, 4096, 4096)}
     none = candidates(17, 4096, 4096, in_cuda=True, replayed=True)
     assert "cuda" not in {choice.kernel for choice in none}
     many = [c.blocks for c in candidates(64, 4096, 4096, in_cuda=True, replayed=True)]
@@ -382,8 +381,8 @@ def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPa
     ("rows", "k", "kernel", "calls"),
     [
         (1, 1024, None, True),
-        (16, 1024, "cuda", True),
-        (16, 1024, "triton", False),
+        (8, 1024, "cuda", True),
+        (8, 1024, "triton", False),
         (17, 1024, None, False),
         (17, 1024, "cuda", False),
     ],
@@ -398,7 +397,7 @@ def test_code_under_cuda_graphs(rows: int, k: int, kernel: str | None, calls: bo
     ours = re.findall(r"fxint4\.linears\.default\((.*)\)", code)
     assert len(ours) == calls
     for call in ours:  # with its sizes: what is chosen is not chosen again
-        blocks = choose_few_rows(rows, 1024, k)
+        blocks = choose_few_rows(1024)
         assert call.endswith(f"True, 'few_rows', {list(blocks.sizes)}")
     assert ("_kernel_of_linear" in code) != calls
     assert len(re.findall(r"^\s*triton_\w+\.run\(", code, re.MULTILINE)) == 1  # + 1, or the sum
@@ -709,7 +708,7 @@ class Weights:
         self.scale, self.zero = expanded
 
     def times(self, x: Tensor, blocks: CudaBlocks) -> Tensor:
-        return linears(x, self.packed, self.group, self.ns, Choice("cuda", blocks))
+        return linears(x, self.packed, self.group, self.ns, Choice("cuda", blocks), replayed=True)
 
     def check(self, y: Tensor, x: Tensor, blocks: CudaBlocks) -> None:
         """y is x times the weights but for fp32 sums and rounding y."""
@@ -768,7 +767,7 @@ def test_every_configuration_gives_the_same_bits_again(number: int) -> None:
         if not runs(blocks, group):
             pytest.skip(f"{blocks} is not for this GPU")
         made = Weights(ns, k, group, inner)
-        for m in (1, blocks.rows - 3, blocks.rows if isinstance(blocks, FewRows) else 500):
+        for m in (1, 5, 8) if isinstance(blocks, FewRows) else (1, blocks.rows - 3, 500):
             x = rows(m, k, "cuda", dtype)
             expected = made.times(x, blocks)
             made.check(expected, x, blocks)
@@ -784,7 +783,7 @@ def test_every_configuration_gives_the_same_bits_again(number: int) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    m=st.integers(1, 16),
+    m=st.integers(1, 8),
     ns=st.lists(st.integers(1, 700), min_size=1, max_size=4),
     eighths=st.integers(1, 400),
     group=st.sampled_from([32, 64, 128, 256]),
@@ -796,7 +795,7 @@ def test_random_shapes(
     k = 8 * eighths
     made = Weights(ns, k, group, inner)
     x = rows(m, k, "cuda", dtype)
-    made.check_unrounded(made.times(x, choose_few_rows(m, sum(ns), k)), x)
+    made.check_unrounded(made.times(x, choose_few_rows(sum(ns))), x)
 
 
 @gpu
@@ -834,10 +833,10 @@ def test_streams_threads_and_graphs_at_the_same_time() -> None:
     made = Weights([1024, 520], 4096, 128, 8)
     many = runs(choose_many_rows(500, 1544, 4096), 128)
     jobs = []
-    for number, m in enumerate((1, 5, 8, 16, *((64, 500) if many else ()))):
+    for number, m in enumerate((1, 5, 8, *((64, 500) if many else ()))):
         x = rows(m, 4096, "cuda", (BF16, FP16)[number % 2], seed=number)
-        choose_rows = choose_few_rows if m <= 16 else choose_many_rows
-        call = partial(made.times, x, choose_rows(m, 1544, 4096))
+        blocks = choose_few_rows(1544) if m <= 8 else choose_many_rows(m, 1544, 4096)
+        call = partial(made.times, x, blocks)
         jobs.append((call, call()))
     graphs = [captured(20, call, expected) for call, expected in jobs]
     torch.cuda.synchronize()
@@ -907,7 +906,7 @@ def test_a_compiled_model(
     options = {"kernel": kernel, "triton.cudagraphs": cuda_graphs}
     compiled: Any = torch.compile(model, backend="int4tile", options=options, dynamic=dynamic)
     with torch.no_grad():
-        for m in (1, 7, 16, 40):
+        for m in (1, 7, 16, 40, 300):
             x = torch.randn(m, 1024, device="cuda", dtype=BF16)
             ran = kernels(partial(compiled, x))
             count = 2 if taken and m <= 16 else 0  # gate and up are one matmul

@@ -69,7 +69,7 @@ def choose(
     """
     if cuda and k % 8 == 0 and (replayed or m * n * k >= _WORTH_A_LAUNCH):
         if m <= _FEW_ROWS:
-            return Choice("cuda", choose_few_rows(m, n, k, multiprocessors))
+            return Choice("cuda", choose_few_rows(n, multiprocessors))
         if wgmma and _MIDDLE_ROWS < m <= _MANY_ROWS and k >= 128:
             return Choice("cuda", choose_many_rows(m, n, k, multiprocessors))
     if triton is None:
@@ -148,9 +148,9 @@ def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
 
 
 #: Rows that the CUDA kernels are for: up to the first, and more than the second up to the third.
-_FEW_ROWS, _MIDDLE_ROWS, _MANY_ROWS = 16, 32, 2048
-#: Multiplications that take the GPU as long as the host takes for a launch from Python.
-_WORTH_A_LAUNCH = 2**33
+_FEW_ROWS, _MIDDLE_ROWS, _MANY_ROWS = 8, 32, 2048
+#: Products of numbers that take the GPU as long as the host takes for a call from Python.
+_WORTH_A_LAUNCH = 2**35
 #: For more rows Triton's kernel is behind writing W out.
 _MOST_ROWS = 1024
 #: Columns that make blocks pay: of 128 out features; of 128 rows by half of these; and of 128 out

@@ -23,6 +23,8 @@ __all__ = ["CudaBlocks", "FewRows", "ManyRows", "available", "kernel", "reads"]
 
 #: Bytes of shared memory that a multiprocessor of Hopper has; of these each block costs 1024 more.
 _HOPPERS_SHARED = 228 * 2**10
+#: Rows of x that the kernel for few takes.
+_FEW = 8
 _COUNTS = tuple((f"{kind}{i}", ctypes.c_int) for kind in ("n", "n_padded") for i in range(4))
 
 
@@ -50,14 +52,9 @@ class CudaBlocks(ABC):
     """What one block of threads computes, and with what: the macros of a kernel, in lower case.
 
     name: the kernel's.
-    dependent: whether the kernel reads W before the kernel before it has ended, see `nvrtc.Kernel`.
-    rows: of x.
     """
 
     name: ClassVar[str]
-    dependent: ClassVar[bool]
-
-    rows: int
 
     @staticmethod
     def of(name: str, sizes: Sequence[int]) -> CudaBlocks:
@@ -102,9 +99,9 @@ class CudaBlocks(ABC):
             k_padded: columns of the weights.
         """
 
+    @abstractmethod
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""
-        return -(-m // self.rows) * sum(-(-n // self.features) for n in ns)
 
     def macros(
         self, group_size: int, half_inner: int, weights: int, dtype: torch.dtype
@@ -128,18 +125,16 @@ class CudaBlocks(ABC):
 
 @dataclass(frozen=True)
 class FewRows(CudaBlocks):
-    """Of few_rows.cu.
+    """Of few_rows.cu, for up to 8 rows.
 
-    rows: of x, 8 or 16, and at least M.
     subtiles: of 16 features, that a warp multiplies.
     warps_n: warps side by side along the features.
-    warps_k: warps that share the sum over k; with several warps_n at most 15.
+    warps_k: warps that share the sum over k.
     prefetch: steps of 128 columns that are on their way while another is multiplied.
     blocks: that a multiprocessor shall have registers for.
     """
 
     name = "few_rows"
-    dependent = True
 
     subtiles: int
     warps_n: int
@@ -149,7 +144,7 @@ class FewRows(CudaBlocks):
 
     def __str__(self) -> str:
         """For people."""
-        return f"{self.rows}x{self.features}, {self.warps_k} warps along K"
+        return f"{_FEW}x{self.features}, {self.warps_k} warps along K"
 
     @property
     def features(self) -> int:
@@ -163,13 +158,17 @@ class FewRows(CudaBlocks):
 
     def shared(self, group_size: int) -> int:
         """Bytes of shared memory: for x on its way, and then for the sums of all warps."""
-        x = (self.prefetch + 1) * self.warps_k * self.rows * 128 * 2
-        return max(x, 4 * self.warps_k * self.rows * (self.features + 4))
+        x = (self.prefetch + 1) * self.warps_k * _FEW * 128 * 2
+        return max(x, 4 * self.warps_k * _FEW * (self.features + 4))
 
     def check(self, m: int, k: int) -> None:
         """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
-        if m > self.rows:
-            raise ValueError(f"x has {m} rows: these blocks take at most {self.rows}")
+        if m > _FEW:
+            raise ValueError(f"x has {m} rows: these blocks take at most {_FEW}")
+
+    def programs(self, m: int, ns: Sequence[int]) -> int:
+        """Blocks for x of m rows and weights of these out features."""
+        return sum(-(-n // self.features) for n in ns)
 
     def arguments(
         self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
@@ -191,8 +190,8 @@ class ManyRows(CudaBlocks):
     """
 
     name = "many_rows"
-    dependent = False
 
+    rows: int
     warpgroups: int
     subtiles: int
     splits: int = 1
@@ -244,7 +243,7 @@ class ManyRows(CudaBlocks):
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""
-        return self.splits * super().programs(m, ns)
+        return self.splits * -(-m // self.rows) * sum(-(-n // self.features) for n in ns)
 
     def arguments(
         self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
@@ -297,4 +296,4 @@ def kernel(
     """
     macros = blocks.macros(group_size, half_inner, weights, dtype)
     shared = blocks.shared(group_size)
-    return nvrtc.Kernel(blocks.name, macros, device, blocks.threads, shared, blocks.dependent)
+    return nvrtc.Kernel(blocks.name, macros, device, blocks.threads, shared)

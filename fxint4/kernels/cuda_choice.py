@@ -24,24 +24,28 @@ _TIMES = {
     ManyRows(192, warpgroups=2, subtiles=1): (5.50, 1.008),
     ManyRows(256, warpgroups=2, subtiles=1): (6.23, 1.349),
 }
+#: Blocks for few rows, by how many of them each multiprocessor takes at once; and for more.
+_FEW = {
+    FewRows(subtiles=1, warps_n=1, warps_k=16, prefetch=1): 1,
+    FewRows(subtiles=1, warps_n=2, warps_k=8, prefetch=2): 1,
+    FewRows(subtiles=3, warps_n=1, warps_k=8, prefetch=2): 1,
+    FewRows(subtiles=2, warps_n=1, warps_k=8, prefetch=2, blocks=2): 2,
+}
+_BEYOND = FewRows(subtiles=2, warps_n=1, warps_k=4, prefetch=2, blocks=4)
 #: Clusters of more blocks are not placed on all multiprocessors; already three leave a tenth idle.
 _SPLITS = {1: 1.0, 2: 1.0, 3: 10 / 11}
 #: The time of a last wave of blocks that have a multiprocessor each, where two could run.
 _ALONE = 0.6
 
 
-def choose_few_rows(m: int, n: int, k: int, multiprocessors: int = 132) -> FewRows:
-    """The blocks of the kernel for few rows.
+def choose_few_rows(n: int, multiprocessors: int = 132) -> FewRows:
+    """The blocks of the kernel for few rows: what the GPU takes at once, or small and deep ones.
 
-    m: of x, at most 16.
     n: out features, of all weights that are multiplied together.
-    k: in features.
     multiprocessors: of the GPU; those of an H100 or H200.
     """
-    rows = 8 if m <= 8 else 16
-    if -(-n // 32) < 2 * multiprocessors:
-        return FewRows(rows, subtiles=1, warps_n=1, warps_k=8, prefetch=2)
-    return FewRows(rows, subtiles=2, warps_n=1, warps_k=8, prefetch=2)
+    fit = (b for b, each in _FEW.items() if -(-n // b.features) <= each * multiprocessors)
+    return next(fit, _BEYOND)
 
 
 def choose_many_rows(m: int, n: int, k: int, multiprocessors: int = 132) -> ManyRows:
@@ -84,12 +88,5 @@ def waves(
 
 def cuda_configurations() -> list[CudaBlocks]:
     """The blocks that can be the choice for an H100 or H200, or are measured."""
-    few: set[CudaBlocks] = {
-        FewRows(rows, subtiles, warps_n, warps_k, prefetch)
-        for rows in (8, 16)
-        for subtiles in (1, 2)
-        for warps_n, warps_k in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8))
-        for prefetch in (1, 2)
-    }
     many = {replace(blocks, splits=splits) for blocks in _TIMES for splits in _SPLITS}
-    return sorted(few | many, key=lambda blocks: (blocks.name, blocks.sizes))
+    return sorted({*_FEW, _BEYOND, *many}, key=lambda blocks: (blocks.name, blocks.sizes))

@@ -192,6 +192,7 @@ many_rows(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap
           int n2, int n3, int n_padded0, int n_padded1, int n_padded2, int n_padded3, int M, int k_padded) {
   extern __shared__ __align__(1024) uint8_t rings[];
   const uint32_t shared = shared_address(rings), full = shared + BARRIERS, empty = full + 8 * STAGES;
+  asm volatile("griddepcontrol.launch_dependents;");
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int rank = blockIdx.x % SPLITS, row_blocks = (M + ROWS - 1) / ROWS;
   const int first_row = blockIdx.x / SPLITS % row_blocks * ROWS;
@@ -235,19 +236,32 @@ many_rows(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap
     if (thread > CONSUMERS) return;
     const int last_group = k_padded / GROUP - 1;
     const uint32_t pairs = 4 * min(FEATURES, n_padded - feature);
-    for (int step = 0; step < steps; step++) {
+    auto load_w = [&](int step) {
       const uint32_t stage = step % STAGES, barrier = full + 8 * stage;
       const int k = (first_step + step) * STEP;
-      if (step >= STAGES) wait(empty + 8 * stage, (step / STAGES - 1) % 2);
       expect(barrier, X_BYTES + W_BYTES + GROUPS * pairs);
       copy(shared + W_RING + stage * W_BYTES, tiles, k, feature / 8, barrier);
-#pragma unroll
-      for (int panel = 0; panel < PANELS; panel++)
-        copy(shared + stage * X_BYTES + panel * ROWS * 128, &x, k + panel * 64, first_row, barrier);
 #pragma unroll
       for (int group = 0; group < GROUPS; group++)
         copy(shared + P_RING + stage * P_BYTES + group * FEATURES * 4,
              params + (uint64_t)min(k / GROUP + group, last_group) * n_padded + feature, pairs, barrier);
+    };
+    auto load_x = [&](int step) {
+      const uint32_t stage = step % STAGES, barrier = full + 8 * stage;
+#pragma unroll
+      for (int panel = 0; panel < PANELS; panel++)
+        copy(shared + stage * X_BYTES + panel * ROWS * 128, &x, (first_step + step) * STEP + panel * 64, first_row,
+             barrier);
+    };
+    // x may still be computed by the kernel before, W may not.
+    const int early = min(steps, STAGES);
+    for (int step = 0; step < early; step++) load_w(step);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int step = 0; step < early; step++) load_x(step);
+    for (int step = early; step < steps; step++) {
+      wait(empty + 8 * (step % STAGES), (step / STAGES - 1) % 2);
+      load_w(step);
+      load_x(step);
     }
     return;
   }

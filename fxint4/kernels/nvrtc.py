@@ -170,15 +170,14 @@ def _needed() -> tuple[Any, Any, str]:
 class Kernel:
     """A kernel on one device, loaded. What the driver refuses is a RuntimeError that names it.
 
+    It waits itself for the kernel before it on the stream, where that may still run, see `launch`.
+
     Args:
         name: see `build`.
         macros: see `build`.
         device: of CUDA, with its index.
         threads: of a block.
         shared: bytes of shared memory that each block is given.
-        dependent: whether it waits itself for the kernel before it on the stream. Captured in a
-            CUDA graph, which writes no weights, it may then start while that one still runs
-            ("programmatic dependent launch", of compute capability 9.0 and newer).
     """
 
     def __init__(
@@ -188,12 +187,11 @@ class Kernel:
         device: torch.device,
         threads: int,
         shared: int,
-        dependent: bool = False,
     ) -> None:
         self._name, self._device, self._threads, self._shared = name, device, threads, shared
         _, self._driver, number = _needed()
         capability = torch.cuda.get_device_capability(device)
-        self._dependent = dependent and capability >= (9, 0)
+        self._can_depend = capability >= (9, 0)
         target = architecture(*capability)
         if target is None:
             major, minor = capability
@@ -211,12 +209,15 @@ class Kernel:
                 most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self._checked(driver.cuFuncSetAttribute(self._function, most, shared))
 
-    def launch(self, programs: int, arguments: ctypes.Structure) -> None:
+    def launch(self, programs: int, arguments: ctypes.Structure, dependent: bool = False) -> None:
         """On the device's current stream.
 
         Args:
             programs: blocks, along the grid's first axis.
             arguments: the kernel's, a field for each, in their order.
+            dependent: whether it may start, in a CUDA graph that is being captured, while the
+                kernel before it still runs ("programmatic dependent launch", of compute capability
+                9.0 and newer); weights, which it reads before it waits, must not be written there.
         """
         start = ctypes.addressof(arguments)
         offsets = _offsets(type(arguments))
@@ -224,7 +225,7 @@ class Kernel:
         address = ctypes.addressof(pointers)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         with torch.cuda.device(self._device):
-            dependent = self._dependent and torch.cuda.is_current_stream_capturing()
+            dependent = dependent and self._can_depend and torch.cuda.is_current_stream_capturing()
             launch = self._launch_dependent if dependent else self._launch
             launched = launch(programs, stream, address)
             if launched[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:

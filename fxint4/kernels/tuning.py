@@ -82,9 +82,8 @@ def candidates(
     first = choose(m, n, k, *gpu, in_cuda, replayed)
     found = [first]
     if isinstance(first.blocks, cuda.CudaBlocks):
-        few = isinstance(first.blocks, cuda.FewRows)
         alike = (b for b in cuda_configurations() if b.name == first.blocks.name)
-        found += [Choice("cuda", b) for b in alike if not few or b.rows == first.blocks.rows]
+        found += [Choice("cuda", b) for b in alike]
     if triton is None:
         return found
     base = choose_blocks(m, n, k, *gpu)
