@@ -1,8 +1,10 @@
 """How fast does a whole model decode, and take a prompt in, in int4?
 
 A model of Llama-3-8B's shape with random weights and 2,048 tokens of context: "plain" is llama.py
-in this folder; "hf" is transformers' LlamaForCausalLM with a StaticCache, as it comes. All with
-`mode="reduce-overhead"` (CUDA graphs) and static shapes:
+in this folder; "hf" is transformers' LlamaForCausalLM with a StaticCache, as it comes, whose
+attention writes the cache out once for each head of queries; "hf-grouped" is the same with
+llama.py's attention, which does not. All with `mode="reduce-overhead"` (CUDA graphs) and static
+shapes:
 
 - bf16: `torch.compile` with Inductor
 - torchao: int4 by torchao's `quantize_`, groups of 128, tile_packed_to_4d, then the same (with
@@ -20,7 +22,7 @@ first call less a later one, with an empty cache, the contenders side by side. E
 process of its own, so that nothing one sets reaches another; all compile at once and then are
 measured in turns, one at a time.
 
-Checks: the logits of int4tile against those of the same model, run eagerly on its dequantised
+Checks: the logits of "hf-grouped" against those of "hf", in fp32 and small; those of int4tile against those of the same model, run eagerly on its dequantised
 weights, so that a wrong result can't look fast; those of both int4 models against bf16's, and how
 many matmuls were packed, are reported.
 
@@ -48,13 +50,13 @@ from typing import Any
 
 import torch
 from gemm import speeds_of_gpu
-from llama import Cache, Config, Llama
+from llama import Cache, Config, Llama, attend
 from measure import describe, machine, parser, show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CONTENDERS = ("bf16", "torchao", "int4tile", "beside")
-MODELS = ("plain", "hf")
+MODELS = ("plain", "hf", "hf-grouped")
 GROUP = 128
 STEPS = 32
 PROMPTS = 5
@@ -62,6 +64,8 @@ WARM_UP = 5
 ROUNDS = 3
 #: Cosine of logits: bf16 rounding, some 300 roundings of 0.002 one after another, explains 0.999.
 LEAST_COSINE = 0.99
+#: Of logits computed by two attentions, over the largest logit: some 100 roundings of fp32.
+MOST_FP32_ERROR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ GOALS = (
 )
 
 
-# --- the two models ------------------------------------------------------------------------------
+# --- the models ---------------------------------------------------------------------------------
 
 
 class Plain:
@@ -121,9 +125,17 @@ class Plain:
 
 
 class HF:
-    """transformers' model; the cache knows the position."""
+    """transformers' model; the cache knows the position.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the model's shape.
+        attention: its name among transformers'; "grouped" is llama.py's.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self, config: Config, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self.config = config
@@ -138,7 +150,11 @@ class HF:
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=False,
         )
-        self.module: nn.Module = LlamaForCausalLM._from_config(self.theirs, dtype=torch.bfloat16)
+        if attention == "grouped":
+            register_grouped()
+        self.module: nn.Module = LlamaForCausalLM._from_config(
+            self.theirs, dtype=dtype, attn_implementation=attention
+        )
         self.cache: Any = None
 
     def begin(self, batch: int, prompt: bool) -> None:
@@ -172,13 +188,57 @@ class HF:
 Model = Plain | HF
 
 
+def register_grouped() -> None:
+    """Tell transformers of llama.py's attention, and that it takes the masks that sdpa's does."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def grouped(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, None]:
+        return attend(q, k, v, mask).transpose(1, 2), None
+
+    AttentionInterface.register("grouped", grouped)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+def check_grouped(device: torch.device) -> None:
+    """Hold "hf-grouped" against "hf": a prompt, more of it, and steps, into one static cache.
+
+    Raises:
+        AssertionError: their logits differ by more than rounding.
+    """
+    config = Config(
+        layers=2, hidden=128, intermediate=128, heads=8, kv_heads=2, vocabulary=64, context=16
+    )
+    with torch.device(device):
+        models = [HF(config, name, torch.float32) for name in ("sdpa", "grouped")]
+    for parameter in models[0].module.parameters():
+        parameter.normal_(std=0.1)  # enough for tokens to attend to some more than to others
+    models[1].module.load_state_dict(models[0].module.state_dict())
+    for model in models:
+        model.module.eval()
+        model.begin(2, True)
+        model.rewind()
+    for count in (5, 3, 1, 1, 1):
+        tokens = torch.randint(config.vocabulary, (2, count), device=device)
+        theirs, ours = (model.call(model.module, tokens) for model in models)
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not error <= MOST_FP32_ERROR:
+            raise AssertionError(f"attention is wrong: logits differ by {error} of the largest")
+
+
 def built(kind: str, config: Config, device: torch.device) -> Model:
     """A model with random weights, the same ones in every process."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model: Model = Plain(config) if kind == "plain" else HF(config)
+            model: Model
+            if kind == "plain":
+                model = Plain(config)
+            else:
+                model = HF(config, "grouped" if kind == "hf-grouped" else "sdpa")
     finally:
         torch.set_default_dtype(default)
     torch.manual_seed(0)
@@ -240,6 +300,8 @@ class Contender:
             # Of torch's kernels, flash attention reads a shared cache once and splits it among
             # multiprocessors; cuDNN's would be preferred to it.
             torch.backends.cuda.enable_cudnn_sdp(False)
+        if kind == "hf-grouped":
+            check_grouped(device)
         self.model = built(kind, config, device)
         quantised(name, self.model.module)
         self.facts = {"peak_build_gb": self.peak_gb(), "weights_gb": self.allocated_gb()}
@@ -610,7 +672,7 @@ def words(text: str) -> list[str]:
 def main() -> None:
     """Measure, print, write."""
     made = parser(__doc__)
-    made.add_argument("--models", type=words, default=list(MODELS), help="of plain,hf")
+    made.add_argument("--models", type=words, default=list(MODELS), help=f"of {','.join(MODELS)}")
     made.add_argument(
         "--contenders", type=words, default=list(CONTENDERS[:3]), help=f"of {','.join(CONTENDERS)}"
     )

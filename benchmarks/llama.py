@@ -90,13 +90,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.cache is not None:
             self.cache.write(slots, k, v)
-        if self.cache is not None and x.shape[1] == 1:
-            y = F.scaled_dot_product_attention(
-                q, self.cache.keys, self.cache.values, enable_gqa=True
-            )
-        else:  # a prompt, from position 0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o(y.transpose(1, 2).flatten(2))
+            if x.shape[1] == 1:  # else a prompt, from position 0
+                k, v = self.cache.keys, self.cache.values
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -162,6 +158,29 @@ class Llama(nn.Module):
             ``[batch, vocabulary]``, in the model's dtype.
         """
         return self.lm_head(self.norm(self.states(tokens, positions)[:, -1]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Grouped-query attention without copies of keys and values.
+
+    Args:
+        q: ``[batch, heads, T, head_size]``.
+        k: ``[batch, kv_heads, S, head_size]``.
+        v: like k.
+        mask: ``[batch, 1, T, S]``, boolean (True where a token attends) or added to the scores.
+            Without one a single token attends to all S, and of several the i-th to the first i.
+
+    Returns:
+        Shaped like q.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+    # With a mask, torch's fused kernels may not take fewer heads of keys than of queries. The
+    # queries that share a head of keys are rows of one head to them.
+    shared = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (-1, shared)).flatten(2, 3)
+    y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, 1, shared, 1))
+    return y.unflatten(2, (shared, -1)).flatten(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -548,11 +548,17 @@ ARGUMENTS = range(1000, 1000 + len(Arguments._fields_))
 
 
 @pytest.mark.parametrize(
-    ("captured", "capability", "dependent"),
-    [(False, (9, 0), False), (True, (9, 0), True), (True, (8, 9), False)],
+    ("asked", "captured", "capability", "dependent"),
+    [
+        (True, True, (9, 0), True),
+        (True, True, (8, 9), False),
+        (True, False, (9, 0), False),
+        (False, True, (9, 0), False),
+    ],
 )
 def test_a_launch(
     driver: PretendedDriver,
+    asked: bool,
     captured: bool,
     capability: tuple[int, int],
     dependent: bool,
@@ -560,12 +566,12 @@ def test_a_launch(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: captured)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
-    blocks = FewRows(16, 2, 1, 8, 2)
+    blocks = FewRows(2, 1, 8, 3)
     kernel = cuda.kernel(blocks, 128, 4, 2, BF16, torch.device("cuda:3"))
-    kernel.launch(5, Arguments(*ARGUMENTS))
+    kernel.launch(5, Arguments(*ARGUMENTS), dependent=asked)
     [(function, launch, values, context)] = driver.launched
     assert function[1] == b"few_rows"
-    assert b"('ROWS', 16), ('SUBTILES', 2), ('WARPS_N', 1), ('WARPS_K', 8)" in function[0]
+    assert b"('SUBTILES', 2), ('WARPS_N', 1), ('WARPS_K', 8), ('PREFETCH', 3)" in function[0]
     assert b"('GROUP', 128), ('HALF_INNER', 4), ('WEIGHTS', 2), ('DTYPE_FP16', 0)" in function[0]
     shared = blocks.shared(128)
     assert shared > 48 * 2**10
@@ -607,7 +613,7 @@ def test_what_a_launch_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[tuple[Any, ...]] = []
 
     def kernel(*key: Any) -> Any:
-        return SimpleNamespace(launch=lambda *launch: launched.append((key, *launch)))
+        return SimpleNamespace(launch=lambda *launch, dependent: launched.append((key, *launch)))
 
     monkeypatch.setattr(cuda, "kernel", kernel)
     monkeypatch.setattr(linear, "check_devices", lambda *_: None)

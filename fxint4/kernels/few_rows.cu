@@ -1,4 +1,4 @@
-// y = x W^T for at most 16 rows of x, W in int4 tiles (fxint4/tiles.py); sm_80 and newer.
+// y = x W^T for at most 8 rows of x and int4 tiles W; sm_80 and newer.
 //
 // The tensor cores multiply W x^T (mma.m16n8k16): the words that a thread loads of two tiles are
 // just what it needs of their left operand, so W goes from global memory to registers, unpacked by
@@ -12,33 +12,24 @@
 // The warps of a block that have the same features take steps of 128 columns of k in turn. What
 // they summed is added in shared memory, always in the same order.
 //
-// Given by -D:
-//   DTYPE_FP16    x and y are 0: bf16, 1: fp16
-//   GROUP         32, 64, 128 or 256
-//   HALF_INNER    inner_k_tiles / 2: 1, 2 or 4
-//   WEIGHTS       1 to 4
-//   ROWS          8 or 16, at least M
+// Given by -D, beside what tiles.cuh needs:
 //   SUBTILES      of 16 features each, that a warp multiplies
-//   WARPS_N       warps side by side along the features: 1, 2 or 4
-//   WARPS_K       warps that share the sum over k; at most 15 if WARPS_N > 1
+//   WARPS_N       warps side by side along the features: 1 or 2
+//   WARPS_K       warps that share the sum over k; at most 15 if WARPS_N is 2
 //   PREFETCH      steps of W and x that are on their way while another is multiplied
 //   BLOCKS        that a multiprocessor shall have room for, as far as registers go
-//   X_PAST_L1     1: x does not go through the L1 cache
 // A block has 32 * WARPS_N * WARPS_K threads and SHARED_BYTES of dynamic shared memory. Launched as
 // a programmatic dependent, it reads W, but neither x nor y, before the kernel before it has ended.
 
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef uint16_t T;  // the bits of bf16 or fp16
+#include "tiles.cuh"
 
+constexpr int ROWS = 8;
 constexpr int THREADS = 32 * WARPS_N * WARPS_K;
-constexpr int FEATURES = 16 * SUBTILES * WARPS_N;  // of a block
-constexpr int TILES = 2 * SUBTILES;                // of 8 features, that a warp multiplies
-constexpr int ROW_TILES = ROWS / 8;
-constexpr int STEP = 128;                          // columns of k
-constexpr int WORDS = STEP / 32;                   // that each thread has of a tile in a step
-constexpr int LOADS = WORDS / HALF_INNER;          // k tiles in a step; one load reads each
+constexpr int FEATURES = 16 * SUBTILES * WARPS_N;       // of a block
+constexpr int TILES = 2 * SUBTILES;                     // of 8 features, that a warp multiplies
+constexpr int LOADS = WORDS / HALF_INNER;               // k tiles in a step; one load reads each
 constexpr int FOLDS = GROUP < STEP ? STEP / GROUP : 1;  // groups in a step
+constexpr int FOLD_WORDS = WORDS / FOLDS;
 constexpr int STAGES = PREFETCH + 1;
 
 constexpr int X_ROW_BYTES = 2 * STEP;
@@ -50,38 +41,16 @@ constexpr int SUM_BYTES = 4 * WARPS_K * ROWS * SUM_PITCH;
 constexpr int SHARED_BYTES = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES;
 
 static_assert(SHARED_BYTES <= 227 * 1024, "no GPU has more");
-static_assert(WARPS_N == 1 || WARPS_K <= 15, "each of WARPS_K has a barrier, of the 15 beside 0");
-static_assert(2 * WARPS_N <= ROWS && 8 % WARPS_N == 0, "each thread copies chunks of x");
-
-#if DTYPE_FP16
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#define ROUND "cvt.rn.f16.f32"
-#else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#define ROUND "cvt.rn.bf16.f32"
-#endif
-
-#if X_PAST_L1
-#define X_CACHE "cg"
-#else
-#define X_CACHE "ca"
-#endif
+static_assert(WARPS_N == 1 || (WARPS_N == 2 && WARPS_K <= 15), "15 barriers beside 0");
 
 // --- instructions that C++ has no words for ------------------------------------------------------
 
 // sums[feature, row] += codes[feature, k] * x[row, k] of 16 features, 8 rows, 16 columns.
 __device__ void multiply(float (&sums)[4], const uint32_t (&codes)[4], uint32_t x0, uint32_t x1) {
-    asm volatile(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." DTYPE "." DTYPE ".f32"
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
                  : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x0), "r"(x1));
-}
-
-// (bits & mask) | magic, for which the compiler would take two instructions.
-template <uint32_t mask, uint32_t magic>
-__device__ uint32_t pick(uint32_t bits) {
-    uint32_t picked;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(picked) : "r"(bits), "n"(mask), "n"(magic));
-    return picked;
 }
 
 // The same, but unknown to the compiler, which would compute it again for each step.
@@ -92,12 +61,6 @@ __device__ V kept(V value) {
     else
         asm volatile("" : "+r"(value));
     return value;
-}
-
-__device__ T rounded(float sum) {
-    T bits;
-    asm(ROUND " %0, %1;" : "=h"(bits) : "f"(sum));
-    return bits;
 }
 
 // Every word of W is read once: it shall not drive x out of the L1 cache.
@@ -119,8 +82,6 @@ __device__ uint32_t load_param(const uint32_t* from) {
     return param;
 }
 
-__device__ uint32_t address(void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
-
 // Of 8 rows of x, whose 16-byte chunks the lanes point to, 4 times 8 columns as right operands.
 __device__ void load_matrices(uint32_t (&xs)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -129,7 +90,7 @@ __device__ void load_matrices(uint32_t (&xs)[4], uint32_t from) {
 
 // Copies the first `bytes` of 16 into shared memory, by and by, and zeros for the rest.
 __device__ void copy(uint32_t to, const T* from, uint32_t bytes) {
-    asm volatile("cp.async." X_CACHE ".shared.global [%0], [%1], 16, %2;"
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
                  ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
@@ -149,21 +110,12 @@ __device__ void wait_for_warps(uint32_t barrier) {
         asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(32 * WARPS_N) : "memory");
 }
 
-// These two do nothing unless this kernel, or the one after it, is a programmatic dependent.
-#if __CUDA_ARCH__ >= 900
-__device__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#else
-__device__ void launch_dependents() {}
-__device__ void wait_for_kernel_before() {}
-#endif
-
 // --- the kernel ----------------------------------------------------------------------------------
 
 // What a thread has of one step of W.
 struct Step {
     uint32_t words[TILES][WORDS];
-    uint32_t params[TILES][FOLDS];  // bf16: scale low, zero high
+    uint32_t params[TILES][FOLDS];
 };
 
 // The left operand for columns 16 * half on of the 32 that two words hold, of tiles one below the
@@ -186,46 +138,46 @@ __device__ void unpack(uint32_t (&codes)[4], uint32_t upper, uint32_t lower, int
 #endif
 }
 
+// The left operand that makes sums of x in rows 0 to 7, and of (offset + 8) x in rows 8 to 15.
+#if DTYPE_FP16
+__device__ constexpr uint32_t ONES[4] = {0x3c003c00, 0x5c205c20, 0x3c003c00, 0x4e004e00};
+#else
+__device__ constexpr uint32_t ONES[4] = {0x3f803f80, 0x43084308, 0x3f803f80, 0x43084308};
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
+few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
          const uint32_t* tiles1, const uint32_t* params1,
          const uint32_t* tiles2, const uint32_t* params2,
          const uint32_t* tiles3, const uint32_t* params3, T* y,
-         int n, int n1, int n2, int n3,
-         int n_padded, int n_padded1, int n_padded2, int n_padded3, int M, int K, int k_padded) {
+         int n0, int n1, int n2, int n3,
+         int n_padded0, int n_padded1, int n_padded2, int n_padded3, int M, int K, int k_padded) {
     extern __shared__ __align__(256) unsigned char shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
+    const int steps = divide_up(K, STEP);
 
     launch_dependents();
 
-    // The weight of this block, its first column of y, and the block's number among the weight's.
-    const int N = n + n1 + n2 + n3;
-    int column = 0, block = blockIdx.x;
-    auto next = [&](const uint32_t* tiles_, const uint32_t* params_, int n_, int n_padded_) {
-        const int blocks = (n + FEATURES - 1) / FEATURES;
-        if (block < blocks) return;
-        block -= blocks, column += n;
-        tiles = tiles_, params = params_, n = n_, n_padded = n_padded_;
-    };
-    if (WEIGHTS > 1) next(tiles1, params1, n1, n_padded1);
-    if (WEIGHTS > 2) next(tiles2, params2, n2, n_padded2);
-    if (WEIGHTS > 3) next(tiles3, params3, n3, n_padded3);
+    const Weight<const uint32_t*> weights[4] = {{tiles0, params0, n0, n_padded0},
+                                                {tiles1, params1, n1, n_padded1},
+                                                {tiles2, params2, n2, n_padded2},
+                                                {tiles3, params3, n3, n_padded3}};
+    const auto features = features_of(blockIdx.x, FEATURES, weights);
+    const auto [tiles, params, n, n_padded] = features.weight;
 
     // Tiles and groups beyond the last are the last: what comes of them is not stored, or times 0.
     const int last_tile = n_padded / 8 - 1;
     const int last_k_tile = k_padded / (32 * HALF_INNER) - 1;
     const int last_group = k_padded / GROUP - 1;
     const uint32_t* tile_words[TILES];
-    uint32_t feature[TILES];
+    uint32_t param_at[TILES];  // in a group
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-        const int tile = min((block * WARPS_N + warp_n) * TILES + t, last_tile);
+        const int tile = min(features.first / 8 + warp_n * TILES + t, last_tile);
         tile_words[t] = kept(tiles + (size_t)tile * (uint32_t)k_padded + lane * HALF_INNER);
-        feature[t] = 8 * tile + lane / 4;
+        param_at[t] = 8 * tile + lane / 4;
     }
-
-    const int steps = (K + STEP - 1) / STEP;
     auto load_w = [&](Step& w, int step) {
         if (step >= steps) return;
 #pragma unroll
@@ -240,7 +192,7 @@ few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
             const uint32_t group = min(step * STEP / GROUP + fold, last_group);
 #pragma unroll
             for (int t = 0; t < TILES; ++t)
-                w.params[t][fold] = load_param(params + (group * n_padded + feature[t]));
+                w.params[t][fold] = load_param(params + (group * n_padded + param_at[t]));
         }
     };
 
@@ -260,46 +212,31 @@ few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
         const uint32_t bytes = step * STEP < k_left ? 16 : 0;  // zeros beyond K
         const int rows = step < steps ? rows_left : 0;
 #pragma unroll
-        for (int r = 0; r < ROWS; r += ROWS_AT_ONCE, from += apart) {
-            const uint32_t to = (x_to ^ (16 * (r % 8))) + stage * X_STAGE_BYTES + r * X_ROW_BYTES;
-            if (r < rows) copy(to, from, bytes);
-        }
+        for (int r = 0; r < ROWS; r += ROWS_AT_ONCE, from += apart)
+            if (r < rows)
+                copy((x_to ^ (16 * r)) + stage * X_STAGE_BYTES + r * X_ROW_BYTES, from, bytes);
         end_of_copies();
     };
 
-    // The left operand that makes sums of x, in its rows 0 to 7, and of (offset + 8) x.
-    uint32_t ones[4];
-    ones[0] = ones[2] = DTYPE_FP16 ? 0x3c003c00 : 0x3f803f80;
-    ones[1] = DTYPE_FP16 ? 0x5c205c20 : 0x43084308;  // 264 or 136
-    ones[3] = DTYPE_FP16 ? 0x4e004e00 : 0x43084308;  // 24 or 136
-
-    float acc[SUBTILES][ROW_TILES][4] = {};
-    const uint32_t x_lane =
-        kept(x_shared + lane % 8 * X_ROW_BYTES + 16 * ((lane / 8) ^ (lane % 8)));
+    float sums[SUBTILES][4] = {};
+    const int x_row = lane % 8;
+    const uint32_t x_lane = kept(x_shared + x_row * X_ROW_BYTES + 16 * ((lane / 8) ^ x_row));
     auto multiply_step = [&](const Step& w, int stage) {
 #pragma unroll
         for (int fold = 0; fold < FOLDS; ++fold) {
-            float code_sums[SUBTILES][ROW_TILES][4] = {};
-            float x_sums[ROW_TILES][4] = {};
+            float code_sums[SUBTILES][4] = {}, x_sums[4] = {};
 #pragma unroll
-            for (int word = fold * WORDS / FOLDS; word < (fold + 1) * WORDS / FOLDS; ++word) {
-                uint32_t xs[ROW_TILES][4];  // 8 rows, 4 times 8 columns
-#pragma unroll
-                for (int r = 0; r < ROW_TILES; ++r)
-                    load_matrices(xs[r], ((x_lane + stage * X_STAGE_BYTES) ^ (64 * word)) +
-                                             r * 8 * X_ROW_BYTES);
+            for (int word = fold * FOLD_WORDS; word < (fold + 1) * FOLD_WORDS; ++word) {
+                uint32_t xs[4];  // 8 rows, 4 times 8 columns
+                load_matrices(xs, (x_lane + stage * X_STAGE_BYTES) ^ (64 * word));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                    for (int r = 0; r < ROW_TILES; ++r)
-                        multiply(x_sums[r], ones, xs[r][2 * half], xs[r][2 * half + 1]);
+                    multiply(x_sums, ONES, xs[2 * half], xs[2 * half + 1]);
 #pragma unroll
                     for (int s = 0; s < SUBTILES; ++s) {
                         uint32_t codes[4];
                         unpack(codes, w.words[2 * s][word], w.words[2 * s + 1][word], half);
-#pragma unroll
-                        for (int r = 0; r < ROW_TILES; ++r)
-                            multiply(code_sums[s][r], codes, xs[r][2 * half], xs[r][2 * half + 1]);
+                        multiply(code_sums[s], codes, xs[2 * half], xs[2 * half + 1]);
                     }
                 }
             }
@@ -308,14 +245,12 @@ few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
                 const float scale = __uint_as_float(w.params[t][fold] << 16);
                 const float zero = __uint_as_float(w.params[t][fold] & 0xffff0000);
 #pragma unroll
-                for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-                    for (int odd = 0; odd < 2; ++odd) {
-                        const int c = t % 2 * 2 + odd;
-                        float& sum = acc[t / 2][r][c];
-                        sum = zero * x_sums[r][odd] + sum;
-                        sum = scale * (code_sums[t / 2][r][c] - x_sums[r][2 + odd]) + sum;
-                    }
+                for (int odd = 0; odd < 2; ++odd) {
+                    const int i = t % 2 * 2 + odd;
+                    float& sum = sums[t / 2][i];
+                    sum = zero * x_sums[odd] + sum;
+                    sum = scale * (code_sums[t / 2][i] - x_sums[2 + odd]) + sum;
+                }
             }
         }
     };
@@ -341,28 +276,26 @@ few_rows(const T* x, const uint32_t* tiles, const uint32_t* params,
         }
     }
 
-    // The place of x becomes that of the sums, [WARPS_K, ROWS, SUM_PITCH].
+    // The place of x becomes that of all warps' sums, [WARPS_K, ROWS, SUM_PITCH].
     wait_for_copies<0>();
     __syncthreads();
-    float* sums = reinterpret_cast<float*>(shared);
+    float* parts = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-                const int at = warp_k * ROWS + 8 * r + lane % 4 * 2 + odd;
-                const int feature = 8 * (warp_n * TILES + t) + lane / 4;
-                sums[at * SUM_PITCH + feature] = acc[t / 2][r][t % 2 * 2 + odd];
-            }
+        for (int odd = 0; odd < 2; ++odd) {
+            const int at = (warp_k * ROWS + lane % 4 * 2 + odd) * SUM_PITCH;
+            parts[at + 8 * (warp_n * TILES + t) + lane / 4] = sums[t / 2][t % 2 * 2 + odd];
+        }
     __syncthreads();
+    const int N = n0 + n1 + n2 + n3;
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < M * FEATURES; e += THREADS) {
-        const uint32_t m = e / FEATURES, feature = block * FEATURES + e % FEATURES;
+        const uint32_t m = e / FEATURES, feature = features.first + e % FEATURES;
         if (feature >= n) continue;
         float sum = 0;
 #pragma unroll
-        for (int k = 0; k < WARPS_K; ++k) sum += sums[(k * ROWS + m) * SUM_PITCH + e % FEATURES];
-        y[(size_t)m * N + column + feature] = rounded(sum);
+        for (int k = 0; k < WARPS_K; ++k) sum += parts[(k * ROWS + m) * SUM_PITCH + e % FEATURES];
+        y[(size_t)m * N + features.column + feature] = rounded(sum);
     }
 }
