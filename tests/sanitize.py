@@ -6,12 +6,14 @@ For compute-sanitizer, which comes with the CUDA toolkit and does the checking:
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
 
-Two arguments, I and N, launch the Ith of N parts: several processes compile sooner than one.
+Two arguments, I and N, launch the Ith of N parts: several processes compile sooner than one. More
+are the kinds of kernels: of triton, cuda and experts; all without them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 
 import torch
 from kernel_support import make_experts
@@ -23,29 +25,29 @@ from fxint4.kernels.choice import Choice, configurations
 from fxint4.kernels.cuda import ManyRows
 from fxint4.kernels.cuda_choice import cuda_configurations
 
+KINDS = ("triton", "cuda", "experts")
 SHAPES = [([128, 64], 1024, 128, 8, BF16), ([100, 9], 1000, 32, 2, FP16)]
 
 
-def launches(part: int, parts: int) -> int:
+def launches(part: int, parts: int, kinds: Collection[str] = KINDS) -> int:
     """Launches one of several parts of all; returns how many."""
     count = 0
-    blocks = [*configurations(), None][part::parts]
     for ns, k, group, inner, dtype in SHAPES:
         made = make(ns, k, group, inner)
-        for b in blocks:
+        for b in [*configurations(), None][part::parts] if "triton" in kinds else ():
             m = 2 * b.rows - 3 if b else 40
             choice = fitted(b, m, ns) if b else Choice("dequantise")
             for _ in range(2):  # the second uses the counters that the first leaves behind
                 made.times(torch.randn(m, k, device="cuda").to(dtype), choice)
             count += 1
-        for in_cuda in cuda_configurations()[part::parts]:
+        for in_cuda in cuda_configurations()[part::parts] if "cuda" in kinds else ():
             if runs(in_cuda, group):
-                m = in_cuda.rows - 3 if isinstance(in_cuda, ManyRows) else 5
+                m = 2 * in_cuda.rows - 3 if isinstance(in_cuda, ManyRows) else 5
                 x = torch.randn(m, k, device="cuda").to(dtype)
                 made.times(x, Choice("cuda", in_cuda))
                 count += 1
         many = make_experts(5, ns[0], k, group, inner, "cuda")
-        for most, _ in experts._BY_ROWS[part::parts]:
+        for most, _ in experts._BY_ROWS[part::parts] if "experts" in kinds else ():
             rows = int(5 * min(most, 80) - 2)
             x = torch.randn(rows, k, device="cuda").to(BF16)
             index = torch.randint(-1, 6, (rows,), device="cuda")
@@ -57,4 +59,5 @@ def launches(part: int, parts: int) -> int:
 
 
 if __name__ == "__main__":
-    print(launches(*map(int, sys.argv[1:] or (0, 1))), "launches")  # noqa: T201
+    numbers, kinds = sys.argv[1:3] or (0, 1), sys.argv[3:] or KINDS
+    print(launches(*map(int, numbers), kinds), "launches")  # noqa: T201
