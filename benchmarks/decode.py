@@ -22,9 +22,10 @@ first call less a later one, with an empty cache, the contenders side by side. E
 process of its own, so that nothing one sets reaches another; all compile at once and then are
 measured in turns, one at a time.
 
-Checks: the logits of "hf-grouped" against those of "hf", in fp32 and small; those of int4tile against those of the same model, run eagerly on its dequantised
-weights, so that a wrong result can't look fast; those of both int4 models against bf16's, and how
-many matmuls were packed, are reported.
+Checks: the logits of "hf-grouped" against those of "hf", small and in fp32; those of int4tile
+against those of the same model, run eagerly on its dequantised weights, so that a wrong result
+can't look fast; those of both int4 models against bf16's, and how many matmuls were packed, are
+reported.
 
 Floor: bytes of the weights and of the cache over the bandwidth of a copy; for the prompt the
 FLOPs of the linear layers over the rate of a large bf16 matmul.
