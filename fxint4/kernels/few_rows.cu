@@ -53,16 +53,6 @@ __device__ void multiply(float (&sums)[4], const uint32_t (&codes)[4], uint32_t 
                  : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x0), "r"(x1));
 }
 
-// The same, but unknown to the compiler, which would compute it again for each step.
-template <typename V>
-__device__ V kept(V value) {
-    if constexpr (sizeof(V) == 8)
-        asm volatile("" : "+l"(value));
-    else
-        asm volatile("" : "+r"(value));
-    return value;
-}
-
 // Every word of W is read once: it shall not drive x out of the L1 cache.
 #define LOAD "ld.global.nc.L1::no_allocate.L2::256B"
 __device__ void load_words(uint32_t* words, const uint32_t* from) {
@@ -164,10 +154,10 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
                                                 {tiles2, params2, n2, n_padded2},
                                                 {tiles3, params3, n3, n_padded3}};
     const auto features = features_of(blockIdx.x, FEATURES, weights);
-    const auto [tiles, params, n, n_padded] = features.weight;
+    const Weight<const uint32_t*> weight = features.weight;
 
     // Tiles and groups beyond the last are the last: what comes of them is not stored, or times 0.
-    const int last_tile = n_padded / 8 - 1;
+    const int last_tile = weight.n_padded / 8 - 1;
     const int last_k_tile = k_padded / (32 * HALF_INNER) - 1;
     const int last_group = k_padded / GROUP - 1;
     const uint32_t* tile_words[TILES];
@@ -175,7 +165,7 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
         const int tile = min(features.first / 8 + warp_n * TILES + t, last_tile);
-        tile_words[t] = kept(tiles + (size_t)tile * (uint32_t)k_padded + lane * HALF_INNER);
+        tile_words[t] = kept(weight.tiles + (size_t)tile * (uint32_t)k_padded + lane * HALF_INNER);
         param_at[t] = 8 * tile + lane / 4;
     }
     auto load_w = [&](Step& w, int step) {
@@ -192,7 +182,8 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
             const uint32_t group = min(step * STEP / GROUP + fold, last_group);
 #pragma unroll
             for (int t = 0; t < TILES; ++t)
-                w.params[t][fold] = load_param(params + (group * n_padded + param_at[t]));
+                w.params[t][fold] =
+                    load_param(weight.params + (group * weight.n_padded + param_at[t]));
         }
     };
 
@@ -292,7 +283,7 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < M * FEATURES; e += THREADS) {
         const uint32_t m = e / FEATURES, feature = features.first + e % FEATURES;
-        if (feature >= n) continue;
+        if (feature >= weight.n) continue;
         float sum = 0;
 #pragma unroll
         for (int k = 0; k < WARPS_K; ++k) sum += parts[(k * ROWS + m) * SUM_PITCH + e % FEATURES];
