@@ -3,8 +3,11 @@
 For compute-sanitizer, which comes with the CUDA toolkit and does the checking:
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # so that no buffer has room behind its end
-    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
+    alias check="compute-sanitizer --report-api-errors no --error-exitcode 1 --tool"
+    check memcheck python tests/sanitize.py
+    check racecheck python tests/sanitize.py
+
+Errors of the API are not asked for: cuda-bindings looks for functions that older drivers lack.
 
 Two arguments, I and N, launch the Ith of N parts: several processes compile sooner than one. More
 are the kinds of kernels: of triton, cuda and experts; all without them.

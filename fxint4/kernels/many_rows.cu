@@ -160,9 +160,8 @@ __device__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(latest) : "memory");
 }
 
-__device__ void wait_for_consumers() {
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-}
+// The thread that loads has nothing left to do by then; threads that have returned don't count.
+__device__ void wait_for_consumers() { __syncthreads(); }
 
 // Of all blocks of the cluster, but threads that have returned.
 __device__ void wait_for_cluster() {
