@@ -28,7 +28,7 @@ constexpr int FEATURES = 64 * WARPGROUPS * SUBTILES;  // of a block
 constexpr int CONSUMERS = 128 * WARPGROUPS;           // threads that multiply
 constexpr int THREADS = CONSUMERS + 128;              // registers are given to whole warpgroups
 constexpr int REGISTERS = least(65536 / (BLOCKS_PER_SM * THREADS) / 8 * 8, 248);
-constexpr int PRODUCER_REGISTERS = 24;
+constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS =
     least((REGISTERS * THREADS - PRODUCER_REGISTERS * 128) / CONSUMERS / 8 * 8, 240);
 constexpr int SLICES = STEP / 16;               // of columns, that one wgmma multiplies
@@ -160,13 +160,24 @@ __device__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(latest) : "memory");
 }
 
-// The thread that loads has nothing left to do by then; threads that have returned don't count.
-__device__ void wait_for_consumers() { __syncthreads(); }
-
-// Of all blocks of the cluster, but threads that have returned.
 __device__ void wait_for_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where all threads meet, also those that only load: nobody reads the rings any more, all sums lie
+// in shared memory, and other blocks have read this one's.
+__device__ void after_products() { __syncthreads(); }
+
+__device__ void after_sums() {
+    if (SPLITS > 1)
+        wait_for_cluster();
+    else
+        __syncthreads();
+}
+
+__device__ void after_reading() {
+    if (SPLITS > 1) wait_for_cluster();
 }
 
 // What lies at this address in the shared memory of a block of the cluster.
@@ -338,7 +349,7 @@ __device__ void store(const Sums& sums, uint8_t* rings, const Part& part, int ra
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const uint32_t shared = address(rings);
     float* parts = (float*)rings;
-    wait_for_consumers();
+    after_products();
 #pragma unroll
     for (int s = 0; s < SUBTILES; ++s)
 #pragma unroll
@@ -348,10 +359,7 @@ __device__ void store(const Sums& sums, uint8_t* rings, const Part& part, int ra
                 (warp / 4 * SUBTILES + s) * 64 + warp % 4 * 16 + i / 2 % 2 * 8 + lane / 4;
             parts[row * SUM_PITCH + column] = sums[s][i];
         }
-    if (SPLITS > 1)
-        wait_for_cluster();
-    else
-        wait_for_consumers();
+    after_sums();
 
     constexpr int QUADS = FEATURES / 4, MINE = divide_up(ROWS, SPLITS);
     const int first = part.features.first, left = part.features.weight.n - first;
@@ -376,7 +384,7 @@ __device__ void store(const Sums& sums, uint8_t* rings, const Part& part, int ra
             for (int i = 0; i < 4; ++i)
                 if (column + i < left) to[i] = out[i];
     }
-    if (SPLITS > 1) wait_for_cluster();  // the others still read this block's sums
+    after_reading();
 }
 
 // --- the kernel ----------------------------------------------------------------------------------
@@ -418,6 +426,10 @@ many_rows(const __grid_constant__ TensorMap x,
     if (thread >= CONSUMERS) {
         give_registers_back<PRODUCER_REGISTERS>();
         if (thread == CONSUMERS) load(&x, part, k_padded, shared);
+        __syncwarp();
+        after_products();
+        after_sums();
+        after_reading();
     } else {
         take_registers<CONSUMER_REGISTERS>();
         Sums sums = {};
