@@ -35,6 +35,7 @@ __all__ = [
     "floor_div",
     "for_another_process",
     "in_force",
+    "is_given",
     "lasting_zeros",
     "launch_triton",
     "matmul_into",
@@ -116,6 +117,16 @@ def cache_folder() -> Path:
 def static(size: Any) -> int | None:
     """A size as an int; None where it is known only when the graph runs."""
     return int(size) if isinstance(size, int) or size.is_Integer else None
+
+
+def is_given(value: Any) -> bool:
+    """Whether a value lies in memory that the graph is given and, up to here, has not written."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    while isinstance(value, (ir.MutableBox, ir.BaseView)):
+        value = value.data
+    return isinstance(value, ir.InputBuffer) and value.get_name() not in V.graph.mutated_buffers
 
 
 def for_another_process() -> bool:

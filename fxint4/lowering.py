@@ -135,6 +135,7 @@ class _Matmul:
         self, replayed: bool, kernel: str | None, sizes: Sequence[int] = ()
     ) -> Any:
         """The product by the op that chooses when it is called, or by this CUDA kernel."""
+        given = all(map(_inductor.is_given, (*self.tiles, *self.scale_and_zero)))
         return _inductor.call_as_it_is(
             torch.ops.fxint4.linears.default,
             self.x,
@@ -145,6 +146,7 @@ class _Matmul:
             replayed,
             kernel,
             list(sizes),
+            replayed and given,
         )
 
     def by_aten(self) -> Any:

@@ -38,7 +38,7 @@ _SCHEMAS = (
     f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
     "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
-    "bool replayed=False, str? kernel=None, int[] sizes=[]) -> Tensor",
+    "bool replayed=False, str? kernel=None, int[] sizes=[], bool lasting=False) -> Tensor",
 )
 _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -59,11 +59,13 @@ def _linears_cuda(
     replayed: bool = False,
     kernel: str | None = None,
     sizes: Sequence[int] = (),
+    lasting: bool = False,
 ) -> Tensor:
     """``[..., K]`` times several weights of the same K, side by side: ``[..., sum(n)]``.
 
     replayed, kernel: see `fxint4.kernel_choice.at_run_time`.
     sizes: with them kernel is the name of a CUDA kernel, see `fxint4.kernels.cuda.CudaBlocks.of`.
+    lasting: see `fxint4.kernels.linear.linears`.
     """
     native = x.dtype is torch.float16
     rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
@@ -74,7 +76,7 @@ def _linears_cuda(
     else:
         choice = at_run_time(m, sum(n), k, rows.dtype, x.device, replayed, kernel)
     written = not all(tensor.is_contiguous() for tensor in (*tiles, *scale_and_zero))
-    y = linear.linears(rows, weights, group_size, n, choice, replayed and not written)
+    y = linear.linears(rows, weights, group_size, n, choice, lasting and not written)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
 
 
@@ -95,6 +97,7 @@ def _linears_cpu(
     replayed: bool = False,
     kernel: str | None = None,
     sizes: Sequence[int] = (),
+    lasting: bool = False,
 ) -> Tensor:
     weights = zip(tiles, scale_and_zero, n, strict=True)
     return torch.cat([_linear_cpu(x, t, p, group_size, rows) for t, p, rows in weights], -1)
@@ -243,6 +246,7 @@ def _fake_linears(
     replayed: bool = False,
     kernel: str | None = None,
     sizes: Sequence[int] = (),
+    lasting: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(n)))
 

@@ -57,9 +57,10 @@ def choose(
     cuda: bool = False,
     replayed: bool = False,
 ) -> Choice:
-    """How to multiply x ``[m, k]`` with weights of n out features; "aten" where Triton is missing.
+    """How to multiply x ``[m, k]`` with weights of n out features.
 
-    Measured on an H200 with groups of 128 and inner_k_tiles 8.
+    Measured on an H200 with groups of 128 and inner_k_tiles 8. "aten" where Triton is missing and
+    no CUDA kernel is taken.
 
     multiprocessors: of the GPU; those of an H100 or H200.
     wgmma: whether the GPU has these instructions: Hopper's, which read x from shared memory.

@@ -82,8 +82,8 @@ class CudaBlocks(ABC):
         """Bytes of shared memory."""
 
     @abstractmethod
-    def check(self, m: int, k: int) -> None:
-        """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
+    def fault(self, m: int, k: int) -> str | None:
+        """Why the kernel does not multiply an x ``[m, k]``; None where it does."""
 
     @abstractmethod
     def arguments(
@@ -161,10 +161,9 @@ class FewRows(CudaBlocks):
         x = (self.prefetch + 1) * self.warps_k * _FEW * 128 * 2
         return max(x, 4 * self.warps_k * _FEW * (self.features + 4))
 
-    def check(self, m: int, k: int) -> None:
-        """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
-        if m > _FEW:
-            raise ValueError(f"x has {m} rows: these blocks take at most {_FEW}")
+    def fault(self, m: int, k: int) -> str | None:
+        """See `CudaBlocks.fault`."""
+        return f"x has {m} rows: these blocks take at most {_FEW}" if m > _FEW else None
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""
@@ -233,13 +232,12 @@ class ManyRows(CudaBlocks):
         macros = super().macros(group_size, half_inner, weights, dtype)
         return (*macros, ("STAGES", self.stages(group_size)))
 
-    def check(self, m: int, k: int) -> None:
-        """Refuses, with a ValueError, an x ``[m, k]`` that the kernel does not multiply."""
-        if k < 128 * self.splits:
-            raise ValueError(
-                f"x has {k} columns: {self.splits} splits of 128 columns and more need "
-                f"{128 * self.splits}"
-            )
+    def fault(self, m: int, k: int) -> str | None:
+        """See `CudaBlocks.fault`."""
+        least = 128 * self.splits
+        if k >= least:
+            return None
+        return f"x has {k} columns: {self.splits} splits of 128 columns and more need {least}"
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""

@@ -76,14 +76,14 @@ def linear(
     group_size: int,
     n: int,
     choice: Choice | None = None,
-    replayed: bool = False,
+    lasting: bool = False,
 ) -> Tensor:
     """Multiplies x by the transpose of one weight: see `linears`.
 
     n: out features to compute, at most Np.
     Returns ``[M, n]`` in the dtype of x, contiguous.
     """
-    return linears(x, [(tiles, scale_and_zero)], group_size, [n], choice, replayed)
+    return linears(x, [(tiles, scale_and_zero)], group_size, [n], choice, lasting)
 
 
 def linears(
@@ -92,7 +92,7 @@ def linears(
     group_size: int,
     ns: Sequence[int],
     choice: Choice | None = None,
-    replayed: bool = False,
+    lasting: bool = False,
 ) -> Tensor:
     """Multiplies x by the transposes of 1 to MOST_WEIGHTS weights of the same K.
 
@@ -102,7 +102,7 @@ def linears(
     group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
     ns: out features to compute of each, at most its Np.
     choice: how, None for what `choose` says; what CUDA kernels can't read is left to others.
-    replayed: whether a CUDA graph is captured in which nothing writes the weights. A CUDA kernel
+    lasting: whether nothing in the CUDA graph that is captured writes the weights. A CUDA kernel
         may then read them while the kernel before it still runs.
     Returns ``[M, sum(ns)]`` in the dtype of x, contiguous, columns in the order of the weights.
     "aten" casts fp16 to bf16 and y back.
@@ -125,7 +125,7 @@ def linears(
         ]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
     if isinstance(choice.blocks, cuda.CudaBlocks):
-        return _multiply_in_cuda(x, weights, group_size, ns, choice.blocks, replayed)
+        return _multiply_in_cuda(x, weights, group_size, ns, choice.blocks, lasting)
     need_triton()
     if choice.kernel == "dequantise":
         return x @ _dequantize(weights, group_size, ns, k, x.dtype).T
@@ -337,16 +337,17 @@ def _multiply_in_cuda(
     group_size: int,
     ns: Sequence[int],
     blocks: cuda.CudaBlocks,
-    replayed: bool,
+    lasting: bool,
 ) -> Tensor:
     sizes, k_padded, half_inner = sizes_of([tiles.shape for tiles, _ in weights], ns)
     (m, k), n = x.shape, sum(ns)
-    blocks.check(m, k)
+    if fault := blocks.fault(m, k):
+        raise ValueError(fault)
     kernel = cuda.kernel(blocks, group_size, half_inner, len(weights), x.dtype, x.device)
     y = x.new_empty((m, n))
     counts = list(_sizes_arguments(sizes).values())
     arguments = blocks.arguments(x, buffers_of(weights), y, counts, k_padded)
-    kernel.launch(blocks.programs(m, ns), arguments, dependent=replayed)
+    kernel.launch(blocks.programs(m, ns), arguments, dependent=lasting)
     return y
 
 

@@ -39,8 +39,14 @@ logger = logging.getLogger("fxint4")
 Macros = tuple[tuple[str, int], ...]
 
 _OPTIONS = ("-std=c++17",)
+#: The first driver that has dependent launches in CUDA graphs, as it says its version.
+_CAPTURES_DEPENDENT = 12030
 #: Bytes of shared memory that a block may have without asking for them.
 _USUAL_SHARED = 48 * 2**10
+
+
+#: Why there are no bindings.
+_missing: list[str] = []
 
 
 @functools.cache
@@ -53,6 +59,7 @@ def _bindings() -> tuple[Any, Any, str] | None:
         _, major, minor = nvrtc.nvrtcVersion()  # the first call looks for the library
     except (ImportError, OSError, RuntimeError) as error:
         logger.debug("no CUDA C++ kernels, Triton's are taken instead: %s", error)
+        _missing.append(str(error))
         return None
     return nvrtc, driver, f"{major}.{minor}"
 
@@ -96,14 +103,15 @@ def _sources() -> Mapping[str, bytes]:
 def compiled(name: str, macros: Macros, target: str) -> bytes:
     """A kernel as a cubin; it is kept in Inductor's cache folder. See `build`."""
     digest = hashlib.sha256(repr((fingerprint(), macros, target)).encode()).hexdigest()[:32]
-    path = _inductor.cache_folder() / f"fxint4-{name}-{digest}.cubin"
+    file = f"fxint4-{name}-{digest}.cubin"
     try:
-        return path.read_bytes()
+        return (_inductor.cache_folder() / file).read_bytes()
     except OSError:
         cubin, _ = build(name, macros, target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, cubin)
+        folder = _inductor.cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / file, cubin)
     except OSError as error:
         logger.debug("%s is compiled again in the next process: %s", name, error)
     return cubin
@@ -160,9 +168,9 @@ def _needed() -> tuple[Any, Any, str]:
     found = _bindings()
     if found is None:
         raise RuntimeError(
-            "this int4 matmul needs NVRTC and cuda-bindings, which are not installed; torch's CUDA "
-            "wheels for Linux bring them, otherwise: pip install cuda-bindings nvidia-cuda-nvrtc "
-            "of torch.version.cuda; or leave the option kernel='cuda' out"
+            f"this int4 matmul needs NVRTC and cuda-bindings ({_missing[-1]}): torch's CUDA wheels "
+            "for Linux bring them; otherwise install cuda-bindings and NVRTC for CUDA "
+            f"{torch.version.cuda}, or leave the option kernel='cuda' out"
         )
     return found
 
@@ -191,7 +199,9 @@ class Kernel:
         self._name, self._device, self._threads, self._shared = name, device, threads, shared
         _, self._driver, number = _needed()
         capability = torch.cuda.get_device_capability(device)
-        self._can_depend = capability >= (9, 0)
+        self._can_depend = capability >= (9, 0) and (
+            self._checked(self._driver.cuDriverGetVersion()) >= _CAPTURES_DEPENDENT
+        )
         target = architecture(*capability)
         if target is None:
             major, minor = capability
@@ -201,7 +211,7 @@ class Kernel:
             )
         driver, cubin = self._driver, compiled(name, macros, target)
         with torch.cuda.device(device):
-            self._make_context_current()
+            _make_context_current(self._driver, self._device)
             # The module lives as long as the process: its kernels may be in CUDA graphs.
             module = self._checked(driver.cuModuleLoadData(cubin))
             self._function = self._checked(driver.cuModuleGetFunction(module, name.encode()))
@@ -230,7 +240,7 @@ class Kernel:
             launched = launch(programs, stream, address)
             if launched[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
                 # A thread's first calls of torch do not need to have made one current.
-                self._make_context_current()
+                _make_context_current(self._driver, self._device)
                 launched = launch(programs, stream, address)
             self._checked(launched)
 
@@ -256,19 +266,30 @@ class Kernel:
             config, self._function, address, 0
         )
 
-    def _make_context_current(self) -> None:
-        """The one of the device that torch uses, too."""
-        driver = self._driver
-        device = self._checked(driver.cuDeviceGet(self._device.index))
-        context = self._checked(driver.cuDevicePrimaryCtxRetain(device))
-        self._checked(driver.cuCtxSetCurrent(context))
-
     def _checked(self, returned: tuple[Any, ...]) -> Any:
         """What a call of the driver returned beside its result."""
         result, *values = returned
         if result != self._driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"the CUDA kernel {self._name} on {self._device}: {result.name}")
+            raise RuntimeError(
+                f"the CUDA kernel {self._name} on {self._device}: {result.name}; the option "
+                "kernel='triton' does without it"
+            )
         return values[0] if values else None
+
+
+def _make_context_current(driver: Any, device: torch.device) -> None:
+    """The one of the device that torch uses, too."""
+    result, number = driver.cuDeviceGet(device.index)
+    if result == driver.CUresult.CUDA_SUCCESS:
+        result, context = driver.cuDevicePrimaryCtxRetain(number)
+    if result == driver.CUresult.CUDA_SUCCESS:
+        (result,) = driver.cuCtxSetCurrent(context)
+    if result != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{device} has no CUDA context: {result.name}")
+
+
+class _NoContextError(RuntimeError):
+    """A call of the driver in a thread in which no context is current."""
 
 
 class TensorMap(ctypes.Structure):
@@ -287,7 +308,12 @@ def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> 
             exchanged as wgmma reads them.
     """
     rows, columns = matrix.shape
-    return _tensor_map(matrix.dtype, matrix.data_ptr(), rows, columns, box, swizzled)
+    key = (matrix.dtype, matrix.data_ptr(), rows, columns, box, swizzled)
+    try:
+        return _tensor_map(*key)
+    except _NoContextError:  # a thread's first calls of torch do not need to have made one current
+        _make_context_current(_needed()[1], matrix.device)
+        return _tensor_map(*key)
 
 
 @functools.lru_cache(maxsize=2**12)  # to make one takes longer than a launch
@@ -314,6 +340,8 @@ def _tensor_map(
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
+    if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        raise _NoContextError(result.name)
     if result != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA has no boxes {box} of a matrix {(rows, columns)}: {result.name}")
     return TensorMap((ctypes.c_uint64 * 16)(*map(int, made.opaque)))

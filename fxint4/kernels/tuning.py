@@ -83,7 +83,7 @@ def candidates(
     found = [first]
     if isinstance(first.blocks, cuda.CudaBlocks):
         alike = (b for b in cuda_configurations() if b.name == first.blocks.name)
-        found += [Choice("cuda", b) for b in alike]
+        found += [Choice("cuda", b) for b in alike if b.fault(m, k) is None]
     if triton is None:
         return found
     base = choose_blocks(m, n, k, *gpu)
