@@ -582,7 +582,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(
             file.write("ha")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(ReportError, match=r"can't be written: .*No space left on device"):
         full_report().save(path)
     assert path.read_text() == "old"
