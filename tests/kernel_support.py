@@ -7,11 +7,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ __all__ = [
     "needs_memory",
     "needs_triton",
     "quiet_triton",
+    "raise_record",
     "rows",
     "run_in_the_interpreter",
 ]
@@ -256,6 +258,25 @@ def compile_for(capability: int, launch: Launch, dtypes: Sequence[torch.dtype]) 
     return Compiled(
         made.asm["ptx"], int(registers), sum(map(int, spilled)), int(made.metadata.shared)
     )
+
+
+def raise_record(
+    record: Path, names: Iterable[str], needs_of: Callable[[str], dict[str, list[int]]]
+) -> None:
+    """Raises what is recorded of kernels' needs to what this compiler makes; prints what changes.
+
+    needs_of: of a name, for each GPU, numbers that may be smaller.
+    """
+    old = json.loads(record.read_text()) if record.exists() else {}
+    new = {}
+    for name in names:
+        needs = needs_of(name)
+        known = old.get(name, needs)
+        new[name] = {gpu: list(map(max, needs[gpu], known[gpu])) for gpu in needs}
+        if new[name] != old.get(name):
+            print(name, old.get(name), "->", new[name])  # noqa: T201
+    lines = [f"  {json.dumps(name)}: {json.dumps(needs)}" for name, needs in new.items()]
+    record.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def assert_hopper_waits(compiled: Compiled, launch: Launch) -> None:

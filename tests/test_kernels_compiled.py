@@ -28,6 +28,7 @@ from kernel_support import (
     launch_by,
     needs_triton,
     quiet_triton,
+    raise_record,
 )
 from torch import Tensor
 
@@ -238,21 +239,12 @@ def test_plain_triton_waits_for_each_dot(name: str) -> None:
     assert_hopper_waits(compile_for(90, launch, dtypes), launch)
 
 
-def record() -> None:
-    """Raises what is recorded to what this Triton needs."""
-    old = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    new = {}
-    for name, make in CASES.items():
-        launch, dtypes = make()
-        made = {str(c): compile_for(c, launch, dtypes) for c in CAPABILITIES}
-        needs = {c: [-(-m.registers // 8) * 8, m.spilled] for c, m in made.items()}
-        known = old.get(name, needs)
-        new[name] = {c: list(map(max, needs[c], known[c])) for c in needs}
-        if new[name] != old.get(name):
-            print(name, old.get(name), "->", new[name])  # noqa: T201
-    lines = [f"  {json.dumps(name)}: {json.dumps(needs)}" for name, needs in new.items()]
-    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+def needs_of(name: str) -> dict[str, list[int]]:
+    """By the capability registers of a thread, by 8 as they are handed out, and bytes spilled."""
+    launch, dtypes = CASES[name]()
+    made = {str(c): compile_for(c, launch, dtypes) for c in CAPABILITIES}
+    return {c: [-(-m.registers // 8) * 8, m.spilled] for c, m in made.items()}
 
 
 if __name__ == "__main__":
-    record()
+    raise_record(RECORD, CASES, needs_of)

@@ -26,7 +26,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_support import make_experts, rows
+from kernel_support import make_experts, raise_record, rows
 from pretended_gpu import generated, int4pack_mm, packed_specs
 from support import FP32, assert_within
 from test_kernels_stress import assert_right, captured
@@ -974,19 +974,5 @@ def test_a_compiled_model(
             assert (y - expected).norm() <= 0.01 * expected.norm()
 
 
-def record() -> None:
-    """Raises what is recorded to what this NVRTC needs."""
-    old = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    new = {}
-    for name in CASES:
-        needs = needs_of(name)
-        known = old.get(name, needs)
-        new[name] = {t: list(map(max, needs[t], known[t])) for t in needs}
-        if new[name] != old.get(name):
-            print(name, old.get(name), "->", new[name])  # noqa: T201
-    lines = [f"  {json.dumps(name)}: {json.dumps(needs)}" for name, needs in new.items()]
-    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
 if __name__ == "__main__":
-    record()
+    raise_record(RECORD, CASES, needs_of)

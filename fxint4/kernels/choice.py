@@ -14,16 +14,10 @@ from typing import Literal
 import torch
 
 from fxint4.kernels.common import Blocks, triton
-from fxint4.kernels.cuda import CudaBlocks
+from fxint4.kernels.cuda import FEW_ROWS, STEP, CudaBlocks
 from fxint4.kernels.cuda_choice import choose_few_rows, choose_many_rows
 
-__all__ = [
-    "Choice",
-    "choose",
-    "choose_blocks",
-    "configurations",
-    "gpu_of",
-]
+__all__ = ["Choice", "choose", "choose_blocks", "configurations", "gpu_of"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,9 @@ def choose(
         which only much work is worth.
     """
     if cuda and k % 8 == 0 and (replayed or m * n * k >= _WORTH_A_LAUNCH):
-        if m <= _FEW_ROWS:
+        if m <= FEW_ROWS:
             return Choice("cuda", choose_few_rows(n, multiprocessors))
-        if wgmma and _MIDDLE_ROWS < m <= _MANY_ROWS and k >= 128:
+        if wgmma and _MIDDLE_ROWS < m <= _MANY_ROWS and k >= STEP:
             return Choice("cuda", choose_many_rows(m, n, k, multiprocessors))
     if triton is None:
         return Choice("aten")
@@ -130,14 +124,14 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: boo
 
 def configurations() -> list[Blocks]:
     """What `choose_blocks` can return for an H100 or H200, and for GPUs without wgmma."""
-    sizes = itertools.product((1, 32, 64, 128, 129, 256, 384, 512, 1024), _NS, _KS)
-    gpus = [(132, True), (132, False)]
-    return sorted({choose_blocks(*size, *gpu) for size in sizes for gpu in gpus}, key=str)
-
-
-#: Out and in features among which there are those of every choice.
-_NS = (8, *(i << e for e in range(8, 17) for i in (2, 3)))
-_KS = (32, *(1 << e for e in range(9, 16)))
+    sizes = itertools.product(
+        (1, 32, 64, 128, 129, 256, 384, 512, 1024),
+        (8, *(i << e for e in range(8, 17) for i in (2, 3))),
+        (32, *(1 << e for e in range(9, 16))),
+        (132,),
+        (True, False),
+    )
+    return sorted({choose_blocks(*size) for size in sizes}, key=str)
 
 
 def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
@@ -148,8 +142,8 @@ def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
     return splits
 
 
-#: Rows that the CUDA kernels are for: up to the first, and more than the second up to the third.
-_FEW_ROWS, _MIDDLE_ROWS, _MANY_ROWS = 8, 32, 2048
+#: More rows than the first, up to the second, are for the CUDA kernel for many.
+_MIDDLE_ROWS, _MANY_ROWS = 32, 2048
 #: Products of numbers that take the GPU as long as the host takes for a call from Python.
 _WORTH_A_LAUNCH = 2**35
 #: For more rows Triton's kernel is behind writing W out.

@@ -19,12 +19,24 @@ from torch import Tensor
 
 from fxint4.kernels import nvrtc
 
-__all__ = ["CudaBlocks", "FewRows", "ManyRows", "available", "kernel", "reads"]
+__all__ = [
+    "FEW_ROWS",
+    "STEP",
+    "CudaBlocks",
+    "FewRows",
+    "ManyRows",
+    "available",
+    "kernel",
+    "reads",
+]
+
+FEW_ROWS = 8
+"""Rows of x that the kernel for few takes."""
+STEP = 128
+"""Columns of k that both kernels take at a time."""
 
 #: Bytes of shared memory that a multiprocessor of Hopper has; of these each block costs 1024 more.
 _HOPPERS_SHARED = 228 * 2**10
-#: Rows of x that the kernel for few takes.
-_FEW = 8
 _COUNTS = tuple((f"{kind}{i}", ctypes.c_int) for kind in ("n", "n_padded") for i in range(4))
 
 
@@ -144,7 +156,7 @@ class FewRows(CudaBlocks):
 
     def __str__(self) -> str:
         """For people."""
-        return f"{_FEW}x{self.features}, {self.warps_k} warps along K"
+        return f"{FEW_ROWS}x{self.features}, {self.warps_k} warps along K"
 
     @property
     def features(self) -> int:
@@ -158,12 +170,12 @@ class FewRows(CudaBlocks):
 
     def shared(self, group_size: int) -> int:
         """Bytes of shared memory: for x on its way, and then for the sums of all warps."""
-        x = (self.prefetch + 1) * self.warps_k * _FEW * 128 * 2
-        return max(x, 4 * self.warps_k * _FEW * (self.features + 4))
+        x = (self.prefetch + 1) * self.warps_k * FEW_ROWS * STEP * 2
+        return max(x, 4 * self.warps_k * FEW_ROWS * (self.features + 4))
 
     def fault(self, m: int, k: int) -> str | None:
         """See `CudaBlocks.fault`."""
-        return f"x has {m} rows: these blocks take at most {_FEW}" if m > _FEW else None
+        return f"x has {m} rows: these blocks take at most {FEW_ROWS}" if m > FEW_ROWS else None
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""
@@ -218,12 +230,12 @@ class ManyRows(CudaBlocks):
         return max(stages * self._stage(group_size), sums) + 16 * stages
 
     def stages(self, group_size: int) -> int:
-        """Steps of 128 columns in shared memory: as many as fit."""
+        """Steps in shared memory: as many as fit."""
         return (_HOPPERS_SHARED // self.blocks_per_sm - 1024) // (self._stage(group_size) + 16)
 
     def _stage(self, group_size: int) -> int:
-        parameters = self.features * -(-128 // group_size) * 4
-        return self.rows * 128 * 2 + self.features * 128 // 2 + parameters
+        parameters = self.features * -(-STEP // group_size) * 4
+        return self.rows * STEP * 2 + self.features * STEP // 2 + parameters
 
     def macros(
         self, group_size: int, half_inner: int, weights: int, dtype: torch.dtype
@@ -234,10 +246,10 @@ class ManyRows(CudaBlocks):
 
     def fault(self, m: int, k: int) -> str | None:
         """See `CudaBlocks.fault`."""
-        least = 128 * self.splits
+        least = STEP * self.splits
         if k >= least:
             return None
-        return f"x has {k} columns: {self.splits} splits of 128 columns and more need {least}"
+        return f"x has {k} columns: {self.splits} splits of {STEP} columns and more need {least}"
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """Blocks for x of m rows and weights of these out features."""
@@ -247,7 +259,7 @@ class ManyRows(CudaBlocks):
         self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
     ) -> ctypes.Structure:
         """See `CudaBlocks.arguments`."""
-        box = (self.features // 8, 128)
+        box = (self.features // 8, STEP)
         tiles = [nvrtc.tensor_map(t.view(-1, k_padded), box) for t in buffers[::2]]
         x_map = nvrtc.tensor_map(x, (self.rows, 64), swizzled=True)
         addresses = [tensor.data_ptr() for tensor in (*buffers[1::2], y)]

@@ -9,7 +9,7 @@ import functools
 import itertools
 from dataclasses import replace
 
-from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
+from fxint4.kernels.cuda import STEP, CudaBlocks, FewRows, ManyRows
 
 __all__ = ["choose_few_rows", "choose_many_rows", "cuda_configurations", "waves"]
 
@@ -68,7 +68,7 @@ def _fastest(row_blocks: int, n: int, k: int, multiprocessors: int) -> ManyRows:
         count, steps = waves(blocks, 64 * row_blocks, n, k, multiprocessors)
         return count * fixed + steps * step
 
-    splits = [splits for splits in _SPLITS if splits == 1 or k >= 512 * splits]
+    splits = [splits for splits in _SPLITS if splits == 1 or k >= 4 * STEP * splits]
     return min((replace(b, splits=s) for b, s in itertools.product(_TIMES, splits)), key=time)
 
 
@@ -83,7 +83,7 @@ def waves(
     count, rest = divmod(blocks.programs(m, [n]), at_once)
     alone = rest <= multiprocessors < at_once
     count += 0 if rest == 0 else _ALONE if alone else 1
-    return count, count * -(-k // (128 * blocks.splits))
+    return count, count * -(-k // (STEP * blocks.splits))
 
 
 def cuda_configurations() -> list[CudaBlocks]:

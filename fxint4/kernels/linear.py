@@ -76,14 +76,13 @@ def linear(
     group_size: int,
     n: int,
     choice: Choice | None = None,
-    lasting: bool = False,
 ) -> Tensor:
     """Multiplies x by the transpose of one weight: see `linears`.
 
     n: out features to compute, at most Np.
     Returns ``[M, n]`` in the dtype of x, contiguous.
     """
-    return linears(x, [(tiles, scale_and_zero)], group_size, [n], choice, lasting)
+    return linears(x, [(tiles, scale_and_zero)], group_size, [n], choice)
 
 
 def linears(

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -45,13 +45,9 @@ _CAPTURES_DEPENDENT = 12030
 _USUAL_SHARED = 48 * 2**10
 
 
-#: Why there are no bindings.
-_missing: list[str] = []
-
-
 @functools.cache
-def _bindings() -> tuple[Any, Any, str] | None:
-    """The modules for NVRTC and the driver, and NVRTC's version; None where they are missing."""
+def _bindings() -> tuple[Any, Any, str] | str:
+    """The modules for NVRTC and the driver, and NVRTC's version; or why they are missing."""
     try:
         # Not import statements: a type checker that has them and one that has not would disagree.
         nvrtc = importlib.import_module("cuda.bindings.nvrtc")
@@ -59,15 +55,14 @@ def _bindings() -> tuple[Any, Any, str] | None:
         _, major, minor = nvrtc.nvrtcVersion()  # the first call looks for the library
     except (ImportError, OSError, RuntimeError) as error:
         logger.debug("no CUDA C++ kernels, Triton's are taken instead: %s", error)
-        _missing.append(str(error))
-        return None
+        return str(error)
     return nvrtc, driver, f"{major}.{minor}"
 
 
 def version() -> str | None:
     """NVRTC's, "13.0"; None where it or the bindings are missing."""
     found = _bindings()
-    return found and found[2]
+    return None if isinstance(found, str) else found[2]
 
 
 @functools.cache
@@ -78,7 +73,7 @@ def architecture(major: int, minor: int) -> str | None:
     whose code runs there: they share the major number.
     """
     found = _bindings()
-    if found is None:
+    if isinstance(found, str):
         return None
     _, known = found[0].nvrtcGetSupportedArchs()
     fit = [each for each in known if each // 10 == major and each % 10 <= minor]
@@ -166,9 +161,9 @@ def build(name: str, macros: Macros, target: str, further: Sequence[str] = ()) -
 
 def _needed() -> tuple[Any, Any, str]:
     found = _bindings()
-    if found is None:
+    if isinstance(found, str):
         raise RuntimeError(
-            f"this int4 matmul needs NVRTC and cuda-bindings ({_missing[-1]}): torch's CUDA wheels "
+            f"this int4 matmul needs NVRTC and cuda-bindings ({found}): torch's CUDA wheels "
             "for Linux bring them; otherwise install cuda-bindings and NVRTC for CUDA "
             f"{torch.version.cuda}, or leave the option kernel='cuda' out"
         )
@@ -237,12 +232,9 @@ class Kernel:
         with torch.cuda.device(self._device):
             dependent = dependent and self._can_depend and torch.cuda.is_current_stream_capturing()
             launch = self._launch_dependent if dependent else self._launch
-            launched = launch(programs, stream, address)
-            if launched[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-                # A thread's first calls of torch do not need to have made one current.
-                _make_context_current(self._driver, self._device)
-                launched = launch(programs, stream, address)
-            self._checked(launched)
+            self._checked(
+                _in_context(self._driver, self._device, lambda: launch(programs, stream, address))
+            )
 
     def _launch(self, programs: int, stream: int, address: int) -> tuple[Any, ...]:
         grid, block = (programs, 1, 1), (self._threads, 1, 1)
@@ -277,6 +269,18 @@ class Kernel:
         return values[0] if values else None
 
 
+def _in_context(driver: Any, device: torch.device, call: Callable[[], Any]) -> Any:
+    """What a call of the driver returns that needs a context.
+
+    A thread's first calls of torch do not need to have made one current.
+    """
+    returned = call()
+    if returned[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        _make_context_current(driver, device)
+        returned = call()
+    return returned
+
+
 def _make_context_current(driver: Any, device: torch.device) -> None:
     """The one of the device that torch uses, too."""
     result, number = driver.cuDeviceGet(device.index)
@@ -286,10 +290,6 @@ def _make_context_current(driver: Any, device: torch.device) -> None:
         (result,) = driver.cuCtxSetCurrent(context)
     if result != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{device} has no CUDA context: {result.name}")
-
-
-class _NoContextError(RuntimeError):
-    """A call of the driver in a thread in which no context is current."""
 
 
 class TensorMap(ctypes.Structure):
@@ -308,17 +308,19 @@ def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> 
             exchanged as wgmma reads them.
     """
     rows, columns = matrix.shape
-    key = (matrix.dtype, matrix.data_ptr(), rows, columns, box, swizzled)
-    try:
-        return _tensor_map(*key)
-    except _NoContextError:  # a thread's first calls of torch do not need to have made one current
-        _make_context_current(_needed()[1], matrix.device)
-        return _tensor_map(*key)
+    address, device = matrix.data_ptr(), matrix.device
+    return _tensor_map(matrix.dtype, address, device, rows, columns, box, swizzled)
 
 
 @functools.lru_cache(maxsize=2**12)  # to make one takes longer than a launch
 def _tensor_map(
-    dtype: torch.dtype, address: int, rows: int, columns: int, box: tuple[int, int], swizzled: bool
+    dtype: torch.dtype,
+    address: int,
+    device: torch.device,
+    rows: int,
+    columns: int,
+    box: tuple[int, int],
+    swizzled: bool,
 ) -> TensorMap:
     _, driver, _ = _needed()
     types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
@@ -327,7 +329,8 @@ def _tensor_map(
         torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         torch.int32: types.CU_TENSOR_MAP_DATA_TYPE_INT32,
     }[dtype]
-    result, made = driver.cuTensorMapEncodeTiled(
+    encode = functools.partial(
+        driver.cuTensorMapEncodeTiled,
         kind,
         2,
         address,
@@ -340,8 +343,7 @@ def _tensor_map(
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-        raise _NoContextError(result.name)
+    result, made = _in_context(driver, device, encode)
     if result != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"CUDA has no boxes {box} of a matrix {(rows, columns)}: {result.name}")
     return TensorMap((ctypes.c_uint64 * 16)(*map(int, made.opaque)))
