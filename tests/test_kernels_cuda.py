@@ -684,16 +684,15 @@ def test_what_a_launch_for_many_rows_is_given(driver: PretendedDriver) -> None:
     y = torch.empty(40, 160).half()
     buffers = [buffer for parameters in params for buffer in (tiles, parameters)]
     given = cast("Any", blocks.arguments(x, buffers, y, range(8), 256))
-    of_tiles = ("int32", tiles.data_ptr(), [256, 5], [1024], [128, 16], "plain")
     of_x = ("fp16", x.data_ptr(), [248, 40], [496], [64, 64], "swizzled")
-    assert driver.maps == [of_tiles, of_x]  # the same weight four times
-    assert [given.tiles0.words[0], given.tiles3.words[15], given.x.words[0]] == [1, 1 + 15, 2]
+    of_tiles = ("int32", tiles.data_ptr(), [256, 5], [1024], [128, 16], "plain")
+    of_params = [("int32", p.data_ptr(), [40, 2], [160], [128, 1], "plain") for p in params]
+    assert driver.maps == [of_x, of_tiles, *of_params]  # the same tiles four times
+    assert [given.x.words[0], given.tiles0.words[0], given.tiles3.words[15]] == [1, 2, 2 + 15]
+    assert [given.params0.words[0], given.params3.words[0], given.y] == [3, 6, y.data_ptr()]
     blocks.arguments(x, buffers, y, range(8), 256)
-    assert len(driver.maps) == 2
-    addresses = [given.params0, given.params1, given.params2, given.params3, given.y]
-    assert addresses == [tensor.data_ptr() for tensor in (*params, y)]
-    assert [given.n0, given.n3, given.n_padded0, given.n_padded3] == [0, 3, 4, 7]
-    assert (given.M, given.k_padded) == (40, 256)
+    assert len(driver.maps) == 6
+    assert [given.n0, given.n3, given.M, given.k_padded] == [0, 3, 40, 256]
     driver.result = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(RuntimeError, match=r"no boxes \(64, 64\) of a matrix \(39, 248\): CUDA_E"):
         blocks.arguments(x[:39], buffers, y, range(8), 256)

@@ -37,7 +37,6 @@ STEP = 128
 
 #: Bytes of shared memory that a multiprocessor of Hopper has; of these each block costs 1024 more.
 _HOPPERS_SHARED = 228 * 2**10
-_COUNTS = tuple((f"{kind}{i}", ctypes.c_int) for kind in ("n", "n_padded") for i in range(4))
 
 
 class _FewArguments(ctypes.Structure):
@@ -45,17 +44,17 @@ class _FewArguments(ctypes.Structure):
         ("x", ctypes.c_void_p),
         *((f"{kind}{i}", ctypes.c_void_p) for i in range(4) for kind in ("tiles", "params")),
         ("y", ctypes.c_void_p),
-        *_COUNTS,
+        *((f"{kind}{i}", ctypes.c_int) for kind in ("n", "n_padded") for i in range(4)),
         *((name, ctypes.c_int) for name in ("M", "K", "k_padded")),
     )
 
 
 class _ManyArguments(ctypes.Structure):
     _fields_ = (
-        *((name, nvrtc.TensorMap) for name in ("x", "tiles0", "tiles1", "tiles2", "tiles3")),
-        *((name, ctypes.c_void_p) for name in ("params0", "params1", "params2", "params3", "y")),
-        *_COUNTS,
-        *((name, ctypes.c_int) for name in ("M", "k_padded")),
+        ("x", nvrtc.TensorMap),
+        *((f"{kind}{i}", nvrtc.TensorMap) for kind in ("tiles", "params") for i in range(4)),
+        ("y", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("n0", "n1", "n2", "n3", "M", "k_padded")),
     )
 
 
@@ -259,11 +258,13 @@ class ManyRows(CudaBlocks):
         self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
     ) -> ctypes.Structure:
         """See `CudaBlocks.arguments`."""
-        box = (self.features // 8, STEP)
-        tiles = [nvrtc.tensor_map(t.view(-1, k_padded), box) for t in buffers[::2]]
-        x_map = nvrtc.tensor_map(x, (self.rows, 64), swizzled=True)
-        addresses = [tensor.data_ptr() for tensor in (*buffers[1::2], y)]
-        return _ManyArguments(x_map, *tiles, *addresses, *sizes, len(x), k_padded)
+        maps = [nvrtc.tensor_map(x, (self.rows, 64), swizzled=True)]
+        tiles = (self.features // 8, STEP)
+        maps += [nvrtc.tensor_map(t.view(-1, k_padded), tiles) for t in buffers[::2]]
+        group_size = k_padded // len(buffers[1])
+        params = (-(-STEP // group_size), self.features)
+        maps += [nvrtc.tensor_map(p.view(torch.int32)[..., 0], params) for p in buffers[1::2]]
+        return _ManyArguments(*maps, y.data_ptr(), *sizes[:4], len(x), k_padded)
 
 
 @functools.cache

@@ -102,6 +102,11 @@ __device__ void wait_for_warps(uint32_t barrier) {
 
 // --- the kernel ----------------------------------------------------------------------------------
 
+struct Buffers {
+    const uint32_t *tiles, *params;
+    int n_padded;
+};
+
 // What a thread has of one step of W.
 struct Step {
     uint32_t words[TILES][WORDS];
@@ -149,15 +154,15 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
 
     launch_dependents();
 
-    const Weight<const uint32_t*> weights[4] = {{tiles0, params0, n0, n_padded0},
-                                                {tiles1, params1, n1, n_padded1},
-                                                {tiles2, params2, n2, n_padded2},
-                                                {tiles3, params3, n3, n_padded3}};
+    const Weight<Buffers> weights[4] = {{{tiles0, params0, n_padded0}, n0},
+                                        {{tiles1, params1, n_padded1}, n1},
+                                        {{tiles2, params2, n_padded2}, n2},
+                                        {{tiles3, params3, n_padded3}, n3}};
     const auto features = features_of(blockIdx.x, FEATURES, weights);
-    const Weight<const uint32_t*> weight = features.weight;
+    const Buffers buffers = features.weight.buffers;
 
     // Tiles and groups beyond the last are the last: what comes of them is not stored, or times 0.
-    const int last_tile = weight.n_padded / 8 - 1;
+    const int last_tile = buffers.n_padded / 8 - 1;
     const int last_k_tile = k_padded / (32 * HALF_INNER) - 1;
     const int last_group = k_padded / GROUP - 1;
     const uint32_t* tile_words[TILES];
@@ -165,7 +170,7 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
         const int tile = min(features.first / 8 + warp_n * TILES + t, last_tile);
-        tile_words[t] = kept(weight.tiles + (size_t)tile * (uint32_t)k_padded + lane * HALF_INNER);
+        tile_words[t] = kept(buffers.tiles + (size_t)tile * (uint32_t)k_padded + lane * HALF_INNER);
         param_at[t] = 8 * tile + lane / 4;
     }
     auto load_w = [&](Step& w, int step) {
@@ -183,7 +188,7 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
 #pragma unroll
             for (int t = 0; t < TILES; ++t)
                 w.params[t][fold] =
-                    load_param(weight.params + (group * weight.n_padded + param_at[t]));
+                    load_param(buffers.params + (group * buffers.n_padded + param_at[t]));
         }
     };
 
@@ -283,7 +288,7 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < M * FEATURES; e += THREADS) {
         const uint32_t m = e / FEATURES, feature = features.first + e % FEATURES;
-        if (feature >= weight.n) continue;
+        if (feature >= features.weight.n) continue;
         float sum = 0;
 #pragma unroll
         for (int k = 0; k < WARPS_K; ++k) sum += parts[(k * ROWS + m) * SUM_PITCH + e % FEATURES];

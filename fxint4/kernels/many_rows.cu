@@ -3,9 +3,9 @@
 // Computed as W x^T: each warpgroup unpacks 64 out features at a time into the registers of the
 // left operand, whose layout is that of the tiles, and x is the right operand in shared memory.
 // While the tensor cores multiply 16 columns, the next 16 are unpacked. A thread of one more
-// warpgroup keeps a ring of stages filled: x through a tensor map, whose rows and columns beyond x
-// are zeros, tiles and parameters as they lie. The sum over K may be split among the blocks of a
-// cluster, which add their parts through each other's shared memory, in a fixed order.
+// warpgroup keeps a ring of stages filled, through tensor maps, which have zeros beyond what there
+// is. The sum over K may be split among the blocks of a cluster, which add their parts through each
+// other's shared memory, in a fixed order.
 //
 // Given by -D, beside what tiles.cuh needs:
 //   ROWS           of x, that a block multiplies by: 64, 128, 192 or 256
@@ -79,12 +79,6 @@ __device__ void wait(uint32_t barrier, uint32_t parity) {
     asm volatile("{.reg .pred done;\n"
                  "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
                  "@!done bra again;}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ void copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 " [%0], [%1], %2, [%3];"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // A box of a matrix; zeros where it has none.
@@ -203,29 +197,27 @@ __device__ Stage stage_of(int step) {
             barrier + 8 * STAGES};
 }
 
+struct Buffers {
+    const TensorMap *tiles, *params;
+};
+
 // A block's part of y and of the sum over k.
 struct Part {
-    Features<const TensorMap*> features;
+    Features<Buffers> features;
     int first_row, first_step, steps;
 };
 
 // One thread keeps the ring filled.
-__device__ void load(const TensorMap* x, const Part& part, int k_padded, uint32_t shared) {
-    const Weight<const TensorMap*> weight = part.features.weight;
-    const int first = part.features.first, last_group = k_padded / GROUP - 1;
-    const uint32_t params_bytes = 4 * min(FEATURES, weight.n_padded - first);
+__device__ void load(const TensorMap* x, const Part& part, uint32_t shared) {
+    const Buffers w = part.features.weight.buffers;
+    const int first = part.features.first;
     auto load_w = [&](int step) {
         const Stage at = stage_of(step);
         const uint32_t full = shared + at.full;
         const int k = (part.first_step + step) * STEP;
-        expect(full, X_BYTES + W_BYTES + GROUPS * params_bytes);
-        copy(shared + at.words, weight.tiles, k, first / 8, full);
-#pragma unroll
-        for (int i = 0; i < GROUPS; ++i) {
-            const uint64_t group = min(k / GROUP + i, last_group);
-            copy(shared + at.params + i * FEATURES * 4,
-                 weight.params + group * weight.n_padded + first, params_bytes, full);
-        }
+        expect(full, X_BYTES + W_BYTES + P_BYTES);
+        copy(shared + at.words, w.tiles, k, first / 8, full);
+        copy(shared + at.params, w.params, first, k / GROUP, full);
     };
     auto load_x = [&](int step) {
         const Stage at = stage_of(step);
@@ -393,20 +385,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) __cluster_d
 many_rows(const __grid_constant__ TensorMap x,
           const __grid_constant__ TensorMap tiles0, const __grid_constant__ TensorMap tiles1,
           const __grid_constant__ TensorMap tiles2, const __grid_constant__ TensorMap tiles3,
-          const uint32_t* params0, const uint32_t* params1,
-          const uint32_t* params2, const uint32_t* params3, T* y,
-          int n0, int n1, int n2, int n3,
-          int n_padded0, int n_padded1, int n_padded2, int n_padded3, int M, int k_padded) {
+          const __grid_constant__ TensorMap params0, const __grid_constant__ TensorMap params1,
+          const __grid_constant__ TensorMap params2, const __grid_constant__ TensorMap params3, T* y,
+          int n0, int n1, int n2, int n3, int M, int k_padded) {
     extern __shared__ __align__(1024) uint8_t rings[];
     const uint32_t shared = address(rings);
     const int thread = threadIdx.x;
 
     launch_dependents();
 
-    const Weight<const TensorMap*> weights[4] = {{&tiles0, params0, n0, n_padded0},
-                                                 {&tiles1, params1, n1, n_padded1},
-                                                 {&tiles2, params2, n2, n_padded2},
-                                                 {&tiles3, params3, n3, n_padded3}};
+    const Weight<Buffers> weights[4] = {{{&tiles0, &params0}, n0},
+                                        {{&tiles1, &params1}, n1},
+                                        {{&tiles2, &params2}, n2},
+                                        {{&tiles3, &params3}, n3}};
     const int rank = blockIdx.x % SPLITS, block = blockIdx.x / SPLITS;
     const int row_blocks = divide_up(M, ROWS), all_steps = divide_up(k_padded, STEP);
     const int first_step = rank * all_steps / SPLITS;
@@ -425,7 +416,7 @@ many_rows(const __grid_constant__ TensorMap x,
 
     if (thread >= CONSUMERS) {
         give_registers_back<PRODUCER_REGISTERS>();
-        if (thread == CONSUMERS) load(&x, part, k_padded, shared);
+        if (thread == CONSUMERS) load(&x, part, shared);
         __syncwarp();
         after_products();
         after_sums();

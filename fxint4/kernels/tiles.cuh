@@ -25,24 +25,24 @@ constexpr int WORDS = STEP / 32;  // of a tile of 8 features, that a thread has 
 
 __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-template <typename Tiles>
+// Buffers: where tiles and parameters are, [groups, n_padded] bf16 pairs: scale low, zero high.
+template <typename Buffers>
 struct Weight {
-    Tiles tiles;             // a pointer to the words, or to what says how to copy them
-    const uint32_t* params;  // [groups, n_padded] bf16 pairs: scale low, zero high
-    int n, n_padded;
+    Buffers buffers;
+    int n;
 };
 
 // The features of a block: of one weight, from `first` on. The weight begins at `column` of y.
-template <typename Tiles>
+template <typename Buffers>
 struct Features {
-    Weight<Tiles> weight;
+    Weight<Buffers> weight;
     int first, column;
 };
 
 // Each weight has as many blocks of `size` features as it needs.
-template <typename Tiles>
-__device__ Features<Tiles> features_of(int block, int size, const Weight<Tiles> (&weights)[4]) {
-    Features<Tiles> found = {weights[0], block * size, 0};
+template <typename Buffers>
+__device__ Features<Buffers> features_of(int block, int size, const Weight<Buffers> (&weights)[4]) {
+    Features<Buffers> found = {weights[0], block * size, 0};
 #pragma unroll
     for (int i = 1; i < WEIGHTS; ++i) {
         const int n = found.weight.n;
