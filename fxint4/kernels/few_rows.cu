@@ -110,7 +110,7 @@ struct Buffers {
 // What a thread has of one step of W.
 struct Step {
     uint32_t words[TILES][WORDS];
-    uint32_t params[TILES][FOLDS];
+    uint32_t params[TILES];  // of one group; neighbouring lanes have the others
 };
 
 // The left operand for columns 16 * half on of the 32 that two words hold, of tiles one below the
@@ -182,14 +182,10 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
             for (int t = 0; t < TILES; ++t)
                 load_words(&w.words[t][load * HALF_INNER], tile_words[t] + from);
         }
+        const uint32_t group = min(step * STEP / GROUP + lane % FOLDS, last_group);
 #pragma unroll
-        for (int fold = 0; fold < FOLDS; ++fold) {
-            const uint32_t group = min(step * STEP / GROUP + fold, last_group);
-#pragma unroll
-            for (int t = 0; t < TILES; ++t)
-                w.params[t][fold] =
-                    load_param(buffers.params + (group * buffers.n_padded + param_at[t]));
-        }
+        for (int t = 0; t < TILES; ++t)
+            w.params[t] = load_param(buffers.params + (group * buffers.n_padded + param_at[t]));
     };
 
     // x of a step lies as [ROWS, STEP], the 16-byte chunks of a row exchanged by its number, so
@@ -238,8 +234,10 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
             }
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const float scale = __uint_as_float(w.params[t][fold] << 16);
-                const float zero = __uint_as_float(w.params[t][fold] & 0xffff0000);
+                uint32_t param = w.params[t];
+                if (FOLDS > 1) param = __shfl_sync(0xffffffff, param, lane / 4 * 4 + fold);
+                const float scale = __uint_as_float(param << 16);
+                const float zero = __uint_as_float(param & 0xffff0000);
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
                     const int i = t % 2 * 2 + odd;
