@@ -941,15 +941,19 @@ class Block(nn.Module):
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "cuda_graphs", "taken"),
-    [(None, True, True), ("triton", True, False), (None, False, False), ("cuda", False, True)],
+    ("options", "taken"),
+    [
+        ({"triton.cudagraphs": True}, True),
+        ({"triton.cudagraphs": True, "triton.enable_pdl": True}, True),  # Inductor's kernels, too
+        ({"triton.cudagraphs": True, "kernel": "triton"}, False),
+        ({"triton.cudagraphs": False}, False),
+        ({"triton.cudagraphs": False, "kernel": "cuda"}, True),
+    ],
+    ids=str,
 )
-def test_a_compiled_model(
-    kernel: str | None, cuda_graphs: bool, taken: bool, dynamic: bool
-) -> None:
+def test_a_compiled_model(options: dict[str, Any], taken: bool, dynamic: bool) -> None:
     model = Block(1024).to("cuda", BF16).eval()
     exact = with_int4_weights(model)
-    options = {"kernel": kernel, "triton.cudagraphs": cuda_graphs}
     compiled: Any = torch.compile(model, backend="int4tile", options=options, dynamic=dynamic)
     with torch.no_grad():
         for m in (1, 7, 16, 40, 300):
