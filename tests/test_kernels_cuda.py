@@ -1,7 +1,8 @@
 """The kernels in CUDA C++: compiled for GPUs that are not here, chosen, launched; run on a GPU.
 
 What ptxas says of registers and spills is held to what golden/cuda_kernels.json records, the most
-that NVRTC 13.0, 13.2 and 13.5 need; on a machine with one of them, after kernels have changed,
+that NVRTC 13.0, 13.2 and 13.5 need (12.6 and 12.8 need no more); on a machine with one of them,
+after kernels have changed,
 
     python tests/test_kernels_cuda.py
 
