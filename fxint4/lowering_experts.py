@@ -109,7 +109,8 @@ def _multiplied(
     y = _inductor.empty([rows, n], x, torch.bfloat16)
     pointers = ("x_ptr", "tiles_ptr", "params_ptr", "experts_ptr")
     tensors = dict(zip(pointers, map(_inductor.contiguous, given.values()), strict=True))
-    for launch in _launches(rows, int(k), [*map(int, tiles.get_size())], group_size, n, by_row):
+    sizes, shared = [*map(int, tiles.get_size())], experts.shared_of(x.get_device())
+    for launch in _launches(rows, int(k), sizes, group_size, n, by_row, shared):
         _inductor.launch_triton(
             launch.kernel,
             launch.programs,
@@ -123,7 +124,7 @@ def _multiplied(
 
 
 def _launches(
-    rows: Any, k: int, tiles: list[int], group_size: int, n: int, by_row: bool
+    rows: Any, k: int, tiles: list[int], group_size: int, n: int, by_row: bool, shared: int
 ) -> Iterator[Launch]:
     """What multiplies a number of rows, at most one launch of which has programs.
 
@@ -134,14 +135,15 @@ def _launches(
         group_size: see `_multiplied`.
         n: see `_multiplied`.
         by_row: see `_multiplied`.
+        shared: see `fxint4.kernels.experts.launch_of`.
     """
     known = _inductor.static(rows)
     if known is not None:
         if known:
-            yield experts.launch_of(known, k, tiles, group_size, n, by_row=by_row)
+            yield experts.launch_of(known, k, tiles, group_size, n, by_row=by_row, shared=shared)
         return
     parts = _at_most(rows, tiles[0] + 1)
-    for first, last, blocks in experts.blocks_by_rows(tiles[0]):
+    for first, last, blocks in experts.blocks_by_rows(tiles[0], shared):
         launch = experts.launch_of(1, k, tiles, group_size, n, by_row=False, blocks=blocks)
         row_blocks = _inductor.floor_div(rows + (blocks.rows - 1) * parts, blocks.rows)
         there = _inductor.one_if_between(rows, first, last)

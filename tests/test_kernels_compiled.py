@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fxint4.kernels import experts
 from fxint4.kernels import linear as kernels
-from fxint4.kernels.choice import Choice, configurations
+from fxint4.kernels.choice import Choice, choose_blocks, configurations
 from fxint4.kernels.common import Blocks, Launch
 from fxint4.kernels.linear import dequantize, linears
 
@@ -45,6 +45,8 @@ RECORD = Path(__file__).parent / "golden" / "kernels.json"
 CAPABILITIES = (80, 90, 100)
 SHARED = {80: 163 * 2**10, 90: 227 * 2**10, 100: 227 * 2**10}
 """Bytes of shared memory that a program may have."""
+LITTLE_SHARED = 99 * 2**10
+"""Those on GPUs of compute capability 8.6, 8.9 and 12.0."""
 
 BF16, FP16 = torch.bfloat16, torch.float16
 N, K = 4096, 4096
@@ -223,6 +225,29 @@ def assert_wide_loads(compiled: Compiled, launch: Launch) -> None:
 
 def assert_w_stays_in_registers(compiled: Compiled) -> None:
     assert not re.search(r"st\.shared|stmatrix", up_to_the_last_product(compiled.ptx))
+
+
+@pytest.mark.parametrize("capability", [86, 120])
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_what_runs_with_little_shared_memory(
+    rows: int, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs for graphics; groups of 32 need the most."""
+    monkeypatch.setattr(experts, "shared_of", lambda _: LITTLE_SHARED)
+    blocks = choose_blocks(rows, 8, 128, multiprocessors=10, wgmma=False)
+    assert blocks.stages == max(b.stages for b in configurations())
+    for launch, dtypes in (
+        linear_launch(blocks, BF16, 32, 8),
+        experts_launch(8 * rows, False, 32, 8),
+    ):
+        assert launch.arguments["BM"] == rows
+        assert compile_for(capability, launch, dtypes).shared <= LITTLE_SHARED
+
+
+def test_experts_of_many_rows_take_the_blocks_that_were_compiled() -> None:
+    for shared, rows in ((LITTLE_SHARED, 64), (SHARED[80], 128), (SHARED[90], 128)):
+        [*_, (_, last, blocks)] = experts.blocks_by_rows(8, shared)
+        assert (last, blocks.rows) == (None, rows)
 
 
 def test_the_record_names_nothing_else() -> None:

@@ -123,7 +123,9 @@ def test_rows_of_experts(ends: list[int], count: int) -> None:
 
 
 @interpreted_only
-def test_every_size_of_block() -> None:
+@pytest.mark.parametrize("kibibytes", [227, 99])
+def test_every_size_of_block(kibibytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "shared_of", lambda _: kibibytes * 2**10)
     made = make(1, 8, 32, 32, 2)
     for count in (16, 17, 32, 33, 64, 65, 128, 129):
         x = rows(count, 32)

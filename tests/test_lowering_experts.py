@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_gpu import generated
+from pretended_gpu import _H200, generated
 from reference import dequantised_copy, relative_error
 from support import assert_nearer, assert_within, dequantised, module, rounding
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4.kernels.common import triton
-from fxint4.kernels.experts import blocks_by_rows, launch_of
+from fxint4.kernels.experts import blocks_by_rows, launch_of, shared_of
 from fxint4.lowering_experts import package_fault
 
 gpu = pytest.mark.gpu
@@ -122,14 +122,28 @@ def test_a_package_launches_one_kernel_for_each_number_of_rows(
 
 
 @needs_triton
-def test_the_kernels_of_ranges_are_those_of_their_numbers_of_rows() -> None:
+@pytest.mark.parametrize("shared", [2**10 * 227, 2**10 * 99])
+def test_the_kernels_of_ranges_are_those_of_their_numbers_of_rows(shared: int) -> None:
     tiles = (8, 64, 4, 32, 4)
-    for first, last, blocks in blocks_by_rows(8):
+    for first, last, blocks in blocks_by_rows(8, shared):
         for rows in (first, last or 2**20):
-            made = launch_of(rows, 512, tiles, 128, 512, by_row=False)
+            made = launch_of(rows, 512, tiles, 128, 512, by_row=False, shared=shared)
             one = launch_of(1, 512, tiles, 128, 512, by_row=False, blocks=blocks)
             assert made.arguments == {**one.arguments, "M": rows}
             assert (made.warps, made.stages) == (one.warps, one.stages)
+
+
+@needs_triton
+@pytest.mark.parametrize(("kibibytes", "kernels"), [(227, 4), (99, 3)])
+def test_a_package_has_the_kernels_that_fit_its_gpu(
+    kibibytes: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_H200, "shared_memory_per_block_optin", kibibytes * 2**10)
+    shared_of.cache_clear()
+    specs = [((77, 512), BF16), *packed_specs(8, 512, 512), ((8,), torch.int32)]
+    code = generated(grouped_mm, specs, package=True)
+    shared_of.cache_clear()
+    assert len(re.findall(r"^\s*call__experts_kernel_\d+\(", code, re.MULTILINE)) == kernels
 
 
 @needs_triton

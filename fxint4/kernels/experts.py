@@ -14,6 +14,7 @@ Importing this module works without Triton, calling it does not.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, no_type_check
@@ -39,7 +40,15 @@ from fxint4.kernels.common import (
     triton,
 )
 
-__all__ = ["better_sorted", "blocks_by_rows", "check", "grouped_mm", "indexed_mm", "launch_of"]
+__all__ = [
+    "better_sorted",
+    "blocks_by_rows",
+    "check",
+    "grouped_mm",
+    "indexed_mm",
+    "launch_of",
+    "shared_of",
+]
 
 # Few rows: reading W is the bottleneck, so small programs, many of them, with much of W on its way.
 # Many rows: unpacking W is, and then reading x again for each of them, so larger ones.
@@ -49,6 +58,15 @@ _BY_ROWS = (
     (64, Blocks(rows=64, features=128)),
     (math.inf, Blocks(rows=128, features=128)),
 )
+# Tensor cores other than Hopper's and B200's read W from registers that it reaches through shared
+# memory. Of that a program has 99 KiB on GPUs of compute capability 8.6, 8.9 and 12.0.
+_IN_LITTLE_SHARED = (
+    (16, Blocks(rows=16, features=64, step=256)),
+    (32, Blocks(rows=32, features=128)),
+    (math.inf, Blocks(rows=64, features=128)),
+)
+#: Bytes of shared memory that are enough for all blocks, an A100's; and those of an H100 or H200.
+_ENOUGH_SHARED, _HOPPERS_SHARED = 163 * 2**10, 227 * 2**10
 
 
 def grouped_mm(
@@ -93,6 +111,7 @@ def launch_of(
     n: int,
     *,
     by_row: bool,
+    shared: int = _HOPPERS_SHARED,
     blocks: Blocks | None = None,
 ) -> Launch:
     """The launch that multiplies x ``[rows, k]``, but for its tensors.
@@ -106,11 +125,12 @@ def launch_of(
     group_size: of the weights.
     n: out features to compute, at least 1.
     by_row: whether each row names its expert.
+    shared: bytes of shared memory that a program may have, see `shared_of`.
     blocks: what suits so many rows, unless told.
     """
     count, n_tiles, k_tiles, _, half_inner = tiles
     if blocks is None:
-        blocks = _BY_ROWS[0][1] if by_row else _blocks(rows, count)
+        blocks = _blocks(1 if by_row else rows, count, shared)
     row_blocks = rows if by_row else _most_row_blocks(rows, count, blocks.rows)
     feature_blocks = -(-n // blocks.features)
     n_padded, k_padded = 8 * n_tiles, k_tiles * 32 * half_inner
@@ -152,12 +172,28 @@ def better_sorted(rows: int, experts: int) -> bool:
     return 2 * rows > experts
 
 
-def blocks_by_rows(experts: int) -> list[tuple[int, int | None, Blocks]]:
-    """First and last number of rows, and the blocks that suit them; the last range has no end."""
-    ends = [int(most * experts) for most, _ in _BY_ROWS[:-1]]
+def blocks_by_rows(
+    experts: int, shared: int = _HOPPERS_SHARED
+) -> list[tuple[int, int | None, Blocks]]:
+    """First and last number of rows, and the blocks that suit them; the last range has no end.
+
+    experts: from which rows choose.
+    shared: see `launch_of`.
+    """
+    by_rows = _by_rows(shared)
+    ends = [int(most * experts) for most, _ in by_rows[:-1]]
     firsts = [1, *(end + 1 for end in ends)]
-    blocks = [each for _, each in _BY_ROWS]
+    blocks = [each for _, each in by_rows]
     return list(zip(firsts, [*ends, None], blocks, strict=True))
+
+
+@functools.cache
+def shared_of(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on a device."""
+    if device.type != "cuda":
+        return _HOPPERS_SHARED
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _multiplied(
@@ -177,14 +213,20 @@ def _multiplied(
     rows, k = x.shape
     y = x.new_empty((rows, n))
     if y.numel():
-        launch = launch_of(rows, k, tiles.shape, group_size, n, by_row=by_row)
+        shared = shared_of(x.device)
+        launch = launch_of(rows, k, tiles.shape, group_size, n, by_row=by_row, shared=shared)
         run(launch, [x, tiles, scale_and_zero, experts, y])
     return y
 
 
-def _blocks(rows: int, experts: int) -> Blocks:
+def _by_rows(shared: int) -> Sequence[tuple[float, Blocks]]:
+    """Of each blocks the most rows of an expert that they suit."""
+    return _BY_ROWS if shared >= _ENOUGH_SHARED else _IN_LITTLE_SHARED
+
+
+def _blocks(rows: int, experts: int, shared: int = _HOPPERS_SHARED) -> Blocks:
     """Suits the rows that one expert gets if all get as many."""
-    return next(blocks for most, blocks in _BY_ROWS if rows <= most * experts)
+    return next(blocks for most, blocks in _by_rows(shared) if rows <= most * experts)
 
 
 def _most_row_blocks(rows: int, experts: int, block: int) -> int:
