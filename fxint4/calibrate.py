@@ -13,7 +13,7 @@ from torch import nn
 from fxint4 import gather
 from fxint4.budget import choose
 from fxint4.calibration import Calibration
-from fxint4.config import Int4Config, split_options
+from fxint4.config import Int4Config, named, split_options
 from fxint4.errors import OptionError, TrainingError
 from fxint4.gather import Batches, Gatherer, fits
 
@@ -157,7 +157,7 @@ def _config(model: Callable[..., Any], options: Mapping[str, Any] | None) -> Int
             f"the {type(model).__name__} is in training mode; calibration is for inference: call "
             "model.eval() first"
         )
-    asked = {"method": _DEFAULT_METHOD, **(options or {})}
+    asked = {"method": _DEFAULT_METHOD, **named(options)}
     if asked.get("calibration") is None:  # the methods that want one are the very ones meant
         asked["calibration"] = Calibration({})
     config, patches = split_options(None, asked)

@@ -24,6 +24,7 @@ __all__ = [
     "REPORT_SUFFIXES",
     "Int4Config",
     "matches",
+    "named",
     "split_options",
 ]
 
@@ -256,7 +257,7 @@ def split_options(
     patches = dict(inductor_mode_options(mode))
     ours: dict[str, Any] = {}
     own_names = [one.name for one in dataclasses.fields(Int4Config)]
-    for key, value in (options or {}).items():
+    for key, value in named(options).items():
         name = key.replace("-", "_")
         if name in own_names:
             ours[name] = value
@@ -265,6 +266,17 @@ def split_options(
         else:
             raise OptionError(_unknown_key(key, own_names))
     return Int4Config(**ours), patches
+
+
+def named(options: Any) -> Mapping[str, Any]:
+    """Options by name, none for None; OptionError for what is no dict of them."""
+    options = {} if options is None else options
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise OptionError(
+            f"options is {options!r}; it takes a dict of values by name, such as "
+            "{'group_size': 64}"
+        )
+    return options
 
 
 def matches(name: str, parameters: Iterable[str], patterns: Iterable[str]) -> str | None:
@@ -321,7 +333,12 @@ def _overrides(value: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], 
     made = []
     for pattern, changes in pairs:
         _patterns("overrides", [pattern])
-        fields = dict(changes)
+        try:
+            fields = dict(changes)
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"overrides for {pattern!r} are {changes!r}; it takes a dict of options"
+            ) from error
         unknown = sorted(fields.keys() - set(_OVERRIDDEN))
         if unknown:
             raise OptionError(
@@ -341,7 +358,8 @@ def _report_file(path: object) -> None:
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    # By type, too: 64.0 and NumPy's 64 are equal to 64, but neither is a size, or fits into JSON.
+    if not any(type(value) is type(one) and value == one for one in allowed):
         known = ", ".join(map(repr, allowed))
         raise OptionError(f"{field} is {value!r}; it takes one of {known}")
 

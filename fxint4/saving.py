@@ -41,10 +41,13 @@ def save_file(
         metadata: further entries of the header.
 
     Raises:
-        ValueError: an entry that is no tensor, or one named like a part of a packed weight.
+        TypeError: what is no state dict.
+        ValueError: an entry that is no tensor, is sparse or on the meta device, or is named like a
+            part of a packed weight.
     """
     from safetensors.torch import save_file as save
 
+    _check_state_dict(state_dict)
     plain: dict[str, Tensor] = {}
     packed: dict[str, Any] = {}
     pre_scaled: list[str] = []
@@ -53,6 +56,9 @@ def save_file(
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; safetensors holds only tensors")
+        if value.is_meta or value.layout is not torch.strided:
+            kind = "on the meta device" if value.is_meta else f"a {value.layout} tensor"
+            raise ValueError(f"{name} is {kind}; safetensors holds only dense tensors with values")
         key = _identity(value)
         if key in first:
             shared[name] = first[key]
@@ -99,25 +105,52 @@ def load_file(
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise PackedFormatError(f"{path} can't be read: {error}") from error
-    if header and header.get("version") not in (_PLAIN, _PRE_SCALED):
-        raise PackedFormatError(
-            f"{path} is of version {header.get('version')}; this fxint4 reads {_PLAIN} and "
-            f"{_PRE_SCALED}"
-        )
-    pre_scaled = header.get("pre_scaled", [])
-    for name, described in header.get("packed", {}).items():
+    packed, shared, pre_scaled = _entries(path, header)
+    for name, described in packed.items():
         parts = (*_PARTS, *["pre_scale"] * (name in pre_scaled))
         values[name] = _assembled(path, name, described, parts, values)
-    for name, original in header.get("shared", {}).items():
+    for name, original in shared.items():
         if original not in values:
             raise PackedFormatError(f"{path}: {name} shares the memory of {original}, not there")
         values[name] = values[original]
     return values
+
+
+def _check_state_dict(given: object) -> None:
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise TypeError(f"got a {kind}, need a state dict: what model.state_dict() returns")
+
+
+def _entries(path: object, header: Any) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """What a header says of packed weights, of shared memory, and of pre-scales."""
+    if header == {}:
+        return {}, {}, []
+    if not isinstance(header, dict):
+        raise PackedFormatError(f"{path}: its header is damaged: {_HEADER} is no JSON object")
+    if header.get("version") not in (_PLAIN, _PRE_SCALED):
+        raise PackedFormatError(
+            f"{path} is of version {header.get('version')!r}; this fxint4 reads {_PLAIN} and "
+            f"{_PRE_SCALED}"
+        )
+    packed, shared = header.get("packed"), header.get("shared")
+    pre_scaled = header.get("pre_scaled", [])
+    if not (
+        isinstance(packed, dict)
+        and isinstance(shared, dict)
+        and isinstance(pre_scaled, list)
+        and all(isinstance(original, str) for original in shared.values())
+    ):
+        raise PackedFormatError(
+            f"{path}: its header is damaged: packed and shared must be JSON objects, pre_scaled a "
+            "list"
+        )
+    return packed, shared, pre_scaled
 
 
 def _described(weight: Int4TileTensor) -> list[Any]:

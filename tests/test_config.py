@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor import list_mode_options
 
-from fxint4 import Int4Config, OptionError
+from fxint4 import Int4Config, OptionError, calibrate
 from fxint4.calibration import Calibration, Choice, Trade
 from fxint4.config import matches, split_options
 
@@ -21,6 +23,7 @@ BAD_VALUES = [
     ("group_size", "64", "group_size is '64'; it takes one of 32, 64, 128, 256"),
     ("group_size", None, "group_size is None; it takes one of 32, 64, 128, 256"),
     ("group_size", [64], "group_size is [64]; it takes one of 32, 64, 128, 256"),
+    ("group_size", 64.0, "group_size is 64.0; it takes one of 32, 64, 128, 256"),
     ("inner_k_tiles", 1, "inner_k_tiles is 1; it takes one of 2, 4, 8"),
     ("inner_k_tiles", True, "inner_k_tiles is True; it takes one of 2, 4, 8"),
     (
@@ -40,6 +43,7 @@ BAD_VALUES = [
     ),
     ("overrides", 3, "overrides is 3; it takes a dict of options by pattern"),
     ("overrides", {"a": 32}, "overrides is {'a': 32}; it takes a dict of options by pattern"),
+    ("overrides", {"a": (1, 2)}, "overrides for 'a' are (1, 2); it takes a dict of options"),
     (
         "overrides",
         {"re:(": {"group_size": 32}},
@@ -245,6 +249,14 @@ def test_an_unknown_option_names_the_nearest_known_one(key: str, hint: str) -> N
     assert str(caught.value) == (
         f"unknown option {key!r} for backend 'int4tile': {hint} (Inductor options work too)"
     )
+
+
+@pytest.mark.parametrize("options", [Int4Config(), "skip", ["skip"], {64: "group_size"}])
+@pytest.mark.parametrize("take", [partial(split_options, None), partial(calibrate, torch.relu, [])])
+def test_options_that_are_no_dict_by_name(take: Any, options: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        take(options)
+    assert str(caught.value).startswith(f"options is {options!r}; it takes a dict")
 
 
 def test_an_option_error_is_a_value_error() -> None:

@@ -136,6 +136,16 @@ def test_only_tensors_are_written(tmp_path: Path) -> None:
         fxint4.save_file({"step": 3}, tmp_path / "x")  # type: ignore[dict-item]
 
 
+def test_what_has_no_values_to_write_is_named(tmp_path: Path) -> None:
+    packed = Int4TileTensor.from_float(torch.randn(64, 256))
+    for value in (torch.ones(3, device="meta"), packed.to("meta"), torch.eye(3).to_sparse()):
+        with pytest.raises(ValueError, match=r"^w is .*holds only dense tensors with values"):
+            fxint4.save_file({"w": value}, tmp_path / "w")
+    with pytest.raises(TypeError, match=r"got a Linear, need a state dict"):
+        fxint4.save_file(nn.Linear(3, 3), tmp_path / "w")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_that_collide(tmp_path: Path) -> None:
     weight = Int4TileTensor.from_float(torch.randn(32, 64))
     with pytest.raises(ValueError, match=r"w\.tiles is both a tensor and a part"):
@@ -181,6 +191,11 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
     "a weight that is not there": lambda h: h["packed"].__setitem__("v", h["packed"]["w"]),
     "a pre-scale that is not there": lambda h: h.__setitem__("pre_scaled", ["w"]),
     "a tie to nothing": lambda h: h["shared"].__setitem__("v", "u"),
+    "half a row": lambda h: h["packed"]["w"].__setitem__(1, 1.5),
+    "a list of packed weights": lambda h: h.__setitem__("packed", ["w"]),
+    "no ties": lambda h: h.__setitem__("shared", None),
+    "a tie to a list": lambda h: h["shared"].__setitem__("v", ["w"]),
+    "a number of pre-scales": lambda h: h.__setitem__("pre_scaled", 3),
     "a later version": lambda h: h.__setitem__("version", 3),
 }
 
@@ -194,6 +209,15 @@ def test_a_header_that_was_tampered_with(name: str, tmp_path: Path) -> None:
     rewritten(path, DAMAGE[name])
     with pytest.raises(PackedFormatError, match=r"w\.safetensors"):
         fxint4.load_file(path)
+
+
+@pytest.mark.parametrize("header", ["[1]", "5", "null", "[" * 100_000])
+def test_a_header_that_is_no_json_object(header: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(3)}, tmp_path / "w.safetensors", metadata={"fxint4": header})
+    with pytest.raises(PackedFormatError, match=r"w\.safetensors"):
+        fxint4.load_file(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, 5000])

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
+from operator import index
 from typing import Any, cast
 
 import torch
@@ -730,11 +731,11 @@ def checked(
         made = Int4TileTensor(
             tiles,
             scale_and_zero,
-            int(n),
-            tuple((int(start), int(stop)) for start, stop in columns),
-            int(group_size),
+            index(n),
+            tuple((index(start), index(stop)) for start, stop in columns),
+            index(group_size),
             dtype,
-            tuple(int(axis) for axis in axes),
+            tuple(index(axis) for axis in axes),
             bool(is_part),
             pre_scale,
         )
