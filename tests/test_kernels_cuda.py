@@ -233,14 +233,15 @@ def test_what_is_compiled_for(capability: tuple[int, int], target: str | None) -
     assert nvrtc.architecture(*capability) == target
 
 
-def test_code_of_an_older_minor_version_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    bindings = SimpleNamespace(nvrtcGetSupportedArchs=lambda: (0, [75, 80, 86, 90, 100]))
+def test_code_of_the_first_minor_version_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [75, 80, 86, 87, 90, 100, 101]  # 101 is Thor's, which CUDA 13 calls 110
+    bindings = SimpleNamespace(nvrtcGetSupportedArchs=lambda: (0, known))
     monkeypatch.setattr(nvrtc, "_bindings", lambda: (bindings, None, "13.0"))
     nvrtc.architecture.cache_clear()
     try:
         asked = [(8, 9), (8, 6), (8, 0), (10, 3), (12, 0)]
         assert [nvrtc.architecture(*each) for each in asked] == [
-            "sm_86",
+            "sm_80",
             "sm_86",
             "sm_80",
             "sm_100",
@@ -252,6 +253,56 @@ def test_code_of_an_older_minor_version_runs(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_only_cuda_devices_have_them() -> None:
     assert not cuda.available(CPU)
+
+
+@pytest.fixture
+def _asked_anew() -> Iterator[None]:
+    cuda.available.cache_clear()
+    yield
+    cuda.available.cache_clear()
+
+
+@pytest.mark.usefixtures("_asked_anew")
+@pytest.mark.parametrize(
+    ("capability", "broken", "available"),
+    [
+        ((9, 0), None, True),
+        ((8, 0), None, True),
+        ((7, 5), None, False),
+        ((9, 0), "NVRTC", False),
+        ((9, 0), "driver", False),
+    ],
+)
+def test_they_are_taken_where_one_can_be_loaded(
+    capability: tuple[int, int],
+    broken: str | None,
+    available: bool,
+    driver: PretendedDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def without_builtins(*_: Any) -> bytes:
+        raise RuntimeError("NVRTC 13.0 failed to open libnvrtc-builtins.so")
+
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    if broken == "NVRTC":
+        monkeypatch.setattr(nvrtc, "compiled", without_builtins)
+    elif broken == "driver":
+        unknown = SimpleNamespace(name="CUDA_ERROR_INVALID_IMAGE")
+        monkeypatch.setattr(driver, "cuModuleLoadData", lambda _: (unknown, None))
+    device = torch.device("cuda:0")
+    with caplog.at_level(logging.DEBUG, "fxint4"):
+        assert [cuda.available(device) for _ in range(2)] == [available] * 2
+    told = [text for text in caplog.messages if "no CUDA C++ kernels on cuda:0, Triton's" in text]
+    assert len(told) == (broken is not None)
+
+
+@needs_nvrtc
+def test_the_kernel_that_tells_is_compiled() -> None:
+    cubin, _ = nvrtc.build("nothing", (), "sm_80")
+    assert b"nothing" in cubin
 
 
 # --- the choice ----------------------------------------------------------------------------------

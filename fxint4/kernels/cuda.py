@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -29,6 +30,8 @@ __all__ = [
     "kernel",
     "reads",
 ]
+
+logger = logging.getLogger("fxint4")
 
 FEW_ROWS = 8
 """Rows of x that the kernel for few takes."""
@@ -269,10 +272,20 @@ class ManyRows(CudaBlocks):
 
 @functools.cache
 def available(device: torch.device) -> bool:
-    """Whether these kernels can be compiled here, for a device."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    """Whether these kernels run on a device: whether one that does nothing is compiled and loaded.
+
+    NVRTC may lack a library, or the driver be too old for what it makes.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or nvrtc.version() is None:
         return False
-    return nvrtc.architecture(*torch.cuda.get_device_capability(device)) is not None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        nvrtc.Kernel("nothing", (), device, threads=32, shared=0)
+    except RuntimeError as error:
+        logger.debug("no CUDA C++ kernels on %s, Triton's are taken instead: %s", device, error)
+        return False
+    return True
 
 
 def reads(x: Tensor, buffers: Sequence[Tensor]) -> bool:

@@ -69,15 +69,16 @@ def version() -> str | None:
 def architecture(major: int, minor: int) -> str | None:
     """What to compile for, so that GPUs of a compute capability run it; None where that is nothing.
 
-    "sm_90a", with Hopper's own instructions, for 9.0; else the newest that NVRTC knows of those
-    whose code runs there: they share the major number.
+    "sm_90a", with Hopper's own instructions, for 9.0; else the same, or where NVRTC does not know
+    it, the first of its major number, whose code runs there, too. (Not any older one: 8.7 and 10.1
+    are other makes of chips, whose code runs nowhere else.)
     """
     found = _bindings()
     if isinstance(found, str):
         return None
     _, known = found[0].nvrtcGetSupportedArchs()
-    fit = [each for each in known if each // 10 == major and each % 10 <= minor]
-    return f"sm_{max(fit)}{'a' if max(fit) == 90 else ''}" if fit else None
+    fit = [each for each in (10 * major + minor, 10 * major) if each in known]
+    return f"sm_{fit[0]}{'a' if fit[0] == 90 else ''}" if fit else None
 
 
 @functools.cache
@@ -149,7 +150,7 @@ def build(name: str, macros: Macros, target: str, further: Sequence[str] = ()) -
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(
                 f"NVRTC {number} does not compile {file} with {' '.join(options)} "
-                f"({result.name}):\n{log}"
+                f"({result.name}); the option kernel='triton' does without it:\n{log}"
             )
         _, size = nvrtc.nvrtcGetCUBINSize(program)
         cubin = bytes(size)
