@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxint4.calibrate import settled
 from fxint4.capture import candidates_of
 from fxint4.config import Int4Config, split_options
-from fxint4.errors import OptionError
+from fxint4.errors import FoldError, OptionError, first_line
 from fxint4.measure import measure
 from fxint4.names import parameters_of
 from fxint4.packing import (
@@ -66,8 +67,9 @@ def pack_(
         The report.
 
     Raises:
-        OptionError: an option that `Int4Config` does not have, or `measure` without example
-            arguments.
+        TypeError: what is no module, or example arguments that are in no tuple.
+        OptionError: an option that `Int4Config` does not have, `measure` without example arguments,
+            or a device that can't be used.
         ReportError: the report can't be written.
         FoldError: a weight could not be packed (out of memory, say). It names the layer; what was
             packed before it stays packed, and calling again goes on.
@@ -75,6 +77,8 @@ def pack_(
     config, patches = split_options(None, options)
     if patches:
         raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
+    target = _checked_device(device)
+    _check_model(model, example_args)
     examples = bool(example_args or example_kwargs)
     if config.measure and not examples:
         raise OptionError("measure=True needs example_args or example_kwargs to run the model on")
@@ -97,7 +101,6 @@ def pack_(
         report.output_error, of_parameters = _measured(
             model, example_args, example_kwargs or {}, config, candidates, owners
         )
-    target = None if device is None else torch.device(device)
     records = [
         dataclasses.replace(record, output_error=of_parameters.get(record.parameters[0]))
         if record.action == "packed"
@@ -108,6 +111,33 @@ def pack_(
         _move_rest(model, target)
     report.put("pack_", GraphReport((*records, *kept), parameters_of(model), "", ""))
     return report
+
+
+def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        target = torch.empty(0, device=device).device
+    except Exception as error:  # an unknown name, or a device that this torch or machine lacks
+        raise OptionError(f"device {device!r} can't be used: {first_line(error)}") from error
+    if target.type == "meta":
+        raise OptionError("device is 'meta', where weights have no values; nothing was packed")
+    return target
+
+
+def _check_model(model: object, example_args: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"got a {type(model).__name__}, need the nn.Module to pack")
+    if not isinstance(example_args, (tuple, list)):
+        raise TypeError(
+            f"example_args is a {type(example_args).__name__}; it takes the model's arguments in a "
+            "tuple, such as (x,); options have a name: options={'group_size': 64}"
+        )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise FoldError(
+                f"{name} of a lazy module has no shape yet: call the model once, then pack it"
+            )
 
 
 def _measured(

@@ -53,7 +53,7 @@ class Owners:
         for prefix, outer in modules:
             for path, module in outer.named_modules(prefix=prefix):
                 for name, parameter in module.named_parameters(recurse=False):
-                    full = f"{path}.{name}" if path else name
+                    full = (f"{path}.{name}" if path else name).replace("_orig_mod.", "")
                     places = self._places.setdefault(id(parameter), [])
                     if not any(owner is module and own == name for owner, own, _ in places):
                         places.append((module, name, full))
@@ -448,4 +448,4 @@ def record_of(
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter and not parameter.is_meta
+    return type(parameter) is nn.Parameter

@@ -186,6 +186,8 @@ def refusal(
         return fault
     if dtype not in DTYPES:
         return f"weights of dtype {dtype} (bfloat16, float16 and float32 are packed)"
+    if not record.batch * record.n * record.k:
+        return "the weight has no elements"
     if min(record.n, record.k) < config.min_features:
         return f"{record.n}x{record.k} is small: min_features is {config.min_features}"
     return None

@@ -206,6 +206,54 @@ def test_options_that_it_does_not_take() -> None:
         pack_(nn.Linear(64, 64), options={"max_autotune": True})
 
 
+@pytest.mark.parametrize("device", ["nowhere", "meta", "cuda:99"])
+def test_a_device_that_can_not_be_used_changes_nothing(device: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    with pytest.raises(OptionError, match=f"device .*'{device}'"):
+        pack_(model, device=device)
+    assert not packed_names(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_what_is_no_module_or_no_tuple_of_arguments() -> None:
+    model, x = nn.Linear(64, 64), torch.randn(2, 64)
+    with pytest.raises(TypeError, match=r"got a OrderedDict, need the nn\.Module"):
+        pack_(model.state_dict())  # type: ignore[arg-type]
+    for wrong, kind in ((x, "Tensor"), ("x", "str"), ({"group_size": 64}, "dict")):
+        with pytest.raises(TypeError, match=f"example_args is a {kind}; .* in a tuple"):
+            pack_(model, wrong)  # type: ignore[arg-type]
+    lazy = nn.Sequential(model, nn.LazyLinear(64))
+    with pytest.raises(FoldError, match=r"1\.weight of a lazy module .* call the model once"):
+        pack_(lazy)
+    assert not packed_names(lazy)
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "example", "reason"),
+    [
+        ((0, 64), "cpu", False, "the weight has no elements"),
+        ((64, 0), "cpu", False, "the weight has no elements"),
+        ((64, 0), "cpu", True, "the weight has no elements"),
+        ((64, 64), "meta", False, "device meta has no int4 matmul"),
+    ],
+)
+def test_weights_without_values_are_kept_and_the_report_says_why(
+    shape: tuple[int, int], device: str, example: bool, reason: str
+) -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight = nn.Parameter(torch.empty(shape, device=device))
+    x = torch.empty(2, shape[1], device=device)
+    report = pack_(layer.eval(), (x,) if example else (), {"min_features": 0})
+    assert not packed_names(layer)
+    assert reason in reasons(report)["weight"]
+
+
+def test_a_compiled_model_is_named_as_the_model_in_it() -> None:
+    report = pack_(torch.compile(nn.Sequential(nn.Linear(64, 64, bias=False)), backend="int4tile"))
+    assert [record.parameters for record in report.records] == [("0.weight",)]
+    assert not report.coverage["not_packed"]
+
+
 def test_a_weight_that_cannot_be_packed_is_named_and_the_rest_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
