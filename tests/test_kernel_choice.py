@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fxint4.kernel_choice import at_run_time, by_m, range_text
-from fxint4.kernels.choice import Choice, choose
+from fxint4.kernels.choice import Choice, _gpu_of, choose, gpu_of
 from fxint4.kernels.common import Blocks
 
 
@@ -61,6 +62,18 @@ def test_the_ranges_say_what_the_kernels_say(
     for m in some:
         [told] = [c for first, last, c in ranges if first <= m and (last is None or m <= last)]
         assert told == choice(m, n, k), m
+
+
+def test_each_gpu_of_a_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [(9, 114), (8, 142)]  # an H100 and an L40S
+    properties = [SimpleNamespace(major=major, multi_processor_count=n) for major, n in gpus]
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: properties[index])
+    _gpu_of.cache_clear()
+    for current, expected in enumerate([(114, True), (142, False)]):
+        monkeypatch.setattr("torch.cuda.current_device", lambda current=current: current)
+        assert gpu_of(torch.device("cuda")) == gpu_of(torch.device("cuda", current)) == expected
+    _gpu_of.cache_clear()
+    assert gpu_of(torch.device("cpu")) == (132, True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -157,10 +157,18 @@ def _count(m: int, n: int, blocks: Blocks) -> int:
     return -(-m // blocks.rows) * -(-n // blocks.features)
 
 
-@functools.cache
 def gpu_of(device: torch.device) -> tuple[int, bool]:
-    """What `choose` wants to know of a device: multiprocessors, and whether it has wgmma."""
+    """What `choose` wants to know of a device: multiprocessors, and whether it has wgmma.
+
+    device: without an index the current one.
+    """
     if device.type != "cuda":
         return 132, True
+    index: Any = device.index
+    return _gpu_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _gpu_of(device: int) -> tuple[int, bool]:
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major == 9
