@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import FrameType, MappingProxyType
+from types import FrameType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -87,7 +87,8 @@ class Inputs:
         The keys go before the names of their parameters: the name of the local variable, or
         nothing for `self`, and nothing where there is only one such module.
         """
-        local = {name: value for name, value in self._local.items() if isinstance(value, nn.Module)}
+        held = {name: _module_of(value) for name, value in self._local.items()}
+        local = {name: module for name, module in held.items() if module is not None}
         used = {local[root] for source in self._sources if (root := _local_root(source)) in local}
         names: dict[nn.Module, str] = {}
         for name, module in local.items():
@@ -103,7 +104,7 @@ class Inputs:
         if source is None:
             return None
         model, root = self.outermost_modules.get(""), _local_root(source)
-        is_silent = model is not None and root is not None and self._local.get(root) is model
+        is_silent = model is not None and _module_of(self._local.get(root or "")) is model
         steps = [step[step.lastgroup or ""] for step in _STEP.finditer(source)]
         parts = [step for step in steps[1 if is_silent else 0 :] if not _is_plumbing(step)]
         return ".".join(parts) or None
@@ -232,6 +233,12 @@ def _frames() -> Iterator[Mapping[str, Any]]:
     for called in reversed(stack):
         if "self" in called.f_code.co_varnames:
             yield called.f_locals
+
+
+def _module_of(value: object) -> nn.Module | None:
+    """The module that a variable holds, or whose method it holds."""
+    owner = value.__self__ if isinstance(value, MethodType) else value
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def _local_root(source: str | None) -> str | None:

@@ -188,6 +188,13 @@ def test_a_module_as_an_argument_goes_without_saying(x: Tensor) -> None:
     assert names_of(run, nn.Sequential(linear()), x) == pair("0")
 
 
+def test_a_method_of_torchs_own_goes_without_saying(x: Tensor) -> None:
+    """Dynamo calls such a method from a function of its own, which holds it in a variable."""
+    model = nn.Sequential(linear())
+    assert names_of(model.forward, x) == pair("0")
+    assert names_of(torch.compile(model, backend="eager"), x) == pair("0")
+
+
 def test_two_modules_as_arguments_are_told_apart(x: Tensor) -> None:
     def run(encoder: nn.Module, head: nn.Module, x: Tensor) -> Any:
         return head(encoder(x))
