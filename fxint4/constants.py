@@ -117,8 +117,9 @@ class Constants:
         if node.op != "call_function" or not is_pure(node.target):
             return Standing.VARIES
         operands = [self._standing[operand] for operand in node.all_input_nodes]
-        if node.target in MATMULS:
-            # A float buffer times a parameter is an activation (a cache, say) meeting a weight.
+        if node.target in MATMULS and node.meta["val"].ndim > 1:
+            # A float buffer times a parameter is an activation (a cache, say) meeting a weight;
+            # but a vector, as spectral_norm makes one to scale a weight by, can't be one.
             return Standing.WEIGHT if min(operands) is Standing.WEIGHT else Standing.VARIES
         if Standing.VARIES in operands:
             return Standing.VARIES

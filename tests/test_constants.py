@@ -103,8 +103,6 @@ MATMULS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = 
     "addmm": (torch.addmm, ((N, N), (N, K), (K, N))),
     "bmm": (torch.bmm, ((2, N, K), (2, K, N))),
     "baddbmm": (torch.baddbmm, ((2, N, N), (2, N, K), (2, K, N))),
-    "mv": (torch.mv, ((N, K), (K,))),
-    "addmv": (torch.addmv, ((N,), (N, K), (K,))),
 }
 
 
@@ -127,6 +125,15 @@ def test_a_float_buffer_that_meets_a_parameter_in_a_matmul_is_an_activation(op: 
         for other in (HELPER, VARIES):
             mixed = [other if place == position else WEIGHT for place in range(count)]
             assert outcome(*mixed) is VARIES
+
+
+@pytest.mark.parametrize("vector", [WEIGHT, HELPER, VARIES])
+def test_a_weight_may_be_scaled_by_what_it_makes_of_a_vector(vector: Standing, w: Any) -> None:
+    def normed(w: Tensor, v: Tensor) -> Tensor:
+        return w / torch.mv(w, v).norm()
+
+    expected = VARIES if vector is VARIES else WEIGHT
+    assert standing(normed, w, (torch.randn(K), vector)) is expected
 
 
 RANDOM: dict[str, Callable[[Tensor], Tensor]] = {

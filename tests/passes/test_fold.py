@@ -134,6 +134,12 @@ WEIGHTS = [
         frozenset({"parametrizations.weight.original0", "parametrizations.weight.original1"}),
     ),
     Weight(
+        "spectral_norm",
+        linear_with(parametrizations.spectral_norm),
+        lambda m: m.weight,
+        frozenset(f"parametrizations.weight.{name}" for name in ("original", "0._u", "0._v")),
+    ),
+    Weight(
         "pruned",
         linear_with(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
         lambda m: m.weight_orig * m.weight_mask,
