@@ -327,8 +327,11 @@ def test_inference_mode() -> None:
 def test_a_gradient_through_the_weight_is_refused() -> None:
     w, x = integers(*W), signs(3, 100).requires_grad_()
     y = F.linear(x, w)
-    with pytest.raises(UnsupportedOpError):
+    with pytest.raises(UnsupportedOpError, match="sums over their N, as the gradient of x"):
+        y.sum().backward(retain_graph=True)
+    with fxint4.dequantizing():
         y.sum().backward()
+    assert torch.equal(x.grad, w.dequantize().sum(0).expand(3, -1))
 
 
 # --- errors --------------------------------------------------------------------------------------

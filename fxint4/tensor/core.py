@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxint4._torch import disabled_torch_function, make_wrapper, map_tensors
+from fxint4._torch import MATMULS, disabled_torch_function, make_wrapper, map_tensors
 from fxint4.blocks import quantized_blocks, write
 from fxint4.config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
@@ -788,8 +788,13 @@ def _unsupported(func: Any, operands: Any) -> str:
         f"{_kind(value)}{value.dtype} {tuple(value.shape)}" for value in _tensors_in(operands)
     )
     known = sorted({op.overloadpacket.__name__ for op in _IMPLEMENTATIONS})
+    form = ""
+    if func in MATMULS:
+        form = " where it sums over their N, as the gradient of x does, or multiplies two of them"
+    elif func in _IMPLEMENTATIONS:
+        form = " with these arguments"
     return (
-        f"{func} is not supported for packed int4 weights (here {shapes}). Supported: "
+        f"{func} is not supported for packed int4 weights{form} (here {shapes}). Supported: "
         f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within "
         "`with fxint4.dequantizing():` where it does not write to the weight"
     )
