@@ -26,6 +26,7 @@ from torch import Tensor
 from fxint4.kernels import linear as kernels
 from fxint4.kernels.choice import Choice, configurations
 from fxint4.kernels.common import Blocks
+from fxint4.kernels.experts import shared_of
 from fxint4.kernels.linear import linears
 
 pytestmark = [pytest.mark.gpu, needs_triton, compiled_only, quiet_triton]
@@ -86,6 +87,15 @@ SHAPES: list[tuple[list[int], int, int, int, torch.dtype]] = [  # n, k, group, i
 ]
 
 
+def has_room(blocks: Blocks) -> bool:
+    """Whether the GPU at hand has the shared memory for a program.
+
+    Where it is less than an A100's, `choose` takes none of those that need more than there is.
+    """
+    small = blocks.features == 64 or (blocks.rows < 128 and blocks.step == 128)
+    return small or shared_of(torch.device("cuda", 0)) >= 163 * 2**10
+
+
 def fitted(blocks: Blocks, m: int, ns: list[int]) -> Choice:
     """Where the blocks that are left over are split, about half of all are left over."""
     count = -(-m // blocks.rows) * sum(-(-n // blocks.features) for n in ns)
@@ -112,6 +122,8 @@ def captured(count: int, call: Callable[[], Tensor], expected: Tensor) -> tuple[
 def test_thousands_of_repeats_are_identical(number: int) -> None:
     """Each configuration at an even shape and at one other, launched and replayed."""
     blocks = configurations()[number]
+    if not has_room(blocks):
+        pytest.skip(f"{blocks} is not for this GPU")
     for ns, k, group, inner, dtype in (SHAPES[0], SHAPES[1 + number % (len(SHAPES) - 1)]):
         made = make(ns, k, group, inner)
         m = 2 * blocks.rows - 3
@@ -146,8 +158,8 @@ def test_thousands_of_repeats_of_experts_are_identical(by_row: bool) -> None:
 SPLIT = [
     Choice("triton", Blocks(rows=16, features=64, splits=8, step=256)),
     Choice("triton", Blocks(rows=64, features=64, splits=4, stages=4)),
-    Choice("triton", Blocks(rows=32, features=128, splits=2, step=256)),
-    Choice("triton", Blocks(rows=128, features=128, at_once=3, rest_splits=8)),
+    Choice("triton", Blocks(rows=32, features=64, splits=2)),
+    Choice("triton", Blocks(rows=128, features=64, at_once=3, rest_splits=8)),
 ]
 
 
@@ -208,7 +220,7 @@ from fxint4.kernels.linear import linear
 
 tiles = torch.randint(-(2**31), 2**31 - 1, (512, 32, 32, 4), dtype=torch.int32, device="cuda")
 parameters = torch.randn(32, 4096, 2, dtype=torch.bfloat16, device="cuda")
-choice = Choice("triton", Blocks(rows=128, features=128, splits=8))
+choice = Choice("triton", Blocks(rows=128, features=64, splits=8))
 x = torch.randn(2048, 4096, dtype=torch.bfloat16, device="cuda")
 call = lambda: linear(x, tiles, parameters, 128, 4096, choice)
 expected = call()
