@@ -53,6 +53,19 @@ def test_a_damaged_file_is_measured_anew(timed: list[Choice], text: str, tmp_pat
     assert json.loads(file.read_text())
 
 
+def test_where_nothing_can_be_measured_the_rule_decides(
+    timed: list[Choice], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    by_rule = [Choice("dequantise"), Choice("aten")]
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_measured", lambda *_: [])
+        patch.setattr(tuning, "candidates", lambda *_: by_rule)
+        assert fastest(*SHAPE, tmp_path) == by_rule[0]
+    assert not [*tmp_path.iterdir()]
+    assert fastest(*SHAPE, tmp_path).kernel == "triton"
+    assert len(timed) == 3
+
+
 def test_a_choice_can_be_edited(timed: list[Choice], tmp_path: Path) -> None:
     fastest(*SHAPE, tmp_path)
     [file] = tmp_path.iterdir()
