@@ -571,6 +571,11 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return tree_map(function, tree)
 
 
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """Whether what is written to one may change the other; also of tensors without data."""
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
 class TensorState:
     """Which data a tensor holds now: its storage, address and in-place version.
 

@@ -480,6 +480,48 @@ def test_copy_into_whole_parts() -> None:
     assert torch.equal(experts.dequantize(), before)
 
 
+def test_items_are_assigned_to_views_and_refused_where_a_write_would_be_lost() -> None:
+    new = torch.randn(16, 128)
+    packed = Int4TileTensor.from_float(torch.randn(3, 16, 128))
+    packed[1] = new
+    packed[0, 8:] = new[8:]
+    want = Int4TileTensor.from_float(new).dequantize()
+    assert torch.equal(packed[1].dequantize(), want)
+    assert torch.equal(packed[0, 8:].dequantize(), want[8:])
+    before = packed.dequantize()
+    for place in ((0, 3), (0, 3, 4), (0, slice(3, 5)), ([0, 1],)):
+        with pytest.raises(UnsupportedOpError, match="no view of its tiles"):
+            packed[place] = before[place]
+    assert torch.equal(packed.dequantize(), before)
+
+
+@pytest.mark.parametrize("as_parameter", [False, True])
+def test_data_is_read_and_not_assigned(as_parameter: bool) -> None:
+    packed = Int4TileTensor.from_float(torch.randn(16, 128))
+    packed = nn.Parameter(packed, requires_grad=False) if as_parameter else packed
+    before = packed.dequantize()
+    for value in (torch.randn(16, 128), torch.randn(3, 3), Int4TileTensor.from_float(before)):
+        with pytest.raises(UnsupportedOpError, match=r"can't be assigned: .*copy_"):
+            packed.data = value
+    assert packed.shape == (16, 128)
+    assert isinstance(packed.data, Int4TileTensor)
+    assert torch.equal(packed.data.dequantize(), before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ([[1.0]], "got a list"),
+        (torch.ones(8, 32, device="meta"), "torch.strided on meta; it must be a dense tensor"),
+        (torch.ones(8, 32).to_sparse(), "torch.sparse_coo on cpu; it must be a dense tensor"),
+        (Int4TileTensor.from_float(torch.ones(8, 32)), r"\(8, 32\) is packed already"),
+    ],
+)
+def test_what_can_not_be_quantised(weight: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Int4TileTensor.from_float(weight)
+
+
 def bad_sources() -> dict[str, tuple[Tensor, tuple[str, ...]]]:
     weight = torch.randn(2, 20, 128)
     last_is_nan = weight.clone()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxint4._torch import MATMULS, disabled_torch_function, make_wrapper, map_tensors
+from fxint4._torch import MATMULS, disabled_torch_function, make_wrapper, map_tensors, share_storage
 from fxint4.blocks import quantized_blocks, write
 from fxint4.config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
@@ -163,8 +163,11 @@ class Int4TileTensor(Tensor):
             config: group_size, inner_k_tiles and method; the defaults where None.
 
         Raises:
-            ValueError: the weight has another dtype or fewer than two axes, or holds inf or NaN.
+            TypeError: what is no tensor, or no config.
+            ValueError: the weight has another dtype or fewer than two axes, is packed already, or
+                has no values or holds inf or NaN.
         """
+        _check_float(weight, config)
         return cls.quantized(weight, config)[0]
 
     @classmethod
@@ -681,6 +684,28 @@ class Int4TileTensor(Tensor):
         """
         return self
 
+    @property
+    def data(self) -> Tensor:
+        """As of any tensor; not to be assigned, as the buffers would stay those of the old data."""
+        return super().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedOpError(
+            f"the data of {self!r} can't be assigned: `with torch.no_grad(): weight.copy_(value)` "
+            "quantises a float tensor into it, or put a new parameter in its place"
+        )
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        """Write to a part that is a view; to a copy, such as a row, the write would be lost."""
+        part = self[place]
+        if not isinstance(part, Int4TileTensor) or not share_storage(part.tiles, self.tiles):
+            raise UnsupportedOpError(
+                f"cannot write to a part of {self!r} that is no view of its tiles; "
+                "change a dequantised copy, and weight.copy_(it)"
+            )
+        super().__setitem__(place, value)
+
     def share_memory_(self) -> Int4TileTensor:
         """Move its buffers to shared memory; the tensor itself has no storage that could go."""
         for buffer in self.buffers.values():
@@ -825,6 +850,20 @@ def _check_pre_scale(pre_scale: Tensor | None, k: int, device: torch.device) -> 
         raise ValueError(
             f"pre_scale is {pre_scale.dtype} {tuple(pre_scale.shape)} on {pre_scale.device}; it "
             f"must be float ({k},) on {device}"
+        )
+
+
+def _check_float(weight: object, config: object) -> None:
+    if not isinstance(weight, Tensor) or not isinstance(config, (Int4Config, type(None))):
+        raise TypeError(
+            f"got a {type(weight).__name__} and {config!r}; they must be a Tensor, and an "
+            "Int4Config or None"
+        )
+    packed = isinstance(weight, Int4TileTensor)
+    if packed or weight.is_meta or weight.layout is not torch.strided:
+        kind = "packed already" if packed else f"{weight.layout} on {weight.device}"
+        raise ValueError(
+            f"the weight {tuple(weight.shape)} is {kind}; it must be a dense tensor with values"
         )
 
 
