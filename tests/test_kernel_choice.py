@@ -67,7 +67,7 @@ def test_the_ranges_say_what_the_kernels_say(
 def test_each_gpu_of_a_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [(9, 114), (8, 142)]  # an H100 and an L40S
     properties = [SimpleNamespace(major=major, multi_processor_count=n) for major, n in gpus]
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: properties[index])
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda gpu: properties[gpu.index])
     _gpu_of.cache_clear()
     for current, expected in enumerate([(114, True), (142, False)]):
         monkeypatch.setattr("torch.cuda.current_device", lambda current=current: current)

@@ -193,10 +193,10 @@ def _without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     pretended = SimpleNamespace(import_module=missing)
     monkeypatch.setattr(nvrtc, "importlib", pretended)
-    for cached in (nvrtc._bindings, nvrtc.architecture, cuda.available):
+    for cached in (nvrtc._bindings, nvrtc.architecture, cuda._loads):
         cached.cache_clear()
     yield
-    for cached in (nvrtc._bindings, nvrtc.architecture, cuda.available):
+    for cached in (nvrtc._bindings, nvrtc.architecture, cuda._loads):
         cached.cache_clear()
 
 
@@ -257,9 +257,9 @@ def test_only_cuda_devices_have_them() -> None:
 
 @pytest.fixture
 def _asked_anew() -> Iterator[None]:
-    cuda.available.cache_clear()
+    cuda._loads.cache_clear()
     yield
-    cuda.available.cache_clear()
+    cuda._loads.cache_clear()
 
 
 @pytest.mark.usefixtures("_asked_anew")
@@ -292,9 +292,10 @@ def test_they_are_taken_where_one_can_be_loaded(
     elif broken == "driver":
         unknown = SimpleNamespace(name="CUDA_ERROR_INVALID_IMAGE")
         monkeypatch.setattr(driver, "cuModuleLoadData", lambda _: (unknown, None))
-    device = torch.device("cuda:0")
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    devices = [torch.device("cuda:0"), torch.device("cuda")]
     with caplog.at_level(logging.DEBUG, "fxint4"):
-        assert [cuda.available(device) for _ in range(2)] == [available] * 2
+        assert list(map(cuda.available, devices)) == [available] * 2
     told = [text for text in caplog.messages if "no CUDA C++ kernels on cuda:0, Triton's" in text]
     assert len(told) == (broken is not None)
 

@@ -9,13 +9,14 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from fxint4.kernels.common import Blocks, triton
 from fxint4.kernels.cuda import FEW_ROWS, STEP, CudaBlocks
 from fxint4.kernels.cuda_choice import choose_few_rows, choose_many_rows
+from fxint4.kernels.nvrtc import with_index
 
 __all__ = ["Choice", "choose", "choose_blocks", "configurations", "gpu_of"]
 
@@ -164,11 +165,10 @@ def gpu_of(device: torch.device) -> tuple[int, bool]:
     """
     if device.type != "cuda":
         return 132, True
-    index: Any = device.index
-    return _gpu_of(torch.cuda.current_device() if index is None else index)
+    return _gpu_of(with_index(device))
 
 
 @functools.cache
-def _gpu_of(device: int) -> tuple[int, bool]:
+def _gpu_of(device: torch.device) -> tuple[int, bool]:
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major == 9

@@ -270,7 +270,6 @@ class ManyRows(CudaBlocks):
         return _ManyArguments(*maps, y.data_ptr(), *sizes[:4], len(x), k_padded)
 
 
-@functools.cache
 def available(device: torch.device) -> bool:
     """Whether these kernels run on a device: whether one that does nothing is compiled and loaded.
 
@@ -278,6 +277,11 @@ def available(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.cuda is None or nvrtc.version() is None:
         return False
+    return _loads(nvrtc.with_index(device))
+
+
+@functools.cache
+def _loads(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:

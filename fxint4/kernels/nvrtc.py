@@ -32,6 +32,7 @@ __all__ = [
     "fingerprint",
     "tensor_map",
     "version",
+    "with_index",
 ]
 
 logger = logging.getLogger("fxint4")
@@ -79,6 +80,12 @@ def architecture(major: int, minor: int) -> str | None:
     _, known = found[0].nvrtcGetSupportedArchs()
     fit = [each for each in (10 * major + minor, 10 * major) if each in known]
     return f"sm_{fit[0]}{'a' if fit[0] == 90 else ''}" if fit else None
+
+
+def with_index(device: torch.device) -> torch.device:
+    """A device of CUDA with its index; without one it is the current one."""
+    index: Any = device.index
+    return torch.device("cuda", torch.cuda.current_device()) if index is None else device
 
 
 @functools.cache
