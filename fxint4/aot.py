@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fxint4 import _torch
 from fxint4.config import Int4Config, split_options
 from fxint4.errors import OptionError, UnsupportedOpError
 from fxint4.export import is_rewritten, placeholders, remade, rewrite_program
+from fxint4.files import draft_of
 from fxint4.kernel_choice import Policy
 from fxint4.lowering import lowered
 from fxint4.lowering_experts import package_fault
@@ -43,7 +46,8 @@ def package(
     Args:
         exported_program: of `torch.export.export`, as captured or from `fxint4.rewrite`; it is not
             changed.
-        path: of the file to write, which ends in ".pt2".
+        path: of the file to write, which ends in ".pt2"; it holds what it held, or all of the
+            package. That is compiled in a temporary folder, which takes as much room.
         options: fields of `Int4Config`, of which a program that is rewritten takes `kernel` alone,
             and options of Inductor.
 
@@ -55,6 +59,7 @@ def package(
         FoldError: a weight could not be folded.
         UnsupportedOpError: the program has experts that are packed, and is not for a GPU, or there
             is no Triton to compile their kernel.
+        OSError: the file can't be written.
     """
     path = os.fspath(path)
     _check_path(path)
@@ -73,8 +78,13 @@ def package(
     program = _for_aotinductor(program)
     known = patches.get("aot_inductor.metadata") or {}
     patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
-    with lowered(Policy(config.kernel, package=True)):
-        _torch.aoti_package(program, path, patches)
+    # Written elsewhere first: PyTorch's writer would end the process where a disk is full, and what
+    # is there stays until it can be replaced.
+    with tempfile.TemporaryDirectory() as folder, draft_of(Path(path)) as draft:
+        made = os.path.join(folder, os.path.basename(path))
+        with lowered(Policy(config.kernel, package=True)):
+            _torch.aoti_package(program, made, patches)
+        shutil.copyfile(made, draft)
     return path
 
 
@@ -84,6 +94,8 @@ def _check_path(path: str) -> None:
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise OptionError(f"path is {path!r}, but there is no folder {str(folder)!r}")
+    if Path(path).is_dir():
+        raise OptionError(f"path is {path!r}, which is a folder; name a file")
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["draft_of", "write_whole"]
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A name beside that of a file, which gets its own at the end; an error leaves nothing."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        yield draft
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -21,10 +35,5 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it can't be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
+    with draft_of(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise

@@ -233,10 +233,16 @@ def test_a_rewritten_program_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.export.ExportedProgram]:
-    """The programs that would be compiled."""
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.export.ExportedProgram]:
+    """The programs that would be compiled; packages are in an empty folder."""
     given: list[torch.export.ExportedProgram] = []
-    monkeypatch.setattr("fxint4._torch.aoti_package", lambda program, *_: given.append(program))
+
+    def aoti_package(program: torch.export.ExportedProgram, path: str, _: Any) -> None:
+        given.append(program)
+        Path(path).write_text("a package")
+
+    monkeypatch.setattr("fxint4._torch.aoti_package", aoti_package)
+    monkeypatch.chdir(tmp_path)
     return given
 
 
@@ -298,7 +304,34 @@ def test_weights_packed_in_place_before_are_in_a_package(
     assert graph.count("call_function[target=torch.ops.aten._weight_int4pack_mm_for_cpu") == 2 + 1
 
 
-def test_what_no_package_is_made_of() -> None:
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+def test_a_package_is_written_whole_or_not_at_all(
+    error: BaseException,
+    compiled: list[torch.export.ExportedProgram],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("model.pt2").write_text("another")
+
+    def disk_is_full(_: str, path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(shutil, "copyfile", disk_is_full)
+        fxint4.package(program(), "model.pt2")
+    assert [(path.name, path.read_text()) for path in Path().iterdir()] == [
+        ("model.pt2", "another")
+    ]
+    fxint4.package(program(), "model.pt2")
+    assert [(path.name, path.read_text()) for path in Path().iterdir()] == [
+        ("model.pt2", "a package")
+    ]
+
+
+def test_what_no_package_is_made_of(tmp_path: Path) -> None:
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(OptionError, match="which is a folder; name a file"):
+        fxint4.package(program(), tmp_path / "folder.pt2")
     with pytest.raises(OptionError, match=r"a package is a file whose name ends in \.pt2"):
         fxint4.package(program(), "model.so")
     with pytest.raises(OptionError, match="there is no folder '/nowhere'"):
