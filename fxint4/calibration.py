@@ -14,6 +14,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from fxint4.errors import PackedFormatError
+from fxint4.files import draft_of
 
 __all__ = ["Calibration", "Choice", "Statistics", "Trade", "computed_key", "transposed_key"]
 
@@ -137,11 +138,9 @@ class Calibration:
                 "trade": None if self.trade is None else asdict(self.trade),
             }
         )
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            path,
-            metadata={_HEADER: header},
-        )
+        values = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with draft_of(Path(path)) as draft:
+            save_file(values, draft, metadata={_HEADER: header})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> Calibration:

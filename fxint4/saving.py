@@ -6,12 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxint4.errors import PackedFormatError
+from fxint4.files import draft_of
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import checked
 
@@ -37,7 +39,7 @@ def save_file(
 
     Args:
         state_dict: what `model.state_dict()` returns.
-        path: of the file.
+        path: of the file, which holds what it held, or all of the state dict.
         metadata: further entries of the header.
 
     Raises:
@@ -83,7 +85,9 @@ def save_file(
     header = {"version": _PLAIN, "packed": packed, "shared": shared}
     if pre_scaled:
         header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}
-    save(plain, path, metadata={**(metadata or {}), "format": "pt", _HEADER: json.dumps(header)})
+    entries = {**(metadata or {}), "format": "pt", _HEADER: json.dumps(header)}
+    with draft_of(Path(path)) as draft:
+        save(plain, draft, metadata=entries)
 
 
 def load_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,24 @@ def test_what_has_no_values_to_write_is_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"got a Linear, need a state dict"):
         fxint4.save_file(nn.Linear(3, 3), tmp_path / "w")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
+def test_a_file_is_written_whole_or_not_at_all(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_is_full(_: Any, path: Path, **__: Any) -> None:
+        path.write_text("half")
+        raise error
+
+    path = tmp_path / "w.safetensors"
+    fxint4.save_file({"w": torch.ones(3)}, path)
+    monkeypatch.setattr("safetensors.torch.save_file", disk_is_full)
+    for save in (partial(fxint4.save_file, {"w": torch.zeros(3)}), fxint4.Calibration({}).save):
+        with pytest.raises(type(error)):
+            save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert torch.equal(fxint4.load_file(path)["w"], torch.ones(3))
 
 
 def test_names_that_collide(tmp_path: Path) -> None:
