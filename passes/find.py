@@ -114,7 +114,7 @@ def find(
             key = weight.key(record.parameters, [tensors[root] for root in weight.roots])
             own = config.of(record.name, record.parameters, key)
             reason = refusal(record, value.dtype, value.device, config)
-            reason = reason or config.kept_by_budget(key)
+            reason = reason or _outgrown(record) or config.kept_by_budget(key)
         if reason:
             found.append(replace(record, reason=reason))
         else:
@@ -191,6 +191,14 @@ def refusal(
     if min(record.n, record.k) < config.min_features:
         return f"{record.n}x{record.k} is small: min_features is {config.min_features}"
     return None
+
+
+def _outgrown(record: Record) -> str | None:
+    """Why a computed weight (one repeated over the batch, say) is not worth packing, or None."""
+    codes = record.batch * record.n * record.k // 2  # bytes
+    if codes <= record.held_bytes:
+        return None
+    return f"computed: {codes} bytes as int4, of parameters of {record.held_bytes} bytes"
 
 
 def _site(

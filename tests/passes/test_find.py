@@ -123,6 +123,23 @@ def test_min_sqnr_keeps_what_is_below_with_the_figure() -> None:
     assert first.reason == f"SQNR {first.sqnr_db:.1f} dB is below min_sqnr_db=20"
 
 
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (8, ""),  # half a byte each for 8 times the elements of 4 bytes
+        (9, "computed: 18432 bytes as int4, of parameters of 16384 bytes"),
+    ],
+)
+def test_a_weight_that_is_larger_packed_than_what_it_is_made_of_is_kept(
+    batch: int, reason: str
+) -> None:
+    model = module(lambda m, x: torch.bmm(x, m.w.repeat(batch, 1, 1)), w=(D, D))
+    _, report = compile_and_report(model, torch.randn(batch, 4, D))
+    [found] = report.records
+    assert (found.batch, found.action) == (batch, "kept" if reason else "packed")
+    assert reason in found.reason
+
+
 def test_a_device_without_the_op_keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     fault = "the GPU has compute capability 7.5; int4 tiles need 8.0 (Ampere) or newer"
     find = importlib.import_module("fxint4.passes.find")
