@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import kept_record, record
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -382,6 +382,35 @@ def test_a_parameter_that_no_matmul_reads_is_named_with_what_does(terminal: Any)
         ("words.weight", "read by aten.embedding, aten.cat, by no matmul"),
         ("elsewhere", "in no matmul that was found"),
     ]
+
+
+def test_a_parameter_that_meets_constants_alone_is_named_with_the_matmul(terminal: Any) -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.learned = nn.Parameter(torch.randn(1, 8, 64))
+            self.query, self.key = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query = self.query(self.learned.expand(len(x), -1, -1))
+            return query.softmax(-1) + self.key(x)
+
+    report = fxint4.explain(Queries().eval(), torch.randn(2, 8, 64), options={"measure": False})
+    reasons = {each["name"]: each["reason"] for each in report.coverage["not_packed"]}
+    why = "read by aten.mm, in no matmul of it and an activation"
+    assert reasons == dict.fromkeys(["query.weight", "learned"], why)
+
+
+def test_no_parameter_counts_as_packed_more_than_once(terminal: Any) -> None:
+    parameters = sizes(fc_weight=64 * 128, table=64 * 10, rest=64 * 118)
+    repeated = record(batch=4, parameters=("table", "fc.weight"), weight_key=("repeated",))
+    for records, covered in [
+        ([record()], 64 * 128),
+        ([repeated], 64 * 138),
+        ([record(), repeated], 64 * 138),
+    ]:
+        report = report_of(*records, parameters=parameters)
+        assert report.totals["parameter_share"] == pytest.approx(covered / (2 * 64 * 128))
 
 
 def test_nothing_is_named_where_all_is_packed() -> None:

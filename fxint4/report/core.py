@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fxint4._torch import MATMULS
 from fxint4.config import REPORT_SUFFIXES, Int4Config
 from fxint4.errors import OptionError, ReportError
 from fxint4.files import write_whole
@@ -23,6 +24,8 @@ from fxint4.version import __version__
 
 __all__ = ["SCHEMA", "Report"]
 
+#: As graphs are written.
+_MATMULS = {str(op).removesuffix(".default") for op in MATMULS}
 #: Of what `to_dict` gives. It grows when fields come, go or change their meaning.
 SCHEMA = 2
 #: Columns of a report in a text file.
@@ -151,8 +154,8 @@ class Report:
         weights = _weights(packed)
         before = sum(record.bytes_before for record in weights)
         after = sum(record.bytes_after for record in weights)
-        elements = sum(size for _, size in self._parameters().values())
-        covered = sum(record.batch * record.n * record.k for record in weights)
+        parameters = list(self._parameters().values())
+        elements = sum(size for _, size in parameters)
         return {
             "matmuls": len(records),
             "packed": len(packed),
@@ -164,7 +167,9 @@ class Report:
             "dense_bytes": sum(record.dense_bytes for record in weights),
             "held_bytes": sum(record.held_bytes for record in weights),
             "parameters": elements,
-            "parameter_share": min(1.0, covered / elements) if elements else 0.0,
+            "parameter_share": min(1.0, _covered(weights, parameters) / elements)
+            if elements
+            else 0.0,
             "graphs": sum(bool(graph.before) for graph in self._graphs.values()),
             "graph_breaks": sum(graph.graph_break is not None for graph in self._graphs.values()),
         }
@@ -220,7 +225,11 @@ class Report:
 
     def _why_in_no_matmul(self, name: str) -> str:
         ops = {op: None for graph in self.graphs for op in graphs.readers(graph.before, name)}
-        return f"read by {', '.join(ops)}, by no matmul" if ops else "in no matmul that was found"
+        if not ops:
+            return "in no matmul that was found"
+        # One of constants alone (a layer applied to learned queries, say) is not packed.
+        none = "in no matmul of it and an activation" if _MATMULS & ops.keys() else "by no matmul"
+        return f"read by {', '.join(ops)}, {none}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it.
@@ -381,6 +390,30 @@ def _weights(packed: Iterable[Record]) -> list[Record]:
         if known.dense_bytes < record.dense_bytes:
             weights[record.weight_key] = record
     return list(weights.values())
+
+
+def _covered(weights: Iterable[Record], parameters: Iterable[tuple[str, int]]) -> int:
+    """How many elements of parameters are in some weights, at most all of each.
+
+    A weight may be a part of a parameter or made of several, and repeat them.
+
+    Args:
+        weights: packed ones.
+        parameters: full names and elements.
+    """
+    left: dict[str, int] = {}
+    for name, size in parameters:
+        left[name] = left.get(name, 0) + size
+    covered = 0
+    for record in weights:
+        rest = record.batch * record.n * record.k
+        for name in record.parameters:
+            part = min(rest, left.get(name, rest))  # a buffer of integers is no parameter
+            if name in left:
+                left[name] -= part
+            covered += part
+            rest -= part
+    return covered
 
 
 def _plain(value: Any) -> Any:

@@ -141,12 +141,31 @@ def stdout_has_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
+#: Ops whose result is a view, a copy or a cast of their operand: who reads it reads the operand.
+_PASSED_ON = {
+    "aten.permute",
+    "aten.t",
+    "aten.transpose.int",
+    "aten.view",
+    "aten.reshape",
+    "aten.expand",
+    "aten.unsqueeze",
+    "aten.squeeze.dim",
+    "aten.clone",
+    "prims.convert_element_type",
+}
+
+
 def readers(text: str, name: str) -> list[str]:
-    """The ops of a graph as text that read an input, each once.
+    """The ops of a graph as text that read an input, or a view, copy or cast of it, each once.
 
     Args:
         text: of `graph_text`.
         name: of the input.
     """
-    call = re.compile(rf"^%\S+ = ([\w.]+)\((?:.*[\[\s=])?%{re.escape(name)}[,)\]]", re.MULTILINE)
-    return list(dict.fromkeys(call.findall(text)))
+    call = re.compile(rf"^%(\S+) = ([\w.]+)\((?:.*[\[\s=])?%{re.escape(name)}[,)\]]", re.MULTILINE)
+    found: dict[str, None] = {}
+    for label, op in call.findall(text):
+        behind = readers(text, label) if op in _PASSED_ON else []
+        found.update(dict.fromkeys(behind or [op]))
+    return list(found)
