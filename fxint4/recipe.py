@@ -146,6 +146,10 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
     if statistics.magnitudes.shape != (*batch, k):
         found = tuple(statistics.magnitudes.shape)
         return Recipe(_WITHOUT_DATA, remark=f"{_WITHOUT_DATA}: calibrated with channels {found}")
+    # The diagonal says it of all: |sum x_i x_j| is at most the larger of two sums of squares.
+    if not bool(statistics.second_moments.diagonal(dim1=-2, dim2=-1).isfinite().all()):
+        remark = f"{_WITHOUT_DATA}: activations of the calibration hold inf or NaN, or overflow"
+        return Recipe(_WITHOUT_DATA, remark=remark)
     if "awq" in config.method and statistics.pre_scale is None:
         method = "gptq" if "gptq" in config.method else _WITHOUT_DATA
         remark = f"{method}: no pre-scale, which would take a kernel here or was not calibrated for"

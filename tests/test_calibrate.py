@@ -408,6 +408,20 @@ def test_experts_that_no_row_reached_fall_back() -> None:
     assert "mse for 1 weights that no row reached" in record.reason
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("method", ["gptq", "awq", "gptq+awq"])
+def test_activations_that_are_not_finite_fall_back(method: str, value: float) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(K, K)).eval()
+    x = noise(2 * K, K)
+    x[3, 5] = value
+    calibration = fxint4.calibrate(model, [x], {"method": method})
+    options = {"method": method, "calibration": calibration}
+    (record,) = fxint4.pack_(model, options=options).records
+    assert (record.action, record.method) == ("packed", "mse")
+    assert "mse: activations of the calibration hold inf or NaN, or overflow" in record.reason
+    assert bool(model[1].weight.dequantize().isfinite().all())
+
+
 def test_runs_of_our_own_are_no_recompiles_of_the_model() -> None:
     """Dynamo counts what it compiles of a function, and falls back to eager beyond a limit."""
     model = Attention().eval()
