@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -27,6 +28,10 @@ COMMANDS = {
 }
 
 
+#: The exit status of a process that the signal SIGPIPE ends.
+_READER_GONE = 128 + 13
+
+
 class _Parser(argparse.ArgumentParser):
     """Answers a wrong command line in one line."""
 
@@ -42,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all went well, 1 for a command that failed, 2 for a wrong command
-        line. Of `diff`, 1 is for reports that differ, and 2 for those that can't be read.
+        line. Of `diff`, 1 is for reports that differ, and 2 for those that can't be read. 141 if
+        nobody reads what is printed.
     """
     width = max(map(len, COMMANDS))
     parser = _Parser(
@@ -67,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function, _ = COMMANDS[args.command]
     arguments = [argument for argument in args.arguments if argument != "--traceback"]
     try:
-        return int(getattr(import_module(module), function)(arguments))
+        status = int(getattr(import_module(module), function)(arguments))
+        print(end="", flush=True)  # here, where an error of it is caught
+        return status
+    except BrokenPipeError:  # whoever reads what is printed has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of it
+        return _READER_GONE
     except Exception as error:
         if args.traceback or arguments != args.arguments:
             raise

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,20 @@ def test_the_exit_status_reaches_the_shell() -> None:
     assert done.stderr.splitlines() == [
         f"{USAGE}: unknown command 'frobnicate'; `{USAGE} --help` lists the commands"
     ]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    fxint4.Report().save(tmp_path / "a.json")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "fxint4", "diff", str(tmp_path / "a.json")],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
