@@ -641,6 +641,7 @@ def damaged(change: Any) -> str:
 DAMAGED = {
     "empty": ("", "is no report in JSON, or a damaged one"),
     "cut": (json.dumps({"schema": SCHEMA})[:-1], "is no report in JSON, or a damaged one"),
+    "deep": ("[" * 100_000, "is no report in JSON, or a damaged one"),
     "bytes": (b"\xff\xfe\x00", "is no report in JSON, or a damaged one"),
     "a list": ("[]", "is no report: it has no schema"),
     "a text": ('"schema"', "is no report: it has no schema"),

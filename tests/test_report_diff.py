@@ -239,6 +239,11 @@ def test_there_is_colour_on_a_terminal_unless_it_is_unwanted(
     assert ("\033" in report_of(FC).diff()) is coloured
 
 
+def test_a_process_without_a_console_has_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    assert report_of(FC).diff() == report_of(FC).graph_diff
+
+
 def test_reasons_are_coloured_and_the_tables_are_not() -> None:
     after = report_of(dataclasses.replace(FC, reason="cast"))
     lines = compare(report_of(FC), after, colour=True)

@@ -318,7 +318,7 @@ class Report:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ReportError(f"{str(path)!r} can't be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ReportError(
                 f"{str(path)!r} is no report in JSON, or a damaged one: {error}"
             ) from error

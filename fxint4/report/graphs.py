@@ -138,7 +138,8 @@ def coloured(lines: Iterable[str]) -> list[str]:
 
 def stdout_has_colour() -> bool:
     """Whether stdout is a terminal, and the environment sets no NO_COLOR."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    # None in a process without a console.
+    return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 #: Ops whose result is a view, a copy or a cast of their operand: who reads it reads the operand.
