@@ -83,6 +83,7 @@ def calibrate(
     Raises:
         OptionError: an option that is not known, or is Inductor's.
         TrainingError: a module in training mode.
+        TypeError: one batch, a dict, instead of several.
         ValueError: no batches; batches that can be run only once, where more passes are needed; or
             batches of different shapes with `sequential`.
     """

@@ -47,6 +47,8 @@ class Batches:
     """Inputs of a model, as arguments and keyword arguments."""
 
     def __init__(self, batches: Iterable[Any], progress: bool) -> None:
+        if isinstance(batches, Mapping):  # whose names would be taken for batches
+            raise TypeError("batches is a dict, which is one batch; give a list of them: [batch]")
         self._batches = batches
         self._progress = progress
         self._once = isinstance(batches, Iterator)

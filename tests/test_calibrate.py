@@ -422,6 +422,11 @@ def test_activations_that_are_not_finite_fall_back(method: str, value: float) ->
     assert bool(model[1].weight.dequantize().isfinite().all())
 
 
+def test_one_batch_by_name_is_not_taken_for_several() -> None:
+    with pytest.raises(TypeError, match=r"give a list of them: \[batch\]"):
+        fxint4.calibrate(nn.Linear(K, K).eval(), {"input": noise(2 * K, K)})
+
+
 def test_runs_of_our_own_are_no_recompiles_of_the_model() -> None:
     """Dynamo counts what it compiles of a function, and falls back to eager beyond a limit."""
     model = Attention().eval()
