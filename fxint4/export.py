@@ -139,14 +139,15 @@ def rewrite_program(
     forms = [site.int4 for site in sites]
     errors = _measured(program, sites, fake_mode, config) if config.measure else None
     labels = dict[str, str]()
-    before = after = graph_text(captured, weights.targets, labels)
+    before = after = graph_text(captured, weights.labels, labels)
     if sites:
         if not only_aten:
             records = _with_matmuls(records, sites, config)
         rewritten = rewrite_graph(captured, sites, forms, config, weights.unread, fake_mode)
         program = _Program(program, weights, rewritten, store, fake_mode).made()
+        shown = {target: weights.labels[name] for name, target in weights.targets.items()}
         targets = {
-            spec.arg.name: spec.target
+            spec.arg.name: shown.get(spec.target, spec.target)
             for spec in program.graph_signature.input_specs
             if spec.target is not None
         }
@@ -254,7 +255,8 @@ class _Weights:
     """The placeholders of a program that are no user inputs, and the real tensors behind them.
 
     Attributes:
-        targets: full names, by name of the placeholder.
+        targets: what the program calls them, by name of the placeholder.
+        labels: their full names, likewise; a weight that is shared has one.
         values: real tensors, of buffers and constants too.
         standings: of the placeholders that the program does not write to.
         tensors: the real tensors behind these.
@@ -267,19 +269,23 @@ class _Weights:
         signature = program.graph_signature
         written = {spec.target for spec in signature.output_specs if spec.kind in _WRITES}
         self.targets: dict[str, str] = {}
+        self.labels: dict[str, str] = {}
         self.standings: dict[fx.Node, Standing] = {}
         self.tensors: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, str] = {}
         self.unread: list[fx.Node] = []
         self.parameters: dict[int, tuple[str, int]] = {}
         first: dict[int, fx.Node] = {}
+        names = _names(program)
         for node, spec in zip(placeholders(program.graph), signature.input_specs, strict=True):
             value = _value(program, spec)
             if spec.target is None or value is None:
                 continue
+            name = names.get(id(value), spec.target)
             self.targets[node.name] = spec.target
+            self.labels[node.name] = name
             if spec.kind is InputKind.PARAMETER:
-                self.parameters[id(value)] = (spec.target, value.numel())
+                self.parameters[id(value)] = (name, value.numel())
             standing = standing_of(value, is_buffer=spec.kind is not InputKind.PARAMETER)
             if spec.target in written:
                 continue
@@ -290,12 +296,28 @@ class _Weights:
             node.replace_all_uses_with(first.setdefault(id(value), node))
             self.standings[node] = standing
             self.tensors[node] = value
-            self.names[node] = spec.target
+            self.names[node] = name
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The inputs of a graph."""
     return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _names(program: ExportedProgram) -> dict[int, str]:
+    """Full names of parameters and buffers, by identity.
+
+    A weight that a layer shares with an embedding goes by the layer's name, as elsewhere.
+    """
+    lookups = [node for node in program.graph.nodes if node.target is aten.embedding.default]
+    stacks = [[*node.meta.get("nn_module_stack", {}).values()] for node in lookups]
+    embeddings = {stack[-1][0] for stack in stacks if stack}
+    names: dict[int, str] = {}
+    for name, value in sorted(
+        program.state_dict.items(), key=lambda named: named[0].rpartition(".")[0] in embeddings
+    ):
+        names.setdefault(id(value), name)
+    return names
 
 
 def _value(program: ExportedProgram, spec: InputSpec) -> Tensor | None:

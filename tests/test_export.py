@@ -237,6 +237,8 @@ def test_tied_weights_are_packed_once(strict: bool) -> None:
     program, report = rewritten(model, ids, strict=strict)
     assert int4_matmuls(program) == 2
     assert report.totals["weights_packed"] == 1
+    assert {record.name for record in report.records} == {"first"}  # as under torch.compile
+    assert report.coverage == {"parameter_share": 1.0, "not_packed": []}
     tiles = [name for name in program.state_dict if name.endswith("_tiles")]
     assert len(tiles) == 2  # one is that of the check
     w = dequantised(model.embedding.weight, 64, torch.float64)
