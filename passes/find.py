@@ -194,9 +194,12 @@ def refusal(
 
 
 def _outgrown(record: Record) -> str | None:
-    """Why a computed weight (one repeated over the batch, say) is not worth packing, or None."""
+    """Why a computed batch of weights (one repeated for each, say) is not worth packing, or None.
+
+    A single weight is, also one made of fewer bits: int4 is what can be multiplied by.
+    """
     codes = record.batch * record.n * record.k // 2  # bytes
-    if codes <= record.held_bytes:
+    if record.batch == 1 or codes <= record.held_bytes:
         return None
     return f"computed: {codes} bytes as int4, of parameters of {record.held_bytes} bytes"
 

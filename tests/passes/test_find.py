@@ -130,7 +130,7 @@ def test_min_sqnr_keeps_what_is_below_with_the_figure() -> None:
         (9, "computed: 18432 bytes as int4, of parameters of 16384 bytes"),
     ],
 )
-def test_a_weight_that_is_larger_packed_than_what_it_is_made_of_is_kept(
+def test_a_batch_that_is_larger_packed_than_what_it_is_made_of_is_kept(
     batch: int, reason: str
 ) -> None:
     model = module(lambda m, x: torch.bmm(x, m.w.repeat(batch, 1, 1)), w=(D, D))
@@ -138,6 +138,13 @@ def test_a_weight_that_is_larger_packed_than_what_it_is_made_of_is_kept(
     [found] = report.records
     assert (found.batch, found.action) == (batch, "kept" if reason else "packed")
     assert reason in found.reason
+
+
+def test_a_single_weight_made_of_fewer_bytes_is_packed() -> None:
+    model = module(lambda m, x: nn.functional.linear(x, m.w.repeat(9, 1)), w=(D, D))
+    _, report = compile_and_report(model, torch.randn(4, D))
+    [found] = report.records
+    assert (found.n, found.action) == (9 * D, "packed")
 
 
 def test_a_device_without_the_op_keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
