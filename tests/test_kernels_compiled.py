@@ -220,7 +220,8 @@ def assert_wide_loads(compiled: Compiled, launch: Launch) -> None:
     assert copies.count(16) * 16 * threads >= launch.stages * (words + x)
     params = math.ceil(step / values["GROUP"]) * values["BN"] * 4
     narrow = sum(size for size in copies if size < 16)
-    assert narrow * threads <= launch.stages * max(params, 4 * threads)
+    # Triton 3.6 lets each warp copy parameters that all of them need.
+    assert narrow * threads <= launch.stages * max(params, launch.warps * 4 * threads)
 
 
 def assert_w_stays_in_registers(compiled: Compiled) -> None:
