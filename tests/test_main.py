@@ -293,7 +293,9 @@ def test_the_export_command_reports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "model.pt2"
-    monkeypatch.setattr("fxint4._torch.aoti_package", lambda *_: path.write_bytes(bytes(1234567)))
+    monkeypatch.setattr(
+        "fxint4._torch.aoti_package", lambda _, made, __: Path(made).write_bytes(bytes(1234567))
+    )
     argv = ["export", f"{targets}:model", "-o", str(path), "--skip", "embedding", "--device", "cpu"]
     assert main(argv) == 0
     out, err = capsys.readouterr()
@@ -485,7 +487,7 @@ def test_bars_are_shown_on_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "model.pt2"
-    monkeypatch.setattr("fxint4._torch.aoti_package", lambda *_: path.touch())
+    monkeypatch.setattr("fxint4._torch.aoti_package", lambda _, made, __: Path(made).touch())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["export", f"{targets}:model", "-o", str(path)]) == 0
     bars = capsys.readouterr().err
