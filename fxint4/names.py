@@ -23,6 +23,7 @@ __all__ = [
     "outermost_in_call",
     "parameters_in_call",
     "parameters_of",
+    "plain_name",
     "source_line",
     "weight_names",
 ]
@@ -154,7 +155,7 @@ def names_in_call(
         for name, tensor in _named_tensors(module):
             if id(tensor) in wanted:
                 full = f"{prefix}.{name}" if prefix else name
-                names[id(tensor)] = full.replace("_orig_mod.", "")
+                names[id(tensor)] = plain_name(full)
     return names
 
 
@@ -201,10 +202,15 @@ def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int
     return found
 
 
+def plain_name(name: str) -> str:
+    """A full name without the modules that torch.compile puts around others."""
+    return name.replace("_orig_mod.", "")
+
+
 def parameters_of(module: nn.Module) -> Mapping[int, tuple[str, int]]:
     """Full name and elements of a module's parameters, by identity; named as `names_in_call`."""
     return {
-        id(tensor): (name.replace("_orig_mod.", ""), tensor.numel())
+        id(tensor): (plain_name(name), tensor.numel())
         for name, tensor in _named_tensors(module)
         if isinstance(tensor, nn.Parameter)
     }

@@ -18,7 +18,7 @@ from fxint4.calibration import transposed_key
 from fxint4.config import Int4Config
 from fxint4.constants import Constants
 from fxint4.errors import FoldError
-from fxint4.names import layer_name
+from fxint4.names import layer_name, plain_name
 from fxint4.passes import Site, refusal, sqnr_fault
 from fxint4.quantize import nonfinite_fault
 from fxint4.recipe import recipe_of
@@ -53,7 +53,7 @@ class Owners:
         for prefix, outer in modules:
             for path, module in outer.named_modules(prefix=prefix):
                 for name, parameter in module.named_parameters(recurse=False):
-                    full = (f"{path}.{name}" if path else name).replace("_orig_mod.", "")
+                    full = plain_name(f"{path}.{name}" if path else name)
                     places = self._places.setdefault(id(parameter), [])
                     if not any(owner is module and own == name for owner, own, _ in places):
                         places.append((module, name, full))

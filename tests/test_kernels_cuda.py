@@ -18,6 +18,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,11 +147,22 @@ def test_what_is_refused_comes_with_nvrtcs_log() -> None:
     assert "error: static assertion failed" in str(e.value)
 
 
+@contextmanager
+def forgotten(*functions: Any) -> Iterator[None]:
+    """What these have cached is for neither side of the block."""
+    for function in functions:
+        function.cache_clear()
+    try:
+        yield
+    finally:
+        for function in functions:
+            function.cache_clear()
+
+
 @pytest.fixture
 def _compiled_anew() -> Iterator[None]:
-    nvrtc.compiled.cache_clear()
-    yield
-    nvrtc.compiled.cache_clear()
+    with forgotten(nvrtc.compiled):
+        yield
 
 
 @pytest.mark.usefixtures("_compiled_anew")
@@ -193,11 +205,8 @@ def _without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     pretended = SimpleNamespace(import_module=missing)
     monkeypatch.setattr(nvrtc, "importlib", pretended)
-    for cached in (nvrtc._bindings, nvrtc.architecture, cuda._loads):
-        cached.cache_clear()
-    yield
-    for cached in (nvrtc._bindings, nvrtc.architecture, cuda._loads):
-        cached.cache_clear()
+    with forgotten(nvrtc._bindings, nvrtc.architecture, cuda._loads):
+        yield
 
 
 @pytest.mark.usefixtures("_without_nvrtc")
@@ -237,8 +246,7 @@ def test_code_of_the_first_minor_version_runs(monkeypatch: pytest.MonkeyPatch) -
     known = [75, 80, 86, 87, 90, 100, 101]  # 101 is Thor's, which CUDA 13 calls 110
     bindings = SimpleNamespace(nvrtcGetSupportedArchs=lambda: (0, known))
     monkeypatch.setattr(nvrtc, "_bindings", lambda: (bindings, None, "13.0"))
-    nvrtc.architecture.cache_clear()
-    try:
+    with forgotten(nvrtc.architecture):
         asked = [(8, 9), (8, 6), (8, 0), (10, 3), (12, 0)]
         assert [nvrtc.architecture(*each) for each in asked] == [
             "sm_80",
@@ -247,8 +255,6 @@ def test_code_of_the_first_minor_version_runs(monkeypatch: pytest.MonkeyPatch) -
             "sm_100",
             None,
         ]
-    finally:
-        nvrtc.architecture.cache_clear()
 
 
 def test_only_cuda_devices_have_them() -> None:
@@ -257,9 +263,8 @@ def test_only_cuda_devices_have_them() -> None:
 
 @pytest.fixture
 def _asked_anew() -> Iterator[None]:
-    cuda._loads.cache_clear()
-    yield
-    cuda._loads.cache_clear()
+    with forgotten(cuda._loads):
+        yield
 
 
 @pytest.mark.usefixtures("_asked_anew")
@@ -628,11 +633,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr("torch.cuda.current_stream", lambda _: stream)
-    cuda.kernel.cache_clear()
-    nvrtc._tensor_map.cache_clear()
-    yield made
-    cuda.kernel.cache_clear()
-    nvrtc._tensor_map.cache_clear()
+    with forgotten(cuda.kernel, nvrtc._tensor_map):
+        yield made
 
 
 ARGUMENTS = range(1000, 1000 + len(Arguments._fields_))
