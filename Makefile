@@ -5,17 +5,27 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test check format lint types imports clean
+.PHONY: help demo test test-fast test-full test-plain-cpu check format lint types imports clean
 .DELETE_ON_ERROR:
 
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(STAMP)  ## compile a trained model to int4 and compare it with the original
 	$(BIN)/python -m fxint4 demo
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)  ## the tests that compile nothing and start no programs
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not compiles and not gpu"
+
+test-full: $(STAMP)  ## all tests, each kernel compiled for all GPUs and the code of all architectures
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --full
+
+test-plain-cpu: $(STAMP)  ## the tests as on a CPU with AVX2 alone, then as on one without
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(PYTEST_ARGS) --plain-cpu
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(PYTEST_ARGS) --plain-cpu
 
 check: $(STAMP)  ## format, lint, types, import direction, tests
 	$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import fxint4
 from fxint4 import Report
 from fxint4.aot import METADATA
 from fxint4.errors import OptionError, UnsupportedOpError
+
+pytestmark = pytest.mark.compiles
 
 K, N = 64, 96
 MEBI = 2**20
@@ -89,12 +91,9 @@ def packaged(folder: Path, device: str) -> Packaged:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packaged]:
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     """Compiled once for all tests, which only run it."""
-    folder = tmp_path_factory.mktemp("package")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
-        yield packaged(folder, "cpu")
+    return packaged(tmp_path_factory.mktemp("package"), "cpu")
 
 
 def check_every_m(made: Packaged, device: str, sizes: list[int]) -> None:

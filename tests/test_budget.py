@@ -92,6 +92,8 @@ def test_a_target_is_kept_on_other_batches_with_fewer_bytes_than_one_setting(
     assert nbytes(report) == calibration.trade.nbytes
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_the_backend_packs_by_the_choices(model: nn.Module, tmp_path: Path) -> None:
     options = {"target_error": 0.004, "method": "gptq"}
     calibration = fxint4.calibrate(model, batches(0), options)

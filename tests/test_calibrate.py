@@ -340,6 +340,8 @@ def rewritten(model: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[
 
 
 @pytest.mark.parametrize("name", list(ROUTES))
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_gptq_and_awq_lose_less_of_the_output(name: str) -> None:
     torch.manual_seed(0)
     model = module(
@@ -375,6 +377,8 @@ def test_a_pre_scale_goes_where_it_costs_no_kernel() -> None:
     assert scaled == {"inner.weight", "outer.weight"}
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_the_report_says_which_method_chose() -> None:
     model = Attention().eval()
     batches = [noise(2, 40, K, seed=seed) for seed in range(3)]
@@ -398,6 +402,8 @@ def test_the_report_says_which_method_chose() -> None:
         assert "gptq: no pre-scale" in by_name["k"].reason
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_experts_that_no_row_reached_fall_back() -> None:
     function, w, x, _ = FORMS["grouped"]
     model = module(function, w=w).eval()
@@ -427,6 +433,8 @@ def test_one_batch_by_name_is_not_taken_for_several() -> None:
         fxint4.calibrate(nn.Linear(K, K).eval(), {"input": noise(2 * K, K)})
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_runs_of_our_own_are_no_recompiles_of_the_model() -> None:
     """Dynamo counts what it compiles of a function, and falls back to eager beyond a limit."""
     model = Attention().eval()
@@ -454,6 +462,8 @@ class Feed(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_runs_of_our_own_make_no_size_vary() -> None:
     """Dynamo lets a size vary that was another when it compiled a function before."""
     model = Feed().eval()
@@ -470,6 +480,8 @@ def assert_near(y: Tensor, expected: Tensor) -> None:
     assert float((y - expected).norm()) < 2**-7 * float(expected.norm())
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_layers_that_share_code_keep_their_own_statistics() -> None:
     """Two equal layers, compiled one by one: Dynamo uses the first one's code for the other."""
     torch.manual_seed(0)
@@ -489,6 +501,8 @@ def test_layers_that_share_code_keep_their_own_statistics() -> None:
     assert {record.method for record in report.records} == {"gptq+awq"}
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_budget_holds_for_layers_that_share_code() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Feed(), Feed()).eval()
@@ -522,6 +536,8 @@ def test_pre_scales_that_one_matmul_shares_are_equal() -> None:
         _check_equal(alike, {first: scale, second: 2 * scale})  # type: ignore[dict-item]
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_inputs_of_explained_models_go_by_the_names_that_forward_gives_them() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

@@ -1035,6 +1035,7 @@ def test_a_model_of_transformers(write: Callable[[Quantised], Tensors], tmp_path
         assert relative_error(case.model(case.ids).logits, case.expected) <= case.bound
 
 
+@pytest.mark.compiles
 def test_a_model_of_transformers_compiled(tmp_path: Path) -> None:
     case = llama(gptq, tmp_path)
     # The head is in the file as the embedding only: it stays as it is.

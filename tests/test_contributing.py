@@ -13,6 +13,8 @@ from torch import nn
 import fxint4
 from fxint4.passes import PATTERNS
 
+pytestmark = pytest.mark.compiles
+
 PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
 
 

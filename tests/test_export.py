@@ -139,6 +139,7 @@ def test_a_saved_program_is_as_small_as_its_packed_weights(tmp_path: Path) -> No
     assert packed < after < packed + 200_000  # the graph, as JSON, and the small tensors
 
 
+@pytest.mark.compiles
 def test_a_saved_program_runs_without_fxint4_under_any_backend(tmp_path: Path) -> None:
     torch.manual_seed(0)
     program, _ = rewritten(
@@ -168,6 +169,7 @@ for backend in ("aot_eager", "inductor"):
     torch.backends.cpu.get_cpu_capability() == "DEFAULT",
     reason="needs a CPU with AVX2 or AVX-512, to run as one without",
 )
+@pytest.mark.compiles
 def test_another_kind_of_cpu_is_refused(tmp_path: Path) -> None:
     program, _ = rewritten(two_matmuls().bfloat16(), torch.randn(4, 64).bfloat16())
     torch.export.save(program, tmp_path / "program.pt2")
@@ -273,6 +275,7 @@ def test_weights_packed_in_place_before_are_taken_as_they_are(pre_scaled: bool) 
         torch.testing.assert_close(program.module()(x), model(x), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.compiles
 def test_changes_of_the_model_afterwards_do_not_reach_the_program() -> None:
     model = module(lambda m, x: x @ m.w.t(), w=(96, 64))
     x = torch.randn(4, 64)

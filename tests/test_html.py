@@ -351,6 +351,7 @@ def test_a_weight_that_no_graph_has_shows_none() -> None:
     assert lines_of(report_of(record("fc"), graphs=[])) == []
 
 
+@pytest.mark.compiles
 def test_the_parts_of_a_compiled_model() -> None:
     """Each layer's weight is on the left, what multiplies by its packed form on the right."""
 

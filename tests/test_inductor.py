@@ -14,6 +14,8 @@ from torch._inductor import aoti_load_package
 from fxint4 import _inductor
 from fxint4._torch import aten
 
+pytestmark = pytest.mark.compiles
+
 #: Rows from which a matmul is by W; with fewer rows it is by -W.
 MANY = 5
 K = 8

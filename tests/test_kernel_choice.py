@@ -1,17 +1,20 @@
-"""Ranges of M between the changes of a choice."""
+"""Which kernel is chosen for which M, and the ranges of M between the changes of a choice."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import json
+import statistics
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fxint4.kernel_choice import at_run_time, by_m, range_text
-from fxint4.kernels.choice import Choice, _gpu_of, choose, gpu_of
+from fxint4.kernels.choice import Choice, _gpu_of, choose, choose_blocks, gpu_of
 from fxint4.kernels.common import Blocks
+from fxint4.kernels.cuda_choice import choose_few_rows, choose_many_rows
 
 
 def test_one_choice_is_one_range() -> None:
@@ -42,26 +45,87 @@ def test_a_choice_that_comes_back_is_a_range_of_its_own() -> None:
     assert ranges == [(1, 1, "odd"), (2, 2, "even"), (3, 3, "odd"), (4, None, "even")]
 
 
-def launched_by_the_host(m: int, n: int, k: int) -> Choice:
-    return at_run_time(m, n, k, torch.bfloat16, torch.device("cpu"))
+@pytest.fixture
+def _with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices are made without it, but not where it is missing."""
+    monkeypatch.setattr("fxint4.kernels.choice.triton", object())
 
 
-@pytest.mark.parametrize("choice", [choose, launched_by_the_host])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (6144, 4096), (28672, 4096), (64, 65536)])
-def test_the_ranges_say_what_the_kernels_say(
-    choice: Callable[[int, int, int], object], n: int, k: int, monkeypatch: pytest.MonkeyPatch
+GRAPHS = {"cuda": True, "replayed": True}
+AMPERE = {"multiprocessors": 108, "wgmma": False}
+MANY = "dequantise"
+
+
+@pytest.mark.usefixtures("_with_triton")
+@pytest.mark.parametrize(
+    ("n", "k", "options", "ranges"),
+    [
+        # The table of docs/gpu.md: under CUDA graphs, on Hopper and before, and without CUDA C++.
+        (4096, 4096, GRAPHS, [(1, "cuda"), (9, "triton"), (33, "cuda"), (2049, MANY)]),
+        (28672, 4096, GRAPHS, [(1, "cuda"), (9, "triton"), (33, "cuda"), (2049, MANY)]),
+        (4096, 4096, GRAPHS | AMPERE, [(1, "cuda"), (9, "triton"), (129, MANY)]),
+        (4096, 4096, {}, [(1, "triton"), (1025, MANY)]),
+        (4096, 4096, AMPERE, [(1, "triton"), (129, MANY)]),
+        # W is written out sooner where programs of 128 rows by 128 features wait for others.
+        (28672, 4096, {}, [(1, "triton"), (897, MANY)]),
+        # Launched from Python a CUDA kernel has to have 2^35 products to do: M >= 2^35 / (N K).
+        (28672, 4096, {"cuda": True}, [(1, "triton"), (293, "cuda"), (2049, MANY)]),
+        # K of no multiple of 8 elements, which is 16 bytes, is not theirs.
+        (4096, 4092, GRAPHS, [(1, "triton"), (1025, MANY)]),
+    ],
+)
+def test_which_kernel_serves_which_rows(
+    n: int, k: int, options: dict[str, Any], ranges: list[tuple[int, str]]
 ) -> None:
-    monkeypatch.setattr("fxint4.kernels.choice.triton", object())  # choices are made without it
-    ranges = by_m(lambda m: choice(m, n, k))
-    assert (ranges[0][0], ranges[-1][1]) == (1, None)
-    for (_, last, chosen), (first, _, following) in itertools.pairwise(ranges):
-        assert last is not None
-        assert first == last + 1
-        assert chosen != following
-    some = (*range(1, 9000), *(2**i + j for i in range(13, 31) for j in (-1, 0, 1, 777)))
-    for m in some:
-        [told] = [c for first, last, c in ranges if first <= m and (last is None or m <= last)]
-        assert told == choice(m, n, k), m
+    found = by_m(lambda m: choose(m, n, k, **options).kernel)
+    assert [(first, kernel) for first, _, kernel in found] == ranges
+    assert found[-1][1] is None
+
+
+@pytest.mark.usefixtures("_with_triton")
+@pytest.mark.parametrize(
+    ("n", "k", "ranges"),
+    [
+        # ATen's op reads W once for 16 rows: up to 80 million elements, and 8 rows in any case.
+        (4096, 4096, [(1, "aten"), (65, "triton"), (1025, MANY)]),
+        (28672, 4096, [(1, "aten"), (9, "triton"), (897, MANY)]),
+        (64, 65536, [(1, "aten"), (305, "triton"), (1025, MANY)]),
+    ],
+)
+def test_which_op_serves_which_rows_where_python_launches_it(
+    n: int, k: int, ranges: list[tuple[int, str]]
+) -> None:
+    cpu = torch.device("cpu")
+    found = by_m(lambda m: at_run_time(m, n, k, torch.bfloat16, cpu).kernel)
+    assert [(first, kernel) for first, _, kernel in found] == ranges
+
+
+@pytest.mark.usefixtures("_with_triton")
+@pytest.mark.parametrize("m", [1, 8, 16, 17, 33, 64, 65, 128, 129, 500, 1000])
+@pytest.mark.parametrize(("n", "k"), [(8, 32), (4096, 4096), (28672, 4096), (64, 65536)])
+def test_blocks_of_triton_fit_the_rows_and_the_columns(m: int, n: int, k: int) -> None:
+    blocks = choose_blocks(m, n, k)
+    assert blocks.rows >= min(m, 128) or (m > 64 and blocks.rows == 64)
+    assert blocks.rows == 16 or blocks.rows < 2 * m  # 16 are the fewest of a tensor core
+    assert blocks.splits == 1 or k >= 2 * blocks.splits * blocks.step  # two steps for each program
+
+
+def test_the_rule_for_cuda_blocks_takes_what_was_measured_to_be_fastest() -> None:
+    """The times of benchmarks/tune_cuda.py on an H200, which the rule was made from."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "tune_cuda_h200.json"
+    rows = json.loads(results.read_text())["rows"]
+    few, many = [], []
+    for row in rows:
+        m, n, k, times = row["m"], row["n"], row["k"], row["times_us"]
+        taken = choose_few_rows(n) if m <= 8 else choose_many_rows(m, n, k)
+        kind = type(taken).__name__
+        fastest = min(us for name, us in times.items() if name.startswith(kind))
+        (few if m <= 8 else many).append(times[f"{kind}{taken.sizes}"] / fastest)
+    assert few == [1.0] * 20
+    assert len(many) == 55
+    # What benchmarks/README.md says of them.
+    assert statistics.mean(many) < 1.0055
+    assert max(many) < 1.145
 
 
 def test_each_gpu_of_a_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,17 +155,17 @@ def test_a_range_as_text(first: int, last: int | None, text: str) -> None:
     assert range_text(first, last) == text
 
 
+@pytest.mark.usefixtures("_with_triton")
 @pytest.mark.parametrize("replayed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_own(
-    dtype: torch.dtype, replayed: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, replayed: bool
 ) -> None:
-    monkeypatch.setattr("fxint4.kernels.choice.triton", object())
     n, k = 28672, 4096
     few, many = (at_run_time(m, n, k, dtype, torch.device("cpu"), replayed) for m in (8, 100))
     host = dtype is torch.bfloat16 and not replayed
-    assert few == (Choice("aten") if host else choose(8, n, k))
-    assert many == choose(100, n, k)
+    assert str(few) == ("aten" if host else "triton 16x128")
+    assert str(many) == "triton 128x128"
 
 
 @pytest.mark.parametrize(

@@ -325,13 +325,13 @@ def _available(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_rows_are_theirs_where_they_may_be() -> None:
     for m, n, k in itertools.product((1, 8), (8, 4096, 6144, 151936), (8, 4096, 28672)):
         chosen = choose(m, n, k, cuda=True, replayed=True)
+        assert chosen.kernel == "cuda"
         assert isinstance(chosen.blocks, FewRows)
-        assert chosen == Choice("cuda", choose_few_rows(n))
         assert chosen.blocks in cuda_configurations()
         assert chosen.blocks.shared(128) <= EVERYWHERE
         assert choose(m, n, k).kernel == "triton"
     for m, k in ((9, 4096), (32, 4096), (1, 4092), (8, 1001)):
-        assert choose(m, 4096, k, cuda=True, replayed=True) == choose(m, 4096, k)
+        assert choose(m, 4096, k, cuda=True, replayed=True).kernel == "triton"
     # Launched from Python it has to be worth that.
     assert choose(1, 28672, 4096, cuda=True).kernel == "triton"
     assert isinstance(choose(8, 2**18, 2**14, cuda=True).blocks, FewRows)
@@ -341,16 +341,16 @@ def test_few_rows_are_theirs_where_they_may_be() -> None:
 def test_many_rows_are_theirs_on_hopper() -> None:
     for m, n, k in itertools.product((33, 64, 300, 2048), (8, 4096, 151936), (128, 4096, 28672)):
         chosen = choose(m, n, k, cuda=True, replayed=True)
+        assert chosen.kernel == "cuda"
         assert isinstance(chosen.blocks, ManyRows)
-        assert chosen == Choice("cuda", choose_many_rows(m, n, k))
         assert chosen.blocks in cuda_configurations()
         assert chosen.blocks.fault(m, k) is None
         for group in (32, 64, 128, 256):
             assert chosen.blocks.stages(group) >= 3 - (group == 32)
             assert chosen.blocks.shared(group) <= TARGETS["sm_90a"]
         assert choose(m, n, k, wgmma=False, cuda=True, replayed=True).kernel != "cuda"
-    for m, k in ((2049, 4096), (64, 4092), (64, 120)):
-        assert choose(m, 4096, k, cuda=True, replayed=True) == choose(m, 4096, k)
+    for m, k, kernel in ((2049, 4096, "dequantise"), (64, 4092, "triton"), (64, 120, "triton")):
+        assert choose(m, 4096, k, cuda=True, replayed=True).kernel == kernel
     assert choose(64, 4096, 4096, cuda=True).kernel == "triton"
     assert isinstance(choose(2048, 4096, 4096, cuda=True).blocks, ManyRows)
 
@@ -368,29 +368,32 @@ def test_the_rule_for_many_rows_counts_waves() -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_they_are_chosen_where_launches_are_replayed(dtype: torch.dtype) -> None:
     n, k = 6144, 4096
-    by_rule = Choice("cuda", choose_few_rows(n))
+    # The fastest for 6144x4096 in benchmarks/results/tune_cuda_h200.json; and Triton's: 16 rows are
+    # the fewest of its blocks, and 96 blocks of 64 out features, split 4 times, nearly fill the
+    # 396 places that three programs on each of 132 multiprocessors have.
+    in_cuda, in_triton = "cuda 8x48, 8 warps along K", "triton 16x64, 4 splits"
     sizes = (1, n, k, 128, 4, dtype, CPU)
     asked = (1, n, k, dtype, CPU)
-    host = Choice("aten") if dtype is BF16 else choose(1, n, k)
-    assert at_run_time(*asked) == Policy().choose_at_run_time(*asked) == host
+    host = "aten" if dtype is BF16 else in_triton
+    assert str(at_run_time(*asked)) == str(Policy().choose_at_run_time(*asked)) == host
     for policy, chosen in (
-        (Policy(cuda_graphs=True), by_rule),
-        (Policy("cuda"), by_rule),
-        (Policy("cuda", cuda_graphs=True, measured=True), by_rule),
-        (Policy(package=True), choose(1, n, k)),
-        (Policy("cuda", package=True), choose(1, n, k)),
-        (Policy("aten", cuda_graphs=True), Choice("aten")),
+        (Policy(cuda_graphs=True), in_cuda),
+        (Policy("cuda"), in_cuda),
+        (Policy("cuda", cuda_graphs=True, measured=True), in_cuda),
+        (Policy(package=True), in_triton),
+        (Policy("cuda", package=True), in_triton),
+        (Policy("aten", cuda_graphs=True), "aten"),
     ):
-        assert policy.choose(*sizes) == policy.choose_at_run_time(*asked) == chosen, policy
-    assert Policy().choose(*sizes) == choose(1, n, k)
-    assert Policy("triton", cuda_graphs=True).choose(*sizes).kernel == "triton"
+        found = (policy.choose(*sizes), policy.choose_at_run_time(*asked))
+        assert list(map(str, found)) == [chosen] * 2, policy
+    assert str(Policy().choose(*sizes)) == in_triton
+    assert str(Policy("triton", cuda_graphs=True).choose(*sizes)) == in_triton
 
 
 @pytest.mark.usefixtures("_available")
 def test_what_is_asked_for_falls_back_where_there_is_no_kernel() -> None:
-    for m, k in ((17, 4096), (2049, 4096), (1, 4001)):
-        chosen = Policy("cuda").choose(m, 4096, k, 128, 4, BF16, CPU)
-        assert chosen == choose(m, 4096, k)
+    for m, k, kernel in ((17, 4096, "triton"), (2049, 4096, "dequantise"), (1, 4001, "triton")):
+        assert Policy("cuda").choose(m, 4096, k, 128, 4, BF16, CPU).kernel == kernel
 
 
 @pytest.mark.usefixtures("_available")
@@ -427,7 +430,7 @@ def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("fxint4.kernels.tuning.gpu_of", lambda _: (132, True))
     monkeypatch.setattr("fxint4.kernels.tuning.triton", object())
     first, *others = candidates(8, 4096, 4096, in_cuda=True, replayed=True)
-    assert first == choose(8, 4096, 4096, cuda=True, replayed=True)
+    assert str(first) == "cuda 8x32, 8 warps along K"  # what tune_cuda.py found to be the fastest
     kinds = {choice.kernel for choice in others}
     assert kinds == {"cuda", "triton", "aten"}
     theirs = [choice.blocks for choice in (first, *others) if choice.kernel == "cuda"]
@@ -457,6 +460,7 @@ def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPa
         (17, 1024, "cuda", False),
     ],
 )
+@pytest.mark.compiles
 def test_code_under_cuda_graphs(rows: int, k: int, kernel: str | None, calls: bool) -> None:
     code = generated(
         lambda x, *packed: int4pack_mm(x, *packed) + 1,
@@ -467,8 +471,7 @@ def test_code_under_cuda_graphs(rows: int, k: int, kernel: str | None, calls: bo
     ours = re.findall(r"fxint4\.linears\.default\((.*)\)", code)
     assert len(ours) == calls
     for call in ours:  # with its sizes: what is chosen is not chosen again
-        blocks = choose_few_rows(1024)
-        assert call.endswith(f"True, 'few_rows', {list(blocks.sizes)}, True")
+        assert call.endswith("True, 'few_rows', [1, 1, 16, 1, 1], True")
     assert ("_kernel_of_linear" in code) != calls
     assert len(re.findall(r"^\s*triton_\w+\.run\(", code, re.MULTILINE)) == 1  # + 1, or the sum
 
@@ -476,6 +479,7 @@ def test_code_under_cuda_graphs(rows: int, k: int, kernel: str | None, calls: bo
 @needs_triton
 @pytest.mark.usefixtures("_available")
 @pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.compiles
 def test_only_weights_that_the_graph_is_given_are_read_early(rows: int) -> None:
     """The kernel before may be the one that computes them, or writes to them."""
 
@@ -497,6 +501,7 @@ def test_only_weights_that_the_graph_is_given_are_read_early(rows: int) -> None:
 @pytest.mark.usefixtures("_available")
 @pytest.mark.parametrize("kernel", [None, "cuda"])
 @pytest.mark.parametrize("package", [False, True])
+@pytest.mark.compiles
 def test_code_without_cuda_graphs(kernel: str | None, package: bool) -> None:
     specs = [((4, 1024), BF16), *packed_specs(1024, 1024)]
     code = generated(int4pack_mm, specs, package, kernel)
@@ -972,8 +977,7 @@ def test_a_misaligned_x_is_multiplied_all_the_same() -> None:
     memory = torch.randn(3 * 1024 + 1, device="cuda").bfloat16()
     x = memory[1:].view(3, 1024)
     y = made.times(x, FEW)
-    expected = linears(x.clone(), made.packed, made.group, made.ns, choose(3, 520, 1024))
-    assert torch.equal(y, expected)
+    assert_right(y, x, made.weight.to(BF16).double())
 
 
 class Block(nn.Module):

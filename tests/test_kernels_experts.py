@@ -43,6 +43,7 @@ def index_of(ends: Tensor, count: int) -> Tensor:
 
 @needs_triton
 @compiled_only
+@pytest.mark.compiles
 def test_all_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
 

@@ -111,6 +111,7 @@ def triton_choice(**blocks: int) -> Choice:
 
 @needs_triton
 @compiled_only
+@pytest.mark.compiles
 def test_all_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__)
 
@@ -372,6 +373,7 @@ def a_launch(blocks: Blocks, dtype: torch.dtype, weights: int = 1, reduce: bool 
 @pytest.mark.parametrize(
     "blocks", [b for b in configurations() if b.splits == b.rest_splits == 1], ids=str
 )
+@pytest.mark.compiles
 def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
     """No wgmma is in flight when the registers that it reads are written again."""
     launch = a_launch(blocks, torch.bfloat16)
@@ -381,6 +383,7 @@ def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
 
 @needs_triton
 @compiled_only
+@pytest.mark.compiles
 def test_every_variant_moves_as_many_bytes_at_once() -> None:
     """Several weights, or fp16, take the loads and stores that one bf16 weight takes."""
 

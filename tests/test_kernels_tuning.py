@@ -97,6 +97,7 @@ def test_every_candidate_runs_and_is_timed(m: int, n: int, k: int) -> None:
 @pytest.mark.gpu
 # Inductor's CUDA graph trees reserve a memory pool in this way.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.own_cache
 def test_max_autotune_measures_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
 

@@ -33,6 +33,7 @@ from fxint4.lowering import lowered
 from fxint4.quantize import dequantize, quantize
 
 pytestmark = [
+    pytest.mark.compiles,
     # Inductor's CUDA graph trees reserve a memory pool in this way.
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
     pytest.mark.filterwarnings("ignore:Warning. Profiler clears events"),
@@ -408,6 +409,7 @@ def test_the_same_bits_on_two_streams_at_once() -> None:
 
 
 @gpu
+@pytest.mark.own_cache
 def test_inductors_cache_gives_the_same_kernels() -> None:
     layer = BiasGelu().to("cuda", torch.bfloat16).eval()
     x = torch.randn(16, K, device="cuda", dtype=torch.bfloat16)
@@ -423,6 +425,7 @@ def test_inductors_cache_gives_the_same_kernels() -> None:
 
 
 @gpu
+@pytest.mark.own_cache
 def test_plain_inductor_in_the_same_process_is_left_alone() -> None:
     layer = Bare().to("cuda", torch.bfloat16).eval()
     x = torch.randn(16, K, device="cuda", dtype=torch.bfloat16)

@@ -29,7 +29,7 @@ from fxint4.lowering_experts import package_fault
 
 gpu = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(triton is None, reason="needs Triton")
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+pytestmark = [pytest.mark.compiles, pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")]
 
 BF16 = torch.bfloat16
 
@@ -317,7 +317,7 @@ def original_bytes(model: nn.Module) -> int:
 @gpu
 @pytest.mark.parametrize(
     ("function", "dtype"),
-    [(by_ends, BF16), (by_index, BF16), (by_index, torch.float16), (in_a_batch, torch.float32)],
+    [(by_ends, BF16), (by_index, torch.float16), (in_a_batch, torch.float32)],
 )
 def test_a_package_of_experts(
     function: Callable[..., Tensor], dtype: torch.dtype, tmp_path: Path
@@ -370,8 +370,9 @@ def test_a_package_of_experts_that_were_packed_before(packed_by: str, tmp_path: 
 @gpu
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled on the fly:UserWarning")
-@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize(
+    ("kind", "experts"), [("Mixtral", "grouped_mm"), ("Qwen3Moe", "batched_mm")]
+)
 def test_a_package_of_a_model_of_transformers(kind: str, experts: str, tmp_path: Path) -> None:
     """Every token goes to all experts, so that no rounding can change the choice."""
     transformers = pytest.importorskip("transformers", reason="builds its models from transformers")
@@ -382,7 +383,7 @@ def test_a_package_of_a_model_of_transformers(kind: str, experts: str, tmp_path:
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=99,
         hidden_size=720,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=4,
         num_local_experts=4,
@@ -412,7 +413,7 @@ def test_a_package_of_a_model_of_transformers(kind: str, experts: str, tmp_path:
     report = fxint4.last_report()
     assert report is not None
     of_experts = [record for record in report.records if record.batch > 1]
-    assert [(record.batch, record.action) for record in of_experts] == [(4, "packed")] * 4
+    assert [(record.batch, record.action) for record in of_experts] == [(4, "packed")] * 2
     assert os.path.getsize(path) < original_bytes(model) / 2
     outputs = run_without_fxint4(path, calls, tmp_path)
 

@@ -52,6 +52,7 @@ def test_a_wrong_command_line_gets_one_line(
     assert said == f"{USAGE}: {message}; `{USAGE} --help` lists the commands\n"
 
 
+@pytest.mark.compiles
 def test_the_exit_status_reaches_the_shell() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fxint4", "frobnicate"], capture_output=True, text=True
@@ -62,6 +63,7 @@ def test_the_exit_status_reaches_the_shell() -> None:
     ]
 
 
+@pytest.mark.compiles
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     fxint4.Report().save(tmp_path / "a.json")
     reader, writer = os.pipe()
@@ -146,6 +148,7 @@ def needs(*packages: str) -> Any:
 
 
 @needs(demo.MODEL_PACKAGE, "transformers")
+@pytest.mark.compiles
 def test_the_demo_packs_a_trained_model_and_keeps_its_embeddings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,12 +257,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def package(targets: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Made once, by the command, for all tests that run it."""
-    folder = tmp_path_factory.mktemp("package")
-    path = str(folder / "model.pt2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
-        argv = ["export", f"{targets}:model", "-o", path, "--dynamic", "0:1", "--group-size", "32"]
-        assert main(argv) == 0
+    path = str(tmp_path_factory.mktemp("package") / "model.pt2")
+    argv = ["export", f"{targets}:model", "-o", path, "--dynamic", "0:1", "--group-size", "32"]
+    assert main(argv) == 0
     return path
 
 

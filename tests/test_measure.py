@@ -117,6 +117,8 @@ WAYS = {"explain": explained, "rewrite": rewritten, "pack_": packed}
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_errors_are_those_of_float64(way: str) -> None:
     model, x = Layers().eval(), noise(2, 5, 128)
     report = WAYS[way](model, x)
@@ -130,6 +132,8 @@ def test_errors_are_those_of_float64(way: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_models_of_16_bits(way: str, dtype: torch.dtype) -> None:
     """Layers that read the model's input see the very same x; `out` sees one that was rounded."""
     model, x = Layers().eval().to(dtype), noise(3, 128).to(dtype)
@@ -147,6 +151,8 @@ def test_models_of_16_bits(way: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_layers_that_are_kept_have_no_error_and_cost_none(way: str) -> None:
     model, x = Layers().eval(), noise(3, 128)
     with pytest.MonkeyPatch.context() as patch:
@@ -165,6 +171,8 @@ def test_layers_that_are_kept_have_no_error_and_cost_none(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_weight_that_is_too_noisy_is_not_exchanged(way: str) -> None:
     model, x = Layers().eval(), noise(3, 128)
     with pytest.MonkeyPatch.context() as patch:
@@ -174,6 +182,8 @@ def test_a_weight_that_is_too_noisy_is_not_exchanged(way: str) -> None:
     assert report.output_error is None
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_graph_breaks_and_calls_of_one_layer_are_pooled() -> None:
     class Repeats(nn.Module):
         def __init__(self) -> None:
@@ -197,6 +207,8 @@ def test_graph_breaks_and_calls_of_one_layer_are_pooled() -> None:
     assert report.output_error == pytest.approx(expected, rel=FP32)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_tied_weights_share_an_error() -> None:
     model = Layers().eval()
     model.k.weight = model.q.weight
@@ -216,6 +228,8 @@ IDS = torch.tensor([3, 0, 0, 3, 1, 3])
 
 
 @pytest.mark.parametrize("form", ["batched", "indexed", "grouped"])
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_experts_are_measured_on_the_rows_that_they_get(form: str) -> None:
     w = nn.Parameter(noise(E, N, K, seed=1) / 8)
     x = noise(E, 5, K) if form == "batched" else noise(6, K)
@@ -243,6 +257,8 @@ def test_experts_are_measured_on_the_rows_that_they_get(form: str) -> None:
     assert report.output_error == pytest.approx(expected, rel=rounding)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_experts_without_rows_have_no_error() -> None:
     w = nn.Parameter(noise(E, N, K, seed=1).bfloat16())
     model = module(lambda m, x: torch._grouped_mm(x, m.w.transpose(1, 2), 0 * OFFS), w=w)
@@ -257,6 +273,8 @@ class Returned:
     rest: dict[str, Any]
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_all_float_tensors_that_are_returned_count_together() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -279,6 +297,8 @@ def test_all_float_tensors_that_are_returned_count_together() -> None:
     assert explained(model, x).output_error == pytest.approx(expected, rel=FP32)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_model_that_returns_no_floats_has_no_error() -> None:
     model = nn.Sequential(Layers()).eval()
     report = fxint4.explain(lambda x: model(x).argmax(-1), noise(3, 128), options=OPTIONS)
@@ -318,6 +338,8 @@ class Stateful(nn.Module):
         return y + self.total + given + self.calls + len(cache.seen)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_runs_start_alike_and_leave_everything_as_it_was() -> None:
     torch.manual_seed(0)
     model, x, given, cache = Stateful().eval(), noise(3, 128), torch.zeros(3, 64), Cache()
@@ -340,6 +362,8 @@ def test_runs_start_alike_and_leave_everything_as_it_was() -> None:
     assert report.output_error == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_model_is_not_kept_alive() -> None:
     model = Layers().eval()
     explained(model, noise(3, 128))
@@ -377,6 +401,8 @@ def test_memory_for_one_weight_at_a_time() -> None:
 # --- what is asked for ----------------------------------------------------------------------------
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_nothing_is_measured_where_that_is_not_wanted() -> None:
     model, x = Layers().eval(), noise(3, 128)
     reports = [
@@ -389,6 +415,8 @@ def test_nothing_is_measured_where_that_is_not_wanted() -> None:
         assert "error" not in str(report)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_packed_models_have_nothing_to_compare_with() -> None:
     model, x = Layers().eval(), noise(3, 128)
     fxint4.pack_(model, (x,), OPTIONS)
@@ -413,6 +441,8 @@ def test_examples_are_needed() -> None:
         Int4Config(measure=1)  # type: ignore[arg-type]
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_model_that_can_not_be_measured_is_explained_all_the_same(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -437,6 +467,8 @@ def test_a_bar_is_shown_where_progress_is_asked_for(capsys: pytest.CaptureFixtur
         assert ("fxint4: measuring errors" in capsys.readouterr().err) is progress
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_layers_that_share_a_graph_have_recipes_of_their_own() -> None:
     """After a graph break Dynamo compiles `Layers.forward` once for both of them."""
 

@@ -404,6 +404,8 @@ def lines_of(function: Callable[..., Any]) -> list[int]:
     ]
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_matmul_has_the_innermost_line_that_is_not_of_torch() -> None:
     model = Twice().eval()
     x = torch.randn(2, 64)
@@ -417,6 +419,8 @@ def test_a_matmul_has_the_innermost_line_that_is_not_of_torch() -> None:
     assert {record.source for record in fxint4.pack_(model, (x,)).records} == set(expected)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_matmul_of_torch_alone_has_no_line() -> None:
     [record] = fxint4.explain(nn.Linear(64, 64).eval(), torch.randn(2, 64)).records
     assert record.source == ""

@@ -35,6 +35,8 @@ def reasons(report: Report) -> dict[str, str]:
 # --- by module -----------------------------------------------------------------------------------
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_linear_layers_are_packed_and_give_what_int4_leaves() -> None:
     torch.manual_seed(0)
     model = nn.Linear(K, N, dtype=torch.bfloat16).eval()
@@ -322,6 +324,8 @@ GRAPHS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], tuple[in
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_every_use_that_packed_weights_support(name: str) -> None:
     """Eager and compiled give what the model gives with dequantised weights."""
     torch.manual_seed(0)
@@ -476,6 +480,8 @@ class Layers(nn.Module):
 FREE = {"free_weights": True}
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_free_weights_packs_when_it_first_compiles() -> None:
     torch.manual_seed(0)
     model = Layers().eval()
@@ -502,6 +508,8 @@ def assert_near(y: Tensor, expected: Tensor) -> None:
     assert (y - expected).norm() / expected.norm() < 2.0**-6
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_layers_compiled_one_by_one_are_all_freed_and_share_one_compile() -> None:
     torch.manual_seed(0)
     model = Layers().eval()
@@ -523,6 +531,8 @@ def test_layers_compiled_one_by_one_are_all_freed_and_share_one_compile() -> Non
     assert_near(y, expected @ weight)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_modules_that_are_not_compiled_are_left_alone() -> None:
     model = nn.ModuleDict(
         {"one": Layer(), "two": nn.Sequential(nn.Linear(64, 64)), "three": Layer()}
@@ -545,6 +555,8 @@ def test_modules_that_are_not_compiled_are_left_alone() -> None:
     assert packed_names(model) == {"one.fc.weight", "three.fc.weight"}
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_names_to_skip_are_those_of_the_whole_model() -> None:
     model = Layers(3).eval()
     for layer in model.layers:
@@ -554,6 +566,8 @@ def test_names_to_skip_are_those_of_the_whole_model() -> None:
     assert packed_names(model) == {"layers.0.fc.weight", "layers.2.fc.weight"}
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_by_default_the_report_says_what_is_held_and_how_to_free_it() -> None:
     model = nn.Linear(64, 64, bias=False).eval()
     with torch.no_grad():
@@ -586,6 +600,8 @@ def awq(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", [None, "int4tile", "inductor"])
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_awq_keeps_the_pre_scale_with_the_weight(backend: str | None) -> None:
     torch.manual_seed(0)
     model = module(
@@ -617,6 +633,8 @@ def test_awq_keeps_the_pre_scale_with_the_weight(backend: str | None) -> None:
             assert_within(have, x.double() @ matrix.T, rounding_bound(x, matrix))
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_equal_layers_some_with_a_pre_scale_share_no_code() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(K, N, bias=False) for _ in range(3))).eval()
@@ -653,6 +671,8 @@ def compiled_results(model: nn.Module, xs: Sequence[Tensor]) -> list[Tensor]:
         return [compiled(x) for x in xs]
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_state_dicts_of_a_packed_model_load_into_compiled_code() -> None:
     """Compiled code sees weights that `load_state_dict` and `copy_` change in place."""
     torch.manual_seed(0)
@@ -673,6 +693,8 @@ def test_state_dicts_of_a_packed_model_load_into_compiled_code() -> None:
         assert torch.equal(compiled(x), wanted)
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_rows_that_vary_run_through_one_compile() -> None:
     torch.manual_seed(0)
     model = nn.Linear(K, N, bias=False).eval()

@@ -384,6 +384,8 @@ def test_a_parameter_that_no_matmul_reads_is_named_with_what_does(terminal: Any)
     ]
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_a_parameter_that_meets_constants_alone_is_named_with_the_matmul(terminal: Any) -> None:
     class Queries(nn.Module):
         def __init__(self) -> None:

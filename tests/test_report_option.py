@@ -61,6 +61,7 @@ WAYS: dict[str, Callable[[nn.Module, dict[str, Any]], Report | None]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.compiles
 def test_every_way_gives_one_kind_of_report_and_writes_it(
     way: str, model: Model, tmp_path: Path
 ) -> None:
@@ -91,12 +92,14 @@ def test_a_folder_that_is_not_there_is_an_error_before_anything_is_done(
     assert type(model.fc.weight) is nn.Parameter
 
 
+@pytest.mark.compiles
 def test_what_reads_a_parameter_that_is_not_packed_is_named(model: Model) -> None:
     [words, *_] = fxint4.explain(model, X).coverage["not_packed"]
     assert words["name"] == "words.weight"
     assert words["reason"] == "read by aten.embedding, by no matmul"
 
 
+@pytest.mark.compiles
 def test_the_file_follows_graph_by_graph(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     report = compiled(Model(breaks=True).bfloat16().eval(), {"report": str(path)})
@@ -109,6 +112,7 @@ def test_the_file_follows_graph_by_graph(tmp_path: Path) -> None:
     assert "\n  graph break: " in str(report)
 
 
+@pytest.mark.compiles
 def test_options_of_inductor_are_in_the_report(model: Model) -> None:
     report = fxint4.explain(model, X, options={"epilogue_fusion": False, "skip": "head"})
     assert report.options["epilogue_fusion"] is False

@@ -739,6 +739,7 @@ def every_way(x: Tensor, w: Tensor, e: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.compiles
 def test_compiled_it_gives_what_it_gives_in_eager(backend: str, flipped: bool) -> None:
     w, e, x = (
         integers(20, 100, flipped=flipped),
@@ -755,6 +756,7 @@ def test_compiled_it_gives_what_it_gives_in_eager(backend: str, flipped: bool) -
 
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.compiles
 def test_compiled_functions_return_packed_weights(backend: str, flipped: bool) -> None:
     def parts(w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         rows = torch.cat([v, v[:3]])
@@ -771,6 +773,7 @@ def test_compiled_functions_return_packed_weights(backend: str, flipped: bool) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.compiles
 def test_a_compiled_module_follows_its_weights(backend: str) -> None:
     module = nn.Linear(100, 20, bias=False)
     module.weight = nn.Parameter(integers(20, 100), requires_grad=False)
@@ -831,6 +834,7 @@ def test_dequantizing_in_compiled_code(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.compiles
 def test_compiled_in_inference_mode(backend: str) -> None:
     w, x = integers(20, 100), signs(3, 100)
     with torch.inference_mode():

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 import fxint4
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 B, M, N, K = 2, 3, 50, 200  # N and K are both padded
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import fxint4
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 N, K = 50, 72  # N and K are both padded
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}

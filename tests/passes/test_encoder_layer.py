@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxint4.passes import DECOMPOSITIONS
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 B, L, D, FF, HEADS = 2, 3, 40, 56, 2  # N and K of every weight are padded
 OP = torch.ops.aten._transformer_encoder_layer_fwd.default
 RECORDS = [

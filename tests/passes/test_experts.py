@@ -12,7 +12,9 @@ from reference import dequantised
 from support import assert_within, compile_and_report, kept, module, rounding_bound
 from torch import Tensor, nn
 
-from fxint4 import Int4TileTensor, Report, last_report, pack_
+from fxint4 import Int4TileTensor, Report, forms, last_report, pack_
+
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
 E, N, K = 4, 50, 200  # N and K are both padded
 WIDE = 56  # what _grouped_mm needs: a multiple of 16 bytes
@@ -238,7 +240,10 @@ def check_rewritten(name: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_many_rows_are_multiplied_by_a_dense_copy_on_the_cpu(name: str) -> None:
+def test_many_rows_are_multiplied_by_a_dense_copy_on_a_cpu_with_bf16(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "mkldnn_supports", lambda dtype: True)
     form = FORMS[name]
     model, x, others = made(form, torch.bfloat16)
     times = 200

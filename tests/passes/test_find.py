@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fxint4
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 D = 64
 
 

@@ -29,6 +29,8 @@ import fxint4
 from fxint4.constants import Constants, Standing
 from fxint4.constants import Weight as Computation
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 M, N, K = 3, 50, 72  # N and K are both padded
 aten = torch.ops.aten
 

@@ -40,6 +40,8 @@ from fxint4.passes import folded_record, matmuls, with_matmuls
 from fxint4.passes.fuse import _kernels_by_m
 from fxint4.store import store
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 aten = torch.ops.aten

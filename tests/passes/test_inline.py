@@ -14,6 +14,8 @@ from torch._subclasses import FakeTensorMode
 import fxint4
 from fxint4.passes import inline_regions
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 K = 72
 aten = torch.ops.aten
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph

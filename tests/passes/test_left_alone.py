@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from fxint4.constants import Constants, Standing
 from fxint4.passes import Kept, LeftAlone
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 N, K = 50, 200
 aten = torch.ops.aten
 

@@ -27,6 +27,8 @@ from torch.nn import functional as F
 
 import fxint4
 
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
 M, N, K = 3, 50, 200  # N and K are both padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
