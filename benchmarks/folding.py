@@ -29,9 +29,9 @@ from measure import DTYPES, describe, interleave, machine, parser, show, write
 from torch import Tensor, fx, nn
 
 from fxint4.constants import Constants, Standing
-from fxint4.forms import int4_form, rows_multiple
+from fxint4.forms import Dense, Form, int4_form, rows_multiple
 from fxint4.recipe import Recipe
-from fxint4.store import Dense, Form, PackedWeight
+from fxint4.store import PackedWeight
 from fxint4.tiles import choose_shape
 
 #: N x K of a Llama-3-8B layer's projections: q and o, k and v, gate and up, down.

@@ -36,9 +36,8 @@ from peers import GemLite, TorchAO
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
-from fxint4.kernel_choice import at_run_time
-from fxint4.kernels.choice import Choice
 from fxint4.kernels.linear import linear
+from fxint4.kernels.select import Choice, at_run_time
 
 DEVICE = torch.device("cuda")
 GROUP = 128

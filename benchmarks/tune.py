@@ -29,9 +29,9 @@ from measure import describe, graph_of, graph_times_us, machine, parser, write
 from torch import Tensor
 
 from fxint4.kernels import linear as kernels
-from fxint4.kernels.choice import Choice, choose
 from fxint4.kernels.common import Blocks, Launch, run
 from fxint4.kernels.linear import launch_of, linear
+from fxint4.kernels.select import Choice, choose
 
 GROUP = 128
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 1536)

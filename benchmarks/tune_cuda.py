@@ -31,15 +31,16 @@ from measure import describe, graph_times_us, machine, parser, show, write
 from torch import Tensor
 
 from fxint4.kernels import nvrtc
-from fxint4.kernels.choice import Choice, gpu_of
 from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
-from fxint4.kernels.cuda_choice import (
+from fxint4.kernels.linear import linear
+from fxint4.kernels.select import (
+    Choice,
     choose_few_rows,
     choose_many_rows,
     cuda_configurations,
+    gpu_of,
     waves,
 )
-from fxint4.kernels.linear import linear
 
 #: Those of the kernel for few rows, and of that for many.
 FEW, MANY = (1, 2, 4, 8), (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)

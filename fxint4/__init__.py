@@ -2,7 +2,6 @@
 
 from fxint4 import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
 from fxint4.aot import package
-from fxint4.backend import explain, last_report
 from fxint4.calibrate import CalibrationCost, calibrate, calibration_cost
 from fxint4.calibration import Calibration
 from fxint4.checkpoints import load_
@@ -17,9 +16,11 @@ from fxint4.errors import (
     TrainingError,
     UnsupportedOpError,
 )
+from fxint4.explain import explain
 from fxint4.export import rewrite
 from fxint4.pack import pack_
 from fxint4.report import Record, Report
+from fxint4.report.latest import last_report
 from fxint4.saving import load_file, save_file
 from fxint4.tensor import Int4TileTensor, dequantizing
 from fxint4.version import __version__ as __version__

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import fx
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 
 __all__ = [
     "autotunes",

@@ -16,14 +16,16 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from fxint4 import _torch
-from fxint4.config import Int4Config, split_options
+from fxint4._pytorch.export import aoti_package
+from fxint4._pytorch.tensors import flat
+from fxint4.config import Int4Config
 from fxint4.errors import OptionError, UnsupportedOpError
 from fxint4.export import is_rewritten, placeholders, remade, rewrite_program
 from fxint4.files import draft_of
-from fxint4.kernel_choice import Policy
+from fxint4.kernels.policy import Policy
 from fxint4.lowering import lowered
 from fxint4.lowering_experts import package_fault
+from fxint4.options import split_options
 
 __all__ = ["METADATA", "package"]
 
@@ -83,7 +85,7 @@ def package(
     with tempfile.TemporaryDirectory() as folder, draft_of(Path(path)) as draft:
         made = os.path.join(folder, os.path.basename(path))
         with lowered(Policy(config.kernel, package=True)):
-            _torch.aoti_package(program, made, patches)
+            aoti_package(program, made, patches)
         shutil.copyfile(made, draft)
     return path
 
@@ -193,7 +195,7 @@ def _described(program: ExportedProgram) -> dict[str, list[Any]]:
         for node, spec in zip(placeholders(program.graph), specs, strict=True)
         if spec.kind is InputKind.USER_INPUT
     ]
-    examples = _torch.flat(program.example_inputs)
+    examples = flat(program.example_inputs)
     assert program.example_inputs is not None
     args, _ = program.example_inputs
     signature = program.module_call_graph[0].signature

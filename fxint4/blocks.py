@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxint4.quantize import Quantized, dequantize, row_blocks
+from fxint4.chunks import row_blocks
+from fxint4.quantize import Quantized, dequantize
 from fxint4.recipe import RTN, Recipe
 from fxint4.tiles import TileShape, pack_scale_and_zero, pad_codes, pad_parameters
 

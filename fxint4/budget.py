@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fxint4._torch import real_tensors
+from fxint4._pytorch.tensors import real_tensors
 from fxint4.blocks import dequantized
 from fxint4.calibration import Calibration, Choice, Statistics, Trade
-from fxint4.capture import compiled_anew
 from fxint4.config import GROUP_SIZES
-from fxint4.gather import Gatherer, WatchedGraph, Weights
 from fxint4.measure import differences, float_tensors, ratio
-from fxint4.methods.errors import output_error
-from fxint4.passes import Site
-from fxint4.quantize import nonfinite_fault
-from fxint4.recipe import recipe_of
+from fxint4.metrics import nonfinite_fault, output_error
+from fxint4.observers import Gatherer, WatchedGraph, Weights
+from fxint4.passes.plan import recipe_of
+from fxint4.passes.site import Site
 from fxint4.tiles import choose_shape
+from fxint4.tracing import compiled_anew
 from fxint4.trials import Trials
 
 __all__ = ["choose"]

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from fxint4 import gather
 from fxint4.budget import choose
 from fxint4.calibration import Calibration
-from fxint4.config import Int4Config, named, split_options
+from fxint4.config import Int4Config
 from fxint4.errors import OptionError, TrainingError
-from fxint4.gather import Batches, Gatherer, fits
+from fxint4.observers import Batches, Gatherer, fits, in_passes
+from fxint4.options import named, split_options
+from fxint4.sequential import calibrate_sequentially
 
 __all__ = ["CalibrationCost", "calibrate", "calibration_cost", "settled"]
 
@@ -92,7 +93,7 @@ def calibrate(
         raise ValueError("sequential calibration takes one pass a graph: it has no use for memory")
     given = Batches(batches, config.progress)
     with Gatherer(config, memory) as gatherer:
-        run = gather.sequential if sequential else gather.in_passes
+        run = calibrate_sequentially if sequential else in_passes
         run(model, given, gatherer)
         calibration = Calibration(gatherer.statistics())
         _warn_of_few_rows(calibration)
@@ -116,7 +117,7 @@ def calibration_cost(
     """
     config = _config(model, options)
     with Gatherer(config, dry=True) as gatherer:
-        gather.in_passes(model, Batches([batch], False), gatherer)
+        in_passes(model, Batches([batch], False), gatherer)
     sizes = [sums.nbytes for sums in gatherer.sums.values()]
     waiting, passes = sizes, 0
     while waiting:
@@ -146,7 +147,7 @@ def settled(
         return config
     batch = [(args, kwargs)]
     with Gatherer(config, dry=config.calibration is not None) as gatherer:
-        gather.in_passes(model, batch, gatherer)
+        in_passes(model, batch, gatherer)
         calibration = config.calibration or Calibration(gatherer.statistics())
         chosen = choose(model, batch, gatherer, calibration)
     return dataclasses.replace(config, calibration=chosen)

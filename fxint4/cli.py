@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxint4
-from fxint4 import _torch
+from fxint4._pytorch.export import aoti_inputs, aoti_leaves, aoti_load
+from fxint4._pytorch.tensors import flat, map_tensors
 from fxint4.aot import METADATA
 from fxint4.config import GROUP_SIZES, INNER_K_TILES, METHODS
 from fxint4.errors import CommandError, ReportError, first_line
@@ -155,7 +156,7 @@ def _made(target: str, device: str | None) -> tuple[nn.Module, tuple[Any, ...], 
     if device is not None:
         where = _device(device)
         model = model.to(where)
-        move = _torch.map_tensors
+        move = map_tensors
         inputs, keywords = move(lambda value: value.to(where), (tuple(inputs), keywords))
     return model, tuple(inputs), keywords
 
@@ -257,7 +258,7 @@ def run(argv: Sequence[str]) -> int:
     device = _device(metadata.get("AOTI_DEVICE_KEY", "cpu"))
     _check_cpu(args.package, metadata.get("AOTI_CPU_ISA", ""))
     try:
-        model = _torch.aoti_load(args.package)
+        model = aoti_load(args.package)
     except Exception as error:
         raise CommandError(f"{args.package} can't be loaded: {first_line(error)}") from error
     described = json.loads(metadata[METADATA]) if METADATA in metadata else None
@@ -273,7 +274,7 @@ def run(argv: Sequence[str]) -> int:
     if described is not None:
         _check_inputs(leaves, described["inputs"])
     entries = described["inputs"] if described else [{}] * len(leaves)
-    inputs, keywords = _torch.aoti_inputs(
+    inputs, keywords = aoti_inputs(
         model,
         [
             value.to(entry.get("device", device)) if isinstance(value, Tensor) else value
@@ -282,7 +283,7 @@ def run(argv: Sequence[str]) -> int:
     )
     with torch.no_grad():
         outputs = model(*inputs, **keywords)
-        for index, value in enumerate(_torch.flat(outputs)):
+        for index, value in enumerate(flat(outputs)):
             print(f"output {index}: {_summary(value)}")
         if args.output is not None:
             torch.save(outputs, args.output)
@@ -388,11 +389,11 @@ def _loaded(path: str, names: Sequence[str], model: Any) -> list[Any]:
             raise CommandError(f"inputs {path!r} have no {missing[0]!r}, which the package takes")
         args = tuple(loaded.pop(name) for name in names)
         try:
-            return _torch.aoti_leaves(model, args, loaded)
+            return aoti_leaves(model, args, loaded)
         except ValueError as error:
             raise CommandError(f"inputs {path!r} do not fit: {first_line(error)}") from error
     if isinstance(loaded, (Tensor, tuple, list)):
-        return _torch.flat(loaded)
+        return flat(loaded)
     raise CommandError(f"inputs {path!r} are {_kind(loaded)}; need a tensor, tuple, list or dict")
 
 

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fxint4._torch import inductor_mode_options, inductor_option_names
 from fxint4.calibration import Calibration, Choice
 from fxint4.errors import OptionError
+from fxint4.patterns import checked_patterns, matches
 
-__all__ = [
-    "GROUP_SIZES",
-    "INNER_K_TILES",
-    "METHODS",
-    "REPORT_SUFFIXES",
-    "Int4Config",
-    "matches",
-    "named",
-    "split_options",
-]
+__all__ = ["GROUP_SIZES", "INNER_K_TILES", "METHODS", "REPORT_SUFFIXES", "Int4Config"]
 
 #: Group sizes that `aten._weight_int4pack_mm` takes.
 GROUP_SIZES = (32, 64, 128, 256)
@@ -141,7 +128,7 @@ class Int4Config:
             except OptionError as error:
                 raise OptionError(f"overrides for {pattern!r}: {error}") from error
         for name in ("include", "skip"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_patterns(name, getattr(self, name)))
         if self.min_sqnr_db is not None and not _is_number(self.min_sqnr_db):
             raise OptionError(
                 f"min_sqnr_db is {self.min_sqnr_db!r}; it takes a number of dB, or None"
@@ -239,89 +226,6 @@ class Int4Config:
         )
 
 
-def split_options(
-    mode: str | None, options: Mapping[str, Any] | None
-) -> tuple[Int4Config, dict[str, Any]]:
-    """Split what `torch.compile` was given into our config and patches of Inductor's.
-
-    Args:
-        mode: a mode of `torch.compile`, expanded as Inductor expands it.
-        options: fields of `Int4Config` and, beside them, Inductor options by their own name.
-
-    Returns:
-        The config, and the Inductor config patches.
-
-    Raises:
-        OptionError: a key or mode that neither side knows; the nearest known one is named.
-    """
-    patches = dict(inductor_mode_options(mode))
-    ours: dict[str, Any] = {}
-    own_names = [one.name for one in dataclasses.fields(Int4Config)]
-    for key, value in named(options).items():
-        name = key.replace("-", "_")
-        if name in own_names:
-            ours[name] = value
-        elif name in inductor_option_names():
-            patches[name] = value
-        else:
-            raise OptionError(_unknown_key(key, own_names))
-    return Int4Config(**ours), patches
-
-
-def named(options: Any) -> Mapping[str, Any]:
-    """Options by name, none for None; OptionError for what is no dict of them."""
-    options = {} if options is None else options
-    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-        raise OptionError(
-            f"options is {options!r}; it takes a dict of values by name, such as "
-            "{'group_size': 64}"
-        )
-    return options
-
-
-def matches(name: str, parameters: Iterable[str], patterns: Iterable[str]) -> str | None:
-    """The first of `patterns` that matches a layer, or None.
-
-    Args:
-        name: full name of the layer.
-        parameters: full names of the parameters its weight is made of.
-        patterns: globs, or regular expressions after "re:".
-    """
-    candidates = {part for full in (name, *parameters) for part in _with_parents(full)}
-    for pattern in patterns:
-        expression = _compiled(pattern)
-        if any(expression.fullmatch(candidate) for candidate in candidates):
-            return pattern
-    return None
-
-
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    source = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
-    return re.compile(source)
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
-def _patterns(field: str, value: object) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple, set, frozenset)) or not all(
-        isinstance(pattern, str) for pattern in values
-    ):
-        raise OptionError(f"{field} is {value!r}; it takes module names, globs or 're:' patterns")
-    for pattern in values:
-        try:
-            _compiled(pattern)
-        except re.error as error:
-            raise OptionError(
-                f"{field} holds {pattern!r}, which is no regular expression: {error}"
-            ) from error
-    return tuple(sorted(values)) if isinstance(values, (set, frozenset)) else tuple(values)
-
-
 def _overrides(value: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
     """Patterns and what they change, hashable."""
     pairs = tuple(value.items()) if isinstance(value, Mapping) else value
@@ -332,7 +236,7 @@ def _overrides(value: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], 
         raise OptionError(f"overrides is {value!r}; it takes a dict of options by pattern")
     made = []
     for pattern, changes in pairs:
-        _patterns("overrides", [pattern])
+        checked_patterns("overrides", [pattern])
         try:
             fields = dict(changes)
         except (TypeError, ValueError) as error:
@@ -366,12 +270,3 @@ def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _unknown_key(key: str, own_names: list[str]) -> str:
-    # Ours first: a slip is likelier in the names that this page's reader has just met.
-    nearest = difflib.get_close_matches(key, own_names, n=1) or difflib.get_close_matches(
-        key, inductor_option_names(), n=1
-    )
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"fxint4 knows {', '.join(own_names)}"
-    return f"unknown option {key!r} for backend 'int4tile': {hint} (Inductor options work too)"

@@ -18,33 +18,34 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from fxint4 import _torch
-from fxint4._torch import aten
-from fxint4.backend import remember
-from fxint4.capture import standing_of
-from fxint4.config import Int4Config, split_options
+from fxint4._pytorch.aot import decompositions, warn_if_untested
+from fxint4._pytorch.export import fake_mode_of
+from fxint4._pytorch.tensors import aten, flat
+from fxint4.build import Build
+from fxint4.config import Int4Config
 from fxint4.constants import Constants, Standing
 from fxint4.errors import OptionError
 from fxint4.forms import UNBOUNDED
-from fxint4.kernel_choice import Policy
+from fxint4.kernels.policy import Policy
 from fxint4.lowering_experts import package_fault
 from fxint4.measure import Errors, measure_graph
-from fxint4.passes import (
-    DECOMPOSITIONS,
-    PATTERNS,
-    Build,
-    Rewritten,
-    Site,
-    find,
-    fold,
-    inline_regions,
-    with_matmuls,
-)
-from fxint4.passes import rewrite as rewrite_graph
-from fxint4.passes.pattern import value_of
-from fxint4.report import GraphReport, Record, Report, graph_text
+from fxint4.options import split_options
+from fxint4.passes.encoder_layer import DECOMPOSITIONS
+from fxint4.passes.find import find
+from fxint4.passes.fold import fold
+from fxint4.passes.fuse import with_matmuls
+from fxint4.passes.inline import inline_regions
+from fxint4.passes.patterns import PATTERNS
+from fxint4.passes.rewrite import Rewritten
+from fxint4.passes.rewrite import rewrite as rewrite_graph
+from fxint4.passes.site import Site
+from fxint4.placeholders import standing_of
+from fxint4.report import GraphReport, Record, Report
+from fxint4.report.graphs import graph_text
+from fxint4.report.latest import remember
 from fxint4.runtime import expected_rows
 from fxint4.store import Store
+from fxint4.symbolic import value_of
 from fxint4.tiles import pack_for_cpu, pack_scale_and_zero
 
 __all__ = ["is_rewritten", "placeholders", "remade", "rewrite", "rewrite_program"]
@@ -125,10 +126,10 @@ def rewrite_program(
     if config.free_weights:
         raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
     report = Report(config)
-    _torch.warn_if_untested()
-    program = program.run_decompositions(_torch.decompositions(DECOMPOSITIONS))
+    warn_if_untested()
+    program = program.run_decompositions(decompositions(DECOMPOSITIONS))
     captured = program.graph_module
-    fake_mode = _torch.fake_mode_of(captured)
+    fake_mode = fake_mode_of(captured)
     weights = _Weights(program)
     inline_regions(captured, fake_mode)
     constants = Constants(captured, weights.standings)
@@ -173,7 +174,7 @@ def _measured(
             "to (args, kwargs), or leave measure out"
         )
     signature = program.graph_signature
-    given = iter(_torch.flat(program.example_inputs))
+    given = iter(flat(program.example_inputs))
     arguments = [
         next(given) if spec.kind is InputKind.USER_INPUT else _value(program, spec)
         for spec in signature.input_specs

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from fxint4._torch import aten, mkldnn_supports
-from fxint4.store import Form
+from fxint4._pytorch.tensors import aten, mkldnn_supports
+from fxint4.tiles import TileShape
 
 __all__ = [
     "DTYPES",
     "UNBOUNDED",
+    "Dense",
+    "Form",
     "activation_dtype",
     "aten_op",
     "device_fault",
+    "form_specs",
     "fuses",
     "int4_form",
     "most_int4_rows",
@@ -30,6 +34,29 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CPU_ROWS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 64}
 #: A number of rows that none is above.
 UNBOUNDED = 2**62
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dequantised copy that stands where the original constant stood.
+
+    Attributes:
+        dtype: its dtype.
+        size: its size, as the matmul reads it.
+        stride: its strides, as the matmul reads it.
+        axes: how its axes lie, a key of `fxint4.constants.AXES`.
+    """
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    axes: str
+
+
+#: What a graph asks of a packed weight: "tiles" (int32 tiles and bf16 scale_and_zero, for
+#: `aten._weight_int4pack_mm`), "cpu" (uint8 bytes and bf16 scale_and_zero, for
+#: `aten._weight_int4pack_mm_for_cpu`), or a dense copy.
+Form = str | Dense
 
 
 @cache
@@ -118,3 +145,19 @@ def choose(form: Form, beyond: Form | None, most_rows: int, rows: int | None) ->
     if rows == 0:  # the ops take no empty input
         return None
     return form if rows is not None and rows <= most_rows else beyond
+
+
+def form_specs(
+    shape: TileShape, form: Form
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype], ...]:
+    """Size, stride (None: contiguous) and dtype of each tensor of a form."""
+    if isinstance(form, Dense):
+        return ((form.size, form.stride, form.dtype),)
+    further: list[tuple[tuple[int, ...], None, torch.dtype]]
+    further = [(shape.scale_and_zero_shape, None, torch.bfloat16)]
+    if shape.pre_scaled:
+        further.append(((shape.k,), None, torch.float32))
+    if form == "cpu":
+        size = (*shape.batch, shape.n_padded, shape.k_padded // 2)
+        return ((size, None, torch.uint8), *further)
+    return ((shape.tiles_shape, None, torch.int32), *further)

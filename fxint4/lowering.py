@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxint4 import _inductor, kernel_choice, lowering_experts
-from fxint4._torch import aten
-from fxint4.kernel_choice import Policy, by_m
-from fxint4.kernels import choice as rule
-from fxint4.kernels import common, cuda, cuda_choice, experts, linear, nvrtc
-from fxint4.kernels.choice import Choice
+from fxint4 import _inductor, lowering_experts
+from fxint4._pytorch.tensors import aten
+from fxint4.kernels import common, cuda, experts, linear, nvrtc, select
+from fxint4.kernels import policy as policies
 from fxint4.kernels.common import Blocks, Launch, version_of
 from fxint4.kernels.cuda import CudaBlocks
+from fxint4.kernels.policy import Policy
+from fxint4.kernels.select import Choice, by_m
 
 __all__ = ["compile_graph", "lowered"]
 
@@ -55,8 +55,8 @@ def lowered(policy: Policy) -> AbstractContextManager[None]:
         policy: which kernels to choose.
     """
     # All that has a say in what is made of a graph.
-    modules = (sys.modules[__name__], lowering_experts, _inductor, kernel_choice)
-    version = version_of(*modules, rule, cuda_choice, common, linear, experts, cuda)
+    modules = (sys.modules[__name__], lowering_experts, _inductor, policies, select)
+    version = version_of(*modules, common, linear, experts, cuda)
     return _inductor.in_force(_lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxint4 import _inductor
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 from fxint4.kernels import common, experts
 from fxint4.kernels.common import Launch
 

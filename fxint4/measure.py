@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from fxint4 import _torch
+from fxint4._pytorch.tensors import flat, real_tensors
 from fxint4.blocks import quantized_blocks, values_of
-from fxint4.capture import Analysis, compiled_anew, watching
 from fxint4.config import Int4Config
-from fxint4.passes import Site, sqnr_fault
+from fxint4.metrics import nonfinite_fault, sqnr_db
 from fxint4.passes.pattern import GivenMatch
-from fxint4.quantize import nonfinite_fault, sqnr_db
+from fxint4.passes.pipeline import Analysis
+from fxint4.passes.plan import met_recipe, sqnr_fault
+from fxint4.passes.site import Site
 from fxint4.replay import Activation, Replay, own_matrix
-from fxint4.runtime import met_recipe
+from fxint4.tracing import compiled_anew, watching
 from fxint4.trials import Trials, forked_random_state
 
 __all__ = [
@@ -161,7 +162,7 @@ def measure_graph(
     with _Meter(_quantized_by(config), config.progress) as meter:
 
         def run() -> list[Tensor]:
-            with _torch.real_tensors(), forked_random_state():
+            with real_tensors(), forked_random_state():
                 results = replay.run([arguments], meter)[0]
             return float_tensors([results[position] for position in outputs])
 
@@ -199,7 +200,7 @@ class _Meter:
         self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
     ) -> Tensor:
         self._bar.update()
-        with _torch.real_tensors():
+        with real_tensors():
             dtype = activations[0].x.dtype if self.exchange else torch.float32
             quantized = self._quantized_of(site, roots, dtype)
             if self.exchange and quantized is not None:
@@ -280,7 +281,7 @@ def ratio(changed: float, product: float) -> float | None:
 def float_tensors(value: Any) -> list[Tensor]:
     """The float tensors in what a model returns, in order."""
     found: list[Tensor] = []
-    for leaf in _torch.flat(value):
+    for leaf in flat(value):
         if isinstance(leaf, Tensor):
             if leaf.is_floating_point() or leaf.is_complex():
                 found.append(leaf)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxint4._torch import frame_scope, source_name
+from fxint4._pytorch.dynamo import frame_scope, source_name
 from fxint4.tensor import Int4TileTensor
 
 __all__ = [

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxint4._torch import aten
-from fxint4.constants import Given
-from fxint4.kernel_choice import at_run_time
+from fxint4._pytorch.tensors import aten
+from fxint4.expression import Given
 from fxint4.kernels import experts, linear
-from fxint4.kernels.choice import Choice
 from fxint4.kernels.cuda import CudaBlocks
+from fxint4.kernels.select import Choice, at_run_time
 from fxint4.store import store
 
 __all__: list[str] = []

@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxint4.calibrate import settled
-from fxint4.capture import candidates_of
-from fxint4.config import Int4Config, split_options
+from fxint4.config import Int4Config
 from fxint4.errors import FoldError, OptionError, first_line
 from fxint4.measure import measure
 from fxint4.names import parameters_of
+from fxint4.options import split_options
 from fxint4.packing import (
     Candidate,
     Owners,
+    candidates_of,
     from_modules,
     packed_candidate,
     replace_parameters,
     settle_parametrized,
 )
-from fxint4.passes import Site
+from fxint4.passes.site import Site
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
 from fxint4.trials import Trials

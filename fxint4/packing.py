@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from fxint4._torch import aten, example_size
+from fxint4._pytorch.aot import example_size
+from fxint4._pytorch.tensors import aten, real_tensors
 from fxint4.calibration import transposed_key
 from fxint4.config import Int4Config
 from fxint4.constants import Constants
 from fxint4.errors import FoldError
+from fxint4.metrics import nonfinite_fault
 from fxint4.names import layer_name, plain_name
-from fxint4.passes import Site, refusal, sqnr_fault
-from fxint4.quantize import nonfinite_fault
-from fxint4.recipe import recipe_of
+from fxint4.passes.pipeline import Analysis
+from fxint4.passes.plan import recipe_of, refusal, sqnr_fault
+from fxint4.passes.site import Site
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import NEW_AXIS
 from fxint4.tiles import choose_shape
+from fxint4.tracing import compiled_anew, watching
+from fxint4.trials import Trials
 
 __all__ = [
     "Candidate",
     "Owners",
+    "candidates_in",
+    "candidates_of",
     "from_graph",
     "from_modules",
     "packed_candidate",
@@ -449,3 +455,54 @@ def record_of(
 
 def _is_plain(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter
+
+
+def candidates_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
+) -> tuple[list[Candidate], list[Record]]:
+    """What a model's graphs multiply by, found by running it once, without compiling anything.
+
+    Buffers, arguments and the like hold what they held before, see `fxint4.trials.Trials`.
+
+    Args:
+        model: the model.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        config: what to pack.
+
+    Returns:
+        The parameters that may be packed, and records of the matmuls that stay as they are.
+    """
+    candidates: dict[int, Candidate] = {}
+    kept: list[Record] = []
+    trials = [Trials(model)]  # emptied: Dynamo keeps the backend, which must not keep the model
+
+    def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
+        kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
+        for candidate in candidates_in(analysis):
+            known = candidates.setdefault(id(candidate.parameter), candidate)
+            if known.k_axis != candidate.k_axis:
+                known.fault = known.fault or "multiplied along different axes"
+            known.fault = known.fault or candidate.fault
+        captured, written = analysis.captured, analysis.weights.written
+
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            trials[0].keep(arguments[position] for position in written)
+            return cast("Sequence[Any]", captured(*arguments))
+
+        return run
+
+    try:
+        with trials[0].run(args, kwargs) as (own_args, own_kwargs):
+            compiled_anew(model, watching(config, run_of))(own_args, own_kwargs)
+        return list(candidates.values()), kept
+    finally:
+        trials.clear()
+        candidates.clear()
+
+
+def candidates_in(analysis: Analysis) -> list[Candidate]:
+    """Parameters that could be packed in place, of one captured graph."""
+    sites = [entry for entry in analysis.found if isinstance(entry, Site)]
+    with real_tensors():
+        return from_graph(analysis.captured, sites, analysis.constants, analysis.weights.tensors)

@@ -11,16 +11,14 @@ Scratch memory is bounded by a few chunks of rows in fp32; no whole weight is ev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-CPU_CHUNK = 2**19  # its scratch stays in the caches: three times as fast as 2**22
-GPU_CHUNK = 2**24
-"""Elements of the weight worked on at a time, each with some 16 bytes of scratch."""
+from fxint4.chunks import row_chunks
+from fxint4.metrics import nonfinite_count, sqnr_db
 
 _MIDDLE = 8
 """The code that stands for zero alone."""
@@ -67,29 +65,6 @@ class Quantized:
     def sqnr_db(self) -> float:
         """Signal over noise in decibels; infinite where nothing was lost."""
         return sqnr_db(self.signal, self.noise)
-
-
-def sqnr_db(signal: float, noise: float) -> float:
-    """Signal over noise in decibels, of two sums of squares; infinite where nothing was lost."""
-    return 10 * math.log10(signal / noise) if noise else math.inf
-
-
-def nonfinite_count(weight: Tensor) -> int:
-    """How many values are inf or NaN, or beyond fp32, where all arithmetic here happens.
-
-    weight: at least one axis, any float dtype and strides.
-    """
-    count = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for start, stop in _row_chunks(weight):
-        rows = weight.detach()[start:stop].to(torch.float32)
-        count += torch.count_nonzero(rows - rows)  # 0 where finite, NaN elsewhere
-    return int(count.item())
-
-
-def nonfinite_fault(weight: Tensor) -> str | None:
-    """Why the values of a weight keep it from being quantised, or None; see `nonfinite_count`."""
-    bad = nonfinite_count(weight)
-    return f"{bad} of the weight's {weight.numel()} values are inf or NaN" if bad else None
 
 
 def nearest_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
@@ -193,7 +168,7 @@ def quantize(
     signal = torch.zeros((), dtype=torch.float64, device=device)
     noise = torch.zeros_like(signal)
 
-    chunks = list(_row_chunks(codes))
+    chunks = list(row_chunks(codes))
     most_rows = chunks[0][1] if chunks else 0
     w_scratch = torch.zeros((most_rows, k_padded), dtype=torch.float32, device=device)
     q_scratch = torch.empty_like(w_scratch)
@@ -236,7 +211,7 @@ def measured(
     k = weight.shape[1]
     signal = torch.zeros((), dtype=torch.float64, device=weight.device)
     noise = torch.zeros_like(signal)
-    for start, stop in _row_chunks(codes):
+    for start, stop in row_chunks(codes):
         w = weight.detach()[start:stop].to(torch.float32)
         c, s, z = (tensor[start:stop] for tensor in (codes, scale, zero))
         back = dequantize(c, s, z, group_size, torch.float32, k)
@@ -290,7 +265,7 @@ def dequantize(
         raise ValueError(f"k is {k}, it must be in 0..{k_padded}")
     weight = torch.empty((n, k), dtype=dtype, device=codes.device)
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    for start, stop in _row_chunks(codes):
+    for start, stop in row_chunks(codes):
         w = codes[start:stop].to(torch.float32, memory_format=torch.contiguous_format)
         w = w.view(stop - start, -1, group_size).sub_(_MIDDLE)
         w.mul_(scale[start:stop].float().unsqueeze(-1))
@@ -305,22 +280,3 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     """The fp64 sum of squares of an fp32 matrix."""
     wide = values.to(torch.float64).flatten()
     return torch.dot(wide, wide)
-
-
-def row_blocks(tensor: Tensor, multiple: int, chunks: int = 1) -> Iterator[tuple[int, int]]:
-    """(start, stop) of successive blocks of rows, to bound scratch memory.
-
-    tensor: at least one axis; the first one is split.
-    multiple: every block but the last has a multiple of so many rows.
-    chunks: of `CPU_CHUNK` or `GPU_CHUNK` elements, in a block.
-    """
-    chunk = chunks * (CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK)
-    count = tensor.shape[0]
-    rows = max(1, chunk * count // max(tensor.numel(), 1) // multiple) * multiple
-    for start in range(0, count, rows):
-        yield start, min(start + rows, count)
-
-
-def _row_chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Blocks of any number of rows."""
-    return row_blocks(tensor, 1)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fxint4.calibration import Statistics
-from fxint4.config import Int4Config
 from fxint4.methods.gptq import Gptq
 from fxint4.methods.hqq import hqq_parameters
 from fxint4.methods.mse import mse_parameters
 from fxint4.quantize import GroupParameters, Quantized, dequantize, nearest_parameters, quantize
 
-__all__ = ["RTN", "Recipe", "recipe_of"]
+__all__ = ["RTN", "WITHOUT_DATA", "Recipe"]
 
 
 #: How methods that look at no activations, or at magnitudes alone, choose groups' parameters.
@@ -25,7 +24,7 @@ _PARAMETERS: dict[str, GroupParameters] = {
     "hqq": hqq_parameters,
 }
 #: What takes the place of a method that needs activations where there are none.
-_WITHOUT_DATA = "mse"
+WITHOUT_DATA = "mse"
 
 #: Quantises rows ``[rows, K]`` of a weight.
 Quantizer = Callable[[Tensor], Quantized]
@@ -66,7 +65,7 @@ class Recipe:
         """The method nearest to it that multiplies the activation by nothing."""
         if self.pre_scale is None:
             return self
-        method = "gptq" if "gptq" in self.method else _WITHOUT_DATA
+        method = "gptq" if "gptq" in self.method else WITHOUT_DATA
         return replace(self, method=method, remark=f"{method}: compiled without a pre-scale")
 
     def quantizer(
@@ -127,37 +126,3 @@ class Recipe:
 
 #: Round to nearest.
 RTN = Recipe()
-
-
-def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
-    """The recipe of a weight.
-
-    Args:
-        config: what was asked for it, overrides included.
-        key: its name, see `fxint4.constants.Weight.key`.
-        shape: the logical ``[..., N, K]``.
-    """
-    if config.calibration is None or not config.needs_calibration:
-        return Recipe(config.method)
-    statistics = config.calibration.get(key)
-    *batch, _, k = shape
-    if statistics is None:
-        return Recipe(_WITHOUT_DATA, remark=f"{_WITHOUT_DATA}: not in the calibration")
-    if statistics.magnitudes.shape != (*batch, k):
-        found = tuple(statistics.magnitudes.shape)
-        return Recipe(_WITHOUT_DATA, remark=f"{_WITHOUT_DATA}: calibrated with channels {found}")
-    # The diagonal says it of all: |sum x_i x_j| is at most the larger of two sums of squares.
-    if not bool(statistics.second_moments.diagonal(dim1=-2, dim2=-1).isfinite().all()):
-        remark = f"{_WITHOUT_DATA}: activations of the calibration hold inf or NaN, or overflow"
-        return Recipe(_WITHOUT_DATA, remark=remark)
-    if "awq" in config.method and statistics.pre_scale is None:
-        method = "gptq" if "gptq" in config.method else _WITHOUT_DATA
-        remark = f"{method}: no pre-scale, which would take a kernel here or was not calibrated for"
-        return Recipe(method, statistics, remark)
-    missed = int((statistics.rows == 0).sum())
-    if missed == statistics.rows.numel():
-        return Recipe(
-            _WITHOUT_DATA, remark=f"{_WITHOUT_DATA}: no row reached it in the calibration"
-        )
-    remark = f"{_WITHOUT_DATA} for {missed} weights that no row reached" if missed else ""
-    return Recipe(config.method, statistics, remark)

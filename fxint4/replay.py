@@ -13,8 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from fxint4.passes import Build, Site
-from fxint4.passes.rewrite import copy_graph
+from fxint4.build import Build, copy_graph
+from fxint4.passes.site import Site
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["Activation", "MatrixOf", "Replay", "own_matrix"]

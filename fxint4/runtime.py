@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxint4 import _torch
+from fxint4._pytorch.aot import CompileState, evaluate_size, example_size, symbols_of
+from fxint4._pytorch.tensors import real_tensors
 from fxint4.config import Int4Config
 from fxint4.errors import FoldError
-from fxint4.forms import choose
-from fxint4.kernel_choice import Policy
+from fxint4.forms import Dense, Form, choose
+from fxint4.kernels.policy import Policy
 from fxint4.lowering import compile_graph
-from fxint4.names import layer_name, weight_names
-from fxint4.passes import Rewritten, Site, Slot, packing_fault, rewrite
-from fxint4.recipe import Recipe, recipe_of
-from fxint4.store import Dense, Form, Lookup, PackedWeight, picker, store
+from fxint4.passes.plan import met_recipe, packing_fault
+from fxint4.passes.rewrite import Rewritten, Slot, rewrite
+from fxint4.passes.site import Site
+from fxint4.recipe import Recipe
+from fxint4.store import Lookup, PackedWeight, picker, store
 
-__all__ = ["Int4Graph", "Meeting", "expected_rows", "met_recipe"]
+__all__ = ["Int4Graph", "Meeting", "expected_rows"]
 
 #: `Meeting.packed` while it grows.
 _Met = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
@@ -32,7 +34,7 @@ _SIZES_REMEMBERED = 4096
 
 def expected_rows(site: Site) -> int | None:
     """M of a site in the example inputs; None where it is not known before the graph runs."""
-    return _torch.example_size(site.match.m)
+    return example_size(site.match.m)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Int4Graph:
         tensors: Mapping[fx.Node, Tensor],
         config: Int4Config,
         policy: Policy,
-        state: _torch.CompileState,
+        state: CompileState,
         kwargs: Mapping[str, Any],
         met: Callable[[Meeting], None],
     ) -> None:
@@ -98,7 +100,7 @@ class Int4Graph:
         self._forms_by_sizes: dict[tuple[int, ...], tuple[Form | None, ...]] = {}
         placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
         self._positions = {node: position for position, node in enumerate(placeholders)}
-        symbols = _torch.symbols_of(placeholders)
+        symbols = symbols_of(placeholders)
         dynamic = any(not isinstance(site.match.m, int) for site in sites)
         self._symbols = symbols if dynamic else {}
 
@@ -148,7 +150,7 @@ class Int4Graph:
         forms = self._forms_by_sizes.get(sizes)
         if forms is None:
             values = dict(zip(self._symbols, sizes, strict=True))
-            forms = self._choose(lambda site: _torch.evaluate_size(site.match.m, values))
+            forms = self._choose(lambda site: evaluate_size(site.match.m, values))
             if len(self._forms_by_sizes) >= _SIZES_REMEMBERED:
                 self._forms_by_sizes.clear()
             self._forms_by_sizes[sizes] = forms
@@ -283,7 +285,7 @@ class _BoundSlot:
         roots = [args[position] for position in self.positions]
         packed = self._packed
         if packed is None or not packed.is_current(roots) or self._form not in packed.forms:
-            with _torch.real_tensors():
+            with real_tensors():
                 recipe = self._recipe(roots)
                 if recipe is None:
                     return ()
@@ -296,27 +298,3 @@ class _BoundSlot:
         """How the codes of a weight are chosen, which may be another than was compiled with."""
         known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
         return self.slot.recipe if known else met_recipe(self.slot, roots, self._config)
-
-
-def met_recipe(slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config) -> Recipe | None:
-    """How the codes of a weight are chosen that a graph meets when it runs.
-
-    Its group size is that of the compiled code, whatever was asked for it.
-
-    Args:
-        slot: of the weight that the graph was captured with.
-        roots: the real tensors that the other one is made of.
-        config: what the user asked for.
-
-    Returns:
-        The recipe; None where a budget keeps the weight as it is.
-    """
-    if not (config.overrides or config.needs_calibration or config.budget):
-        return slot.recipe
-    names = weight_names(roots)
-    key = slot.weight.key(names, roots)
-    if config.kept_by_budget(key):
-        return None
-    config = config.of(layer_name(names[0]), names, key)
-    recipe = recipe_of(config, key, (*slot.shape.batch, slot.shape.n, slot.shape.k))
-    return recipe if slot.shape.pre_scaled else recipe.without_pre_scale()

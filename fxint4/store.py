@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -19,48 +18,16 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fxint4._torch import TensorState
+from fxint4._pytorch.tensors import TensorState
 from fxint4.blocks import Block, quantized_blocks, values_of, write
-from fxint4.constants import AXES
-from fxint4.quantize import nonfinite_fault, sqnr_db
+from fxint4.expression import AXES
+from fxint4.forms import Dense, Form, form_specs
+from fxint4.metrics import nonfinite_fault, sqnr_db
 from fxint4.recipe import RTN, Recipe
 from fxint4.tensor import Int4TileTensor
 from fxint4.tiles import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 
-__all__ = [
-    "Computation",
-    "Dense",
-    "Form",
-    "Lookup",
-    "PackedWeight",
-    "Store",
-    "form_specs",
-    "picker",
-    "store",
-]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A dequantised copy that stands where the original constant stood.
-
-    Attributes:
-        dtype: its dtype.
-        size: its size, as the matmul reads it.
-        stride: its strides, as the matmul reads it.
-        axes: how its axes lie, a key of `fxint4.constants.AXES`.
-    """
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    axes: str
-
-
-#: What a graph asks of a packed weight: "tiles" (int32 tiles and bf16 scale_and_zero, for
-#: `aten._weight_int4pack_mm`), "cpu" (uint8 bytes and bf16 scale_and_zero, for
-#: `aten._weight_int4pack_mm_for_cpu`), or a dense copy.
-Form = str | Dense
+__all__ = ["Computation", "Lookup", "PackedWeight", "Store", "picker", "store"]
 
 
 class Computation(Protocol):
@@ -213,22 +180,6 @@ class PackedWeight:
             else:
                 pack_rows = partial(pack, inner_k_tiles=shape.inner_k_tiles)
                 write(tensors[0], tensors[1], block, shape, pack_rows, 8)
-
-
-def form_specs(
-    shape: TileShape, form: Form
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype], ...]:
-    """Size, stride (None: contiguous) and dtype of each tensor of a form."""
-    if isinstance(form, Dense):
-        return ((form.size, form.stride, form.dtype),)
-    further: list[tuple[tuple[int, ...], None, torch.dtype]]
-    further = [(shape.scale_and_zero_shape, None, torch.bfloat16)]
-    if shape.pre_scaled:
-        further.append(((shape.k,), None, torch.float32))
-    if form == "cpu":
-        size = (*shape.batch, shape.n_padded, shape.k_padded // 2)
-        return ((size, None, torch.uint8), *further)
-    return ((shape.tiles_shape, None, torch.int32), *further)
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxint4 import _torch
+from fxint4._pytorch.tensors import map_leaves
 
 __all__ = ["Trials", "forked_random_state"]
 
@@ -78,7 +78,7 @@ class Trials:
             except Exception:  # an object that has no copies
                 return value
 
-        return _torch.map_leaves(of_its_own, tree)
+        return map_leaves(of_its_own, tree)
 
 
 def _put_back(names: dict[str, Any], were: Mapping[str, Any]) -> None:

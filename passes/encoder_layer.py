@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 from fxint4.fast_paths import encoder_layer
 
 #: What AOTAutograd takes apart for us while it traces.

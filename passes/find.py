@@ -4,73 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from fxint4._torch import real_tensors
-from fxint4.config import Int4Config, matches
-from fxint4.constants import Constants, Weight
+from fxint4._pytorch.tensors import real_tensors
+from fxint4.config import Int4Config
+from fxint4.constants import Constants
+from fxint4.expression import Weight
 from fxint4.forms import (
-    DTYPES,
     UNBOUNDED,
-    activation_dtype,
-    device_fault,
+    Dense,
+    Form,
     int4_form,
     most_int4_rows,
     rows_multiple,
 )
 from fxint4.names import layer_name, source_line
-from fxint4.passes.pattern import GivenMatch, Kept, Match, Pattern, value_of
-from fxint4.recipe import RTN, Recipe, recipe_of
+from fxint4.passes.pattern import GivenMatch, Kept, Match, Pattern
+from fxint4.passes.plan import outgrown, recipe_of, refusal
+from fxint4.passes.site import Site
+from fxint4.recipe import RTN
 from fxint4.report import Record
-from fxint4.store import Dense, Form
-from fxint4.tiles import TileShape
+from fxint4.symbolic import value_of
 
-__all__ = ["Site", "find", "refusal"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A matmul that can be packed.
-
-    Attributes:
-        node: the matmul.
-        pattern: the pattern that matched it.
-        match: what it matched.
-        weight: the computation behind the weight.
-        shape: the packed shape.
-        int4: the packed form that the device's int4 op reads.
-        beyond: what serves numbers of rows that the int4 op does not: a dequantised copy, int4
-            again where its op takes any, or None where the matmul stays as it is.
-        most_rows: the largest M for the int4 op.
-        record: what the report says of it, before its weight was looked at.
-        config: what the user asked for it.
-        recipe: how the weight's codes are chosen.
-        only_aten: whether it becomes ATen's ops alone, which run where fxint4 is not installed.
-    """
-
-    node: fx.Node
-    pattern: Pattern
-    match: Match
-    weight: Weight
-    shape: TileShape
-    int4: Form
-    beyond: Form | None
-    most_rows: int
-    record: Record
-    config: Int4Config
-    recipe: Recipe = RTN
-    only_aten: bool = False
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """What its activation is cast to for the int4 op."""
-        if self.only_aten or self.shape.batch:
-            return torch.bfloat16  # the ops for several weights take any dtype, but cast to it
-        return activation_dtype(self.int4, value_of(self.match.x).dtype)
+__all__ = ["find"]
 
 
 def find(
@@ -114,7 +73,7 @@ def find(
             key = weight.key(record.parameters, [tensors[root] for root in weight.roots])
             own = config.of(record.name, record.parameters, key)
             reason = refusal(record, value.dtype, value.device, config)
-            reason = reason or _outgrown(record) or config.kept_by_budget(key)
+            reason = reason or outgrown(record) or config.kept_by_budget(key)
         if reason:
             found.append(replace(record, reason=reason))
         else:
@@ -163,45 +122,6 @@ def _op_name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     name: str = target.name() if schema is None else schema.name
     return name.removeprefix("aten::").replace("::", ".")
-
-
-def refusal(
-    record: Record, dtype: torch.dtype, device: torch.device, config: Int4Config
-) -> str | None:
-    """Why the config, the device or the dtype keeps a weight as it is, or None.
-
-    Args:
-        record: names and sizes.
-        dtype: of the weight.
-        device: where it is to run.
-        config: what the user asked for.
-    """
-    skipped = matches(record.name, record.parameters, config.skip)
-    if skipped is not None:
-        return f"skip={skipped!r}"
-    if config.include and matches(record.name, record.parameters, config.include) is None:
-        return "no pattern of include matches it"
-    fault = device_fault(device)
-    if fault:
-        return fault
-    if dtype not in DTYPES:
-        return f"weights of dtype {dtype} (bfloat16, float16 and float32 are packed)"
-    if not record.batch * record.n * record.k:
-        return "the weight has no elements"
-    if min(record.n, record.k) < config.min_features:
-        return f"{record.n}x{record.k} is small: min_features is {config.min_features}"
-    return None
-
-
-def _outgrown(record: Record) -> str | None:
-    """Why a computed batch of weights (one repeated for each, say) is not worth packing, or None.
-
-    A single weight is, also one made of fewer bits: int4 is what can be multiplied by.
-    """
-    codes = record.batch * record.n * record.k // 2  # bytes
-    if record.batch == 1 or codes <= record.held_bytes:
-        return None
-    return f"computed: {codes} bytes as int4, of parameters of {record.held_bytes} bytes"
 
 
 def _site(

@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from fxint4._torch import real_tensors
+from fxint4._pytorch.tensors import real_tensors
 from fxint4.config import Int4Config
 from fxint4.errors import FoldError
-from fxint4.forms import choose
-from fxint4.passes.find import Site
-from fxint4.passes.pattern import GivenMatch, value_of
+from fxint4.forms import Dense, Form, choose
+from fxint4.passes.pattern import GivenMatch
+from fxint4.passes.plan import packing_fault
+from fxint4.passes.site import Site
 from fxint4.report import Record
-from fxint4.store import Dense, Form, PackedWeight, Store, store
+from fxint4.store import PackedWeight, Store, store
+from fxint4.symbolic import value_of
 
-__all__ = ["fold", "folded_record", "packing_fault", "sqnr_fault"]
+__all__ = ["fold", "folded_record"]
 
 
 def fold(
@@ -100,19 +102,6 @@ def folded_record(site: Site, packed: PackedWeight, form: Form | None) -> Record
         dense_bytes=math.prod(dense.size) * dense.dtype.itemsize if dense else 0,
         reason="; ".join(_remarks(site, packed, dense)),
     )
-
-
-def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
-    """Why the values of a weight keep it from being packed, or None."""
-    return packed.fault or sqnr_fault(packed.sqnr_db, config)
-
-
-def sqnr_fault(sqnr_db: float | None, config: Int4Config) -> str | None:
-    """Why a weight of this SQNR (None: not measured) is not packed, or None."""
-    least = config.min_sqnr_db
-    if least is not None and sqnr_db is not None and sqnr_db < least:
-        return f"SQNR {sqnr_db:.1f} dB is below min_sqnr_db={least:g}"
-    return None
 
 
 def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[str]:

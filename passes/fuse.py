@@ -9,17 +9,17 @@ from functools import cache
 import torch
 from torch import fx
 
-from fxint4._torch import aten, is_elementwise, is_pure
 from fxint4.config import Int4Config
-from fxint4.forms import aten_op, fuses
-from fxint4.kernel_choice import Policy, by_m, range_text
+from fxint4.forms import Dense, Form, aten_op, fuses
 from fxint4.kernels.linear import MOST_WEIGHTS
-from fxint4.passes.find import Site
-from fxint4.passes.pattern import value_of
+from fxint4.kernels.policy import Policy
+from fxint4.kernels.select import by_m, range_text
+from fxint4.passes.activations import activation_of, value_numbers
+from fxint4.passes.site import Site
 from fxint4.report import Record
-from fxint4.store import Dense, Form
+from fxint4.symbolic import value_of
 
-__all__ = ["matmuls", "same_activation", "scales_freely", "with_matmuls"]
+__all__ = ["matmuls", "with_matmuls"]
 
 
 def matmuls(
@@ -36,7 +36,7 @@ def matmuls(
         Positions in `sites`: each one that reads a packed form is in one group, alone where it
         shares its activation with no other.
     """
-    values = _values(sites[0].node.graph) if sites else {}
+    values = value_numbers(sites[0].node.graph) if sites else {}
     groups: dict[Hashable, list[int]] = {}
     for position, (site, form) in enumerate(zip(sites, forms, strict=True)):
         if form is None or isinstance(form, Dense):
@@ -104,64 +104,8 @@ def _kernels_by_m(
     return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 
-def same_activation(sites: Sequence[Site]) -> list[Hashable]:
-    """Equal values for sites of a graph whose weights multiply the same rows."""
-    values = _values(sites[0].node.graph) if sites else {}
-    return [_activation(site, values) for site in sites]
-
-
-def scales_freely(site: Site) -> bool:
-    """Whether its activation is computed element by element, so that one more factor costs nothing.
-
-    Inductor fuses the multiplication into the kernel that makes the activation. What comes out of
-    a matmul, of attention or of the caller's hands would take a kernel of its own.
-    """
-    node = site.match.x
-    while node.op == "call_function":
-        if is_elementwise(node.target):
-            return True
-        is_view = getattr(node.target, "is_view", False) or node.target in _COPIES
-        if not (is_view and isinstance(node.args[0], fx.Node)):
-            return False
-        node = node.args[0]
-    return False
-
-
-_COPIES = (
-    aten.clone.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    torch.ops.prims.convert_element_type.default,
-)
-
-
 def _shared(site: Site, form: Form, values: dict[fx.Node, int]) -> Hashable:
     """Equal for sites whose weights one matmul can multiply."""
     shape = site.shape
     layout = (form, shape.k_padded, shape.group_size, shape.inner_k_tiles)
-    return (_activation(site, values), *layout, id(site.recipe.pre_scale))
-
-
-def _activation(site: Site, values: dict[fx.Node, int]) -> Hashable:
-    """What a site multiplies by its weight.
-
-    A pattern makes the same rows of the same operand where that stands in the same place.
-    """
-    match = site.match
-    place = len(site.node.args) - site.node.args.index(match.x) if match.ids is None else 0
-    operands = (match.x, match.offs, match.ids)
-    return (type(site.pattern), place, *(node and values[node] for node in operands))
-
-
-def _values(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Equal numbers for nodes of equal values, such as the view that each linear makes of its x."""
-    numbers: dict[fx.Node, int] = {}
-    known: dict[Hashable, int] = {}
-    for node in graph.nodes:
-        key: Hashable = node
-        if node.op == "call_function" and is_pure(node.target):
-            # As text: as numbers, 1 and 1.0 would be equal.
-            key = str(fx.map_arg((node.args, node.kwargs), lambda arg: f"%{numbers[arg]}"))
-            key = (node.target, key)
-        numbers[node] = known.setdefault(key, len(known))
-    return numbers
+    return (activation_of(site, values), *layout, id(site.recipe.pre_scale))

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxint4._torch import aten
-from fxint4.constants import Constants, Given
+from fxint4._pytorch.tensors import aten
+from fxint4.build import Build
+from fxint4.constants import Constants
+from fxint4.expression import Given
 from fxint4.passes.bmm import indexed
-from fxint4.passes.pattern import Build, GivenMatch, Match, Multiply, Pattern, value_of
+from fxint4.passes.pattern import GivenMatch, Match, Multiply, Pattern
+from fxint4.symbolic import value_of
 
 
 class GivenWeight(Pattern):

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
+from fxint4.build import Build
 from fxint4.constants import Constants
-from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern, value_of
+from fxint4.passes.pattern import Kept, Match, Multiply, Pattern
+from fxint4.symbolic import value_of
 
 
 class GroupedMatMul(Pattern):

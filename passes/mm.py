@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import fx
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
+from fxint4.build import Build
 from fxint4.constants import Constants
 from fxint4.passes.bmm import picked
-from fxint4.passes.pattern import Build, Kept, Match, Multiply, Pattern, kept_pick
+from fxint4.passes.pattern import Kept, Match, Multiply, Pattern, kept_pick
 
 
 class MatMul(Pattern):

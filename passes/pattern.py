@@ -12,23 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxint4._torch import aten, faking
+from fxint4._pytorch.tensors import aten
+from fxint4.build import Build
 from fxint4.config import Int4Config
-from fxint4.constants import AXES, Constants, Given, Weight
+from fxint4.constants import Constants
+from fxint4.expression import AXES, Given, Weight
+from fxint4.symbolic import value_of
 from fxint4.tiles import TileShape, choose_shape
 
-__all__ = [
-    "Build",
-    "GivenMatch",
-    "Kept",
-    "Match",
-    "Multiply",
-    "Pattern",
-    "kept_pick",
-    "same_strides",
-    "stride_hint",
-    "value_of",
-]
+__all__ = ["GivenMatch", "Kept", "Match", "Multiply", "Pattern", "kept_pick"]
 
 
 @dataclass(frozen=True)
@@ -227,124 +219,3 @@ def kept_pick(operands: Iterable[Any], constants: Constants) -> Kept | None:
                 reason = f"picked out of {count} matrices in a form that is not packed"
                 return Kept(node, reason, int(rows), int(columns), count)  # type: ignore[arg-type]
     return None
-
-
-class Build:
-    """Makes nodes in front of a node, each with the metadata and fake value Inductor needs.
-
-    Args:
-        node: the node in front of which the new ones stand.
-        fake_mode: the FakeTensorMode of the graph's values.
-        like: the node whose metadata the new ones copy; `node` unless given.
-    """
-
-    def __init__(self, node: fx.Node, fake_mode: Any, like: fx.Node | None = None) -> None:
-        self._graph = node.graph
-        self._node = node
-        self._meta = {
-            key: value for key, value in (like or node).meta.items() if key in _COPIED_META
-        }
-        self._fake_mode = fake_mode
-
-    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """One call of `op`; nodes among the arguments stand for their values."""
-        with self._graph.inserting_before(self._node):
-            node = self._graph.call_function(op, args, kwargs)
-        node.meta = dict(self._meta)
-        real_args, real_kwargs = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        with faking(self._fake_mode):
-            node.meta["val"] = op(*real_args, **real_kwargs)
-        return node
-
-    def size(self, node: fx.Node, dim: int) -> int | fx.Node:
-        """One dimension of a node: a number, or a node where it is dynamic."""
-        size: int | torch.SymInt = value_of(node).shape[dim]
-        if isinstance(size, torch.SymInt):
-            return self(aten.sym_size.int, node, dim)
-        return size
-
-    def contiguous(self, node: fx.Node) -> fx.Node:
-        """The node itself where it is known to be contiguous, a clone elsewhere."""
-        if is_contiguous(value_of(node)):
-            return node
-        return self(aten.clone.default, node, memory_format=torch.contiguous_format)
-
-    def rows(self, node: fx.Node) -> fx.Node:
-        """[..., K] as [M, K]."""
-        value = value_of(node)
-        if value.ndim == 2:
-            return node
-        return self(aten.view.default, self.contiguous(node), [-1, value.shape[-1]])
-
-    def for_each_row(self, ids: fx.Node, rows: int | fx.Node) -> fx.Node:
-        """One index for each row of [B, rows, K], from one for each of B."""
-        if rows == 1:
-            return ids
-        column = self(aten.unsqueeze.default, ids, 1)
-        return self(aten.reshape.default, self(aten.expand.default, column, [-1, rows]), [-1])
-
-    def like(self, node: fx.Node, original: fx.Node) -> fx.Node:
-        """A node with the strides of `original`, on which views further down may rely."""
-        value, wanted = value_of(node), value_of(original)
-        if same_strides(value, wanted):
-            return node
-        if is_contiguous(wanted):
-            return self.contiguous(node)
-        order = sorted(range(wanted.ndim), key=lambda dim: -stride_hint(wanted.stride(dim)))
-        back = [order.index(dim) for dim in range(wanted.ndim)]
-        dense = self.contiguous(self(aten.permute.default, node, order))
-        return self(aten.permute.default, dense, back)
-
-    def add_scaled(
-        self, product: fx.Node, bias: fx.Node | None, beta: Any = 1, alpha: Any = 1
-    ) -> fx.Node:
-        """Sum of beta * bias and alpha * product, as addmm and baddbmm define it."""
-        if alpha != 1:
-            product = self(aten.mul.Tensor, product, alpha)
-        if bias is None or beta == 0:  # by definition a bias that beta cancels is not read
-            return product
-        if beta != 1:
-            bias = self(aten.mul.Tensor, bias, beta)
-        return self(aten.add.Tensor, product, bias)
-
-
-#: Of a replaced node's metadata what says where it came from; values and layouts are made anew.
-_COPIED_META = (
-    "stack_trace",
-    "nn_module_stack",
-    "source_fn_stack",
-    "original_aten",
-    "from_node",
-    "seq_nr",
-    "custom",
-)
-
-
-def value_of(node: fx.Node) -> Tensor:
-    """The fake tensor that a node stands for."""
-    value = node.meta["val"]
-    assert isinstance(value, Tensor), node
-    return value
-
-
-def is_contiguous(value: Tensor) -> bool:
-    """Whether a (possibly symbolic) tensor is known to be contiguous, without a guard."""
-    expected: Any = 1
-    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if str(size) != "1" and str(stride) != str(expected):
-            return False
-        expected = expected * size
-    return True
-
-
-def same_strides(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors of one shape are known to have the same strides, without a guard."""
-    return all(
-        str(size) == "1" or str(a) == str(b)
-        for size, a, b in zip(left.shape, left.stride(), right.stride(), strict=True)
-    )
-
-
-def stride_hint(value: Any) -> int:
-    """An int, or the example value of a SymInt: enough to order strides."""
-    return value if isinstance(value, int) else int(value.node.hint or 0)

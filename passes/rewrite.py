@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
+from fxint4.build import Build, copy_graph
 from fxint4.config import Int4Config
-from fxint4.constants import Weight
-from fxint4.forms import aten_op
-from fxint4.passes.find import Site
+from fxint4.expression import Weight
+from fxint4.forms import Dense, Form, aten_op, form_specs
 from fxint4.passes.fuse import matmuls
-from fxint4.passes.pattern import Build, Match, same_strides, stride_hint, value_of
+from fxint4.passes.pattern import Match
+from fxint4.passes.site import Site
 from fxint4.recipe import Recipe
-from fxint4.store import Dense, Form, form_specs
+from fxint4.symbolic import in_order, is_aligned, same_strides, value_of
 from fxint4.tiles import TileShape
 
-__all__ = ["Rewritten", "Slot", "copy_graph", "rewrite"]
+__all__ = ["Rewritten", "Slot", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Ten
     """
     if same_strides(value, value_of(node)):
         return {}
-    if not (_in_order(value) and _in_order(value_of(node)) and _aligned(value)):
+    if not (in_order(value) and in_order(value_of(node)) and is_aligned(value)):
         return None
     values = {node: value}
     pending = list(node.users)
@@ -311,22 +312,6 @@ def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Ten
         pending += user.users
     del values[node]
     return values
-
-
-def _in_order(value: Tensor) -> bool:
-    """Whether the axes lie in memory as they stand, outermost first; without a guard."""
-    strides = [
-        stride_hint(stride)
-        for size, stride in zip(value.shape, value.stride(), strict=True)
-        if str(size) != "1"
-    ]
-    return strides == sorted(strides, reverse=True)
-
-
-def _aligned(value: Tensor) -> bool:
-    """Whether all rows start at multiples of 16 bytes."""
-    steps = [value.storage_offset(), *value.stride()[:-1]]
-    return all(stride_hint(step) * value.element_size() % 16 == 0 for step in steps)
 
 
 def _experts(
@@ -366,18 +351,6 @@ def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> Non
         operand = build(aten.view.default, dense, list(value_of(dense).shape[-2:]))
         operand = build(aten.expand.default, operand, [build.size(match.x, 0), -1, -1])
     node.update_arg(position, operand)
-
-
-def copy_graph(captured: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy of a graph that shares its tensors, and the copy of each node."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    results = graph.graph_copy(captured.graph, copies)
-    output = graph.output(results)
-    output.meta = dict(captured.graph.output_node().meta)
-    gm = fx.GraphModule(captured, graph)
-    gm.meta.update(captured.meta)
-    return gm, copies
 
 
 def _drop_unread(

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from fxint4.kernel_choice import Policy
+from fxint4.kernels.policy import Policy
 from fxint4.lowering import lowered
 
 _H200 = types.SimpleNamespace(

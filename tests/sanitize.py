@@ -24,9 +24,8 @@ from test_kernels_cuda import runs
 from test_kernels_stress import BF16, FP16, fitted, has_room, make
 
 from fxint4.kernels import experts
-from fxint4.kernels.choice import Choice, configurations
 from fxint4.kernels.cuda import ManyRows
-from fxint4.kernels.cuda_choice import cuda_configurations
+from fxint4.kernels.select import Choice, configurations, cuda_configurations
 
 KINDS = ("triton", "cuda", "experts")
 SHAPES = [([128, 64], 1024, 128, 8, BF16), ([100, 9], 1000, 32, 2, FP16)]

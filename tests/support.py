@@ -16,9 +16,14 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Record, Report
-from fxint4.constants import AXES, Constants, Standing
-from fxint4.passes import PATTERNS, Rewritten, Site, find, rewrite
-from fxint4.store import Form, store
+from fxint4.constants import Constants, Standing
+from fxint4.expression import AXES
+from fxint4.forms import Form
+from fxint4.passes.find import find
+from fxint4.passes.patterns import PATTERNS
+from fxint4.passes.rewrite import Rewritten, rewrite
+from fxint4.passes.site import Site
+from fxint4.store import store
 
 __all__ = [
     "Captured",

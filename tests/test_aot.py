@@ -240,7 +240,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.expo
         given.append(program)
         Path(path).write_text("a package")
 
-    monkeypatch.setattr("fxint4._torch.aoti_package", aoti_package)
+    monkeypatch.setattr("fxint4.aot.aoti_package", aoti_package)
     monkeypatch.chdir(tmp_path)
     return given
 

@@ -24,7 +24,8 @@ from torch._inductor.decomposition import decompositions as inductor_decompositi
 from torch.nn import functional as F
 
 import fxint4
-from fxint4 import Int4TileTensor, _torch
+from fxint4 import Int4TileTensor
+from fxint4._pytorch.aot import compile_fx, mark_boxed, outer_input, warn_if_untested
 from fxint4.quantize import dequantize, quantize
 from fxint4.store import store
 
@@ -398,13 +399,13 @@ def test_cuda_graphs_take_the_addresses_of_packed_parameters_for_granted() -> No
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         def inner(captured: fx.GraphModule, _: Any, **kwargs: Any) -> Callable[..., Any]:
             placeholders = captured.graph.find_nodes(op="placeholder")
-            origins = [_torch.outer_input(node) for node in placeholders]
+            origins = [outer_input(node) for node in placeholders]
             seen.append(
                 ([origin[1] is not None for origin in origins], kwargs["static_input_idxs"])
             )
-            return _torch.mark_boxed(lambda args: captured(*args))
+            return mark_boxed(lambda args: captured(*args))
 
-        return _torch.compile_fx(gm, inputs, inner, {}, {}, Int4TileTensor)
+        return compile_fx(gm, inputs, inner, {}, {}, Int4TileTensor)
 
     with torch.no_grad():
         torch.compile(model, backend=backend)(torch.randn(2, K))
@@ -703,9 +704,8 @@ def test_a_fold_that_fails_half_way_leaves_the_model_as_it_was(
 def test_a_torch_outside_the_tested_range_gets_one_warning(
     x: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fxint4 import _torch
 
-    _torch.warn_if_untested.cache_clear()
+    warn_if_untested.cache_clear()
     monkeypatch.setattr(torch, "__version__", "9.1.0")
     with caplog.at_level(logging.WARNING, "fxint4"):
         fxint4.explain(linear(), x)
@@ -714,7 +714,7 @@ def test_a_torch_outside_the_tested_range_gets_one_warning(
         "torch 9.1.0 is outside the range fxint4 was tested on (2.11 to 2.15); "
         "compare results with eager before relying on them"
     ]
-    _torch.warn_if_untested.cache_clear()
+    warn_if_untested.cache_clear()
 
 
 @pytest.mark.compiles

@@ -14,7 +14,8 @@ from torch._inductor import list_mode_options
 
 from fxint4 import Int4Config, OptionError, calibrate
 from fxint4.calibration import Calibration, Choice, Trade
-from fxint4.config import matches, split_options
+from fxint4.options import split_options
+from fxint4.patterns import matches
 
 # --- fields --------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxint4
-from fxint4.passes import PATTERNS
+from fxint4.passes.patterns import PATTERNS
 
 pytestmark = pytest.mark.compiles
 
@@ -24,7 +24,7 @@ def test_the_walked_through_pattern_matches_rewrites_and_refuses(
     [source] = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     namespace: dict[str, Any] = {}
     exec(compile(source, "CONTRIBUTING.md", "exec"), namespace)
-    monkeypatch.setattr("fxint4.capture.PATTERNS", (*PATTERNS, namespace["MatrixVector"]()))
+    monkeypatch.setattr("fxint4.passes.pipeline.PATTERNS", (*PATTERNS, namespace["MatrixVector"]()))
 
     tall, flat = nn.Parameter(torch.randn(128, 64)), nn.Parameter(torch.randn(48, 64))
     vector = torch.randn(64)

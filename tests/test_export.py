@@ -20,7 +20,7 @@ import fxint4
 from fxint4 import Int4Config, Report
 from fxint4.errors import OptionError
 from fxint4.export import rewrite_program
-from fxint4.kernel_choice import Policy
+from fxint4.kernels.policy import Policy
 from fxint4.report import Record
 
 CPU_OP = "aten._weight_int4pack_mm_for_cpu.default"

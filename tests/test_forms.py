@@ -9,6 +9,7 @@ import torch
 
 from fxint4 import forms
 from fxint4.forms import (
+    Dense,
     activation_dtype,
     aten_op,
     choose,
@@ -18,7 +19,6 @@ from fxint4.forms import (
     most_int4_rows,
     rows_multiple,
 )
-from fxint4.store import Dense
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DENSE = Dense(torch.bfloat16, (128, 64), (64, 1), "NK")

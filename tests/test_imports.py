@@ -18,34 +18,36 @@ ROOT = Path(__file__).resolve().parents[1]
 # "__init__" is fxint4 itself, with the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "version"),
-    ("_torch",),
+    ("_pytorch",),
     ("_inductor",),
-    ("calibration",),
-    ("config",),
-    ("quantize", "fast_paths"),
+    ("calibration", "chunks"),
+    ("metrics", "tiles", "fast_paths"),
+    ("quantize",),
     ("methods",),
     ("recipe",),
-    ("tiles",),
     ("blocks",),
-    ("tensor",),
-    ("constants",),
-    ("store",),
+    ("patterns",),
+    ("config",),
+    ("options",),
+    ("kernels",),
+    ("tensor", "report"),
+    ("expression",),
     ("forms",),
-    ("names", "kernels", "report"),
-    ("kernel_choice",),
-    ("ops", "lowering_experts"),
-    ("lowering",),
+    ("store",),
+    ("ops", "names"),
+    ("symbolic", "constants"),
+    ("build", "placeholders"),
     ("passes",),
+    ("lowering_experts",),
+    ("lowering",),
     ("runtime",),
-    ("packing", "replay", "trials"),
-    ("capture",),
-    ("gather", "measure"),
-    ("budget",),
-    ("calibrate",),
+    ("late_weights", "replay", "trials", "tracing"),
+    ("observers", "measure"),
+    ("sequential", "budget"),
+    ("calibrate", "packing"),
     ("backend",),
-    ("export",),
-    ("aot",),
-    ("pack", "saving", "checkpoints"),
+    ("explain", "export"),
+    ("aot", "pack", "saving", "checkpoints"),
     ("__init__",),
     ("demo", "cli"),
     ("__main__",),
@@ -53,14 +55,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # What a room must not touch although its place in the order would let it.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
-    "quantize": ("torch.fx", "torch._dynamo", "torch._inductor", "fxint4._torch"),
-    "tiles": ("torch.fx", "torch._dynamo", "torch._inductor", "fxint4._torch"),
+    "quantize": ("torch.fx", "torch._dynamo", "torch._inductor", "fxint4._pytorch"),
+    "tiles": ("torch.fx", "torch._dynamo", "torch._inductor", "fxint4._pytorch"),
 }
 
 # The rooms that may use private PyTorch API, each with the reason.
 # torch.ops is public: the leading underscore of an aten op is part of its name.
 PRIVATE_TORCH: dict[str, str] = {
-    "_torch": "the one place for it; every use says which versions were tried",
+    "_pytorch": "the one place for it; every use says which versions were tried",
     "_inductor": "what Inductor's last stage makes of our ops: its IR, which lowerings are made of",
 }
 
@@ -179,7 +181,7 @@ def problems(module: str, text: str, *, is_package: bool, modules: set[str]) -> 
             if is_within(name, package):
                 yield f"{line}: {room} uses {name}, but must know nothing of {package}"
         if room not in PRIVATE_TORCH and is_private_torch(name):
-            yield f"{line}: private PyTorch API {name}; reach it through fxint4/_torch.py"
+            yield f"{line}: private PyTorch API {name}; reach it through fxint4/_pytorch/"
 
 
 def test_imports_point_one_way_and_private_torch_api_stays_in_its_place() -> None:
@@ -238,7 +240,7 @@ def test_problem_is_found(module: str, text: str, message: str) -> None:
         ("fxint4.passes.fold", "from . import find\nfrom .find import match"),
         ("fxint4.tiles", "import torch\ntorch.ops.aten._weight_int4pack_mm(torch.__version__)"),
         ("fxint4.tiles", '"""Nothing like torch._inductor here."""'),
-        ("fxint4._torch", "import torch._dynamo"),
+        ("fxint4._pytorch.dynamo", "import torch._dynamo"),
     ],
 )
 def test_nothing_is_wrong(module: str, text: str) -> None:

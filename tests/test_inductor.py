@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._inductor import aoti_load_package
 
 from fxint4 import _inductor
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 
 pytestmark = pytest.mark.compiles
 

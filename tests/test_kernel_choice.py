@@ -11,10 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from fxint4.kernel_choice import at_run_time, by_m, range_text
-from fxint4.kernels.choice import Choice, _gpu_of, choose, choose_blocks, gpu_of
 from fxint4.kernels.common import Blocks
-from fxint4.kernels.cuda_choice import choose_few_rows, choose_many_rows
+from fxint4.kernels.select import (
+    Choice,
+    _gpu_of,
+    at_run_time,
+    by_m,
+    choose,
+    choose_blocks,
+    choose_few_rows,
+    choose_many_rows,
+    gpu_of,
+    range_text,
+)
 
 
 def test_one_choice_is_one_range() -> None:
@@ -48,7 +57,7 @@ def test_a_choice_that_comes_back_is_a_range_of_its_own() -> None:
 @pytest.fixture
 def _with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices are made without it, but not where it is missing."""
-    monkeypatch.setattr("fxint4.kernels.choice.triton", object())
+    monkeypatch.setattr("fxint4.kernels.select.triton", object())
 
 
 GRAPHS = {"cuda": True, "replayed": True}

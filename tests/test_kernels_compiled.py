@@ -37,9 +37,9 @@ from torch import Tensor
 
 from fxint4.kernels import experts
 from fxint4.kernels import linear as kernels
-from fxint4.kernels.choice import Choice, choose_blocks, configurations
 from fxint4.kernels.common import Blocks, Launch
 from fxint4.kernels.linear import dequantize, linears
+from fxint4.kernels.select import Choice, choose_blocks, configurations
 
 pytestmark = [needs_triton, compiled_only, quiet_triton, pytest.mark.compiles]
 

@@ -36,13 +36,21 @@ from test_lowering import kernels, with_int4_weights
 from torch import Tensor, nn
 
 import fxint4
-from fxint4.kernel_choice import Policy, at_run_time, by_m
 from fxint4.kernels import cuda, linear, nvrtc
-from fxint4.kernels.choice import Choice, choose
 from fxint4.kernels.common import triton
 from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
-from fxint4.kernels.cuda_choice import choose_few_rows, choose_many_rows, cuda_configurations
 from fxint4.kernels.linear import linears
+from fxint4.kernels.policy import Policy
+from fxint4.kernels.select import (
+    Choice,
+    at_run_time,
+    by_m,
+    choose,
+    choose_few_rows,
+    choose_many_rows,
+    cuda_configurations,
+)
+from fxint4.kernels.tensor_map import _tensor_map
 from fxint4.kernels.tuning import _choice, _entry, candidates
 from fxint4.tiles import unpack_scale_and_zero
 
@@ -318,7 +326,7 @@ def test_the_kernel_that_tells_is_compiled() -> None:
 def _available(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as choices go, there are CUDA and Triton kernels for every device."""
     monkeypatch.setattr(cuda, "available", lambda _: True)
-    monkeypatch.setattr("fxint4.kernels.choice.triton", object())
+    monkeypatch.setattr("fxint4.kernels.select.triton", object())
 
 
 @pytest.mark.usefixtures("_available")
@@ -630,7 +638,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
             pass
 
     made = PretendedDriver()
-    monkeypatch.setattr(nvrtc, "_needed", lambda: (None, made, "13.0"))
+    monkeypatch.setattr(nvrtc, "needed", lambda: (None, made, "13.0"))
+    monkeypatch.setattr("fxint4.kernels.tensor_map.needed", nvrtc.needed)
     monkeypatch.setattr(nvrtc, "architecture", lambda *_: "sm_90a")
     monkeypatch.setattr(nvrtc, "compiled", lambda *key: repr(key).encode())
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
@@ -638,7 +647,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDriver]:
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr("torch.cuda.current_stream", lambda _: stream)
-    with forgotten(cuda.kernel, nvrtc._tensor_map):
+    with forgotten(cuda.kernel, _tensor_map):
         yield made
 
 

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from fxint4.kernels import common, counters
 from fxint4.kernels import linear as kernels
-from fxint4.kernels.choice import Choice, choose, configurations
 from fxint4.kernels.common import Blocks
 from fxint4.kernels.linear import dequantize, linear, linears
+from fxint4.kernels.select import Choice, choose, configurations
 from fxint4.quantize import dequantize as dequantise_plainly
 from fxint4.tiles import TileShape, pack, pack_scale_and_zero, unpack, unpack_scale_and_zero
 
@@ -348,7 +348,7 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
         refused("needs blocks", choice=Choice("triton"))
     else:
         refused("they must be on one CUDA device")
-    monkeypatch.setattr("fxint4.kernels.choice.triton", None)
+    monkeypatch.setattr("fxint4.kernels.select.triton", None)
     monkeypatch.setattr(common, "triton", None)
     assert choose(1, 64, 64) == choose(10**6, 64, 64) == ATEN
     monkeypatch.setattr(kernels, "check_devices", lambda *_: None)

@@ -24,10 +24,10 @@ from support import FP32, assert_within
 from torch import Tensor
 
 from fxint4.kernels import linear as kernels
-from fxint4.kernels.choice import Choice, configurations
 from fxint4.kernels.common import Blocks
 from fxint4.kernels.experts import shared_of
 from fxint4.kernels.linear import linears
+from fxint4.kernels.select import Choice, configurations
 
 pytestmark = [pytest.mark.gpu, needs_triton, compiled_only, quiet_triton]
 

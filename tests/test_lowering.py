@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxint4
 from fxint4 import Int4TileTensor
-from fxint4.kernel_choice import Policy, at_run_time, by_m, range_text
-from fxint4.kernels.choice import choose, gpu_of
 from fxint4.kernels.common import triton
 from fxint4.kernels.linear import dequantize_launch_of, launch_of
+from fxint4.kernels.policy import Policy
+from fxint4.kernels.select import at_run_time, by_m, choose, gpu_of, range_text
 from fxint4.lowering import lowered
 from fxint4.quantize import dequantize, quantize
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import logging
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import export
 
 import fxint4
-from fxint4 import Int4Config, OptionError, Report, backend
+from fxint4 import Int4Config, OptionError, Report
 from fxint4 import measure as measuring
 from fxint4.measure import measure
 from fxint4.trials import Trials
@@ -449,7 +450,7 @@ def test_a_model_that_can_not_be_measured_is_explained_all_the_same(
     def broken(*_: object) -> None:
         raise NotImplementedError("no such op")
 
-    monkeypatch.setattr(backend, "measure", broken)
+    monkeypatch.setattr(sys.modules["fxint4.explain"], "measure", broken)
     model, x = Layers().eval(), noise(3, 128)
     with caplog.at_level(logging.WARNING, "fxint4"):
         report = explained(model, x)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxint4 import quantize as module
-from fxint4.quantize import Quantized, dequantize, nonfinite_count, quantize
+from fxint4 import chunks as module
+from fxint4.metrics import nonfinite_count
+from fxint4.quantize import Quantized, dequantize, quantize
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 FP32_MAX = torch.finfo(torch.float32).max

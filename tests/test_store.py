@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxint4.blocks
-import fxint4.quantize
+import fxint4.chunks
 import fxint4.recipe
 import fxint4.store
 from fxint4 import Int4Config, Int4TileTensor
 from fxint4.calibration import Statistics
-from fxint4.constants import AXES, Constants, Given, Standing, Weight
+from fxint4.constants import Constants, Standing
+from fxint4.expression import AXES, Given, Weight
+from fxint4.forms import Dense, Form
 from fxint4.quantize import dequantize, quantize
-from fxint4.store import Dense, Form, Lookup, PackedWeight, Store
+from fxint4.store import Lookup, PackedWeight, Store
 from fxint4.tiles import TileShape, choose_shape, unpack, unpack_scale_and_zero
 
 N, K, GROUP = 40, 100, 32  # both are padded
@@ -199,7 +201,7 @@ def test_each_expert_holds_what_it_would_hold_alone(
     chunk: int, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many experts are folded at a time."""
-    monkeypatch.setattr(fxint4.quantize, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(fxint4.chunks, "CPU_CHUNK", chunk)
     w = parameter(E, N, K)
     weight = weight_of(lambda w: w, (E, N, K), axes="ENK")
     forms: tuple[Form, ...] = ("tiles", "cpu", *DENSE_EXPERTS)
@@ -323,7 +325,7 @@ def test_a_weight_that_is_folded_in_blocks_of_rows_holds_the_same(
         return folded(into, weight, w, forms=("cpu", "tiles", dense), shape=shape)
 
     whole = fold(Store())
-    monkeypatch.setattr(fxint4.quantize, "CPU_CHUNK", 64 * K)
+    monkeypatch.setattr(fxint4.chunks, "CPU_CHUNK", 64 * K)
     calls = counted(monkeypatch)
     blocks = fold(store)
     assert len(calls) == 3
@@ -581,7 +583,7 @@ def test_gptq_takes_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     blocks = fxint4.blocks.quantized_blocks
     x = torch.randn(300, K)
     statistics = Statistics(x.T @ x, x.abs().mean(0), torch.tensor(len(x)))
-    monkeypatch.setattr(fxint4.quantize, "CPU_CHUNK", 64 * K)
+    monkeypatch.setattr(fxint4.chunks, "CPU_CHUNK", 64 * K)
     w = torch.randn(256, K)
     shape = choose_shape(256, K, GROUP)
     made = {

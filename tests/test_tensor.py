@@ -547,7 +547,7 @@ def test_copy_of_what_does_not_fit_changes_nothing(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One matrix at a time, so that the first is done when the second turns out to hold a NaN.
-    monkeypatch.setattr("fxint4.quantize.CPU_CHUNK", 20 * 128)
+    monkeypatch.setattr("fxint4.chunks.CPU_CHUNK", 20 * 128)
     source, said = bad_sources()[case]
     packed = Int4TileTensor.from_float(torch.randn(2, 20, 128), Int4Config(group_size=32))
     before = packed.clone()

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from fxint4.checkpoints import awq, compressed_tensors, gptq, torchao
 from fxint4.checkpoints.files import Checkpoint
 from fxint4.checkpoints.weights import Config, Weight
-from fxint4.config import matches
 from fxint4.errors import CheckpointError
 from fxint4.names import layer_name, parameters_of
 from fxint4.packing import Candidate, record_of, use_of
+from fxint4.patterns import matches
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
 

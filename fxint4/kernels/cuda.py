@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxint4.kernels import nvrtc
+from fxint4.kernels.tensor_map import TensorMap, tensor_map
 
 __all__ = [
     "FEW_ROWS",
@@ -54,8 +55,8 @@ class _FewArguments(ctypes.Structure):
 
 class _ManyArguments(ctypes.Structure):
     _fields_ = (
-        ("x", nvrtc.TensorMap),
-        *((f"{kind}{i}", nvrtc.TensorMap) for kind in ("tiles", "params") for i in range(4)),
+        ("x", TensorMap),
+        *((f"{kind}{i}", TensorMap) for kind in ("tiles", "params") for i in range(4)),
         ("y", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("n0", "n1", "n2", "n3", "M", "k_padded")),
     )
@@ -261,12 +262,12 @@ class ManyRows(CudaBlocks):
         self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
     ) -> ctypes.Structure:
         """See `CudaBlocks.arguments`."""
-        maps = [nvrtc.tensor_map(x, (self.rows, 64), swizzled=True)]
+        maps = [tensor_map(x, (self.rows, 64), swizzled=True)]
         tiles = (self.features // 8, STEP)
-        maps += [nvrtc.tensor_map(t.view(-1, k_padded), tiles) for t in buffers[::2]]
+        maps += [tensor_map(t.view(-1, k_padded), tiles) for t in buffers[::2]]
         group_size = k_padded // len(buffers[1])
         params = (-(-STEP // group_size), self.features)
-        maps += [nvrtc.tensor_map(p.view(torch.int32)[..., 0], params) for p in buffers[1::2]]
+        maps += [tensor_map(p.view(torch.int32)[..., 0], params) for p in buffers[1::2]]
         return _ManyArguments(*maps, y.data_ptr(), *sizes[:4], len(x), k_padded)
 
 

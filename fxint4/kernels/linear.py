@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 from fxint4.kernels import counters, cuda
-from fxint4.kernels.choice import Choice, choose, gpu_of
 from fxint4.kernels.common import (
     VARYING,
     Blocks,
@@ -50,6 +49,7 @@ from fxint4.kernels.common import (
     tl,
     unpack,
 )
+from fxint4.kernels.select import Choice, choose, gpu_of
 
 __all__ = [
     "MOST_WEIGHTS",

@@ -18,19 +18,18 @@ from importlib import resources
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fxint4 import _inductor
 from fxint4.files import write_whole
 
 __all__ = [
     "Kernel",
-    "TensorMap",
     "architecture",
     "build",
     "compiled",
     "fingerprint",
-    "tensor_map",
+    "in_context",
+    "needed",
     "version",
     "with_index",
 ]
@@ -135,7 +134,7 @@ def build(name: str, macros: Macros, target: str, further: Sequence[str] = ()) -
     Raises:
         RuntimeError: NVRTC is missing, or refuses the source; then its log is in the message.
     """
-    nvrtc, _, number = _needed()
+    nvrtc, _, number = needed()
     headers = {file: text for file, text in _sources().items() if file.endswith(".cuh")}
     file, defined = f"{name}.cu", [f"-D{macro}={value}" for macro, value in macros]
     options = [f"-arch={target}", *_OPTIONS, *defined, *further]
@@ -167,7 +166,8 @@ def build(name: str, macros: Macros, target: str, further: Sequence[str] = ()) -
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _needed() -> tuple[Any, Any, str]:
+def needed() -> tuple[Any, Any, str]:
+    """NVRTC, the driver and NVRTC's version; RuntimeError where they are missing."""
     found = _bindings()
     if isinstance(found, str):
         raise RuntimeError(
@@ -200,7 +200,7 @@ class Kernel:
         shared: int,
     ) -> None:
         self._name, self._device, self._threads, self._shared = name, device, threads, shared
-        _, self._driver, number = _needed()
+        _, self._driver, number = needed()
         capability = torch.cuda.get_device_capability(device)
         self._can_depend = capability >= (9, 0) and (
             self._checked(self._driver.cuDriverGetVersion()) >= _CAPTURES_DEPENDENT
@@ -241,7 +241,7 @@ class Kernel:
             dependent = dependent and self._can_depend and torch.cuda.is_current_stream_capturing()
             launch = self._launch_dependent if dependent else self._launch
             self._checked(
-                _in_context(self._driver, self._device, lambda: launch(programs, stream, address))
+                in_context(self._driver, self._device, lambda: launch(programs, stream, address))
             )
 
     def _launch(self, programs: int, stream: int, address: int) -> tuple[Any, ...]:
@@ -277,7 +277,7 @@ class Kernel:
         return values[0] if values else None
 
 
-def _in_context(driver: Any, device: torch.device, call: Callable[[], Any]) -> Any:
+def in_context(driver: Any, device: torch.device, call: Callable[[], Any]) -> Any:
     """What a call of the driver returns that needs a context.
 
     A thread's first calls of torch do not need to have made one current.
@@ -298,63 +298,6 @@ def _make_context_current(driver: Any, device: torch.device) -> None:
         (result,) = driver.cuCtxSetCurrent(context)
     if result != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{device} has no CUDA context: {result.name}")
-
-
-class TensorMap(ctypes.Structure):
-    """A kernel's argument that says how it reads boxes of a matrix."""
-
-    _fields_ = (("words", ctypes.c_uint64 * 16),)
-
-
-def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> TensorMap:
-    """For a contiguous matrix, whose rows and address are multiples of 16 bytes.
-
-    Args:
-        matrix: bf16, fp16 or int32 ``[rows, columns]``; a box that goes beyond it has zeros there.
-        box: rows and columns of it.
-        swizzled: whether in shared memory the 16-byte parts of its rows, which have 128 bytes, are
-            exchanged as wgmma reads them.
-    """
-    rows, columns = matrix.shape
-    address, device = matrix.data_ptr(), matrix.device
-    return _tensor_map(matrix.dtype, address, device, rows, columns, box, swizzled)
-
-
-@functools.lru_cache(maxsize=2**12)  # to make one takes longer than a launch
-def _tensor_map(
-    dtype: torch.dtype,
-    address: int,
-    device: torch.device,
-    rows: int,
-    columns: int,
-    box: tuple[int, int],
-    swizzled: bool,
-) -> TensorMap:
-    _, driver, _ = _needed()
-    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
-    kind = {
-        torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        torch.int32: types.CU_TENSOR_MAP_DATA_TYPE_INT32,
-    }[dtype]
-    encode = functools.partial(
-        driver.cuTensorMapEncodeTiled,
-        kind,
-        2,
-        address,
-        [driver.cuuint64_t(size) for size in (columns, rows)],
-        [driver.cuuint64_t(columns * dtype.itemsize)],
-        [driver.cuuint32_t(size) for size in reversed(box)],
-        [driver.cuuint32_t(1)] * 2,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzled else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    result, made = _in_context(driver, device, encode)
-    if result != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"CUDA has no boxes {box} of a matrix {(rows, columns)}: {result.name}")
-    return TensorMap((ctypes.c_uint64 * 16)(*map(int, made.opaque)))
 
 
 @functools.cache

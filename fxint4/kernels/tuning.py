@@ -13,11 +13,9 @@ from typing import Any
 import torch
 
 from fxint4.files import write_whole
-from fxint4.kernels import choice as rule
-from fxint4.kernels import common, cuda, cuda_choice, linear, nvrtc
-from fxint4.kernels.choice import Choice, choose, choose_blocks, gpu_of
+from fxint4.kernels import common, cuda, linear, nvrtc, select
 from fxint4.kernels.common import Blocks, triton, version_of
-from fxint4.kernels.cuda_choice import cuda_configurations
+from fxint4.kernels.select import Choice, choose, choose_blocks, cuda_configurations, gpu_of
 
 __all__ = ["candidates", "fastest"]
 
@@ -148,7 +146,7 @@ def _choice(entry: dict[str, Any]) -> Choice:
 
 def _machine() -> str:
     """Names a GPU and the versions that its times depend on, for a file name."""
-    code = version_of(rule, cuda_choice, common, linear, cuda) + nvrtc.fingerprint()
+    code = version_of(select, common, linear, cuda) + nvrtc.fingerprint()
     facts = (torch.cuda.get_device_properties(), torch.__version__, triton.__version__, code)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 

@@ -11,13 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxint4.chunks import row_blocks
 from fxint4.methods.mse import mse_parameters
-from fxint4.quantize import (
-    GroupParameters,
-    dequantize,
-    quantize,
-    row_blocks,
-)
+from fxint4.quantize import GroupParameters, dequantize, quantize
 
 __all__ = ["awq_scale"]
 

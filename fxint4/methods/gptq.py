@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fxint4.chunks import row_blocks
 from fxint4.methods.mse import mse_parameters
 from fxint4.quantize import (
     GroupParameters,
@@ -20,7 +21,6 @@ from fxint4.quantize import (
     measured,
     padded_columns,
     quantize,
-    row_blocks,
 )
 
 __all__ = ["Gptq"]

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fxint4.methods.errors import better
+from fxint4.metrics import better
 from fxint4.quantize import nearest_parameters
 
 __all__ = ["mse_parameters"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fxint4._torch import MATMULS
+from fxint4._pytorch.tensors import MATMULS
 from fxint4.config import REPORT_SUFFIXES, Int4Config
 from fxint4.errors import OptionError, ReportError
 from fxint4.files import write_whole

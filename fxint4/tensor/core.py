@@ -15,11 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxint4._torch import MATMULS, disabled_torch_function, make_wrapper, map_tensors, share_storage
+from fxint4._pytorch.tensors import (
+    MATMULS,
+    disabled_torch_function,
+    make_wrapper,
+    map_tensors,
+    share_storage,
+)
 from fxint4.blocks import quantized_blocks, write
 from fxint4.config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
-from fxint4.quantize import dequantize, sqnr_db
+from fxint4.metrics import sqnr_db
+from fxint4.quantize import dequantize
 from fxint4.recipe import RTN, Recipe
 from fxint4.tiles import (
     GROUP_SIZES,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 from fxint4.fast_paths import attention_layer, encoder_layer
 from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, implements
 

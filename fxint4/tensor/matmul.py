@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, implements
 
 __all__: list[str] = []

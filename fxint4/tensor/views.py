@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
-from fxint4._torch import aten
+from fxint4._pytorch.tensors import aten
 from fxint4.tensor.core import (
     NEW_AXIS,
     Columns,

@@ -21,7 +21,7 @@ from support import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxint4.passes import DECOMPOSITIONS
+from fxint4.passes.encoder_layer import DECOMPOSITIONS
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 

@@ -34,10 +34,10 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, Report
-from fxint4.kernel_choice import Policy
-from fxint4.kernels.choice import gpu_of
-from fxint4.passes import folded_record, matmuls, with_matmuls
-from fxint4.passes.fuse import _kernels_by_m
+from fxint4.kernels.policy import Policy
+from fxint4.kernels.select import gpu_of
+from fxint4.passes.fold import folded_record
+from fxint4.passes.fuse import _kernels_by_m, matmuls, with_matmuls
 from fxint4.store import store
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
@@ -52,7 +52,7 @@ H200 = (*gpu_of(torch.device("cpu")), False, False)
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxint4.passes.fuse.fuses", lambda device: True)
-    monkeypatch.setattr("fxint4.kernels.choice.triton", None)  # the GPU's kernels
+    monkeypatch.setattr("fxint4.kernels.select.triton", None)  # the GPU's kernels
 
 
 class Heads(nn.Module):
@@ -616,8 +616,8 @@ def _choices_as_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def choice(m: int, n: int, k: int, *others: Any) -> str:
         return f"{'few' if m < 100 else 'many'} {n}x{k} {others}"
 
-    monkeypatch.setattr("fxint4.kernel_choice.choose", choice)
-    monkeypatch.setattr("fxint4.kernel_choice.at_run_time", choice)
+    monkeypatch.setattr("fxint4.kernels.select.choose", choice)
+    monkeypatch.setattr("fxint4.kernels.policy.at_run_time", choice)
     _kernels_by_m.cache_clear()
     yield
     _kernels_by_m.cache_clear()
@@ -766,7 +766,8 @@ def test_kernels_are_named_for_the_mode_asked_for(
         told.append(policy.cuda_graphs)
         return with_matmuls(records, sites, forms, config, policy)
 
-    monkeypatch.setattr("fxint4.backend.with_matmuls", spy)
+    for module in ("backend", "late_weights"):
+        monkeypatch.setattr(f"fxint4.{module}.with_matmuls", spy)
 
     class Layer(Heads):
         pass  # code that Dynamo shares

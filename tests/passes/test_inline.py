@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 import fxint4
-from fxint4.passes import inline_regions
+from fxint4.passes.inline import inline_regions
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxint4.constants import Constants, Standing
-from fxint4.passes import Kept, LeftAlone
+from fxint4.passes.left_alone import LeftAlone
+from fxint4.passes.pattern import Kept
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 

@@ -1,4 +1,4 @@
-"""What quantising costs a group of weights, and the better of two ways to do it."""
+"""Errors of quantized weights and of their products."""
 
 from __future__ import annotations
 
@@ -7,9 +7,39 @@ import math
 import torch
 from torch import Tensor
 
-from fxint4.quantize import row_blocks
+from fxint4.chunks import row_blocks, row_chunks
 
-__all__ = ["better", "output_error", "squared_error"]
+__all__ = [
+    "better",
+    "nonfinite_count",
+    "nonfinite_fault",
+    "output_error",
+    "sqnr_db",
+    "squared_error",
+]
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal over noise in decibels, of two sums of squares; infinite where nothing was lost."""
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def nonfinite_count(weight: Tensor) -> int:
+    """How many values are inf or NaN, or beyond fp32, where all arithmetic here happens.
+
+    weight: at least one axis, any float dtype and strides.
+    """
+    count = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start, stop in row_chunks(weight):
+        rows = weight.detach()[start:stop].to(torch.float32)
+        count += torch.count_nonzero(rows - rows)  # 0 where finite, NaN elsewhere
+    return int(count.item())
+
+
+def nonfinite_fault(weight: Tensor) -> str | None:
+    """Why the values of a weight keep it from being quantised, or None; see `nonfinite_count`."""
+    bad = nonfinite_count(weight)
+    return f"{bad} of the weight's {weight.numel()} values are inf or NaN" if bad else None
 
 
 def squared_error(

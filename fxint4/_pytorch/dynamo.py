@@ -1,0 +1,96 @@
+"""PyTorch's private API for what Dynamo knows of a frame that it compiles.
+
+All of it was run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+__all__ = [
+    "compile_request",
+    "frame_id",
+    "frame_scope",
+    "graph_break_reason",
+    "has_forward_hooks",
+    "restart_trace",
+    "roomy_recompile_limit",
+    "source_name",
+]
+
+# --- Dynamo: names and modules behind the inputs -------------------------------------------------
+
+
+def source_name(placeholder: fx.Node) -> str | None:
+    """Dynamo's name of an input, such as `L['self']._modules['fc']._parameters['weight']`."""
+    grapharg = placeholder.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return None
+    name = source.name
+    return cast("str", name() if callable(name) else name)
+
+
+def frame_scope() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Local and global names of the frame that Dynamo is compiling; empty outside Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:  # no frame is being compiled
+        return {}, {}
+    return dict(output.local_scope), dict(output.global_scope)
+
+
+def frame_id() -> int | None:
+    """Dynamo's number of the frame being compiled; the same for its recompiles."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return compile_id.frame_id if compile_id is not None else None
+
+
+def graph_break_reason(gm: fx.GraphModule) -> str | None:
+    """Why Dynamo's graph ends before its function does, or None where it does not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    return cast("str", reason.reason).splitlines()[0]
+
+
+def compile_request(depth: int) -> object | None:
+    """The object that stands for one `torch.compile(...)` call, `depth` frames up; None if absent.
+
+    Graphs of one call (graph breaks, recompiles) share it, so they share a report.
+    """
+    caller = sys._getframe(depth).f_locals.get("self")
+    return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
+
+
+def restart_trace() -> None:
+    """Leave a backend and let Dynamo trace the frame again: what it read has changed."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    raise TensorifyScalarRestartAnalysis
+
+
+@contextlib.contextmanager
+def roomy_recompile_limit() -> Iterator[None]:
+    """Let one more compile of a much-compiled function happen instead of falling back to eager."""
+    import torch._dynamo.config as dynamo_config
+
+    with dynamo_config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+        yield
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling a module does more than its forward. Tried on torch 2.11, 2.13 and 2.15."""
+    from torch.nn.modules import module as everywhere
+
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    global_hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
+    return any(map(len, (*hooks, *global_hooks)))

@@ -1,0 +1,56 @@
+"""Patterns of names: globs, and regular expressions after "re:"."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from fxint4.errors import OptionError
+
+__all__ = ["checked_patterns", "matches"]
+
+
+def matches(name: str, parameters: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The first of `patterns` that matches a layer, or None.
+
+    Args:
+        name: full name of the layer.
+        parameters: full names of the parameters its weight is made of.
+        patterns: globs, or regular expressions after "re:".
+    """
+    candidates = {part for full in (name, *parameters) for part in _with_parents(full)}
+    for pattern in patterns:
+        expression = _compiled(pattern)
+        if any(expression.fullmatch(candidate) for candidate in candidates):
+            return pattern
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    source = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
+    return re.compile(source)
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def checked_patterns(field: str, value: object) -> tuple[str, ...]:
+    """Patterns that a user gave for an option; OptionError where they are none."""
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple, set, frozenset)) or not all(
+        isinstance(pattern, str) for pattern in values
+    ):
+        raise OptionError(f"{field} is {value!r}; it takes module names, globs or 're:' patterns")
+    for pattern in values:
+        try:
+            _compiled(pattern)
+        except re.error as error:
+            raise OptionError(
+                f"{field} holds {pattern!r}, which is no regular expression: {error}"
+            ) from error
+    return tuple(sorted(values)) if isinstance(values, (set, frozenset)) else tuple(values)

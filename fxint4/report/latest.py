@@ -1,0 +1,45 @@
+"""The newest report, and the reports of torch.compile calls that are still in use."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from fxint4._pytorch.dynamo import compile_request
+from fxint4.config import Int4Config
+from fxint4.report import Report
+
+__all__ = ["last_report", "remember", "report_of_caller"]
+
+_reports: list[tuple[weakref.ref[object], Report]] = []
+
+
+_newest: Report | None = None
+
+
+def last_report() -> Report | None:
+    """The newest report, or None.
+
+    Of the `torch.compile(..., backend="int4tile")` that compiled last, of `rewrite` or `package`.
+    """
+    return _newest
+
+
+def remember(report: Report) -> None:
+    """Make a report the one that `last_report` returns."""
+    global _newest
+    _newest = report
+
+
+def report_of_caller(config: Int4Config, patches: Mapping[str, Any]) -> Report:
+    """The report of the torch.compile call that asks; a new one for a new call."""
+    request = compile_request(depth=3)
+    _reports[:] = [(ref, report) for ref, report in _reports if ref() is not None]
+    for ref, report in _reports:
+        if request is not None and ref() is request:
+            return report
+    report = Report(config, patches)
+    if request is not None:
+        _reports.append((weakref.ref(request), report))
+    return report
