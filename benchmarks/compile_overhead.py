@@ -81,7 +81,7 @@ def compile_once(model_name: str, backend: str) -> dict[str, float]:
     model = model.bfloat16().eval()
     folding = 0.0
     if backend == "int4tile":
-        import fxint4.backend as implementation
+        import fxint4.frontends.backend as implementation
 
         fold = implementation.fold
 
@@ -187,7 +187,7 @@ def compiled_blocks(
 
 def lookup_of(run: Callable[[], object]) -> Callable[[], object]:
     """What finds the packed weights of the one graph that `run` compiles."""
-    import fxint4.backend as implementation
+    import fxint4.frontends.backend as implementation
 
     graphs: list[Any] = []
     original = implementation.Int4Graph

@@ -5,10 +5,10 @@ Rows of the table: dtype of the model, N x K of the weight, M rows of activation
 - inductor, int4tile: microseconds a matmul, the layers of a model compiled by `torch.compile` with
   either backend, static shapes, as a user gets it;
 - ratio: of these two. Above 1.05 the row is marked "slower", after it was measured three times;
-- runs: what int4tile chose for this M: the int4 op or a dequantised dense copy (fxint4/forms.py);
+- runs: what int4tile chose for this M: the int4 op or a dequantised dense copy (fxint4/weights/formats.py);
 - dense, int4 op: the two choices as raw calls of `mm` and of `aten._weight_int4pack_mm_for_cpu`,
   the latter with the casts to and from bf16 that fp16 and fp32 activations need. The largest M up
-  to which int4 op wins is what `_CPU_ROWS` in fxint4/forms.py holds.
+  to which int4 op wins is what `_CPU_ROWS` in fxint4/weights/formats.py holds.
 
 Floor and prediction: for M = 1 both read the weight once, so a weight that does not fit into the
 caches bounds the ratio by bytes: 0.27 for bf16 and fp16, 0.13 for fp32 (group 128). The int4 op
@@ -36,9 +36,8 @@ from measure import DTYPES, describe, interleave, machine, parser, show, write
 from torch import Tensor, nn
 
 import fxint4
-from fxint4.forms import most_int4_rows
-from fxint4.quantize import dequantize, quantize
-from fxint4.tiles import (
+from fxint4.quant.primitives import dequantize, quantize
+from fxint4.quant.tile_layout import (
     TileShape,
     choose_shape,
     pack_for_cpu,
@@ -46,6 +45,7 @@ from fxint4.tiles import (
     pad_codes,
     pad_parameters,
 )
+from fxint4.weights.formats import most_int4_rows
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
 SHAPES = ((384, 384), (1536, 384), (4096, 4096), (11008, 4096))

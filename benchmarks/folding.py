@@ -1,6 +1,6 @@
 """How fast are weights folded, and how much memory does folding take beside what it makes?
 
-Each weight is folded as the backend does it, through `fxint4.store`: checked, quantised, packed,
+Each weight is folded as the backend does it, through `fxint4.weights.cache`: checked, quantised, packed,
 its error measured. Shapes are those of a Llama-3-8B layer. Columns: GB/s of the original weight;
 the time; the floor; what folding made; and on CUDA the scratch memory, the peak while folding less
 the original and what was made.
@@ -28,11 +28,11 @@ import torch
 from measure import DTYPES, describe, interleave, machine, parser, show, write
 from torch import Tensor, fx, nn
 
-from fxint4.constants import Constants, Standing
-from fxint4.forms import Dense, Form, int4_form, rows_multiple
-from fxint4.recipe import Recipe
-from fxint4.store import PackedWeight
-from fxint4.tiles import choose_shape
+from fxint4.graph.constants import Constants, Standing
+from fxint4.quant.recipe import Recipe
+from fxint4.quant.tile_layout import choose_shape
+from fxint4.weights.cache import PackedWeight
+from fxint4.weights.formats import Dense, Form, int4_form, rows_multiple
 
 #: N x K of a Llama-3-8B layer's projections: q and o, k and v, gate and up, down.
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))

@@ -6,7 +6,7 @@ graph over enough copies of the weight to overflow the L2, in one run:
 - bf16: `torch.mm`, cuBLAS
 - aten: `aten._weight_int4pack_mm` (to 256 rows, it only gets slower)
 - torchao, gemlite: see peers.py; where they are installed, to 256 rows
-- ours: `fxint4.kernels.linear`, in the way that a compiled model takes under CUDA graphs
+- ours: `fxint4.kernels.triton_linear`, in the way that a compiled model takes under CUDA graphs
 - triton: our Triton kernel, where that way is another one
 
 All multiply by the same weight, and each result is compared with fp32. "best peer" is the fastest
@@ -36,8 +36,8 @@ from peers import GemLite, TorchAO
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
-from fxint4.kernels.linear import linear
 from fxint4.kernels.select import Choice, at_run_time
+from fxint4.kernels.triton_linear import linear
 
 DEVICE = torch.device("cuda")
 GROUP = 128

@@ -1,4 +1,4 @@
-"""Which blocks does the Triton kernel of `fxint4.kernels.linear` want, for which rows?
+"""Which blocks does the Triton kernel of `fxint4.kernels.triton_linear` want, for which rows?
 
 For the shapes of gemm.py, groups of 128: every candidate in a CUDA graph over enough copies of the
 weight to overflow the L2; then the fastest few, what `choose` says, and bf16 `torch.mm`, taking
@@ -28,10 +28,10 @@ from gemm import SHAPES, copies
 from measure import describe, graph_of, graph_times_us, machine, parser, write
 from torch import Tensor
 
-from fxint4.kernels import linear as kernels
-from fxint4.kernels.common import Blocks, Launch, run
-from fxint4.kernels.linear import launch_of, linear
+from fxint4.kernels import triton_linear as kernels
 from fxint4.kernels.select import Choice, choose
+from fxint4.kernels.triton_common import Blocks, Launch, run
+from fxint4.kernels.triton_linear import launch_of, linear
 
 GROUP = 128
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 1536)

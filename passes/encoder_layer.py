@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxint4._pytorch.tensors import aten
-from fxint4.fast_paths import encoder_layer
+from fxint4.tensor.fast_paths import encoder_layer
 
 #: What AOTAutograd takes apart for us while it traces.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

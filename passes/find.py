@@ -10,24 +10,17 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxint4._pytorch.tensors import real_tensors
-from fxint4.config import Int4Config
-from fxint4.constants import Constants
-from fxint4.expression import Weight
-from fxint4.forms import (
-    UNBOUNDED,
-    Dense,
-    Form,
-    int4_form,
-    most_int4_rows,
-    rows_multiple,
-)
-from fxint4.names import layer_name, source_line
+from fxint4.config.int4_config import Int4Config
+from fxint4.graph.constants import Constants
+from fxint4.graph.names import layer_name, source_line
+from fxint4.graph.symbolic import value_of
 from fxint4.passes.pattern import GivenMatch, Kept, Match, Pattern
 from fxint4.passes.plan import outgrown, recipe_of, refusal
 from fxint4.passes.site import Site
-from fxint4.recipe import RTN
+from fxint4.quant.recipe import RTN
 from fxint4.report import Record
-from fxint4.symbolic import value_of
+from fxint4.weights.expression import Weight
+from fxint4.weights.formats import UNBOUNDED, Dense, Form, int4_form, most_int4_rows, rows_multiple
 
 __all__ = ["find"]
 

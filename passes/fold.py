@@ -10,15 +10,15 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from fxint4._pytorch.tensors import real_tensors
-from fxint4.config import Int4Config
+from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
-from fxint4.forms import Dense, Form, choose
+from fxint4.graph.symbolic import value_of
 from fxint4.passes.pattern import GivenMatch
 from fxint4.passes.plan import packing_fault
 from fxint4.passes.site import Site
 from fxint4.report import Record
-from fxint4.store import PackedWeight, Store, store
-from fxint4.symbolic import value_of
+from fxint4.weights.cache import PackedWeight, Store, store
+from fxint4.weights.formats import Dense, Form, choose
 
 __all__ = ["fold", "folded_record"]
 

@@ -9,15 +9,15 @@ from functools import cache
 import torch
 from torch import fx
 
-from fxint4.config import Int4Config
-from fxint4.forms import Dense, Form, aten_op, fuses
-from fxint4.kernels.linear import MOST_WEIGHTS
+from fxint4.config.int4_config import Int4Config
+from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import by_m, range_text
+from fxint4.kernels.triton_linear import MOST_WEIGHTS
 from fxint4.passes.activations import activation_of, value_numbers
 from fxint4.passes.site import Site
 from fxint4.report import Record
-from fxint4.symbolic import value_of
+from fxint4.weights.formats import Dense, Form, aten_op, fuses
 
 __all__ = ["matmuls", "with_matmuls"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxint4.build import Build
+from fxint4.graph.build import Build
 
 
 def inline_regions(gm: fx.GraphModule, fake_mode: Any) -> None:

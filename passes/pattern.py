@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from fxint4._pytorch.tensors import aten
-from fxint4.build import Build
-from fxint4.config import Int4Config
-from fxint4.constants import Constants
-from fxint4.expression import AXES, Given, Weight
-from fxint4.symbolic import value_of
-from fxint4.tiles import TileShape, choose_shape
+from fxint4.config.int4_config import Int4Config
+from fxint4.graph.build import Build
+from fxint4.graph.constants import Constants
+from fxint4.graph.symbolic import value_of
+from fxint4.quant.tile_layout import TileShape, choose_shape
+from fxint4.weights.expression import AXES, Given, Weight
 
 __all__ = ["GivenMatch", "Kept", "Match", "Multiply", "Pattern", "kept_pick"]
 
@@ -51,7 +51,7 @@ class Match:
 
     Attributes:
         weight: the constant operand.
-        axes: how its axes lie, a key of `fxint4.constants.AXES`.
+        axes: how its axes lie, a key of `fxint4.graph.constants.AXES`.
         x: the other operand.
         bias: the node added to the product, or None.
         offs: where the rows of each weight end, [E].

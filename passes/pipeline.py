@@ -8,13 +8,13 @@ from typing import Any
 from torch import fx
 
 from fxint4._pytorch.aot import CompileState
-from fxint4.config import Int4Config
-from fxint4.constants import Constants
-from fxint4.names import Inputs
+from fxint4.config.int4_config import Int4Config
+from fxint4.graph.constants import Constants
+from fxint4.graph.names import Inputs
+from fxint4.graph.placeholders import GraphWeights
 from fxint4.passes.find import find
 from fxint4.passes.inline import inline_regions
 from fxint4.passes.patterns import PATTERNS
-from fxint4.placeholders import GraphWeights
 
 __all__ = ["Analysis"]
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxint4.config import Int4Config
-from fxint4.forms import DTYPES, device_fault
-from fxint4.names import layer_name, weight_names
+from fxint4.config.int4_config import Int4Config
+from fxint4.config.names_matched import matches
+from fxint4.graph.names import layer_name, weight_names
 from fxint4.passes.rewrite import Slot
 from fxint4.passes.site import Site
-from fxint4.patterns import matches
-from fxint4.recipe import WITHOUT_DATA, Recipe
+from fxint4.quant.recipe import WITHOUT_DATA, Recipe
 from fxint4.report import Record
-from fxint4.store import PackedWeight
+from fxint4.weights.cache import PackedWeight
+from fxint4.weights.formats import DTYPES, device_fault
 
 __all__ = ["met_recipe", "outgrown", "packing_fault", "recipe_of", "refusal", "sqnr_fault"]
 
@@ -77,7 +77,7 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
 
     Args:
         config: what was asked for it, overrides included.
-        key: its name, see `fxint4.constants.Weight.key`.
+        key: its name, see `fxint4.graph.constants.Weight.key`.
         shape: the logical ``[..., N, K]``.
     """
     if config.calibration is None or not config.needs_calibration:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, fx
 
 from fxint4._pytorch.tensors import aten
-from fxint4.build import Build, copy_graph
-from fxint4.config import Int4Config
-from fxint4.expression import Weight
-from fxint4.forms import Dense, Form, aten_op, form_specs
+from fxint4.config.int4_config import Int4Config
+from fxint4.graph.build import Build, copy_graph
+from fxint4.graph.symbolic import in_order, is_aligned, same_strides, value_of
 from fxint4.passes.fuse import matmuls
 from fxint4.passes.pattern import Match
 from fxint4.passes.site import Site
-from fxint4.recipe import Recipe
-from fxint4.symbolic import in_order, is_aligned, same_strides, value_of
-from fxint4.tiles import TileShape
+from fxint4.quant.recipe import Recipe
+from fxint4.quant.tile_layout import TileShape
+from fxint4.weights.expression import Weight
+from fxint4.weights.formats import Dense, Form, aten_op, form_specs
 
 __all__ = ["Rewritten", "Slot", "rewrite"]
 

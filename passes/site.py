@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxint4.config import Int4Config
-from fxint4.expression import Weight
-from fxint4.forms import Form, activation_dtype
+from fxint4.config.int4_config import Int4Config
+from fxint4.graph.symbolic import value_of
 from fxint4.passes.pattern import Match, Pattern
-from fxint4.recipe import RTN, Recipe
+from fxint4.quant.recipe import RTN, Recipe
+from fxint4.quant.tile_layout import TileShape
 from fxint4.report import Record
-from fxint4.symbolic import value_of
-from fxint4.tiles import TileShape
+from fxint4.weights.expression import Weight
+from fxint4.weights.formats import Form, activation_dtype
 
 __all__ = ["Site"]
 

@@ -23,11 +23,12 @@ import torch
 from support import assert_within, rounding
 from torch import Tensor
 
-from fxint4.kernels import experts, linear
-from fxint4.kernels.common import Launch
-from fxint4.kernels.experts import grouped_mm, indexed_mm
-from fxint4.quantize import dequantize, quantize
-from fxint4.tiles import (
+from fxint4.kernels import triton_experts as experts
+from fxint4.kernels import triton_linear as linear
+from fxint4.kernels.triton_common import Launch
+from fxint4.kernels.triton_experts import grouped_mm, indexed_mm
+from fxint4.quant.primitives import dequantize, quantize
+from fxint4.quant.tile_layout import (
     TileShape,
     choose_shape,
     pack,

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxint4.kernels.policy import Policy
-from fxint4.lowering import lowered
+from fxint4.lowering.dense import lowered
 
 _H200 = types.SimpleNamespace(
     name="NVIDIA H200",

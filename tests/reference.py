@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxint4 import Record
-from fxint4.quantize import dequantize, quantize
+from fxint4.quant.primitives import dequantize, quantize
 
 aten = torch.ops.aten
 

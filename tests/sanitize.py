@@ -23,7 +23,7 @@ from kernel_support import make_experts
 from test_kernels_cuda import runs
 from test_kernels_stress import BF16, FP16, fitted, has_room, make
 
-from fxint4.kernels import experts
+from fxint4.kernels import triton_experts as experts
 from fxint4.kernels.cuda import ManyRows
 from fxint4.kernels.select import Choice, configurations, cuda_configurations
 

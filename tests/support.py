@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Record, Report
-from fxint4.constants import Constants, Standing
-from fxint4.expression import AXES
-from fxint4.forms import Form
+from fxint4.graph.constants import Constants, Standing
 from fxint4.passes.find import find
 from fxint4.passes.patterns import PATTERNS
 from fxint4.passes.rewrite import Rewritten, rewrite
 from fxint4.passes.site import Site
-from fxint4.store import store
+from fxint4.weights.cache import store
+from fxint4.weights.expression import AXES
+from fxint4.weights.formats import Form
 
 __all__ = [
     "Captured",
@@ -199,7 +199,7 @@ class Case:
         name: also of its golden graph diff.
         model: makes it, fp32 and in eval mode.
         inputs: makes its inputs, fp32.
-        weights: for each packed parameter how its axes lie, a key of `fxint4.constants.AXES`.
+        weights: for each packed parameter how its axes lie, a key of `fxint4.graph.constants.AXES`.
         ops: the ops that go, in the order they run.
         roundings: see `rounding`.
         exact: whether `check_exact` holds for it: no matmul reads another one's result.

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxint4
 from fxint4 import Report
-from fxint4.aot import METADATA
 from fxint4.errors import OptionError, UnsupportedOpError
+from fxint4.frontends.package import METADATA
 
 pytestmark = pytest.mark.compiles
 
@@ -240,7 +240,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.expo
         given.append(program)
         Path(path).write_text("a package")
 
-    monkeypatch.setattr("fxint4.aot.aoti_package", aoti_package)
+    monkeypatch.setattr("fxint4.frontends.package.aoti_package", aoti_package)
     monkeypatch.chdir(tmp_path)
     return given
 

@@ -439,7 +439,7 @@ def bound_of(near: Tensor, exact: Tensor) -> float:
 def yardstick(records: Sequence[fxint4.Record], dtype: torch.dtype) -> torch.dtype:
     """The dtype to which the compiled model rounds: bf16 as soon as it uses an int4 op.
 
-    The int4 ops compute in bf16 whatever the dtype of the model (`fxint4.forms`). Only a model in
+    The int4 ops compute in bf16 whatever the dtype of the model (`fxint4.weights.formats`). Only a model in
     which every weight is multiplied as a dense copy stays in its own dtype throughout.
     """
     all_dense = all(record.dense_bytes for record in records if record.action == "packed")

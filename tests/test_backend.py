@@ -26,8 +26,8 @@ from torch.nn import functional as F
 import fxint4
 from fxint4 import Int4TileTensor
 from fxint4._pytorch.aot import compile_fx, mark_boxed, outer_input, warn_if_untested
-from fxint4.quantize import dequantize, quantize
-from fxint4.store import store
+from fxint4.quant.primitives import dequantize, quantize
+from fxint4.weights.cache import store
 
 K, N, GROUP = 128, 64, 64
 OPTIONS = {"group_size": GROUP}
@@ -688,7 +688,7 @@ def test_a_fold_that_fails_half_way_leaves_the_model_as_it_was(
         return quantize(*args, **kwargs)
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr("fxint4.recipe.quantize", runs_out_of_memory)
+        patch.setattr("fxint4.quant.recipe.quantize", runs_out_of_memory)
         message = r"fold the weight of 1 \(128x128, made of 1\.weight\).*out of memory.*'skip'"
         with pytest.raises(fxint4.FoldError, match=message):
             fxint4.explain(model, x, options={**OPTIONS, "measure": False})

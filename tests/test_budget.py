@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import fxint4
 from fxint4 import OptionError
-from fxint4.budget import _gain, _Offer, _steps, _worthwhile
-from fxint4.calibration import Calibration, Choice
+from fxint4.quant.statistics import Calibration, Choice
+from fxint4.runs.budget import _gain, _Offer, _steps, _worthwhile
 
 K, N = 128, 64
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fxint4
 from fxint4 import OptionError, PackedFormatError, TrainingError
-from fxint4.calibration import Calibration, Choice, Statistics, Trade
-from fxint4.runtime import _check_equal
+from fxint4.lowering.graph import _check_equal
+from fxint4.quant.statistics import Calibration, Choice, Statistics, Trade
 
 EPSILON = 2.0**-24
 

@@ -13,9 +13,9 @@ import torch
 from torch._inductor import list_mode_options
 
 from fxint4 import Int4Config, OptionError, calibrate
-from fxint4.calibration import Calibration, Choice, Trade
-from fxint4.options import split_options
-from fxint4.patterns import matches
+from fxint4.config.names_matched import matches
+from fxint4.config.options import split_options
+from fxint4.quant.statistics import Calibration, Choice, Trade
 
 # --- fields --------------------------------------------------------------------------------------
 

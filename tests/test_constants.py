@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxint4.constants import Constants, Standing
-from fxint4.expression import AXES, Weight
-from fxint4.placeholders import standing_of
+from fxint4.graph.constants import Constants, Standing
+from fxint4.graph.placeholders import standing_of
+from fxint4.weights.expression import AXES, Weight
 
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram, export
 import fxint4
 from fxint4 import Int4Config, Report
 from fxint4.errors import OptionError
-from fxint4.export import rewrite_program
+from fxint4.frontends.export import rewrite_program
 from fxint4.kernels.policy import Policy
 from fxint4.report import Record
 
@@ -347,7 +347,7 @@ def test_the_report_of_a_package_names_the_kernels_of_every_number_of_rows(
         kernels = ("M<=16: few", "M>=17: many")
         return [dataclasses.replace(record, kernels=kernels) for record in records]
 
-    monkeypatch.setattr("fxint4.export.with_matmuls", by_m)
+    monkeypatch.setattr("fxint4.frontends.export.with_matmuls", by_m)
     captured = export(two_matmuls(), (torch.randn(4, 64),), dynamic_shapes=ROWS)
     rewrite_program(captured, Int4Config(kernel="triton"), only_aten=False)
     # A package has no kernels in CUDA C++, and does not measure.

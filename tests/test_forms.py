@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fxint4 import forms
-from fxint4.forms import (
+from fxint4.weights import formats as forms
+from fxint4.weights.formats import (
     Dense,
     activation_dtype,
     aten_op,

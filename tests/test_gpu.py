@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 
 import fxint4
 from fxint4 import Int4TileTensor
-from fxint4.kernels import linear
-from fxint4.quantize import dequantize, quantize
-from fxint4.store import store
+from fxint4.kernels import triton_linear as linear
+from fxint4.quant.primitives import dequantize, quantize
+from fxint4.weights.cache import store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,7 +112,7 @@ def test_repeated_layers_under_cuda_graphs_keep_their_own_weights() -> None:
 
 
 def test_a_gpu_too_old_is_kept_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxint4.forms import device_fault
+    from fxint4.weights.formats import device_fault
 
     device_fault.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))

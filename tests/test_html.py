@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import fxint4
-from fxint4.report.html_page import page
+from fxint4.report.html import page
 
 CHROMIUM = shutil.which("chromium")
 

@@ -6,7 +6,7 @@ The sources are read, not imported, so this runs in a moment and without torch.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,53 +17,34 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rooms on one line do not import each other. A package is one room; inside it anything goes.
 # "__init__" is fxint4 itself, with the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "version"),
+    ("errors", "atomic_files", "version"),
     ("_pytorch",),
-    ("_inductor",),
-    ("calibration", "chunks"),
-    ("metrics", "tiles", "fast_paths"),
-    ("quantize",),
-    ("methods",),
-    ("recipe",),
-    ("blocks",),
-    ("patterns",),
+    ("quant",),
     ("config",),
-    ("options",),
     ("kernels",),
     ("tensor", "report"),
-    ("expression",),
-    ("forms",),
-    ("store",),
-    ("ops", "names"),
-    ("symbolic", "constants"),
-    ("build", "placeholders"),
+    ("weights",),
+    ("graph",),
     ("passes",),
-    ("lowering_experts",),
     ("lowering",),
-    ("runtime",),
-    ("late_weights", "replay", "trials", "tracing"),
-    ("observers", "measure"),
-    ("sequential", "budget"),
-    ("calibrate", "packing"),
-    ("backend",),
-    ("explain", "export"),
-    ("aot", "pack", "saving", "checkpoints"),
+    ("runs",),
+    ("frontends",),
     ("__init__",),
-    ("demo", "cli"),
+    ("cli", "demo"),
     ("__main__",),
 )
+#: What the table may grow to: its lines, and the pairs (room, imported room).
+MOST_LINES, MOST_PAIRS = 15, 100
 
 # What a room must not touch although its place in the order would let it.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
-    "quantize": ("torch.fx", "torch._dynamo", "torch._inductor", "fxint4._pytorch"),
-    "tiles": ("torch.fx", "torch._dynamo", "torch._inductor", "fxint4._pytorch"),
+    "quant": ("torch.fx", "torch._dynamo", "torch._inductor", "fxint4._pytorch"),
 }
 
 # The rooms that may use private PyTorch API, each with the reason.
 # torch.ops is public: the leading underscore of an aten op is part of its name.
 PRIVATE_TORCH: dict[str, str] = {
-    "_pytorch": "the one place for it; every use says which versions were tried",
-    "_inductor": "what Inductor's last stage makes of our ops: its IR, which lowerings are made of",
+    "_pytorch": "the one place for it; each file says which versions were tried",
 }
 
 LAYER_OF = {room: index for index, rooms in enumerate(LAYERS) for room in rooms}
@@ -146,6 +127,13 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+def module_of(name: str, modules: Iterable[str]) -> str:
+    """The module that an imported name is, or is in."""
+    while name not in modules and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
 def problems(module: str, text: str, *, is_package: bool, modules: set[str]) -> Iterator[str]:
     """What is wrong with one module, as "line: message".
 
@@ -165,10 +153,7 @@ def problems(module: str, text: str, *, is_package: bool, modules: set[str]) -> 
     for line, name in uses.imports:
         if not is_within(name, "fxint4"):
             continue
-        target = name
-        while target not in modules and "." in target:
-            target = target.rpartition(".")[0]
-        other = room_of(target)
+        other = room_of(module_of(name, modules))
         if other == room:
             continue
         if other not in LAYER_OF:
@@ -200,31 +185,78 @@ def test_imports_point_one_way_and_private_torch_api_stays_in_its_place() -> Non
     assert not found, "\n" + "\n".join(found)
 
 
+def pairs() -> set[tuple[str, str]]:
+    """(room, imported room) of every import between two rooms."""
+    modules = sources()
+    found = set()
+    for module, path in modules.items():
+        is_package = path.name == "__init__.py"
+        uses = _Uses(module if is_package else module.rpartition(".")[0])
+        uses.visit(ast.parse(path.read_text(encoding="utf-8")))
+        for _, name in uses.imports:
+            if is_within(name, "fxint4"):
+                found.add((room_of(module), room_of(module_of(name, modules))))
+    return {(room, other) for room, other in found if room != other}
+
+
+def test_the_table_stays_small() -> None:
+    count = len(pairs())
+    print(f"{len(LAYERS)} lines, {count} pairs of rooms")  # noqa: T201  (pytest -s shows it)
+    assert len(LAYERS) <= MOST_LINES
+    assert count <= MOST_PAIRS
+
+
+def test_no_package_exports_under_the_name_of_one_of_its_modules() -> None:
+    """Then `fxint4.x.y` would be the module or what hides it, by what was imported first."""
+    modules = sources()
+    for module, path in modules.items():
+        if path.name == "__init__.py":
+            uses = _Uses(module)
+            uses.visit(ast.parse(path.read_text(encoding="utf-8")))
+            hidden = [
+                name
+                for name, full in uses.names.items()
+                if full != f"{module}.{name}" and f"{module}.{name}" in modules
+            ]
+            assert not hidden, f"{path.relative_to(ROOT)}: {hidden}"
+
+
 def test_exceptions_name_rooms_that_exist_in_the_table() -> None:
     assert set(FORBIDDEN) | set(PRIVATE_TORCH) <= set(LAYER_OF)
 
 
-MODULES = {"fxint4", "fxint4.tiles", "fxint4.report", "fxint4.backend", "fxint4.passes"}
+MODULES = {
+    "fxint4",
+    "fxint4.quant",
+    "fxint4.report",
+    "fxint4.frontends",
+    "fxint4.frontends.backend",
+    "fxint4.passes",
+}
 
 
 @pytest.mark.parametrize(
     ("module", "text", "message"),
     [
         ("fxint4.novel", "", "is in no layer"),
-        ("fxint4.tiles", "from fxint4.report import Record", "report does not stand below tiles"),
-        ("fxint4.tiles", "from .report import Record", "report does not stand below tiles"),
-        ("fxint4.tiles", "from fxint4 import __version__", "__init__ does not stand below tiles"),
-        ("fxint4.tiles", "from . import report", "report does not stand below tiles"),
-        ("fxint4.tiles", "def f():\n    import torch.fx", "2: tiles uses torch.fx"),
-        ("fxint4.tiles", "import torch\nx: torch.fx.Node", "2: tiles uses torch.fx.Node"),
-        ("fxint4.passes.fold", "from ..backend import int4tile", "backend does not stand below"),
-        ("fxint4.passes.fold", "import fxint4.backend", "backend does not stand below passes"),
-        ("fxint4.report", "import fxint4.kernels", "does not stand below report"),
-        ("fxint4.backend", "import torch._dynamo", "private PyTorch API torch._dynamo"),
-        ("fxint4.backend", "from torch import _inductor", "private PyTorch API torch._inductor"),
-        ("fxint4.backend", "import torch\ntorch._C.x()", "2: private PyTorch API torch._C.x"),
-        ("fxint4.backend", "import torch.fx as g\ng._x", "private PyTorch API torch.fx._x"),
-        ("fxint4.backend", "f('torch._inductor.config')", "torch._inductor.config"),
+        ("fxint4.quant.a", "from fxint4.report import Record", "report does not stand below quant"),
+        ("fxint4.quant.a", "from ..report import Record", "report does not stand below quant"),
+        ("fxint4.quant.a", "from fxint4 import __version__", "__init__ does not stand below quant"),
+        ("fxint4.quant.a", "from .. import report", "report does not stand below quant"),
+        ("fxint4.quant.a", "def f():\n    import torch.fx", "2: quant uses torch.fx"),
+        ("fxint4.quant.a", "import torch\nx: torch.fx.Node", "2: quant uses torch.fx.Node"),
+        (
+            "fxint4.passes.fold",
+            "from ..frontends.backend import int4tile",
+            "frontends does not stand below",
+        ),
+        ("fxint4.passes.fold", "import fxint4.frontends", "frontends does not stand below passes"),
+        ("fxint4.tensor", "import fxint4.report", "does not stand below tensor"),
+        ("fxint4.runs.x", "import torch._dynamo", "private PyTorch API torch._dynamo"),
+        ("fxint4.runs.x", "from torch import _inductor", "private PyTorch API torch._inductor"),
+        ("fxint4.runs.x", "import torch\ntorch._C.x()", "2: private PyTorch API torch._C.x"),
+        ("fxint4.runs.x", "import torch.fx as g\ng._x", "private PyTorch API torch.fx._x"),
+        ("fxint4.runs.x", "f('torch._inductor.config')", "torch._inductor.config"),
     ],
 )
 def test_problem_is_found(module: str, text: str, message: str) -> None:
@@ -235,11 +267,11 @@ def test_problem_is_found(module: str, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("fxint4.backend", "from fxint4 import tiles"),
-        ("fxint4.backend", "from .passes.fold import fold"),
+        ("fxint4.frontends.backend", "from fxint4 import quant"),
+        ("fxint4.frontends.backend", "from ..passes.fold import fold"),
         ("fxint4.passes.fold", "from . import find\nfrom .find import match"),
-        ("fxint4.tiles", "import torch\ntorch.ops.aten._weight_int4pack_mm(torch.__version__)"),
-        ("fxint4.tiles", '"""Nothing like torch._inductor here."""'),
+        ("fxint4.quant.a", "import torch\ntorch.ops.aten._weight_int4pack_mm(torch.__version__)"),
+        ("fxint4.quant.a", '"""Nothing like torch._inductor here."""'),
         ("fxint4._pytorch.dynamo", "import torch._dynamo"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import aoti_load_package
 
-from fxint4 import _inductor
+from fxint4._pytorch import inductor as _inductor
 from fxint4._pytorch.tensors import aten
 
 pytestmark = pytest.mark.compiles

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from fxint4.kernels.common import Blocks
 from fxint4.kernels.select import (
     Choice,
     _gpu_of,
@@ -24,6 +23,7 @@ from fxint4.kernels.select import (
     gpu_of,
     range_text,
 )
+from fxint4.kernels.triton_common import Blocks
 
 
 def test_one_choice_is_one_range() -> None:

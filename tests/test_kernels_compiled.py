@@ -35,11 +35,11 @@ from kernel_support import (
 )
 from torch import Tensor
 
-from fxint4.kernels import experts
-from fxint4.kernels import linear as kernels
-from fxint4.kernels.common import Blocks, Launch
-from fxint4.kernels.linear import dequantize, linears
+from fxint4.kernels import triton_experts as experts
+from fxint4.kernels import triton_linear as kernels
 from fxint4.kernels.select import Choice, choose_blocks, configurations
+from fxint4.kernels.triton_common import Blocks, Launch
+from fxint4.kernels.triton_linear import dequantize, linears
 
 pytestmark = [needs_triton, compiled_only, quiet_triton, pytest.mark.compiles]
 

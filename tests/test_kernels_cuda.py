@@ -36,10 +36,10 @@ from test_lowering import kernels, with_int4_weights
 from torch import Tensor, nn
 
 import fxint4
-from fxint4.kernels import cuda, linear, nvrtc
-from fxint4.kernels.common import triton
+from fxint4.kernels import cuda, nvrtc
+from fxint4.kernels import triton_linear as linear
+from fxint4.kernels.autotune import _choice, _entry, candidates
 from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
-from fxint4.kernels.linear import linears
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import (
     Choice,
@@ -51,8 +51,9 @@ from fxint4.kernels.select import (
     cuda_configurations,
 )
 from fxint4.kernels.tensor_map import _tensor_map
-from fxint4.kernels.tuning import _choice, _entry, candidates
-from fxint4.tiles import unpack_scale_and_zero
+from fxint4.kernels.triton_common import triton
+from fxint4.kernels.triton_linear import linears
+from fxint4.quant.tile_layout import unpack_scale_and_zero
 
 gpu = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(triton is None, reason="needs Triton")
@@ -182,7 +183,7 @@ def test_cubins_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return b"cubin %d" % len(built), ""
 
     monkeypatch.setattr(nvrtc, "build", build)
-    monkeypatch.setattr("fxint4._inductor.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("fxint4._pytorch.inductor.cache_folder", lambda: tmp_path / "cache")
     for _ in range(2):
         assert nvrtc.compiled("few_rows", (("ROWS", 8),), "sm_80") == b"cubin 1"
         nvrtc.compiled.cache_clear()  # as in another process
@@ -435,8 +436,8 @@ def test_a_choice_as_text_and_as_json(choice: Choice, text: str) -> None:
 
 @pytest.mark.usefixtures("_available")
 def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxint4.kernels.tuning.gpu_of", lambda _: (132, True))
-    monkeypatch.setattr("fxint4.kernels.tuning.triton", object())
+    monkeypatch.setattr("fxint4.kernels.autotune.gpu_of", lambda _: (132, True))
+    monkeypatch.setattr("fxint4.kernels.autotune.triton", object())
     first, *others = candidates(8, 4096, 4096, in_cuda=True, replayed=True)
     assert str(first) == "cuda 8x32, 8 warps along K"  # what tune_cuda.py found to be the fastest
     kinds = {choice.kernel for choice in others}

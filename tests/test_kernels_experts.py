@@ -24,10 +24,11 @@ from kernel_support import (
 from kernel_support import make_experts as make
 from torch import Tensor
 
-from fxint4.kernels import common, experts
-from fxint4.kernels.experts import grouped_mm, indexed_mm
-from fxint4.quantize import dequantize
-from fxint4.tiles import pack, pack_scale_and_zero
+from fxint4.kernels import triton_common as common
+from fxint4.kernels import triton_experts as experts
+from fxint4.kernels.triton_experts import grouped_mm, indexed_mm
+from fxint4.quant.primitives import dequantize
+from fxint4.quant.tile_layout import pack, pack_scale_and_zero
 
 pytestmark = quiet_triton
 

@@ -28,13 +28,20 @@ from kernel_support import (
 from support import assert_within
 from torch import Tensor
 
-from fxint4.kernels import common, counters
-from fxint4.kernels import linear as kernels
-from fxint4.kernels.common import Blocks
-from fxint4.kernels.linear import dequantize, linear, linears
+from fxint4.kernels import counters
+from fxint4.kernels import triton_common as common
+from fxint4.kernels import triton_linear as kernels
 from fxint4.kernels.select import Choice, choose, configurations
-from fxint4.quantize import dequantize as dequantise_plainly
-from fxint4.tiles import TileShape, pack, pack_scale_and_zero, unpack, unpack_scale_and_zero
+from fxint4.kernels.triton_common import Blocks
+from fxint4.kernels.triton_linear import dequantize, linear, linears
+from fxint4.quant.primitives import dequantize as dequantise_plainly
+from fxint4.quant.tile_layout import (
+    TileShape,
+    pack,
+    pack_scale_and_zero,
+    unpack,
+    unpack_scale_and_zero,
+)
 
 pytestmark = quiet_triton
 
@@ -601,8 +608,8 @@ def test_gpu_without_lasting_counters(lacking: str, monkeypatch: pytest.MonkeyPa
 _FIRST_CALL_IN_A_TREE = """
 import torch
 from fxint4.kernels.choice import Choice
-from fxint4.kernels.common import Blocks
-from fxint4.kernels.linear import linear
+from fxint4.kernels.triton_common import Blocks
+from fxint4.kernels.triton_linear import linear
 
 tiles = torch.randint(-(2**31), 2**31 - 1, (64, 8, 32, 4), dtype=torch.int32, device="cuda")
 parameters = torch.randn(8, 512, 2, dtype=torch.bfloat16, device="cuda")

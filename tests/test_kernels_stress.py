@@ -23,11 +23,11 @@ from kernel_support import (
 from support import FP32, assert_within
 from torch import Tensor
 
-from fxint4.kernels import linear as kernels
-from fxint4.kernels.common import Blocks
-from fxint4.kernels.experts import shared_of
-from fxint4.kernels.linear import linears
+from fxint4.kernels import triton_linear as kernels
 from fxint4.kernels.select import Choice, configurations
+from fxint4.kernels.triton_common import Blocks
+from fxint4.kernels.triton_experts import shared_of
+from fxint4.kernels.triton_linear import linears
 
 pytestmark = [pytest.mark.gpu, needs_triton, compiled_only, quiet_triton]
 
@@ -215,8 +215,8 @@ def test_after_a_launch_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 _FAULT = """
 import torch
 from fxint4.kernels.choice import Choice
-from fxint4.kernels.common import Blocks
-from fxint4.kernels.linear import linear
+from fxint4.kernels.triton_common import Blocks
+from fxint4.kernels.triton_linear import linear
 
 tiles = torch.randint(-(2**31), 2**31 - 1, (512, 32, 32, 4), dtype=torch.int32, device="cuda")
 parameters = torch.randn(32, 4096, 2, dtype=torch.bfloat16, device="cuda")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from fxint4 import _inductor
-from fxint4.kernels import tuning
-from fxint4.kernels.common import Blocks
+from fxint4._pytorch import inductor as _inductor
+from fxint4.kernels import autotune as tuning
+from fxint4.kernels.autotune import candidates, fastest
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import Choice
-from fxint4.kernels.tuning import candidates, fastest
+from fxint4.kernels.triton_common import Blocks
 
 SHAPE = (16, 256, 512, 128, 4, torch.bfloat16)  # m, n, k, group_size, inner_k_tiles / 2, dtype
 

@@ -25,12 +25,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import fxint4
 from fxint4 import Int4TileTensor
-from fxint4.kernels.common import triton
-from fxint4.kernels.linear import dequantize_launch_of, launch_of
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import at_run_time, by_m, choose, gpu_of, range_text
-from fxint4.lowering import lowered
-from fxint4.quantize import dequantize, quantize
+from fxint4.kernels.triton_common import triton
+from fxint4.kernels.triton_linear import dequantize_launch_of, launch_of
+from fxint4.lowering.dense import lowered
+from fxint4.quant.primitives import dequantize, quantize
 
 pytestmark = [
     pytest.mark.compiles,

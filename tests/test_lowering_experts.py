@@ -23,9 +23,9 @@ from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
 
 import fxint4
-from fxint4.kernels.common import triton
-from fxint4.kernels.experts import blocks_by_rows, launch_of, shared_of
-from fxint4.lowering_experts import package_fault
+from fxint4.kernels.triton_common import triton
+from fxint4.kernels.triton_experts import blocks_by_rows, launch_of, shared_of
+from fxint4.lowering.experts import package_fault
 
 gpu = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(triton is None, reason="needs Triton")
@@ -201,9 +201,9 @@ def test_where_a_package_multiplies_by_packed_experts(monkeypatch: pytest.Monkey
         package_fault(torch.device("cpu")) == "a package for cpu has no kernel for packed experts"
     )
     cuda = torch.device("cuda")
-    monkeypatch.setattr("fxint4.kernels.common.triton", object())
+    monkeypatch.setattr("fxint4.kernels.triton_common.triton", object())
     assert package_fault(cuda) is None
-    monkeypatch.setattr("fxint4.kernels.common.triton", None)
+    monkeypatch.setattr("fxint4.kernels.triton_common.triton", None)
     assert "needs Triton" in (package_fault(cuda) or "")
 
 

@@ -294,7 +294,8 @@ def test_the_export_command_reports(
 ) -> None:
     path = tmp_path / "model.pt2"
     monkeypatch.setattr(
-        "fxint4.aot.aoti_package", lambda _, made, __: Path(made).write_bytes(bytes(1234567))
+        "fxint4.frontends.package.aoti_package",
+        lambda _, made, __: Path(made).write_bytes(bytes(1234567)),
     )
     argv = ["export", f"{targets}:model", "-o", str(path), "--skip", "embedding", "--device", "cpu"]
     assert main(argv) == 0
@@ -487,7 +488,9 @@ def test_bars_are_shown_on_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "model.pt2"
-    monkeypatch.setattr("fxint4.aot.aoti_package", lambda _, made, __: Path(made).touch())
+    monkeypatch.setattr(
+        "fxint4.frontends.package.aoti_package", lambda _, made, __: Path(made).touch()
+    )
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["export", f"{targets}:model", "-o", str(path)]) == 0
     bars = capsys.readouterr().err

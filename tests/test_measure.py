@@ -20,9 +20,9 @@ from torch.export import export
 
 import fxint4
 from fxint4 import Int4Config, OptionError, Report
-from fxint4 import measure as measuring
-from fxint4.measure import measure
-from fxint4.trials import Trials
+from fxint4.runs import errors_of as measuring
+from fxint4.runs.errors_of import measure
+from fxint4.runs.state_guard import Trials
 
 GROUP = 64
 OPTIONS = {"group_size": GROUP}
@@ -450,7 +450,7 @@ def test_a_model_that_can_not_be_measured_is_explained_all_the_same(
     def broken(*_: object) -> None:
         raise NotImplementedError("no such op")
 
-    monkeypatch.setattr(sys.modules["fxint4.explain"], "measure", broken)
+    monkeypatch.setattr(sys.modules["fxint4.frontends.explain"], "measure", broken)
     model, x = Layers().eval(), noise(3, 128)
     with caplog.at_level(logging.WARNING, "fxint4"):
         report = explained(model, x)

@@ -7,10 +7,10 @@ import torch
 from test_quantize import make
 from torch import Tensor
 
-from fxint4.methods.awq import awq_scale
-from fxint4.methods.mse import mse_parameters
-from fxint4.metrics import output_error
-from fxint4.quantize import GroupParameters, dequantize, nearest_parameters, quantize
+from fxint4.quant.methods.awq import awq_scale
+from fxint4.quant.methods.mse import mse_parameters
+from fxint4.quant.metrics import output_error
+from fxint4.quant.primitives import GroupParameters, dequantize, nearest_parameters, quantize
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -8,14 +8,9 @@ import torch
 from test_quantize import check_form, make
 from torch import Tensor
 
-from fxint4.methods.gptq import Gptq
-from fxint4.metrics import output_error
-from fxint4.quantize import (
-    Quantized,
-    dequantize,
-    nearest_parameters,
-    quantize,
-)
+from fxint4.quant.methods.gptq import Gptq
+from fxint4.quant.metrics import output_error
+from fxint4.quant.primitives import Quantized, dequantize, nearest_parameters, quantize
 
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -257,7 +252,7 @@ def test_rows_dtypes_and_strides_do_not_matter(
     assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
     assert torch.equal(torch.cat([part.scale for part in parts]), whole.scale)
     assert sum(part.noise for part in parts) == pytest.approx(whole.noise, rel=1e-12)
-    monkeypatch.setattr("fxint4.chunks.CPU_CHUNK", 100)
+    monkeypatch.setattr("fxint4.quant.chunks.CPU_CHUNK", 100)
     assert torch.equal(gptq(weight).codes, whole.codes)
     assert torch.equal(weight, before[0])
     assert torch.equal(h, before[1])

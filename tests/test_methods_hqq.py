@@ -5,8 +5,8 @@ import torch
 from test_quantize import make
 from torch import Tensor
 
-from fxint4.methods.hqq import hqq_parameters
-from fxint4.quantize import nearest_parameters, quantize
+from fxint4.quant.methods.hqq import hqq_parameters
+from fxint4.quant.primitives import nearest_parameters, quantize
 
 
 def published_zero(w: Tensor, scale: float, zero: float) -> float:

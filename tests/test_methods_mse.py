@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_quantize import KINDS, make
 from torch import Tensor
 
-from fxint4.methods.hqq import hqq_parameters
-from fxint4.methods.mse import mse_parameters
-from fxint4.metrics import better, squared_error
-from fxint4.quantize import GroupParameters, dequantize, nearest_parameters, quantize
+from fxint4.quant.methods.hqq import hqq_parameters
+from fxint4.quant.methods.mse import mse_parameters
+from fxint4.quant.metrics import better, squared_error
+from fxint4.quant.primitives import GroupParameters, dequantize, nearest_parameters, quantize
 
 METHODS = [mse_parameters, hqq_parameters]
 LARGEST = 252 / 256 * 2.0**128
@@ -126,7 +126,7 @@ def test_strides_and_chunks_do_not_show(
 ) -> None:
     weight = make("heavy-tailed", 40, 21).bfloat16().T
     whole = quantize(weight.contiguous(), 32, None, parameters)
-    monkeypatch.setattr("fxint4.chunks.CPU_CHUNK", 100)
+    monkeypatch.setattr("fxint4.quant.chunks.CPU_CHUNK", 100)
     assert torch.equal(quantize(weight, 32, None, parameters).codes, whole.codes)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxint4
-from fxint4.names import Inputs, layer_name, names_in_call, parameters_in_call, source_line
+from fxint4.graph.names import Inputs, layer_name, names_in_call, parameters_in_call, source_line
 
 K = 4
 

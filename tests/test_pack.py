@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import FoldError, Int4TileTensor, OptionError, Report, pack_
-from fxint4.calibration import Statistics
+from fxint4.quant.statistics import Statistics
 
 K, N = 100, 72  # K is padded
 
@@ -417,7 +417,7 @@ def test_nothing_is_compiled_to_find_the_uses(monkeypatch: pytest.MonkeyPatch) -
     def compiles(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled")
 
-    monkeypatch.setattr("fxint4._inductor.compile_fx_inner", compiles)
+    monkeypatch.setattr("fxint4._pytorch.inductor.compile_fx_inner", compiles)
     model = nn.Linear(64, 64).eval()
     pack_(model, (torch.randn(2, 64),))
     assert packed_names(model) == {"weight"}

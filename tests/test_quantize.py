@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxint4 import chunks as module
-from fxint4.metrics import nonfinite_count
-from fxint4.quantize import Quantized, dequantize, quantize
+from fxint4.quant import chunks as module
+from fxint4.quant.metrics import nonfinite_count
+from fxint4.quant.primitives import Quantized, dequantize, quantize
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 FP32_MAX = torch.finfo(torch.float32).max

@@ -10,11 +10,11 @@ import torch
 from support import module
 from torch import Tensor, nn
 
-from fxint4.config import Int4Config
+from fxint4.config.int4_config import Int4Config
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.site import Site
-from fxint4.replay import Activation, Replay, own_matrix
-from fxint4.tracing import compiled_anew, watching
+from fxint4.runs.interpreter import Activation, Replay, own_matrix
+from fxint4.runs.tracing import compiled_anew, watching
 
 E, N, K, M = 4, 48, 64, 6
 OFFS = torch.tensor([2, 2, 5, 6], dtype=torch.int32)

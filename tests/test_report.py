@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import fxint4
 from fxint4 import Int4Config, OptionError, Record, Report, ReportError
 from fxint4.report import SCHEMA, GraphReport
-from fxint4.report.graphs import graph_text
+from fxint4.report.graph_text import graph_text
 
 aten = torch.ops.aten
 

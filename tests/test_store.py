@@ -15,18 +15,18 @@ from support import rounding
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import fxint4.blocks
-import fxint4.chunks
-import fxint4.recipe
-import fxint4.store
+import fxint4.quant.blockwise
+import fxint4.quant.chunks
+import fxint4.quant.recipe
+import fxint4.weights.cache
 from fxint4 import Int4Config, Int4TileTensor
-from fxint4.calibration import Statistics
-from fxint4.constants import Constants, Standing
-from fxint4.expression import AXES, Given, Weight
-from fxint4.forms import Dense, Form
-from fxint4.quantize import dequantize, quantize
-from fxint4.store import Lookup, PackedWeight, Store
-from fxint4.tiles import TileShape, choose_shape, unpack, unpack_scale_and_zero
+from fxint4.graph.constants import Constants, Standing
+from fxint4.quant.primitives import dequantize, quantize
+from fxint4.quant.statistics import Statistics
+from fxint4.quant.tile_layout import TileShape, choose_shape, unpack, unpack_scale_and_zero
+from fxint4.weights.cache import Lookup, PackedWeight, Store
+from fxint4.weights.expression import AXES, Given, Weight
+from fxint4.weights.formats import Dense, Form
 
 N, K, GROUP = 40, 100, 32  # both are padded
 SHAPE = choose_shape(N, K, GROUP, n_multiple=16)
@@ -201,7 +201,7 @@ def test_each_expert_holds_what_it_would_hold_alone(
     chunk: int, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many experts are folded at a time."""
-    monkeypatch.setattr(fxint4.chunks, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(fxint4.quant.chunks, "CPU_CHUNK", chunk)
     w = parameter(E, N, K)
     weight = weight_of(lambda w: w, (E, N, K), axes="ENK")
     forms: tuple[Form, ...] = ("tiles", "cpu", *DENSE_EXPERTS)
@@ -325,7 +325,7 @@ def test_a_weight_that_is_folded_in_blocks_of_rows_holds_the_same(
         return folded(into, weight, w, forms=("cpu", "tiles", dense), shape=shape)
 
     whole = fold(Store())
-    monkeypatch.setattr(fxint4.chunks, "CPU_CHUNK", 64 * K)
+    monkeypatch.setattr(fxint4.quant.chunks, "CPU_CHUNK", 64 * K)
     calls = counted(monkeypatch)
     blocks = fold(store)
     assert len(calls) == 3
@@ -360,7 +360,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, seconds: float = 0) -> list[TileSha
         time.sleep(seconds)
         return quantize(*args)
 
-    monkeypatch.setattr(fxint4.recipe, "quantize", counting)
+    monkeypatch.setattr(fxint4.quant.recipe, "quantize", counting)
     return calls
 
 
@@ -445,7 +445,7 @@ def test_a_fold_that_fails_is_done_again_even_if_the_old_data_is_back(
         return dequantize(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fxint4.blocks, "dequantize", fails_at_the_second_copy)
+        patch.setattr(fxint4.quant.blockwise, "dequantize", fails_at_the_second_copy)
         with pytest.raises(torch.OutOfMemoryError):
             store.fold(packed, (), [w])
     w.data = old
@@ -580,18 +580,18 @@ def test_threads_that_fold_one_weight_at_once_make_it_once(
 
 def test_gptq_takes_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes column by column, each for as long whatever the rows."""
-    blocks = fxint4.blocks.quantized_blocks
+    blocks = fxint4.quant.blockwise.quantized_blocks
     x = torch.randn(300, K)
     statistics = Statistics(x.T @ x, x.abs().mean(0), torch.tensor(len(x)))
-    monkeypatch.setattr(fxint4.chunks, "CPU_CHUNK", 64 * K)
+    monkeypatch.setattr(fxint4.quant.chunks, "CPU_CHUNK", 64 * K)
     w = torch.randn(256, K)
     shape = choose_shape(256, K, GROUP)
     made = {
-        method: list(blocks(w, shape, fxint4.recipe.Recipe(method, statistics)))
+        method: list(blocks(w, shape, fxint4.quant.recipe.Recipe(method, statistics)))
         for method in ("mse", "gptq")
     }
     assert [len(block.codes) for block in made["mse"]] == [64, 64, 64, 64]
     [block] = made["gptq"]
     monkeypatch.undo()
-    [alone] = blocks(w, shape, fxint4.recipe.Recipe("gptq", statistics))
+    [alone] = blocks(w, shape, fxint4.quant.recipe.Recipe("gptq", statistics))
     assert torch.equal(block.codes, alone.codes)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, PackedFormatError, UnsupportedOpError
-from fxint4.quantize import dequantize, quantize
-from fxint4.tiles import GROUP_SIZES, INNER_K_TILES
+from fxint4.quant.primitives import dequantize, quantize
+from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -547,7 +547,7 @@ def test_copy_of_what_does_not_fit_changes_nothing(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One matrix at a time, so that the first is done when the second turns out to hold a NaN.
-    monkeypatch.setattr("fxint4.chunks.CPU_CHUNK", 20 * 128)
+    monkeypatch.setattr("fxint4.quant.chunks.CPU_CHUNK", 20 * 128)
     source, said = bad_sources()[case]
     packed = Int4TileTensor.from_float(torch.randn(2, 20, 128), Int4Config(group_size=32))
     before = packed.clone()

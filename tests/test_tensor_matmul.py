@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError
-from fxint4.tiles import GROUP_SIZES
+from fxint4.quant.tile_layout import GROUP_SIZES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OFFS = torch.tensor([2, 2, 5, 7], dtype=torch.int32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError
-from fxint4.tiles import GROUP_SIZES, INNER_K_TILES, PAD_CODE, unpack
+from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES, PAD_CODE, unpack
 
 
 def weight(

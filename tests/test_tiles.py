@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxint4 import tiles
-from fxint4.tiles import (
+from fxint4.quant import tile_layout as tiles
+from fxint4.quant.tile_layout import (
     GROUP_SIZES,
     INNER_K_TILES,
     TileShape,

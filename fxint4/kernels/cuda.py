@@ -108,7 +108,7 @@ class CudaBlocks(ABC):
 
         Args:
             x: ``[M, K]``.
-            buffers: see `fxint4.kernels.linear.buffers_of`.
+            buffers: see `fxint4.kernels.triton_linear.buffers_of`.
             y: ``[M, N]``.
             sizes: n of four weights, and then n_padded.
             k_padded: columns of the weights.

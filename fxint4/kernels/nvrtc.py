@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from fxint4 import _inductor
-from fxint4.files import write_whole
+from fxint4._pytorch import inductor
+from fxint4.atomic_files import write_whole
 
 __all__ = [
     "Kernel",
@@ -107,11 +107,11 @@ def compiled(name: str, macros: Macros, target: str) -> bytes:
     digest = hashlib.sha256(repr((fingerprint(), macros, target)).encode()).hexdigest()[:32]
     file = f"fxint4-{name}-{digest}.cubin"
     try:
-        return (_inductor.cache_folder() / file).read_bytes()
+        return (inductor.cache_folder() / file).read_bytes()
     except OSError:
         cubin, _ = build(name, macros, target)
     try:
-        folder = _inductor.cache_folder()
+        folder = inductor.cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / file, cubin)
     except OSError as error:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fxint4 import _inductor
+from fxint4._pytorch import inductor
 from fxint4._pytorch.tensors import real_tensors
-from fxint4.config import Int4Config
+from fxint4.config.int4_config import Int4Config
 from fxint4.kernels import cuda
+from fxint4.kernels.autotune import fastest
 from fxint4.kernels.select import Choice, at_run_time, by_rule
-from fxint4.kernels.tuning import fastest
 
 __all__ = ["Policy"]
 
@@ -35,7 +35,7 @@ class Policy:
     @classmethod
     def now(cls, config: Int4Config) -> Policy:
         """That of the compile that runs, by the options of the user and of Inductor."""
-        return cls(config.kernel, _inductor.uses_cuda_graphs(), _inductor.autotunes())
+        return cls(config.kernel, inductor.uses_cuda_graphs(), inductor.autotunes())
 
     def choose(
         self,
@@ -60,7 +60,7 @@ class Policy:
         """
         if self.kernel is not None or not self.measured:
             return by_rule(m, n, k, device, self.kernel, self.cuda_graphs, self.package)
-        folder = _inductor.cache_folder()
+        folder = inductor.cache_folder()
         in_cuda = not self.package and cuda.available(device)
         with real_tensors(), torch.cuda.device(device):
             return fastest(

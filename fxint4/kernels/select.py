@@ -14,9 +14,9 @@ from typing import Literal, TypeVar
 import torch
 
 from fxint4.kernels import cuda
-from fxint4.kernels.common import Blocks, triton
 from fxint4.kernels.cuda import FEW_ROWS, STEP, CudaBlocks, FewRows, ManyRows
 from fxint4.kernels.nvrtc import with_index
+from fxint4.kernels.triton_common import Blocks, triton
 
 __all__ = [
     "Choice",

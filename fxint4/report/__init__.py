@@ -1,9 +1,9 @@
 """What was packed, what was left alone and why: records, totals, tables, differences."""
 
-from fxint4.report.comparison import changes
-from fxint4.report.core import SCHEMA, Report
-from fxint4.report.graphs import graph_text, stdout_has_colour
+from fxint4.report.diff import changes
+from fxint4.report.graph_text import stdout_has_colour
 from fxint4.report.records import GraphReport, Record
+from fxint4.report.report import SCHEMA, Report
 
 __all__ = [
     "SCHEMA",
@@ -11,6 +11,5 @@ __all__ = [
     "Record",
     "Report",
     "changes",
-    "graph_text",
     "stdout_has_colour",
 ]

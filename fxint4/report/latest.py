@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxint4._pytorch.dynamo import compile_request
-from fxint4.config import Int4Config
+from fxint4.config.int4_config import Int4Config
 from fxint4.report import Report
 
 __all__ = ["last_report", "remember", "report_of_caller"]

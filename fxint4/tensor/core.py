@@ -22,13 +22,13 @@ from fxint4._pytorch.tensors import (
     map_tensors,
     share_storage,
 )
-from fxint4.blocks import quantized_blocks, write
-from fxint4.config import Int4Config
+from fxint4.config.int4_config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
-from fxint4.metrics import sqnr_db
-from fxint4.quantize import dequantize
-from fxint4.recipe import RTN, Recipe
-from fxint4.tiles import (
+from fxint4.quant.blockwise import quantized_blocks, write
+from fxint4.quant.metrics import sqnr_db
+from fxint4.quant.primitives import dequantize
+from fxint4.quant.recipe import RTN, Recipe
+from fxint4.quant.tile_layout import (
     GROUP_SIZES,
     INNER_K_TILES,
     TileShape,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
-from fxint4.fast_paths import attention_layer, encoder_layer
 from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, implements
+from fxint4.tensor.fast_paths import attention_layer, encoder_layer
 
 __all__: list[str] = []
 

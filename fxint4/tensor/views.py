@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
+from fxint4.quant.tile_layout import PAD_CODE, pack, unpack
 from fxint4.tensor.core import (
     NEW_AXIS,
     Columns,
@@ -20,7 +21,6 @@ from fxint4.tensor.core import (
     implements,
     padded_pre_scale,
 )
-from fxint4.tiles import PAD_CODE, pack, unpack
 
 __all__: list[str] = []
 
@@ -348,7 +348,7 @@ def _rows(weight: Int4TileTensor, rows: Tensor) -> Any:
 def _words(weight: Int4TileTensor) -> Tensor:
     """A view of the tiles by row: ``[..., N/8, 8, K/(16*inner_k_tiles), 4, inner_k_tiles/2]``.
 
-    Word t of a tile belongs to row t // 4, see `fxint4.tiles`.
+    Word t of a tile belongs to row t // 4, see `fxint4.quant.tile_layout`.
     """
     *lead, _, per_word = weight.tiles.shape
     return weight.tiles.view(*lead, 8, 4, per_word).transpose(-4, -3)

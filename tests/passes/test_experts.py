@@ -12,7 +12,8 @@ from reference import dequantised
 from support import assert_within, compile_and_report, kept, module, rounding_bound
 from torch import Tensor, nn
 
-from fxint4 import Int4TileTensor, Report, forms, last_report, pack_
+from fxint4 import Int4TileTensor, Report, last_report, pack_
+from fxint4.weights import formats as forms
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import fxint4
-from fxint4.constants import Constants, Standing
-from fxint4.expression import Weight as Computation
+from fxint4.graph.constants import Constants, Standing
+from fxint4.weights.expression import Weight as Computation
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -334,8 +334,8 @@ SMALL = 2**15
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxint4.chunks.CPU_CHUNK", CHUNK)
-    monkeypatch.setattr("fxint4.tiles._CPU_CHUNK", CHUNK)
+    monkeypatch.setattr("fxint4.quant.chunks.CPU_CHUNK", CHUNK)
+    monkeypatch.setattr("fxint4.quant.tile_layout._CPU_CHUNK", CHUNK)
     assert SCRATCH + SMALL < WEIGHT_BYTES  # or nothing would be shown
     fxint4.explain(nn.Linear(64, 64).eval(), torch.randn(1, 64))  # what torch sets up once
 

@@ -38,7 +38,7 @@ from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import gpu_of
 from fxint4.passes.fold import folded_record
 from fxint4.passes.fuse import _kernels_by_m, matmuls, with_matmuls
-from fxint4.store import store
+from fxint4.weights.cache import store
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -766,8 +766,8 @@ def test_kernels_are_named_for_the_mode_asked_for(
         told.append(policy.cuda_graphs)
         return with_matmuls(records, sites, forms, config, policy)
 
-    for module in ("backend", "late_weights"):
-        monkeypatch.setattr(f"fxint4.{module}.with_matmuls", spy)
+    for user in ("frontends.backend", "lowering.late_weights"):
+        monkeypatch.setattr(f"fxint4.{user}.with_matmuls", spy)
 
     class Layer(Heads):
         pass  # code that Dynamo shares

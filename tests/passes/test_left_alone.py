@@ -10,9 +10,9 @@ from support import kept, module
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxint4.constants import Constants, Standing
-from fxint4.passes.left_alone import LeftAlone
+from fxint4.graph.constants import Constants, Standing
 from fxint4.passes.pattern import Kept
+from fxint4.passes.patterns.left_alone import LeftAlone
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 

@@ -9,8 +9,8 @@ import torch
 from support import Captured, assert_within, dequantised, rounding, rounding_bound
 from torch import Tensor, fx
 
-from fxint4.forms import Dense, Form
 from fxint4.passes.site import Site
+from fxint4.weights.formats import Dense, Form
 
 M, N, K = 3, 50, 200  # N and K are both padded
 aten = torch.ops.aten

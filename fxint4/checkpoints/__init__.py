@@ -1,5 +1,0 @@
-"""Checkpoints that other libraries quantised to int4, read straight into tiles."""
-
-from fxint4.checkpoints.load import load_
-
-__all__ = ["load_"]

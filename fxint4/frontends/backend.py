@@ -1,0 +1,175 @@
+"""The `torch.compile` backend "int4tile"."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxint4._pytorch.aot import CompileState, compile_fx, warn_if_untested
+from fxint4._pytorch.dynamo import frame_id, graph_break_reason, restart_trace
+from fxint4._pytorch.tensors import real_tensors
+from fxint4.config.int4_config import Int4Config
+from fxint4.config.options import split_options
+from fxint4.errors import OptionError, TrainingError
+from fxint4.frontends.parameters import Owners, candidates_in, from_modules, replace_parameters
+from fxint4.graph.names import Inputs, outermost_in_call, parameters_in_call
+from fxint4.graph.placeholders import inputs_of
+from fxint4.kernels.policy import Policy
+from fxint4.lowering.dense import compile_graph
+from fxint4.lowering.graph import Int4Graph, expected_rows
+from fxint4.lowering.late_weights import LateWeights
+from fxint4.passes.encoder_layer import DECOMPOSITIONS
+from fxint4.passes.fold import fold
+from fxint4.passes.fuse import with_matmuls
+from fxint4.passes.pipeline import Analysis
+from fxint4.report import GraphReport, Report
+from fxint4.report.graph_text import graph_text
+from fxint4.report.latest import remember, report_of_caller
+from fxint4.tensor import Int4TileTensor
+
+__all__ = ["compile_captured", "int4tile"]
+
+logger = logging.getLogger("fxint4")
+
+
+def int4tile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured; what `torch.compile(..., backend="int4tile")` calls.
+
+    Args:
+        gm: the graph, parameters among its inputs.
+        example_inputs: its inputs.
+        mode: as for `torch.compile`.
+        options: fields of `Int4Config` and, beside them, options of Inductor.
+
+    Raises:
+        OptionError: an option or mode that is not known.
+        TrainingError: a module in training mode, or an input that requires grad.
+        FoldError: a weight could not be folded.
+    """
+    config, patches = split_options(mode, options)
+    if config.measure:
+        raise OptionError(
+            "measure is for fxint4.explain, pack_, rewrite and package: a backend has no inputs to "
+            "run the model on"
+        )
+    config.check_settled()
+    return compile_captured(gm, example_inputs, config, patches, report_of_caller(config, patches))
+
+
+def compile_captured(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Int4Config,
+    patches: Mapping[str, Any],
+    report: Report,
+) -> Callable[..., Any]:
+    """Compile one captured graph and add it to a report; see `int4tile`.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        config: what to pack.
+        patches: of Inductor's config.
+        report: grows by this graph.
+    """
+    warn_if_untested()
+    inputs = inputs_of(gm, example_inputs)
+    _refuse_training(inputs, example_inputs)
+    graph_break = graph_break_reason(gm)
+
+    def inner_compile(
+        captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
+    ) -> Callable[..., Any]:
+        state = CompileState(patches)
+        analysis = Analysis(captured, gm, inputs, example_inputs, config, state)
+        if config.free_weights and _free(analysis, inputs, config):
+            restart_trace()
+        weights = analysis.weights
+        sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
+        key = (frame_id(), *sorted(weights.parameters))
+        names, labels = weights.labels, dict[str, str]()
+        policy = Policy.now(config)
+        before = after = graph_text(captured, names, labels)
+        if sites:
+            met = LateWeights(report, key, sites, config, policy)
+            graph = Int4Graph(
+                captured, fake_inputs, sites, weights.tensors, config, policy, state, kwargs, met
+            )
+            after = graph.compile_first(
+                lambda made: graph_text(made.gm, {**names, **made.labels}, labels)
+            )
+            packed = [record for record in records if record.action == "packed"]
+            packed = with_matmuls(packed, sites, graph.expected_forms, config, policy)
+            records = [packed.pop(0) if record.action == "packed" else record for record in records]
+        parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
+        report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
+        remember(report)
+        return graph if sites else compile_graph(captured, fake_inputs, policy, **kwargs)
+
+    return compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor)
+
+
+def _free(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:
+    """Pack what this graph and its modules multiply by; whether there was any."""
+    owners = Owners(_sharing_code(inputs.outermost_modules))
+    found = {id(candidate.parameter): candidate for candidate in from_modules(owners)}
+    for candidate in candidates_in(analysis):
+        if id(candidate.parameter) in owners.parameters:
+            found[id(candidate.parameter)] = candidate
+    free = [candidate for candidate in found.values() if not candidate.fault]
+    with real_tensors():
+        records = replace_parameters(free, owners, config)
+    return any(record.action == "packed" for record in records)
+
+
+def _sharing_code(compiled: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules being compiled, and those of their kind around them, with their full names.
+
+    Equal layers that are compiled one by one share compiled code, which fits packed weights or
+    others but not both: so all of them are packed at once. Other modules of the model are not
+    ours to change.
+    """
+    kinds = {type(module) for module in compiled.values()}
+    kinds -= {kind for kind in kinds if kind.__module__.startswith("torch.")}
+    prefixes = {id(module): name for name, module in compiled.items()}
+    found = []
+    for outer in outermost_in_call(compiled.values()):
+        prefix = prefixes.get(id(outer), "")
+        for name, module in outer.named_modules(prefix=prefix):
+            if type(module) in kinds or any(module is one for one in compiled.values()):
+                found.append((name, module))
+    return found
+
+
+def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:
+    for index, value in enumerate(example_inputs):
+        name = inputs.names[index]
+        if isinstance(value, nn.Parameter):
+            owner = inputs.owner(index)
+            if owner is not None and owner.training:
+                raise TrainingError(
+                    f"the {type(owner).__name__} that owns {name} {tuple(value.shape)} is in "
+                    "training mode; backend 'int4tile' is for inference: call model.eval() first"
+                )
+        elif _wants_gradient(value):
+            raise TrainingError(
+                f"input {name} {tuple(value.shape)} requires grad; backend 'int4tile' is for "
+                "inference and computes none: pass it detached, or call under torch.no_grad()"
+            )
+
+
+def _wants_gradient(value: object) -> bool:
+    # An input that eager code computed from parameters requires grad, too, but is no leaf.
+    if not isinstance(value, Tensor) or not torch.is_grad_enabled():
+        return False
+    return value.requires_grad and value.is_leaf

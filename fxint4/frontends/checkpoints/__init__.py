@@ -1,0 +1,5 @@
+"""Checkpoints that other libraries quantised to int4, read straight into tiles."""
+
+from fxint4.frontends.checkpoints.load import load_
+
+__all__ = ["load_"]

@@ -1,0 +1,84 @@
+"""AWQ checkpoints in AutoAWQ's version "gemm".
+
+A layer is qweight, int32 ``[K, N/8]``, and qzeros, int32 ``[groups, N/8]``: in the word of eight
+neighbouring n the nibbles, least significant first, are those of n = 0, 2, 4, 6, 1, 3, 5, 7; and
+scales, float ``[groups, N]``. A weight is ``(code - zero_point) * scale``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxint4.errors import CheckpointError
+from fxint4.frontends.checkpoints.files import Checkpoint
+from fxint4.frontends.checkpoints.weights import (
+    SCALES,
+    Config,
+    GroupedWeight,
+    Weight,
+    nibbles,
+    whole_numbers,
+)
+
+__all__ = ["find", "is_awq"]
+
+
+def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
+    """The quantised weights of a checkpoint.
+
+    Raises:
+        CheckpointError: the config says something that is not supported.
+    """
+    bits = config.get("bits") or config.get("w_bit") or 4
+    layout = config.get("version") or config.get("checkpoint_format") or config.get("format")
+    version = str(layout or "gemm").lower()
+    if bits != 4 or version != "gemm":
+        raise CheckpointError(
+            f"{checkpoint.path}: AWQ of {bits} bits in the version {version!r}; fxint4 reads "
+            "4 bits in the version 'gemm'"
+        )
+    sizes = whole_numbers(config.get("group_size"), config.get("q_group_size"))
+    return [
+        AwqWeight(name, checkpoint, parts, sizes)
+        for name, parts in checkpoint.layers("qweight", ("qzeros", "scales"))
+    ]
+
+
+def is_awq(checkpoint: Checkpoint) -> bool:
+    """Whether the shapes are those of AWQ and not of GPTQ, which uses the same names."""
+    for _, parts in checkpoint.layers("qweight", ("qzeros", "scales")):
+        return checkpoint.shape(parts["qweight"])[1:] == checkpoint.shape(parts["qzeros"])[1:]
+    return False
+
+
+class AwqWeight(GroupedWeight):
+    """One layer's."""
+
+    title = "AWQ"
+
+    def groups(self, n: int, k: int) -> Tensor:
+        """All of one size."""
+        count = self.checkpoint.shape(self.parts["scales"])[0]
+        self.expect("qweight", (k, -(-n // 8)), torch.int32)
+        self.expect("qzeros", (count, -(-n // 8)), torch.int32)
+        self.expect("scales", (count, n), *SCALES)
+        return self.even_groups(k, count)
+
+    def codes(self, n: int, k: int, device: torch.device) -> Tensor:
+        """Transposed."""
+        return _in_order(self.read("qweight", device))[:, :n].T
+
+    def scale(self, n: int, device: torch.device) -> Tensor:
+        """Transposed."""
+        return self.read("scales", device).T
+
+    def zero_point(self, n: int, device: torch.device) -> Tensor:
+        """Transposed."""
+        return _in_order(self.read("qzeros", device))[:, :n].T
+
+
+def _in_order(words: Tensor) -> Tensor:
+    """The numbers of ``[rows, N/8]`` words by n: uint8 ``[rows, N]``."""
+    # n = 2 * pair + odd is in nibble 4 * odd + pair.
+    return nibbles(words).view(*words.shape, 2, 4).mT.flatten(1)

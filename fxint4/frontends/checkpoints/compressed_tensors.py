@@ -1,0 +1,126 @@
+"""compressed-tensors checkpoints in the format "pack-quantized".
+
+A layer is weight_packed, int32 ``[N, ceil(K/8)]``: eight neighbouring k in a word, least
+significant first, each number plus 8; weight_scale, float ``[N, groups]``; weight_shape,
+``(N, K)``; for an asymmetric weight weight_zero_point, packed alike along N as int32
+``[ceil(N/8), groups]``, or int8 ``[N, groups]`` in early files; and weight_g_idx, int32 ``[K]``, of
+those that were quantised in the order of activations (-1 where it is not in use). A weight is
+``(number - zero_point) * scale``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxint4.errors import CheckpointError
+from fxint4.frontends.checkpoints.files import Checkpoint
+from fxint4.frontends.checkpoints.weights import (
+    SCALES,
+    Config,
+    GroupedWeight,
+    Weight,
+    nibbles,
+    whole_numbers,
+)
+
+__all__ = ["find"]
+
+_FORMAT = "pack-quantized"
+
+
+def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
+    """The quantised weights of a checkpoint.
+
+    Raises:
+        CheckpointError: the config says something that is not supported.
+    """
+    schemes = list((config.get("config_groups") or {}).values())
+    weights = [scheme.get("weights") or {} for scheme in schemes]
+    for scheme, args in zip(schemes, weights, strict=True):
+        layout = scheme.get("format") or config.get("format") or _FORMAT
+        bits, kind = args.get("num_bits", 4), args.get("type", "int")
+        if (layout, bits, kind) != (_FORMAT, 4, "int"):
+            raise CheckpointError(
+                f"{checkpoint.path}: compressed-tensors of {bits} bits of type {kind!r} in the "
+                f"format {layout!r}; fxint4 reads 4 bits of type 'int' in the format {_FORMAT!r}"
+            )
+        if scheme.get("input_activations"):
+            raise CheckpointError(
+                f"{checkpoint.path}: the activations are quantised too, which fxint4 does not do"
+            )
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise CheckpointError(
+            f"{checkpoint.path}: activations go through transforms, which fxint4 does not have"
+        )
+    sizes = whole_numbers(*(args.get("group_size") for args in weights))
+    asymmetric = bool(weights) and not any(args.get("symmetric", True) for args in weights)
+    optional = ("weight_shape", "weight_zero_point", "weight_g_idx")
+    return [
+        CompressedWeight(name, checkpoint, parts, sizes, asymmetric)
+        for name, parts in checkpoint.layers("weight_packed", ("weight_scale",), optional)
+    ]
+
+
+@dataclass(frozen=True)
+class CompressedWeight(GroupedWeight):
+    """One layer's.
+
+    Attributes:
+        asymmetric: whether it must have zero points.
+    """
+
+    title = "compressed-tensors"
+
+    asymmetric: bool
+
+    def groups(self, n: int, k: int) -> Tensor:
+        """By weight_g_idx, where it is in use."""
+        count = self._count()
+        self.expect("weight_packed", (n, -(-k // 8)), torch.int32)
+        self.expect("weight_scale", (n, count), *SCALES)
+        if "weight_zero_point" in self.parts:
+            packed = self._zero_points_are_packed()
+            self.expect(
+                "weight_zero_point",
+                (-(-n // 8) if packed else n, count),
+                torch.int32 if packed else torch.int8,
+            )
+        elif self.asymmetric:
+            raise self.error("there is no weight_zero_point, and the config says asymmetric")
+        if "weight_shape" in self.parts:
+            given = self.read("weight_shape", torch.device("cpu")).tolist()
+            if given != [n, k]:
+                raise self.error(f"weight_shape is {given}; the model's weight is {[n, k]}")
+        if "weight_g_idx" in self.parts:
+            self.expect("weight_g_idx", (k,), torch.int32, torch.int64)
+            index = self.read("weight_g_idx", torch.device("cpu"))
+            if not bool((index == -1).all()):
+                return self.checked_groups(index, count)
+        return self.even_groups(k, count)
+
+    def codes(self, n: int, k: int, device: torch.device) -> Tensor:
+        """A word's numbers lie along K."""
+        return nibbles(self.read("weight_packed", device)).flatten(1)[:, :k]
+
+    def scale(self, n: int, device: torch.device) -> Tensor:
+        """As it is."""
+        return self.read("weight_scale", device)
+
+    def zero_point(self, n: int, device: torch.device) -> Tensor:
+        """A word's numbers lie along N; without any, all are the middle."""
+        if "weight_zero_point" not in self.parts:
+            return torch.full((n, self._count()), 8, dtype=torch.uint8, device=device)
+        stored = self.read("weight_zero_point", device)
+        if not self._zero_points_are_packed():
+            return stored + 8
+        return nibbles(stored).permute(0, 2, 1).flatten(0, 1)[:n]
+
+    def _count(self) -> int:
+        shape = self.checkpoint.shape(self.parts["weight_scale"])
+        return shape[-1] if shape else 0
+
+    def _zero_points_are_packed(self) -> bool:
+        return self.checkpoint.dtype(self.parts["weight_zero_point"]) is not torch.int8

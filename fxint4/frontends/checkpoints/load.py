@@ -1,0 +1,382 @@
+"""`fxint4.load_`: a quantised checkpoint into an ordinary model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxint4.config.names_matched import matches
+from fxint4.errors import CheckpointError
+from fxint4.frontends.checkpoints import awq, compressed_tensors, gptq, torchao
+from fxint4.frontends.checkpoints.files import Checkpoint
+from fxint4.frontends.checkpoints.weights import Config, Weight
+from fxint4.frontends.parameters import Candidate, record_of, use_of
+from fxint4.graph.names import layer_name, parameters_of
+from fxint4.report import GraphReport, Record, Report
+from fxint4.tensor import Int4TileTensor
+
+__all__ = ["load_"]
+
+_FINDERS: dict[str, Callable[[Checkpoint, Config], list[Weight]]] = {
+    "gptq": gptq.find,
+    "awq": awq.find,
+    "compressed-tensors": compressed_tensors.find,
+    "torchao": torchao.find,
+}
+#: Logical dtypes of packed weights.
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NAMES_SHOWN = 5
+_CPU = torch.device("cpu")
+
+
+def load_(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    quantization_config: Mapping[str, Any] | None = None,
+    device: torch.device | str | int | None = None,
+    ignore: str | Sequence[str] = (),
+    rename: Callable[[str], str] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Load a checkpoint that was quantised to int4 into an ordinary model.
+
+    Reads GPTQ, AWQ, compressed-tensors (pack-quantized) and torchao's tiled tensors from
+    safetensors files, never a pickle. Codes go into tiles as they are; scales and zeros are rounded
+    to bfloat16. All that is not quantised is loaded as it is, in the dtype that the model has.
+
+    The model keeps its modules: the parameter of each quantised layer becomes an `Int4TileTensor`.
+    It is best made on the meta device, so that its own weights take no memory. Beside what the
+    model holds afterwards, one layer's tensors are in memory while it is packed, and what it held
+    before until all is loaded.
+
+    Args:
+        model: changed in place, once everything has been read and found right.
+        path: a .safetensors file, or a folder with one, or with several and their index. What the
+            quantiser left beside it (config.json, quantize_config.json, quant_config.json) is read.
+        quantization_config: that in place of what is found there, as in transformers' config.json:
+            `{"quant_method": "gptq", "checkpoint_format": "gptq_v2", "group_size": 128}`, say.
+            Without either the format goes by the names and shapes of the tensors.
+        device: where the model goes. If None, each tensor where the model's is, and to the CPU
+            where that is meta.
+        ignore: patterns, as in `Int4Config.skip`, of the checkpoint's tensors to leave out.
+        rename: makes a name in the model of one in the checkpoint, such as that of a weight.
+        progress: show a tqdm bar.
+
+    Returns:
+        The report: a record for every quantised layer, and for every other one that could be.
+
+    Raises:
+        CheckpointError: files that are no checkpoint, or damaged; a format, or a detail of one,
+            that tiles can't hold; names or shapes that are not those of the model. It names the
+            layer, and the model is as it was.
+    """
+    target = None if device is None else torch.device(device)
+    with Checkpoint(path) as checkpoint, torch.no_grad():
+        items = _items(checkpoint, quantization_config, ignore, rename)
+        slots = _slots(model, items, checkpoint)
+        computed = _computed_buffers(model, target)
+        _fill(slots, target, progress)
+    for module, attribute, value in computed:
+        setattr(module, attribute, value)
+    for slot in slots:
+        setattr(slot.place.module, slot.place.attribute, slot.new)
+    report = Report()
+    records = {id(slot.new): record for slot in slots if (record := slot.record())}
+    report.put("load_", GraphReport(tuple(records.values()), parameters_of(model), "", ""))
+    return report
+
+
+# --- what the checkpoint holds -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A tensor of the checkpoint that is not quantised.
+
+    Attributes:
+        name: in the checkpoint.
+        checkpoint: where it is.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+
+    def check(self, current: Tensor) -> None:
+        """Raise CheckpointError where it can't take the place of a tensor."""
+        shape, dtype = self.checkpoint.shape(self.name), self.checkpoint.dtype(self.name)
+        floats = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if shape != current.shape or not (
+            dtype == current.dtype or (floats and current.is_floating_point())
+        ):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {self.name} is {dtype} {shape}; the model's is "
+                f"{current.dtype} {tuple(current.shape)}"
+            )
+
+    def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A copy, so that nothing holds on to the mapped file."""
+        return self.checkpoint.read(self.name).to(device, dtype, copy=True)
+
+
+def _items(
+    checkpoint: Checkpoint,
+    config: Config | None,
+    ignore: str | Sequence[str],
+    rename: Callable[[str], str] | None,
+) -> dict[str, Weight | _Plain]:
+    """What is to be loaded, by its name in the model."""
+    config = checkpoint.config if config is None else config
+    try:
+        method = _method(checkpoint, config)
+        weights = _FINDERS[method](checkpoint, config) if method else []
+    except (AttributeError, TypeError) as error:  # a list where a dict should be, say
+        raise CheckpointError(
+            f"{checkpoint.path}: the quantiser's config can't be read: {error}"
+        ) from error
+    used = {name for weight in weights for name in weight.parts.values()}
+    plain = [_Plain(name, checkpoint) for name in sorted(checkpoint.names) if name not in used]
+    patterns = (ignore,) if isinstance(ignore, str) else ignore
+    items: dict[str, Weight | _Plain] = {}
+    found: list[Weight | _Plain] = [*weights, *plain]
+    for item in found:
+        if matches(item.name, (), patterns):
+            continue
+        name = rename(item.name) if rename else item.name
+        if name in items:
+            raise CheckpointError(
+                f"{checkpoint.path}: {items[name].name} and {item.name} are both for {name}"
+            )
+        items[name] = item
+    return items
+
+
+def _method(checkpoint: Checkpoint, config: Config) -> str | None:
+    """The format of a checkpoint; None where nothing in it is quantised."""
+    method = config.get("quant_method", config.get("method"))
+    if method is not None:
+        if method not in _FINDERS:
+            raise CheckpointError(
+                f"{checkpoint.path} was quantised by {method!r}; fxint4 reads {', '.join(_FINDERS)}"
+            )
+        return str(method)
+    if torchao.is_torchao(checkpoint):
+        return "torchao"
+    last = {name.rpartition(".")[2] for name in checkpoint.names}
+    if "weight_packed" in last:
+        return "compressed-tensors"
+    if "qweight" in last:
+        return "awq" if awq.is_awq(checkpoint) else "gptq"
+    return None
+
+
+# --- where it goes -------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """A parameter or buffer of the model.
+
+    Attributes:
+        name: its full name.
+        module: the module that holds it.
+        attribute: its name there.
+        tensor: what is there.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    tensor: Tensor
+
+
+class _Slot:
+    """A place of the model, and what goes there.
+
+    Attributes:
+        place: the place.
+        item: what goes there.
+        new: that, once it is read.
+        use: for a parameter of a known module, what multiplies by it and which of its axes is K.
+    """
+
+    def __init__(self, place: _Place, item: Weight | _Plain) -> None:
+        self.place = place
+        self.item = item
+        self.new: Tensor | None = None
+        self.use: tuple[str, int] | None = None
+        if isinstance(place.tensor, nn.Parameter):
+            self.use = use_of(place.module, place.tensor)
+
+    def check(self) -> None:
+        """Raise CheckpointError where the item does not fit."""
+        if isinstance(self.item, _Plain):
+            self.item.check(self.place.tensor)
+        elif self.use is None:
+            raise self.item.error(
+                f"{self.place.name} is a parameter of {type(self.place.module).__name__}; int4 "
+                "weights go into nn.Linear and modules like it"
+            )
+        elif self.place.tensor.dtype not in _DTYPES:
+            raise self.item.error(
+                f"the model's is {self.place.tensor.dtype}; it must be one of {_DTYPES}"
+            )
+        else:
+            self.item.check(self._stored_shape(self.use))
+
+    def read(self, device: torch.device) -> Tensor:
+        """The item as the tensor that goes there."""
+        current = self.place.tensor
+        if isinstance(self.item, _Plain):
+            value = self.item.read(current.dtype, device)
+            is_parameter = isinstance(current, nn.Parameter)
+            return nn.Parameter(value, current.requires_grad) if is_parameter else value
+        assert self.use is not None
+        try:
+            packed = self.item.pack(self._stored_shape(self.use), current.dtype, device)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise self.item.error(str(error)) from error
+        return nn.Parameter(self._candidate(self.use).logical(packed), requires_grad=False)
+
+    def record(self) -> Record | None:
+        """What became of a matmul's weight."""
+        if self.use is None or self.new is None:
+            return None
+        stored = self._candidate(self.use).as_stored
+        record = record_of(
+            layer_name(self.place.name), (self.place.name,), self.use[0], stored, self.place.tensor
+        )
+        if not isinstance(self.new, Int4TileTensor):
+            return dataclasses.replace(
+                record, reason="not quantised in the checkpoint", weight_key=id(self.new)
+            )
+        return dataclasses.replace(
+            record,
+            action="packed",
+            reason=f"from {self.item.title}" if isinstance(self.item, Weight) else "",
+            group_size=self.new.group_size,
+            bytes_after=self.new.packed_bytes,
+            held_bytes=0,
+            weight_key=id(self.new),
+        )
+
+    def _candidate(self, use: tuple[str, int]) -> Candidate:
+        assert isinstance(self.place.tensor, nn.Parameter)
+        return Candidate(self.place.tensor, *use)
+
+    def _stored_shape(self, use: tuple[str, int]) -> tuple[int, ...]:
+        return tuple(self._candidate(use).as_stored.shape)
+
+
+def _slots(
+    model: nn.Module, items: dict[str, Weight | _Plain], checkpoint: Checkpoint
+) -> list[_Slot]:
+    """A slot for every parameter and persistent buffer, checked."""
+    places = {place.name: place for place in _places(model, persistent=True)}
+    tied: dict[int, list[str]] = {}
+    for place in places.values():
+        tied.setdefault(id(place.tensor), []).append(place.name)
+    slots, missing = [], []
+    for place in places.values():
+        names = (place.name, *tied[id(place.tensor)])
+        source = next((name for name in names if name in items), None)
+        if source is None:
+            missing.append(place)
+        else:
+            slots.append(_Slot(place, items[source]))
+    unexpected = [
+        name
+        for name, item in items.items()
+        if name not in places and not _adds_nothing(name, item, items)
+    ]
+    if missing or unexpected:
+        raise CheckpointError(_mismatch(checkpoint, missing, unexpected))
+    for slot in slots:
+        slot.check()
+    return slots
+
+
+def _places(model: nn.Module, *, persistent: bool) -> Iterator[_Place]:
+    """The parameters and buffers that are in the state dict, or those that are not."""
+    saved = model.state_dict(keep_vars=True).keys()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ):
+            name = f"{path}.{attribute}" if path else attribute
+            if (name in saved) is persistent:
+                yield _Place(name, module, attribute, tensor)
+
+
+def _adds_nothing(name: str, item: Weight | _Plain, items: Mapping[str, Weight | _Plain]) -> bool:
+    """Whether it is the bias of zeros that AutoGPTQ writes for layers that have none."""
+    layer, _, attribute = name.rpartition(".")
+    if attribute != "bias" or not isinstance(items.get(f"{layer}.weight"), Weight):
+        return False
+    return isinstance(item, _Plain) and not bool(item.checkpoint.read(item.name).any())
+
+
+def _mismatch(checkpoint: Checkpoint, missing: Sequence[_Place], unexpected: Sequence[str]) -> str:
+    message = f"{checkpoint.path} and the model do not have the same weights."
+    if missing:
+        message += f" Not in the checkpoint: {_some([place.name for place in missing])}."
+    if unexpected:
+        message += f" Not in the model: {_some(unexpected)}."
+    if unexpected and any(place.tensor.ndim == 3 for place in missing):
+        message += " Experts that the checkpoint has one by one don't go into one parameter of all."
+    return f"{message} rename= may map names, ignore= leave some of the checkpoint's out"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _computed_buffers(
+    model: nn.Module, device: torch.device | None
+) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers that no checkpoint holds, where `device` is another than theirs, moved there."""
+    found = []
+    for name, module, attribute, tensor in _places(model, persistent=False):
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{name} is on the meta device, and no checkpoint holds it: it is computed when "
+                f"its module is made. Make that {type(module).__name__} again on a real device"
+            )
+        if device is not None and tensor.device != device:
+            found.append((module, attribute, tensor.to(device)))
+    return found
+
+
+def _fill(slots: Sequence[_Slot], device: torch.device | None, progress: bool) -> None:
+    """Read what goes into the slots; tied ones get one tensor, where they are equal."""
+    made: dict[int, Tensor] = {}
+    first: dict[int, Tensor] = {}
+    with tqdm(
+        total=sum(slot.place.tensor.numel() for slot in slots),
+        desc="fxint4: loading weights",
+        unit="param",
+        unit_scale=True,
+        disable=not progress,
+        leave=False,
+    ) as bar:
+        for slot in slots:
+            target = slot.place.tensor.device if device is None else device
+            if id(slot.item) not in made:
+                made[id(slot.item)] = slot.read(_CPU if target.type == "meta" else target)
+            slot.new = made[id(slot.item)]
+            other = first.setdefault(id(slot.place.tensor), slot.new)
+            if type(other) is type(slot.new) and (
+                other is slot.new or torch.equal(other, slot.new)
+            ):
+                slot.new = other
+            bar.update(slot.place.tensor.numel())

@@ -1,0 +1,131 @@
+"""torchao checkpoints whose weights are in tensor-core tiles already; no number is touched.
+
+`torchao.prototype.safetensors`, and with it transformers, writes an Int4TilePackedTo4dTensor
+`a.weight` as `a._weight_qdata`, the tiles, and `a._weight_scale_and_zero`, with an entry `a.weight`
+in the file's header that names its class; plain tensors have entries, too. AWQ adds
+`a._weight_act_pre_scale`, which x is multiplied by before the product. A TensorCoreTiledLayout
+has no such form; `torchao.utils.unwrap_tensor_subclass` makes of it
+`a.parametrizations.weight.original0`, the tiles, and `original1`, scale_and_zero.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxint4.errors import CheckpointError, PackedFormatError
+from fxint4.frontends.checkpoints.files import Checkpoint
+from fxint4.frontends.checkpoints.weights import SCALES, Config, Weight
+from fxint4.tensor import Int4TileTensor
+
+__all__ = ["find", "is_torchao"]
+
+_CLASS = "Int4TilePackedTo4dTensor"
+_TILES, _PARAMETERS, _PRE_SCALE = "qdata", "scale_and_zero", "act_pre_scale"
+_UNWRAPPED = ".parametrizations.weight.original"
+
+
+def is_torchao(checkpoint: Checkpoint) -> bool:
+    """Whether torchao wrote a checkpoint."""
+    return "tensor_names" in checkpoint.metadata or bool(_unwrapped(checkpoint))
+
+
+def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
+    """The quantised weights of a checkpoint.
+
+    Raises:
+        CheckpointError: one is of another class, or the header is damaged.
+    """
+    found: list[Weight] = []
+    for name in _tensor_names(checkpoint):
+        described = _json(checkpoint, name)
+        kind = described.get("_type") if isinstance(described, dict) else None
+        if kind == "Tensor":
+            continue
+        if kind != _CLASS:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is a {kind} of torchao; fxint4 reads {_CLASS}"
+            )
+        module, _, parameter = name.rpartition(".")
+        prefix = f"{module}._{parameter}_"
+        parts = {part: prefix + part for part in (_TILES, _PARAMETERS, _PRE_SCALE)}
+        parts = {part: full for part, full in parts.items() if full in checkpoint.names}
+        if not {_TILES, _PARAMETERS} <= parts.keys():
+            raise CheckpointError(f"{checkpoint.path} has no {prefix}{_TILES} or {_PARAMETERS}")
+        found.append(TiledWeight(name, checkpoint, parts))
+    for layer in _unwrapped(checkpoint):
+        parts = {_TILES: f"{layer}{_UNWRAPPED}0", _PARAMETERS: f"{layer}{_UNWRAPPED}1"}
+        found.append(TiledWeight(f"{layer}.weight", checkpoint, parts))
+    return found
+
+
+@dataclass(frozen=True)
+class TiledWeight(Weight):
+    """One weight."""
+
+    title = "torchao"
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError where buffers don't fit each other, or not the shape."""
+        if _PRE_SCALE in self.parts:
+            given = self.checkpoint.shape(self.parts[_PRE_SCALE])
+            one_for_all = given in ((), (1,))
+            self.expect(_PRE_SCALE, given if one_for_all else shape[-1:], *SCALES)
+        meta = torch.device("meta")
+        names = (self.parts[_TILES], self.parts[_PARAMETERS])
+        dtypes = [self.checkpoint.dtype(name) for name in names]
+        if dtypes != [torch.int32, torch.bfloat16]:
+            raise self.error(f"tiles and scale_and_zero are {dtypes}, not int32 and bfloat16")
+        tiles, parameters = (
+            torch.empty(self.checkpoint.shape(name), dtype=dtype, device=meta)
+            for name, dtype in zip(names, (torch.int32, torch.bfloat16), strict=True)
+        )
+        try:
+            Int4TileTensor.from_tiles(tiles, parameters, shape)
+        except PackedFormatError as error:
+            raise self.error(str(error)) from error
+
+    def pack(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Int4TileTensor:
+        """The same buffers; act_pre_scale, one number or one for each column, in fp32."""
+        tiles, parameters = (
+            self.read(part, device).clone(memory_format=torch.contiguous_format)
+            for part in (_TILES, _PARAMETERS)
+        )
+        pre_scale = None
+        if _PRE_SCALE in self.parts:
+            pre_scale = self.read(_PRE_SCALE, device).float().expand(shape[-1]).clone()
+        return Int4TileTensor.from_tiles(tiles, parameters, shape, dtype, pre_scale)
+
+
+def _tensor_names(checkpoint: Checkpoint) -> list[str]:
+    names = _json(checkpoint, "tensor_names") if "tensor_names" in checkpoint.metadata else []
+    if not isinstance(names, list):
+        raise CheckpointError(f"{checkpoint.path}: tensor_names in the header is no list")
+    return names
+
+
+def _json(checkpoint: Checkpoint, key: str) -> Any:
+    try:
+        return json.loads(checkpoint.metadata[key])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: the header's entry {key!r} is missing or damaged"
+        ) from error
+
+
+def _unwrapped(checkpoint: Checkpoint) -> list[str]:
+    """Layers whose weight is two tensors that look like tiles and scale_and_zero."""
+    layers = []
+    for name in sorted(checkpoint.names):
+        layer, found, number = name.partition(_UNWRAPPED)
+        other = f"{layer}{_UNWRAPPED}1"
+        if found and number == "0" and other in checkpoint.names:
+            dtypes = checkpoint.dtype(name), checkpoint.dtype(other)
+            if dtypes == (torch.int32, torch.bfloat16) and len(checkpoint.shape(name)) == 4:
+                layers.append(layer)
+    return layers

@@ -1,0 +1,210 @@
+"""What one quantised weight of a checkpoint becomes, whatever its format."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fxint4.errors import CheckpointError
+from fxint4.frontends.checkpoints.files import Checkpoint
+from fxint4.graph.names import layer_name
+from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape
+from fxint4.tensor import Int4TileTensor
+
+__all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "nibbles", "whole_numbers"]
+
+#: Dtypes of scales.
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+#: What a quantiser says of all its weights, as in `quantization_config` of transformers.
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Weight(ABC):
+    """One quantised weight ``[N, K]`` of a checkpoint.
+
+    Attributes:
+        name: full name of the parameter that it is for.
+        checkpoint: where it is.
+        parts: names of the tensors that it is made of, by what each one is.
+    """
+
+    #: The name of the format.
+    title: ClassVar[str]
+
+    name: str
+    checkpoint: Checkpoint
+    parts: Mapping[str, str]
+
+    @abstractmethod
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError where it is no weight of that shape which tiles can hold.
+
+        Args:
+            shape: ``[N, K]``, or with the axes of experts in front.
+        """
+
+    @abstractmethod
+    def pack(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Int4TileTensor:
+        """The weight in tiles.
+
+        Args:
+            shape: as for `check`.
+            dtype: logical dtype.
+            device: where it goes, and where it is packed.
+        """
+
+    def read(self, part: str, device: torch.device) -> Tensor:
+        """One of its tensors."""
+        return self.checkpoint.read(self.parts[part]).to(device)
+
+    def expect(self, part: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+        """Raise CheckpointError where a tensor is not of this shape and one of these dtypes."""
+        name = self.parts[part]
+        given, dtype = self.checkpoint.shape(name), self.checkpoint.dtype(name)
+        if given != shape or dtype not in dtypes:
+            raise self.error(
+                f"{part} is {dtype} {given}; here it must be {_either(dtypes)} {shape}. Either the "
+                "model has another shape, or this is no int4 weight of that format"
+            )
+
+    def error(self, message: str) -> CheckpointError:
+        """An error that names the layer and the format."""
+        return CheckpointError(f"{layer_name(self.name)} ({self.title}): {message}")
+
+
+@dataclass(frozen=True)
+class GroupedWeight(Weight):
+    """A weight of codes with a scale and an integer zero point for each group of columns.
+
+    Its value is ``(code - zero_point) * scale``.
+
+    Attributes:
+        group_sizes: those that the config speaks of.
+    """
+
+    group_sizes: tuple[int, ...]
+
+    @abstractmethod
+    def groups(self, n: int, k: int) -> Tensor:
+        """The group of each column: int64 ``[K]``. Checks shapes and dtypes on the way."""
+
+    @abstractmethod
+    def codes(self, n: int, k: int, device: torch.device) -> Tensor:
+        """The codes: uint8 ``[N, K]``, any strides."""
+
+    @abstractmethod
+    def scale(self, n: int, device: torch.device) -> Tensor:
+        """The scales: any float dtype, ``[N, groups]``."""
+
+    @abstractmethod
+    def zero_point(self, n: int, device: torch.device) -> Tensor:
+        """The zero points: an integer dtype, ``[N, groups]``."""
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError where it is no weight of that shape which tiles can hold."""
+        self._groups_to_store(shape)
+
+    def pack(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Int4TileTensor:
+        """The weight in tiles."""
+        n, k = shape
+        group_size, picks = self._groups_to_store(shape)
+        picks = picks.to(device)
+        # Rounded before the float zero is made of it, so that a weight of 0 stays as near to 0 as
+        # the zero's own rounding leaves it: (zero_point - 8) * scale + zero is 0 in exact numbers.
+        scale = self.scale(n, device)[:, picks].to(torch.bfloat16)
+        zero_point = self.zero_point(n, device)[:, picks]
+        codes = self.codes(n, k, device)
+        return Int4TileTensor.from_plain(
+            codes, scale, zero_point, group_size=group_size, dtype=dtype
+        )
+
+    def _groups_to_store(self, shape: tuple[int, ...]) -> tuple[int, Tensor]:
+        """The group size of the tiles, and which of the checkpoint's groups each one there is."""
+        if len(shape) != 2:
+            raise self.error(
+                f"the model's parameter is {shape}; this format has one matrix to a layer. Use a "
+                "model whose experts are layers of their own"
+            )
+        n, k = shape
+        index = self.groups(n, k)
+        runs = [size for size in GROUP_SIZES if _constant_in_runs(index, size)]
+        if not runs:
+            sizes = index.bincount()
+            raise self.error(
+                "the group of a weight changes within 32 neighbouring columns, the smallest group "
+                "that tiles have. "
+                + (
+                    f"Quantise with groups of a multiple of 32, not {int(sizes.max())}"
+                    if bool((index.diff() >= 0).all())
+                    else "It was quantised in the order of activations, with desc_act: running it "
+                    "would gather the activation's columns in every forward. Quantise with "
+                    "desc_act=False, or with static groups"
+                )
+            )
+        group_size = choose_shape(n, k, max(runs)).group_size
+        return group_size, index[::group_size]
+
+    def checked_groups(self, index: Tensor, groups: int) -> Tensor:
+        """A table of groups that a file gives, where it is one: int64, each group in use."""
+        index = index.to(torch.int64)
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= groups or not bool(index.bincount(minlength=groups).all()):
+            raise self.error(
+                f"there are {groups} groups, and g_idx must name each of them; it goes from {low} "
+                f"to {high} and names {len(set(index.tolist()))}"
+            )
+        return index
+
+    def even_groups(self, k: int, groups: int) -> Tensor:
+        """The group of each column where all groups are of one size, but for the last one."""
+        sizes = [size for size in self.group_sizes if size > 0 and -(-k // size) == groups]
+        if not sizes and groups and k % groups == 0:
+            sizes = [k // groups]
+        if not sizes:
+            raise self.error(
+                f"{groups} groups do not divide {k} columns; the config's group sizes are "
+                f"{list(self.group_sizes)}"
+            )
+        return torch.arange(k) // sizes[0]
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """The eight 4-bit numbers of each word, least significant first.
+
+    Args:
+        words: int32, any shape.
+
+    Returns:
+        uint8 ``[..., 8]``, contiguous.
+    """
+    octets = words.contiguous().unsqueeze(-1).view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.flip(-1)
+    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+
+
+def whole_numbers(*values: Any) -> tuple[int, ...]:
+    """Those of some values of a config that are whole numbers."""
+    return tuple(value for value in values if isinstance(value, int))
+
+
+def _constant_in_runs(index: Tensor, size: int) -> bool:
+    """Whether every run of `size` columns from a multiple of it on is in one group."""
+    starts = torch.arange(len(index)) // size * size
+    return torch.equal(index, index[starts])
+
+
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,89 @@
+"""`explain`: compile a model, run it once, and report with measured errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fxint4.config.int4_config import Int4Config
+from fxint4.config.options import split_options
+from fxint4.frontends.backend import compile_captured
+from fxint4.report import Report
+from fxint4.runs.calibrate import settled
+from fxint4.runs.errors_of import Errors, measure
+from fxint4.runs.state_guard import Trials
+from fxint4.runs.tracing import compiled_anew
+
+__all__ = ["explain"]
+
+logger = logging.getLogger("fxint4")
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Compile `model` with backend "int4tile", run it on the arguments, return the report.
+
+    The model is compiled anew, whatever was compiled before, and is not changed. Unless the option
+    `measure` is False it also runs once with its own weights and once with the quantised ones, node
+    by node, which tells what that does to the output of every matmul and of the model. All runs
+    begin with the same random state, and leave it, the arguments, and buffers that the model writes
+    to, as they were.
+
+    Args:
+        model: a module in eval mode, or a function.
+        *args: its arguments.
+        mode: as for `torch.compile`.
+        options: as for `torch.compile(..., backend="int4tile")`.
+        **kwargs: its keyword arguments.
+
+    Raises:
+        OptionError: an option or mode that is not known.
+        TrainingError: a module in training mode.
+        FoldError: a weight could not be folded.
+    """
+    config, patches = split_options(mode, options)
+    config = settled(config, model, args, kwargs)
+    report = Report(config, patches)
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_captured(gm, example_inputs, config, patches, report)
+
+    compiled = compiled_anew(model, backend)
+    if config.measure is False:
+        compiled(args, kwargs)
+        return report
+    trials = Trials(model)
+    try:
+        errors = _measured(model, args, kwargs, config, trials)
+        with trials.run(args, kwargs) as (own_args, own_kwargs):
+            compiled(own_args, own_kwargs)
+    finally:
+        trials.forget()
+    if errors is not None:
+        report.measured(errors.output, errors.of_weights)
+    return report
+
+
+def _measured(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: Int4Config,
+    trials: Trials,
+) -> Errors | None:
+    """The errors of a model; None, and a warning in the log, where it does not run node by node."""
+    try:
+        return measure(model, args, kwargs, config, trials)
+    except Exception as error:
+        if config.measure:
+            raise
+        logger.warning("errors could not be measured: %s: %s", type(error).__name__, error)
+        return None

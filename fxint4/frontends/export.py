@@ -1,0 +1,483 @@
+"""`rewrite`: the passes of the backend on a program that `torch.export` captured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    TensorArgument,
+)
+
+from fxint4._pytorch.aot import decompositions, warn_if_untested
+from fxint4._pytorch.export import fake_mode_of
+from fxint4._pytorch.tensors import aten, flat
+from fxint4.config.int4_config import Int4Config
+from fxint4.config.options import split_options
+from fxint4.errors import OptionError
+from fxint4.graph.build import Build
+from fxint4.graph.constants import Constants, Standing
+from fxint4.graph.placeholders import standing_of
+from fxint4.graph.symbolic import value_of
+from fxint4.kernels.policy import Policy
+from fxint4.lowering.experts import package_fault
+from fxint4.lowering.graph import expected_rows
+from fxint4.passes.encoder_layer import DECOMPOSITIONS
+from fxint4.passes.find import find
+from fxint4.passes.fold import fold
+from fxint4.passes.fuse import with_matmuls
+from fxint4.passes.inline import inline_regions
+from fxint4.passes.patterns import PATTERNS
+from fxint4.passes.rewrite import Rewritten
+from fxint4.passes.rewrite import rewrite as rewrite_graph
+from fxint4.passes.site import Site
+from fxint4.quant.tile_layout import pack_for_cpu, pack_scale_and_zero
+from fxint4.report import GraphReport, Record, Report
+from fxint4.report.graph_text import graph_text
+from fxint4.report.latest import remember
+from fxint4.runs.errors_of import Errors, measure_graph
+from fxint4.weights.cache import Store
+from fxint4.weights.formats import UNBOUNDED
+
+__all__ = ["is_rewritten", "placeholders", "remade", "rewrite", "rewrite_program"]
+
+_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+
+
+def rewrite(
+    exported_program: ExportedProgram, options: Mapping[str, Any] | None = None
+) -> ExportedProgram:
+    """Rewrite the matmuls of an exported program into int4 matmuls, its weights into packed ones.
+
+    What `torch.compile(..., backend="int4tile")` does to a captured graph, but for good: the packed
+    weights are buffers of the new program, and what nothing reads any more is not in it. Only ATen
+    ops are needed, so that the program runs where fxint4 is not installed; but for experts, whose
+    ops are fxint4's own (`fxint4.package` makes do without them on a GPU). `fxint4.last_report()`
+    says what was done.
+
+    A program has one form of each weight, the packed one, for any number of rows; where a dense
+    matmul would be faster for the rows of the example inputs, which on the CPU it is for many, the
+    report says so. Packed bytes of the CPU are for the kind of CPU that packed them; on another one
+    the program raises a RuntimeError that says so. With the option `measure` the program runs twice
+    on its example inputs, to measure what quantising does to its output.
+
+    Args:
+        exported_program: of `torch.export.export`, for inference; it is not changed.
+        options: fields of `Int4Config`.
+
+    Raises:
+        OptionError: an option that is not known, or not for programs; or a program that is
+            rewritten already, or that has no example inputs to measure with.
+        FoldError: a weight could not be folded.
+    """
+    config, patches = split_options(None, options)
+    if patches:
+        raise OptionError(
+            f"rewrite takes fields of Int4Config, and {next(iter(patches))!r} is an option of "
+            "Inductor's: fxint4.package takes these"
+        )
+    if is_rewritten(exported_program):
+        raise OptionError("the program is rewritten already; rewrite the one that was captured")
+    return rewrite_program(exported_program, config, only_aten=True)
+
+
+def is_rewritten(program: ExportedProgram) -> bool:
+    """Whether a program comes from `rewrite`; TypeError for what is no program.
+
+    Its buffers say so, which a saved program still has. Other people's programs may have the same
+    ops, and programs of models that `pack_` packed have ours.
+    """
+    _check_program(program)
+    return any(
+        spec.kind is InputKind.BUFFER and str(spec.target).endswith("_scale_and_zero")
+        for spec in program.graph_signature.input_specs
+    )
+
+
+def _check_program(program: object) -> None:
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"got a {type(program).__name__}, need what torch.export.export(model, inputs) returns"
+        )
+
+
+def rewrite_program(
+    program: ExportedProgram, config: Int4Config, only_aten: bool
+) -> ExportedProgram:
+    """See `rewrite`.
+
+    Args:
+        program: the program.
+        config: what the user asked for.
+        only_aten: whether matmuls become ATen's ops where there are such; otherwise ops of fxint4
+            that our lowering knows, while experts stay as they are where it has no kernel for them.
+    """
+    _check_program(program)
+    config.check_settled()
+    if config.free_weights:
+        raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
+    report = Report(config)
+    warn_if_untested()
+    program = program.run_decompositions(decompositions(DECOMPOSITIONS))
+    captured = program.graph_module
+    fake_mode = fake_mode_of(captured)
+    weights = _Weights(program)
+    inline_regions(captured, fake_mode)
+    constants = Constants(captured, weights.standings)
+    found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
+    wanted = [_in_a_program(entry, only_aten) for entry in found]
+    store = Store()  # of its own: the others write over what they hold when parameters change
+    sites, records = fold(wanted, weights.tensors, expected_rows, config, store)
+    forms = [site.int4 for site in sites]
+    errors = _measured(program, sites, fake_mode, config) if config.measure else None
+    labels = dict[str, str]()
+    before = after = graph_text(captured, weights.labels, labels)
+    if sites:
+        if not only_aten:
+            records = _with_matmuls(records, sites, config)
+        rewritten = rewrite_graph(captured, sites, forms, config, weights.unread, fake_mode)
+        program = _Program(program, weights, rewritten, store, fake_mode).made()
+        shown = {target: weights.labels[name] for name, target in weights.targets.items()}
+        targets = {
+            spec.arg.name: shown.get(spec.target, spec.target)
+            for spec in program.graph_signature.input_specs
+            if spec.target is not None
+        }
+        after = graph_text(program.graph_module, targets, labels)
+    records = [
+        _of_a_program(record, entry, only_aten)
+        for record, entry in zip(records, found, strict=True)
+    ]
+    report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
+    if errors is not None:
+        report.measured(errors.output, errors.of_weights)
+    remember(report)
+    return program
+
+
+def _measured(
+    program: ExportedProgram, sites: Sequence[Site], fake_mode: Any, config: Int4Config
+) -> Errors:
+    """What quantising does to the output of a program as captured."""
+    if program.example_inputs is None:
+        raise OptionError(
+            "measure=True needs example inputs, and the program has none: set its example_inputs "
+            "to (args, kwargs), or leave measure out"
+        )
+    signature = program.graph_signature
+    given = iter(flat(program.example_inputs))
+    arguments = [
+        next(given) if spec.kind is InputKind.USER_INPUT else _value(program, spec)
+        for spec in signature.input_specs
+    ]
+    outputs = [
+        position
+        for position, spec in enumerate(signature.output_specs)
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    return measure_graph(program.graph_module, sites, fake_mode, arguments, outputs, config)
+
+
+def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
+    """A site with its one form, or the record of one that is kept."""
+    if isinstance(entry, Record):
+        return entry
+    fault = package_fault(value_of(entry.match.weight).device)
+    if entry.shape.batch and not only_aten and fault is not None:
+        return dataclasses.replace(entry.record, reason=fault)
+    if expected_rows(entry) == 0:
+        return dataclasses.replace(entry.record, reason="no rows in the example inputs")
+    return dataclasses.replace(entry, beyond=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
+
+
+def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Record:
+    """What a program's report says of a matmul.
+
+    Args:
+        record: what it says of any.
+        entry: what `find` found.
+        only_aten: see `rewrite_program`.
+    """
+    reasons = [record.reason]
+    if isinstance(entry, Site) and record.action == "packed":
+        rows = expected_rows(entry)
+        if entry.shape.batch and only_aten:
+            reasons.append("needs fxint4 where the program runs")
+        elif rows is not None and rows > entry.most_rows:
+            reasons.append(
+                f"M={rows} in the example: on this CPU a dense matmul is faster from "
+                f"M={entry.most_rows + 1} on"
+            )
+    return dataclasses.replace(record, reason="; ".join(filter(None, reasons)), held_bytes=0)
+
+
+def _with_matmuls(
+    records: Sequence[Record], sites: Sequence[Site], config: Int4Config
+) -> list[Record]:
+    """Records that say which sites a package multiplies together, and by which kernels."""
+    packed = [record for record in records if record.action == "packed"]
+    forms = [site.int4 for site in sites]
+    policy = Policy(config.kernel, package=True)
+    made = iter(with_matmuls(packed, sites, forms, config, policy))
+    return [next(made) if record.action == "packed" else record for record in records]
+
+
+def remade(
+    program: ExportedProgram,
+    graph_module: fx.GraphModule,
+    signature: ExportGraphSignature,
+    state_dict: dict[str, Any],
+    constants: dict[str, Any],
+) -> ExportedProgram:
+    """A program with another graph or other tensors, and all else as it was."""
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=signature,
+        state_dict=state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=constants,
+        verifiers=program.verifiers,
+    )
+
+
+class _Weights:
+    """The placeholders of a program that are no user inputs, and the real tensors behind them.
+
+    Attributes:
+        targets: what the program calls them, by name of the placeholder.
+        labels: their full names, likewise; a weight that is shared has one.
+        values: real tensors, of buffers and constants too.
+        standings: of the placeholders that the program does not write to.
+        tensors: the real tensors behind these.
+        names: their full names.
+        unread: the placeholders that may go where nothing reads them.
+        parameters: full name and elements of each parameter, by identity.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        signature = program.graph_signature
+        written = {spec.target for spec in signature.output_specs if spec.kind in _WRITES}
+        self.targets: dict[str, str] = {}
+        self.labels: dict[str, str] = {}
+        self.standings: dict[fx.Node, Standing] = {}
+        self.tensors: dict[fx.Node, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.unread: list[fx.Node] = []
+        self.parameters: dict[int, tuple[str, int]] = {}
+        first: dict[int, fx.Node] = {}
+        names = _names(program)
+        for node, spec in zip(placeholders(program.graph), signature.input_specs, strict=True):
+            value = _value(program, spec)
+            if spec.target is None or value is None:
+                continue
+            name = names.get(id(value), spec.target)
+            self.targets[node.name] = spec.target
+            self.labels[node.name] = name
+            if spec.kind is InputKind.PARAMETER:
+                self.parameters[id(value)] = (name, value.numel())
+            standing = standing_of(value, is_buffer=spec.kind is not InputKind.PARAMETER)
+            if spec.target in written:
+                continue
+            self.unread.append(node)
+            if standing is Standing.VARIES:
+                continue
+            # Tied weights come as several placeholders, and are to be one weight.
+            node.replace_all_uses_with(first.setdefault(id(value), node))
+            self.standings[node] = standing
+            self.tensors[node] = value
+            self.names[node] = name
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _names(program: ExportedProgram) -> dict[int, str]:
+    """Full names of parameters and buffers, by identity.
+
+    A weight that a layer shares with an embedding goes by the layer's name, as elsewhere.
+    """
+    lookups = [node for node in program.graph.nodes if node.target is aten.embedding.default]
+    stacks = [[*node.meta.get("nn_module_stack", {}).values()] for node in lookups]
+    embeddings = {stack[-1][0] for stack in stacks if stack}
+    names: dict[int, str] = {}
+    for name, value in sorted(
+        program.state_dict.items(), key=lambda named: named[0].rpartition(".")[0] in embeddings
+    ):
+        names.setdefault(id(value), name)
+    return names
+
+
+def _value(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
+    """The real tensor of an input that the program brings along, if it is one."""
+    if spec.target is None:
+        return None
+    value = program.state_dict.get(spec.target, program.constants.get(spec.target))
+    return value if isinstance(value, Tensor) else None
+
+
+class _Program:
+    """Makes a program of a rewritten graph.
+
+    Args:
+        program: the program as captured, its graph the one that was rewritten.
+        weights: of the program.
+        rewritten: the graph.
+        store: has its packed weights.
+        fake_mode: the FakeTensorMode of the graph's values.
+    """
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        weights: _Weights,
+        rewritten: Rewritten,
+        store: Store,
+        fake_mode: Any,
+    ) -> None:
+        self._program = program
+        self._weights = weights
+        self._gm = rewritten.gm
+        self._copies = rewritten.copies
+        self._fake_mode = fake_mode
+        nodes = placeholders(self._gm.graph)
+        kept = len(rewritten.kept_inputs)
+        specs = program.graph_signature.input_specs
+        self._specs = {
+            node: _renamed(specs[old], node)
+            for node, old in zip(nodes[:kept], rewritten.kept_inputs, strict=True)
+        }
+        user_inputs = [n for n, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT]
+        self._first_user_input = next(iter(user_inputs), None)
+        self._buffers: dict[str, Tensor] = {}
+        self._add_packed(iter(nodes[kept:]), rewritten, store)
+        if any(slot.form == "cpu" for slot in rewritten.slots):
+            self._add_check()
+
+    def made(self) -> ExportedProgram:
+        """The program."""
+        program, graph = self._program, self._gm.graph
+        results: Any = graph.output_node().args[0]
+        signature = ExportGraphSignature(
+            input_specs=[self._specs[node] for node in placeholders(graph)],
+            output_specs=[
+                _renamed(spec, node)
+                for spec, node in zip(program.graph_signature.output_specs, results, strict=True)
+            ],
+        )
+        names = {old.name: new.name for old, new in self._copies.items()}
+        for entry in program.module_call_graph:
+            if entry.signature is not None:
+                for argument in (*entry.signature.inputs, *entry.signature.outputs):
+                    argument.name = names.get(argument.name, argument.name)
+        graph.lint()
+        self._gm.recompile()
+        kept = {spec.target for spec in self._specs.values()}
+        gone = set(self._weights.targets.values()) - kept
+        # A compiler would ask the int4 op for the gradients that parameters want.
+        state = {
+            key: nn.Parameter(value, requires_grad=False) if value.requires_grad else value
+            for key, value in program.state_dict.items()
+            if key in kept
+        }
+        return remade(
+            program,
+            self._gm,
+            signature,
+            state_dict={**state, **self._buffers},
+            constants={key: v for key, v in program.constants.items() if key not in gone},
+        )
+
+    def _add_packed(self, nodes: Iterator[fx.Node], rewritten: Rewritten, store: Store) -> None:
+        """Buffers for the inputs that hold packed weights."""
+        for slot in rewritten.slots:
+            tensors = [self._weights.tensors[root] for root in slot.weight.roots]
+            packed = store.find(slot.weight, tensors, slot.shape, slot.recipe)
+            for tensor in packed.forms[slot.form]:
+                node = next(nodes)
+                part = node.name.rpartition("_")[0]
+                self._add(node, f"{slot.name}_{part}", tensor)
+            packed.clear()  # lets go of them
+
+    def _add(self, node: fx.Node, target: str, tensor: Tensor) -> None:
+        """Make a placeholder a buffer, in front of what the user passes."""
+        taken = {*self._program.state_dict, *self._program.constants, *self._buffers}
+        while target in taken:
+            target += "_"
+        self._buffers[target] = tensor
+        argument = TensorArgument(name=node.name)
+        self._specs[node] = InputSpec(InputKind.BUFFER, argument, target, persistent=True)
+        if self._first_user_input is not None:
+            self._first_user_input.prepend(node)
+
+    def _add_check(self) -> None:
+        """Refuse to run where the CPU's int4 op reads another order of bytes.
+
+        The order depends on the instruction set, and on nothing that the program holds. So it also
+        holds one small weight of known codes, and asserts that the op multiplies by it rightly.
+        """
+        size = 64  # rows that the op packs together on any CPU
+        codes = torch.full((size, size), 8, dtype=torch.uint8)
+        codes[torch.arange(size), (5 * torch.arange(size) + 3) % size] = 9  # a permutation
+        x = torch.arange(size, dtype=torch.bfloat16).unsqueeze(0)
+        scale = torch.ones(size, 1, dtype=torch.bfloat16)
+        tensors = {
+            "x": x,
+            "cpu_tiles": pack_for_cpu(codes),
+            "scale_and_zero": pack_scale_and_zero(scale, torch.zeros_like(scale)),
+            "y": x[:, (5 * torch.arange(size) + 3) % size],
+        }
+        graph = self._gm.graph
+        *_, last = placeholders(graph)
+        nodes = []
+        for name, tensor in tensors.items():
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"check_{name}")
+            with self._fake_mode:
+                last.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._add(last, f"fxint4_check_{name}", tensor)
+            nodes.append(last)
+        x_node, tiles, parameters, expected = nodes
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        build = Build(first, self._fake_mode, like=x_node)
+        y = build(aten._weight_int4pack_mm_for_cpu.default, x_node, tiles, size, parameters)
+        equal = build(aten.eq.Tensor, y, expected)
+        same = build(aten.all.default, equal)
+        message = _OTHER_CPU.format(torch.backends.cpu.get_cpu_capability())
+        checked = build(aten._assert_async.msg, same, message)
+        outermost = _outermost_module(graph)
+        for node in (y, equal, same, checked):
+            node.meta["nn_module_stack"] = outermost
+
+
+_OTHER_CPU = (
+    "fxint4: the int4 weights of this program were packed for CPUs with {} instructions, and here "
+    "the int4 op reads them in another order. Export and rewrite it again on a CPU like this one"
+)
+
+
+def _outermost_module(graph: fx.Graph) -> dict[str, Any]:
+    """Where nodes stand that belong to the whole model, as torch.export has it."""
+    stacks = (node.meta.get("nn_module_stack") for node in graph.nodes)
+    stack: dict[str, Any] = next(filter(None, stacks), {})
+    return dict(list(stack.items())[:1])
+
+
+def _renamed(spec: Any, node: Any) -> Any:
+    """An InputSpec or OutputSpec that goes by the name of a node; that of a constant stays."""
+    if not isinstance(node, fx.Node) or isinstance(spec.arg, ConstantArgument):
+        return spec
+    return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name))

@@ -1,0 +1,191 @@
+"""`fxint4.pack_`: a model whose weights are packed in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fxint4.config.int4_config import Int4Config
+from fxint4.config.options import split_options
+from fxint4.errors import FoldError, OptionError, first_line
+from fxint4.frontends.parameters import (
+    Candidate,
+    Owners,
+    candidates_of,
+    from_modules,
+    packed_candidate,
+    replace_parameters,
+    settle_parametrized,
+)
+from fxint4.graph.names import parameters_of
+from fxint4.passes.site import Site
+from fxint4.report import GraphReport, Record, Report
+from fxint4.runs.calibrate import settled
+from fxint4.runs.errors_of import measure
+from fxint4.runs.state_guard import Trials
+from fxint4.tensor import Int4TileTensor
+
+__all__ = ["pack_"]
+
+
+def pack_(
+    model: nn.Module,
+    example_args: Sequence[Any] = (),
+    options: Mapping[str, Any] | None = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | int | None = None,
+) -> Report:
+    """Replace the weights of a model by packed ones, one at a time, and free the originals.
+
+    With example arguments the model is run once, which leaves its buffers as they are, and every
+    parameter that its graphs multiply by is packed, however it is used. Without them the modules
+    are: `nn.Linear`, 1x1 convolutions, `nn.MultiheadAttention`, and transformers' Conv1D and
+    experts. Afterwards the model runs in eager, with any backend, and fastest with
+    `torch.compile(model, backend="int4tile")`.
+
+    A weight that a parametrisation makes (weight_norm, say) is computed once and for all. A
+    parameter that an embedding reads too, or that goes into an operator which packed weights don't
+    support, stays as it is; the report says why.
+
+    With the option `measure` the model runs twice more on the example arguments, before anything is
+    replaced, to measure what quantising does to the output of every matmul and of the model.
+
+    Args:
+        model: changed in place.
+        example_args: arguments of the model.
+        options: fields of `Int4Config`.
+        example_kwargs: keyword arguments of the model.
+        device: where the model goes, weight by weight, so that one which fits there only packed
+            needs no more memory than that; weights may be memory-mapped. Where it is, if None.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: what is no module, or example arguments that are in no tuple.
+        OptionError: an option that `Int4Config` does not have, `measure` without example arguments,
+            or a device that can't be used.
+        ReportError: the report can't be written.
+        FoldError: a weight could not be packed (out of memory, say). It names the layer; what was
+            packed before it stays packed, and calling again goes on.
+    """
+    config, patches = split_options(None, options)
+    if patches:
+        raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
+    target = _checked_device(device)
+    _check_model(model, example_args)
+    examples = bool(example_args or example_kwargs)
+    if config.measure and not examples:
+        raise OptionError("measure=True needs example_args or example_kwargs to run the model on")
+    settle_parametrized(model, config)
+    if examples:
+        config = settled(config, model, example_args, example_kwargs or {})
+    else:
+        config.check_settled()
+    report = Report(config)
+    owners = Owners([("", model)])
+    kept: list[Record] = []
+    if examples:
+        found, kept = candidates_of(model, example_args, example_kwargs or {}, config)
+        candidates = [each for each in found if id(each.parameter) in owners.parameters]
+        del found
+    else:
+        candidates = from_modules(owners)
+    of_parameters: dict[str, float] = {}
+    if config.measure:
+        report.output_error, of_parameters = _measured(
+            model, example_args, example_kwargs or {}, config, candidates, owners
+        )
+    records = [
+        dataclasses.replace(record, output_error=of_parameters.get(record.parameters[0]))
+        if record.action == "packed"
+        else record
+        for record in replace_parameters(candidates, owners, config, target)
+    ]
+    if target is not None:
+        _move_rest(model, target)
+    report.put("pack_", GraphReport((*records, *kept), parameters_of(model), "", ""))
+    return report
+
+
+def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        target = torch.empty(0, device=device).device
+    except Exception as error:  # an unknown name, or a device that this torch or machine lacks
+        raise OptionError(f"device {device!r} can't be used: {first_line(error)}") from error
+    if target.type == "meta":
+        raise OptionError("device is 'meta', where weights have no values; nothing was packed")
+    return target
+
+
+def _check_model(model: object, example_args: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"got a {type(model).__name__}, need the nn.Module to pack")
+    if not isinstance(example_args, (tuple, list)):
+        raise TypeError(
+            f"example_args is a {type(example_args).__name__}; it takes the model's arguments in a "
+            "tuple, such as (x,); options have a name: options={'group_size': 64}"
+        )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise FoldError(
+                f"{name} of a lazy module has no shape yet: call the model once, then pack it"
+            )
+
+
+def _measured(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: Int4Config,
+    candidates: Sequence[Candidate],
+    owners: Owners,
+) -> tuple[float | None, dict[str, float]]:
+    """Errors of the whole model's output, and of the products by each parameter, by its name.
+
+    Where several weights are made of a parameter, the largest of their errors.
+    """
+    found = {id(candidate.parameter): candidate for candidate in candidates}
+
+    def quantized(root: Tensor) -> Tensor | None:
+        candidate = found.get(id(root))
+        if candidate is None:
+            return None
+        packed, _ = packed_candidate(candidate, owners, config)
+        return None if packed is None else candidate.logical(packed).dequantize()
+
+    def quantized_of(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        made = [quantized(root) for root in roots]
+        if all(root is None for root in made):
+            return None
+        both = zip(roots, made, strict=True)
+        return site.weight.evaluate([old if new is None else new for old, new in both]).to(dtype)
+
+    trials = Trials(model)
+    try:
+        errors = measure(model, args, kwargs, config, trials, quantized_of)
+    finally:
+        trials.forget()
+    of_parameters: dict[str, float] = {}
+    for (*roots, _), error in errors.of_weights.items():
+        for identity in found.keys() & set(roots):
+            name = owners.name(found[identity].parameter)
+            of_parameters[name] = max(error, of_parameters.get(name, 0.0))
+    return errors.output, of_parameters
+
+
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    for parameter in model.parameters():
+        if not isinstance(parameter, Int4TileTensor):
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

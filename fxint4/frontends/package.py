@@ -1,0 +1,221 @@
+"""`package`: a program compiled ahead of time, in a file that needs neither fxint4 nor Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from fxint4._pytorch.export import aoti_package
+from fxint4._pytorch.tensors import flat
+from fxint4.atomic_files import draft_of
+from fxint4.config.int4_config import Int4Config
+from fxint4.config.options import split_options
+from fxint4.errors import OptionError, UnsupportedOpError
+from fxint4.frontends.export import is_rewritten, placeholders, remade, rewrite_program
+from fxint4.kernels.policy import Policy
+from fxint4.lowering.dense import lowered
+from fxint4.lowering.experts import package_fault
+
+__all__ = ["METADATA", "package"]
+
+#: Under this key a package's metadata has, as JSON, what its inputs are like; see `_described`.
+METADATA = "fxint4.inputs"
+
+
+def package(
+    exported_program: ExportedProgram,
+    path: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Compile an exported program with AOTInductor, its matmuls by constant weights in int4.
+
+    The package is loaded by `torch._inductor.aoti_load_package(path)`, or in C++ by
+    `torch::inductor::AOTIModelPackageLoader`; the process needs no fxint4. On a GPU matmuls run the
+    kernels that `torch.compile(..., backend="int4tile")` has, those of experts too; on the CPU
+    experts stay as they are. `fxint4.last_report()` says what was done.
+
+    Args:
+        exported_program: of `torch.export.export`, as captured or from `fxint4.rewrite`; it is not
+            changed.
+        path: of the file to write, which ends in ".pt2"; it holds what it held, or all of the
+            package. That is compiled in a temporary folder, which takes as much room.
+        options: fields of `Int4Config`, of which a program that is rewritten takes `kernel` alone,
+            and options of Inductor.
+
+    Returns:
+        The path.
+
+    Raises:
+        OptionError: an option that is not known; or a path or program that no package is made of.
+        FoldError: a weight could not be folded.
+        UnsupportedOpError: the program has experts that are packed, and is not for a GPU, or there
+            is no Triton to compile their kernel.
+        OSError: the file can't be written.
+    """
+    path = os.fspath(path)
+    _check_path(path)
+    config, patches = split_options(None, options)
+    if is_rewritten(exported_program):
+        program = exported_program
+        _check_options(options or {})
+    else:
+        program = rewrite_program(exported_program, config, only_aten=False)
+    _check_ops(program)
+    if program.example_inputs is None:
+        raise OptionError(
+            "the program has no example inputs, which AOTInductor needs: set its example_inputs to "
+            "(args, kwargs)"
+        )
+    program = _for_aotinductor(program)
+    known = patches.get("aot_inductor.metadata") or {}
+    patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
+    # Written elsewhere first: PyTorch's writer would end the process where a disk is full, and what
+    # is there stays until it can be replaced.
+    with tempfile.TemporaryDirectory() as folder, draft_of(Path(path)) as draft:
+        made = os.path.join(folder, os.path.basename(path))
+        with lowered(Policy(config.kernel, package=True)):
+            aoti_package(program, made, patches)
+        shutil.copyfile(made, draft)
+    return path
+
+
+def _check_path(path: str) -> None:
+    if not path.endswith(".pt2"):
+        raise OptionError(f"path is {path!r}; a package is a file whose name ends in .pt2")
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise OptionError(f"path is {path!r}, but there is no folder {str(folder)!r}")
+    if Path(path).is_dir():
+        raise OptionError(f"path is {path!r}, which is a folder; name a file")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Options for a program that is rewritten already."""
+    ours = {field.name for field in dataclasses.fields(Int4Config)} - {"kernel"}
+    late = [name for name in options if name.replace("-", "_") in ours]
+    if late:
+        raise OptionError(
+            f"the program is rewritten already, so {late[0]!r} comes too late: give it to "
+            "fxint4.rewrite, or give fxint4.package the program as it was captured"
+        )
+
+
+def _check_ops(program: ExportedProgram) -> None:
+    ours = torch.ops.fxint4
+    of_experts = (ours.bmm.default, ours.grouped_mm.default, ours.indexed_mm.default)
+    for node in program.graph.nodes:
+        known = node.target is ours.linears.default  # to our lowering
+        if getattr(node.target, "namespace", None) != "fxint4" or known:
+            continue
+        fault: str | None = "a package runs without fxint4"
+        if node.target in of_experts:
+            fault = package_fault(node.args[0].meta["val"].device)
+        if fault is not None:
+            raise UnsupportedOpError(
+                f"the program calls {node.target}, an op of fxint4, because fxint4.rewrite or "
+                f"fxint4.pack_ packed a weight of it, but {fault}. Package a program where that "
+                "weight is not packed: it may stay as it is"
+            )
+
+
+def _for_aotinductor(program: ExportedProgram) -> ExportedProgram:
+    """The same program with tensors that AOTInductor handles well.
+
+    AOTInductor writes whole storages: each tensor fills its own. While it compiles, it holds a copy
+    of every buffer, but of no parameter: buffers that are only read become parameters.
+    """
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    read = {
+        spec.target
+        for spec in signature.input_specs
+        if spec.kind is InputKind.BUFFER and spec.persistent and spec.target not in written
+    }
+    specs = [
+        dataclasses.replace(spec, kind=InputKind.PARAMETER, persistent=None)
+        if spec.target in read
+        else spec
+        for spec in signature.input_specs
+    ]
+    copies: dict[Any, Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
+
+    def alone(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return value
+        storage = value.untyped_storage()
+        if storage.nbytes() <= value.numel() * value.element_size():
+            return value
+        # Tied tensors stay tied.
+        place = (storage.data_ptr(), value.storage_offset())
+        key = (*place, value.shape, value.stride(), value.dtype)
+        if key not in copies:
+            copy = value.detach().clone()
+            parameter = isinstance(value, nn.Parameter)
+            copies[key] = nn.Parameter(copy, False) if parameter else copy
+        return copies[key]
+
+    def of_state(name: str, value: Any) -> Any:
+        value = alone(value)
+        if name not in read:
+            return value
+        return parameters.setdefault(id(value), nn.Parameter(value, False))
+
+    return remade(
+        program,
+        program.graph_module,
+        dataclasses.replace(signature, input_specs=specs),
+        state_dict={name: of_state(name, value) for name, value in program.state_dict.items()},
+        constants={name: alone(value) for name, value in program.constants.items()},
+    )
+
+
+def _described(program: ExportedProgram) -> dict[str, list[Any]]:
+    """What the inputs of a program are like.
+
+    "names" has the names of positional arguments; "inputs" has an entry for each input, in the
+    order in which they are flattened. Of a tensor: "shape", with None for what varies; "example",
+    its shape in the example inputs; "dtype"; "device"; and of integers "low" and "high" in the
+    example. Of anything else nothing.
+    """
+    specs = program.graph_signature.input_specs
+    nodes = [
+        node
+        for node, spec in zip(placeholders(program.graph), specs, strict=True)
+        if spec.kind is InputKind.USER_INPUT
+    ]
+    examples = flat(program.example_inputs)
+    assert program.example_inputs is not None
+    args, _ = program.example_inputs
+    signature = program.module_call_graph[0].signature
+    names = (signature.forward_arg_names if signature is not None else None) or []
+    return {
+        "names": names[: len(args)],
+        "inputs": [_description(node, value) for node, value in zip(nodes, examples, strict=True)],
+    }
+
+
+def _description(node: fx.Node, example: Any) -> dict[str, Any]:
+    if not isinstance(example, Tensor):
+        return {}
+    sizes = node.meta["val"].shape
+    entry: dict[str, Any] = {
+        "shape": [size if isinstance(size, int) else None for size in sizes],
+        "example": list(example.shape),
+        "dtype": str(example.dtype).removeprefix("torch."),
+        "device": example.device.type,
+    }
+    if not (example.is_floating_point() or example.is_complex()) and example.numel():
+        entry |= {"low": int(example.min()), "high": int(example.max())}
+    return entry

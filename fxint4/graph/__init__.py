@@ -1,0 +1,1 @@
+"""Facts about one FX graph, and the tools to make nodes in it."""

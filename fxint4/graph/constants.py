@@ -1,0 +1,139 @@
+"""Which nodes of a graph are constant, and evaluating the small computation behind a weight.
+
+A graph reaches the passes with its weights as placeholders, beside a table from placeholder to
+real tensor. What can be computed from constant placeholders alone (a transpose, a cast, a
+concatenation, W + B @ A) is constant, too, and is evaluated for one weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+
+from torch import Tensor, fx
+
+from fxint4._pytorch.tensors import MATMULS, aten, is_pure
+from fxint4.weights.expression import Given, GivenWeight, Weight
+
+__all__ = ["Constants", "Standing"]
+
+_TRANSPOSES = {
+    (aten.permute.default, "[1, 0]"),
+    (aten.transpose.int, "0, 1"),
+    (aten.transpose.int, "1, 0"),
+    (aten.t.default, ""),
+    (aten.permute.default, "[0, 2, 1]"),
+    *((aten.transpose.int, axes) for axes in ("1, 2", "2, 1", "-1, -2", "-2, -1")),
+}
+
+_TRANSPOSED_AXES = {"NK": "KN", "KN": "NK", "ENK": "EKN", "EKN": "ENK"}
+
+
+class Standing(IntEnum):
+    """What a node's value depends on."""
+
+    #: An activation, a shape, a random number, a cache.
+    VARIES = 0
+    #: Only on float buffers and literals: may help to make a weight, is none by itself.
+    HELPER = 1
+    #: On parameters (or integer buffers, which hold quantised weights) and helpers alone.
+    WEIGHT = 2
+
+
+class Constants:
+    """The standing of every node of one graph.
+
+    Args:
+        gm: the graph; its weights are placeholders.
+        standings: the standing of its placeholders; those not named vary.
+    """
+
+    def __init__(self, gm: fx.GraphModule, standings: Mapping[fx.Node, Standing]) -> None:
+        """Carry the placeholders' standings through the graph."""
+        self._gm = gm
+        self._standing: dict[fx.Node, Standing] = {}
+        for node in gm.graph.nodes:
+            self._standing[node] = self._judge(node, standings)
+
+    def is_weight(self, value: object) -> bool:
+        """Whether a node's value is constant and made of at least one weight."""
+        return isinstance(value, fx.Node) and self._standing.get(value) is Standing.WEIGHT
+
+    def weight(self, node: fx.Node, axes: str) -> Weight:
+        """The computation behind a constant node.
+
+        Args:
+            node: the constant operand of a matmul.
+            axes: how its axes lie, a key of `AXES`.
+        """
+        while (inner := _outermost_view(node, axes)) is not None:
+            node, axes = inner
+        return Weight(node, axes, *self._origin(node))
+
+    def given_weight(self, tiles: fx.Node, scale_and_zero: fx.Node, given: Given) -> GivenWeight:
+        """The computation behind the constant buffers of a packed weight.
+
+        Args:
+            tiles: the node of its tiles.
+            scale_and_zero: the node of its scale_and_zero.
+            given: what they are.
+        """
+        origin = self._origin(tiles, scale_and_zero)
+        return GivenWeight(tiles, "", *origin, scale_and_zero, given)
+
+    def _origin(
+        self, *nodes: fx.Node
+    ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], Mapping[fx.Node, Tensor]]:
+        """Roots, steps and literals of a `Weight`."""
+        steps = tuple(dict.fromkeys(step for node in nodes for step in _ancestors(node)))
+        roots = tuple(step for step in steps if step.op == "placeholder")
+        literals = {
+            step: getattr(self._gm, str(step.target)) for step in steps if step.op == "get_attr"
+        }
+        return roots, steps, literals
+
+    def _judge(self, node: fx.Node, standings: Mapping[fx.Node, Standing]) -> Standing:
+        if node.op == "placeholder":
+            return standings.get(node, Standing.VARIES)
+        if node.op == "get_attr":
+            value = getattr(self._gm, str(node.target), None)
+            return Standing.HELPER if isinstance(value, Tensor) else Standing.VARIES
+        if node.op != "call_function" or not is_pure(node.target):
+            return Standing.VARIES
+        operands = [self._standing[operand] for operand in node.all_input_nodes]
+        if node.target in MATMULS and node.meta["val"].ndim > 1:
+            # A float buffer times a parameter is an activation (a cache, say) meeting a weight;
+            # but a vector, as spectral_norm makes one to scale a weight by, can't be one.
+            return Standing.WEIGHT if min(operands) is Standing.WEIGHT else Standing.VARIES
+        if Standing.VARIES in operands:
+            return Standing.VARIES
+        return max(operands, default=Standing.HELPER)
+
+
+def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:
+    """Take a transpose or a leading axis off a node and put it into its axes.
+
+    So the same weight, reached in two ways, is one weight.
+    """
+    operand = node.args[0] if node.args else None
+    if not isinstance(operand, fx.Node):
+        return None
+    call = (node.target, ", ".join(map(str, node.args[1:])))
+    if call in _TRANSPOSES and axes in _TRANSPOSED_AXES:
+        return operand, _TRANSPOSED_AXES[axes]
+    if call == (aten.unsqueeze.default, "0") and axes.startswith("*"):
+        return operand, axes[1:] if operand.meta["val"].ndim == 2 else axes
+    return None
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        step = pending[-1]
+        missing = [operand for operand in step.all_input_nodes if operand not in found]
+        if missing:
+            pending.extend(missing)
+        else:
+            found.setdefault(pending.pop())
+    return list(found)

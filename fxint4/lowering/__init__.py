@@ -1,0 +1,1 @@
+"""A rewritten graph as code: what Inductor makes of it, and its weights at run time."""

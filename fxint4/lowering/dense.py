@@ -1,0 +1,290 @@
+"""What Inductor makes of int4 matmuls on a GPU, in force only inside our compile.
+
+A number of rows that is known decides the kernel while the graph is compiled. Triton's and cuBLAS's
+are launched by Inductor like its own. Where the sum over K is split among programs, these leave
+partial sums, and adding them is Inductor's: in one kernel with the bias, the activation, the
+residual or the norm that follows. A CUDA C++ kernel is launched by `fxint4.linears`, which is told
+its sizes. A number of rows that varies decides at run time, in the same op: one compiled graph
+serves every M, and a CUDA graph holds the kernel of the M that it was captured with. A package,
+which runs without Python, has what the same choice names for any M, W written out and cuBLAS
+included: each run launches the kernels of other M with no programs, and takes no memory for W.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxint4._pytorch import inductor
+from fxint4._pytorch.tensors import aten
+from fxint4.kernels import cuda, nvrtc, select, triton_common, triton_experts, triton_linear
+from fxint4.kernels import policy as policies
+from fxint4.kernels.cuda import CudaBlocks
+from fxint4.kernels.policy import Policy
+from fxint4.kernels.select import Choice, by_m
+from fxint4.kernels.triton_common import Blocks, Launch, version_of
+from fxint4.lowering import experts
+
+__all__ = ["compile_graph", "lowered"]
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy, **kwargs: Any
+) -> Callable[[list[Any]], Sequence[Any]]:
+    """Compile an aten graph with Inductor. The result takes a list that it empties.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        policy: which kernels to choose.
+        **kwargs: for Inductor.
+    """
+    with lowered(policy):
+        return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+def lowered(policy: Policy) -> AbstractContextManager[None]:
+    """A while in which whatever Inductor compiles is lowered as ours is.
+
+    Args:
+        policy: which kernels to choose.
+    """
+    # All that has a say in what is made of a graph.
+    modules = (sys.modules[__name__], experts, inductor, policies, select)
+    version = version_of(*modules, triton_common, triton_linear, triton_experts, cuda)
+    return inductor.in_force(_lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}")
+
+
+def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
+    """For each op of ours the function that lowers it."""
+
+    def int4pack_mm(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:
+        n = int(scale_and_zero.get_size()[1])
+        return linears(x, [tiles], [scale_and_zero], group_size, [n])
+
+    def linears(
+        x: Any,
+        tiles: Sequence[Any],
+        scale_and_zero: Sequence[Any],
+        group_size: int,
+        n: Sequence[int],
+    ) -> Any:
+        return _Matmul(x, tiles, scale_and_zero, group_size, n).lower(policy)
+
+    return {
+        aten._weight_int4pack_mm.default: int4pack_mm,
+        torch.ops.fxint4.linears.default: linears,
+        **experts.lowerings(),
+    }
+
+
+@dataclass(frozen=True)
+class _Matmul:
+    """Rows x [M, K] times weights of the same K, side by side: [M, sum(n)].
+
+    Attributes:
+        x: bf16 or fp16, one of Inductor's values like all tensors here.
+        tiles: of each weight.
+        scale_and_zero: of each weight.
+        group_size: of all weights.
+        n: out features of each weight.
+    """
+
+    x: Any
+    tiles: Sequence[Any]
+    scale_and_zero: Sequence[Any]
+    group_size: int
+    n: Sequence[int]
+
+    @property
+    def k(self) -> int:
+        """In features."""
+        return int(self.x.get_size()[1])
+
+    def lower(self, policy: Policy) -> Any:
+        """The product."""
+        m = inductor.static(self.x.get_size()[0])
+        if triton_common.triton is None or self.x.get_device().type != "cuda" or m == 0:
+            return self.chosen_at_run_time(policy.cuda_graphs, policy.kernel)
+        kernel, blocks = policy.kernel, None
+        if m is not None:
+            choice = self.choice(m, policy)
+            kernel, blocks = choice.kernel, choice.blocks
+        if isinstance(blocks, CudaBlocks):
+            return self.chosen_at_run_time(policy.cuda_graphs, blocks.name, blocks.sizes)
+        if kernel == "dequantise":
+            return self.dequantised()
+        if blocks is not None:
+            return self.multiplied(blocks)
+        if not inductor.for_another_process():
+            return self.chosen_at_run_time(policy.cuda_graphs, kernel)
+        return self.by_aten() if kernel == "aten" else self.multiplied_for_any_m(policy)
+
+    def choice(self, m: int, policy: Policy) -> Choice:
+        """That of the policy for a number of rows."""
+        dtype, device = self.x.get_dtype(), self.x.get_device()
+        _, _, half_inner = self._sizes
+        return policy.choose(m, sum(self.n), self.k, self.group_size, half_inner, dtype, device)
+
+    def chosen_at_run_time(
+        self, replayed: bool, kernel: str | None, sizes: Sequence[int] = ()
+    ) -> Any:
+        """The product by the op that chooses when it is called, or by this CUDA kernel."""
+        given = all(map(inductor.is_given, (*self.tiles, *self.scale_and_zero)))
+        return inductor.call_as_it_is(
+            torch.ops.fxint4.linears.default,
+            self.x,
+            self.tiles,
+            self.scale_and_zero,
+            self.group_size,
+            self.n,
+            replayed,
+            kernel,
+            list(sizes),
+            replayed and given,
+        )
+
+    def by_aten(self) -> Any:
+        """The product by ATen's op, once for each weight; it counts elements in 32 bits."""
+        weights, k_padded, _ = self._sizes
+        x = inductor.of_dtype(torch.bfloat16, self.x)
+        if k_padded > self.k:
+            x = inductor.call(aten.constant_pad_nd.default, x, [0, k_padded - self.k], 0.0)
+        x, op = inductor.contiguous(x), aten._weight_int4pack_mm.default
+        products = []
+        for (n, _), tiles, parameters in zip(weights, self.tiles, self.scale_and_zero, strict=True):
+            y = inductor.call_as_it_is(op, x, tiles, self.group_size, parameters)
+            products.append(inductor.call(aten.slice.Tensor, y, 1, 0, n))
+        y = products[0] if len(products) == 1 else inductor.call(aten.cat.default, products, 1)
+        return inductor.of_dtype(self.x.get_dtype(), y)
+
+    def dequantised(self) -> Any:
+        """The product by W written out, and Inductor's matmul."""
+        w = inductor.call(aten.permute.default, self._written_out(), [1, 0])
+        return inductor.call(aten.mm.default, self.x, w)
+
+    def multiplied(self, blocks: Blocks) -> Any:
+        """The product by the Triton kernel, and the sum of what its splits leave."""
+        x, n, splits = inductor.contiguous(self.x), sum(self.n), blocks.splits
+        m = int(x.get_size()[0])
+        if splits == 1:
+            y = inductor.empty([m, n], x, x.get_dtype())
+            self._launch_into(y, x, self._launch_of(m, blocks, reduce=True))
+            return y
+        partial = inductor.empty([splits, m, n], x, torch.float32)
+        self._launch(self._launch_of(m, blocks, reduce=False), {"x": x, "partial": partial})
+        # Not a reduction, which would keep what follows from being fused with it.
+        y = inductor.call(aten.select.int, partial, 0, 0)
+        for split in range(1, splits):
+            part = inductor.call(aten.select.int, partial, 0, split)
+            y = inductor.call(aten.add.Tensor, y, part)
+        return inductor.of_dtype(x.get_dtype(), y)
+
+    def multiplied_for_any_m(self, policy: Policy) -> Any:
+        """The product by the kernel that the M of each run asks for.
+
+        Every run comes by all that there are, and launches those for another M with no programs.
+        The sum of splits is the Triton kernel's: it has to end in y like all else.
+        """
+        x, n = inductor.contiguous(self.x), sum(self.n)
+        rows = x.get_size()[0]
+        y = inductor.empty([rows, n], x, x.get_dtype())
+        for first, last, choice in by_m(lambda m: self.choice(m, policy)):
+            there, blocks = inductor.one_if_between(rows, first, last), choice.blocks
+            if not isinstance(blocks, Blocks):
+                w = inductor.call(aten.permute.default, self._written_out(there), [1, 0])
+                inductor.matmul_into(y, x, w, there)
+            else:
+                # Of all blocks, or of those that are left when all programs had one.
+                split = blocks.at_once or (last and self._count(last, blocks))
+                self._launch_into(y, x, self._launch_of_rows(rows, there, blocks), split)
+        return y
+
+    def _count(self, m: int, blocks: Blocks) -> int:
+        return -(-m // blocks.rows) * sum(-(-n // blocks.features) for n in self.n)
+
+    def _launch_of_rows(self, rows: Any, there: Any, blocks: Blocks) -> Launch:
+        """See `launch_of`; of a number of rows that varies, in the runs where `there` is 1."""
+        launch = self._launch_of(1, blocks, reduce=True)
+        row_blocks = inductor.ceil_div(rows, blocks.rows)
+        count, whole = there * row_blocks * self._count(1, blocks), 0
+        if blocks.rest_splits > 1:
+            whole = blocks.at_once * inductor.floor_div(count, blocks.at_once)
+        return replace(
+            launch,
+            programs=whole + (count - whole) * launch.arguments["SPLITS"],
+            arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks, "whole": whole},
+        )
+
+    def _written_out(self, there: Any = 1) -> Any:
+        """W ``[sum(n), K]``; with no rows in the runs where `there` is 0."""
+        weights, k_padded, half_inner = self._sizes
+        dtype = self.x.get_dtype()
+        w = inductor.empty([there * sum(self.n), self.k], self.x, dtype)
+        launch = triton_linear.dequantize_launch_of(
+            self.k, weights, k_padded, self.group_size, half_inner, dtype
+        )
+        self._launch(replace(launch, programs=there * launch.programs), {"w": w})
+        return w
+
+    def _launch_of(self, m: int, blocks: Blocks, reduce: bool) -> Launch:
+        weights, k_padded, half_inner = self._sizes
+        return triton_linear.launch_of(
+            m,
+            self.k,
+            weights,
+            k_padded,
+            self.group_size,
+            half_inner,
+            self.x.get_dtype(),
+            blocks,
+            reduce,
+        )
+
+    def _launch_into(self, y: Any, x: Any, launch: Launch, split: int | None = None) -> None:
+        """A launch that writes y.
+
+        Args:
+            y: the product.
+            x: in memory.
+            launch: of the kernel.
+            split: blocks that it splits at most, where their number varies.
+        """
+        tensors = {"x": x, "y": y}
+        shared = triton_linear.shared_programs(launch)
+        if shared != 0:
+            block = launch.arguments["BM"] * launch.arguments["BN"]
+            tensors["partial"] = inductor.empty([shared, block], x, torch.float32)
+            if split is None:
+                split = inductor.floor_div(shared, int(launch.arguments["SPLITS"]))
+            tensors["counters"] = inductor.lasting_zeros(split, x)
+        self._launch(launch, tensors)
+
+    @property
+    def _sizes(self) -> tuple[list[tuple[int, int]], int, int]:
+        """See `fxint4.kernels.triton_linear.sizes_of`."""
+        return triton_linear.sizes_of([list(map(int, t.get_size())) for t in self.tiles], self.n)
+
+    def _launch(self, launch: Launch, tensors: Mapping[str, Any]) -> None:
+        """Any launch; of the tensors that the kernel takes, all but x are written."""
+        names = [name for name in launch.kernel.arg_names if name.endswith("_ptr")]
+        named = {f"{name}_ptr": value for name, value in tensors.items()}
+        weights = list(zip(self.tiles, self.scale_and_zero, strict=True))
+        of_weights = [name for name in names if name.startswith(("tiles", "params"))]
+        buffers = dict(zip(of_weights, triton_linear.buffers_of(weights), strict=True))
+        unused = dict.fromkeys(names, self.scale_and_zero[0])
+        inductor.launch_triton(
+            launch.kernel,
+            launch.programs,
+            {**unused, **buffers, **named},
+            launch.arguments,
+            named.keys() - {"x_ptr"},
+            launch.warps,
+            launch.stages,
+        )

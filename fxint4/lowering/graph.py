@@ -1,0 +1,300 @@
+"""A captured graph, compiled, with its packed weights looked up at every call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxint4._pytorch.aot import CompileState, evaluate_size, example_size, symbols_of
+from fxint4._pytorch.tensors import real_tensors
+from fxint4.config.int4_config import Int4Config
+from fxint4.errors import FoldError
+from fxint4.kernels.policy import Policy
+from fxint4.lowering.dense import compile_graph
+from fxint4.passes.plan import met_recipe, packing_fault
+from fxint4.passes.rewrite import Rewritten, Slot, rewrite
+from fxint4.passes.site import Site
+from fxint4.quant.recipe import Recipe
+from fxint4.weights.cache import Lookup, PackedWeight, picker, store
+from fxint4.weights.formats import Dense, Form, choose
+
+__all__ = ["Int4Graph", "Meeting", "expected_rows"]
+
+#: `Meeting.packed` while it grows.
+_Met = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
+
+#: Combinations of dynamic sizes whose choice of forms is remembered.
+_SIZES_REMEMBERED = 4096
+
+
+def expected_rows(site: Site) -> int | None:
+    """M of a site in the example inputs; None where it is not known before the graph runs."""
+    return example_size(site.match.m)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Packed weights that a call needed and the calls before it did not.
+
+    Attributes:
+        packed: what was made of each, by the computation behind it: its roots and its signature.
+        forms: the form that each site of the graph was run with.
+        tensors: the real tensor behind each constant placeholder.
+    """
+
+    packed: Mapping[tuple[tuple[fx.Node, ...], str], PackedWeight]
+    forms: tuple[Form | None, ...]
+    tensors: Mapping[fx.Node, Tensor]
+
+
+class Int4Graph:
+    """A captured graph and what it was compiled to.
+
+    The weights stay inputs: compiled code is reused for other parameters than those it was
+    compiled with, and parameters change. So each call finds the packed weights of the parameters
+    it is given. A graph is compiled once for each choice of forms that a call turns out to need.
+
+    Args:
+        captured: the graph as captured.
+        fake_inputs: its inputs as the compiler sees them.
+        sites: its matmuls that can be packed.
+        tensors: the real tensors behind its constant placeholders.
+        config: what the user asked for.
+        policy: which kernels to choose.
+        state: of the compiler.
+        kwargs: for Inductor's last stage.
+        met: told what a call met.
+    """
+
+    #: AOTAutograd hands over the arguments as one list, which is emptied.
+    _boxed_call = True
+
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        fake_inputs: Sequence[Any],
+        sites: Sequence[Site],
+        tensors: Mapping[fx.Node, Tensor],
+        config: Int4Config,
+        policy: Policy,
+        state: CompileState,
+        kwargs: Mapping[str, Any],
+        met: Callable[[Meeting], None],
+    ) -> None:
+        self._captured = captured
+        self._fake_inputs = fake_inputs
+        self._sites = sites
+        self._constants = tuple(tensors)
+        self._tensors = {node: weakref.ref(tensor) for node, tensor in tensors.items()}
+        self._config = config
+        self._policy = policy
+        self._state = state
+        self._kwargs = kwargs
+        self._report = met
+        self._variants: dict[tuple[Form | None, ...], _Variant] = {}
+        self._forms_by_sizes: dict[tuple[int, ...], tuple[Form | None, ...]] = {}
+        placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+        self._positions = {node: position for position, node in enumerate(placeholders)}
+        symbols = symbols_of(placeholders)
+        dynamic = any(not isinstance(site.match.m, int) for site in sites)
+        self._symbols = symbols if dynamic else {}
+
+    def compile_first(self, describe: Callable[[Rewritten], str]) -> str:
+        """Compile for the sizes of the example inputs, inside the compiler.
+
+        Args:
+            describe: called with the rewritten graph, before Inductor's last passes change it.
+
+        Returns:
+            What `describe` said.
+        """
+        forms = self.expected_forms
+        rewritten = self._rewrite(forms)
+        description = describe(rewritten)
+        self._variants[forms] = self._compile(rewritten)
+        return description
+
+    @property
+    def expected_forms(self) -> tuple[Form | None, ...]:
+        """The form of each site for the sizes of the example inputs."""
+        return self._choose(expected_rows)
+
+    def __call__(self, args: list[Any]) -> Sequence[Any]:
+        """Run on `args`, in the order of the captured graph's placeholders."""
+        forms = self._forms(args)
+        met: _Met = {}
+        while True:
+            variant = self._variants.get(forms) or self._compile_later(forms)
+            buffers = variant.buffers(args, met)
+            if not isinstance(buffers, Slot):
+                break
+            # These parameters, unlike those compiled with, can't be packed.
+            forms = self._without(buffers, forms)
+        if met:
+            tensors = {node: args[self._positions[node]] for node in self._constants}
+            self._report(Meeting(met, forms, tensors))
+        inputs = [*variant.kept(args), *buffers]
+        args.clear()
+        return variant.compiled(inputs)
+
+    def _forms(self, args: Sequence[Any]) -> tuple[Form | None, ...]:
+        sizes = tuple(
+            args[position] if dim is None else args[position].shape[dim]
+            for position, dim in self._symbols.values()
+        )
+        forms = self._forms_by_sizes.get(sizes)
+        if forms is None:
+            values = dict(zip(self._symbols, sizes, strict=True))
+            forms = self._choose(lambda site: evaluate_size(site.match.m, values))
+            if len(self._forms_by_sizes) >= _SIZES_REMEMBERED:
+                self._forms_by_sizes.clear()
+            self._forms_by_sizes[sizes] = forms
+        return forms
+
+    def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Form | None, ...]:
+        return tuple(
+            choose(site.int4, site.beyond, site.most_rows, rows(site)) for site in self._sites
+        )
+
+    def _without(self, slot: Slot, forms: tuple[Form | None, ...]) -> tuple[Form | None, ...]:
+        key = (slot.weight.roots, slot.weight.signature)
+        return tuple(
+            None if (site.weight.roots, site.weight.signature) == key else form
+            for site, form in zip(self._sites, forms, strict=True)
+        )
+
+    def _compile_later(self, forms: tuple[Form | None, ...]) -> _Variant:
+        with self._state.restored():
+            variant = self._variants.get(forms)  # another thread may have been quicker
+            if variant is None:
+                variant = self._variants[forms] = self._compile(self._rewrite(forms))
+            return variant
+
+    def _rewrite(self, forms: tuple[Form | None, ...]) -> Rewritten:
+        return rewrite(
+            self._captured,
+            self._sites,
+            forms,
+            self._config,
+            self._constants,
+            self._state.fake_mode,
+        )
+
+    def _compile(self, rewritten: Rewritten) -> _Variant:
+        placeholders = [node for node in rewritten.gm.graph.nodes if node.op == "placeholder"]
+        kept = rewritten.kept_inputs
+        packed = placeholders[len(kept) :]
+        inputs = [self._fake_inputs[position] for position in kept]
+        inputs += [node.meta["val"] for node in packed]
+        static = set(self._kwargs.get("static_input_idxs", ()))
+        static_now = [new for new, old in enumerate(kept) if old in static]
+        static_now += range(len(kept), len(inputs))
+        compiled = compile_graph(
+            rewritten.gm, inputs, self._policy, **{**self._kwargs, "static_input_idxs": static_now}
+        )
+        slots = [
+            _BoundSlot(slot, self._positions, self._tensors, self._config)
+            for slot in rewritten.slots
+        ]
+        return _Variant(rewritten, slots, compiled)
+
+
+class _Variant:
+    """A graph compiled for one choice of forms."""
+
+    def __init__(
+        self,
+        rewritten: Rewritten,
+        slots: Sequence[_BoundSlot],
+        compiled: Callable[[list[Any]], Sequence[Any]],
+    ) -> None:
+        self.rewritten = rewritten
+        self.slots = slots
+        self.compiled = compiled
+        self.kept = picker(rewritten.kept_inputs)
+        positions = dict.fromkeys(position for slot in slots for position in slot.positions)
+        self._roots = picker(tuple(positions))
+        self._lookups: dict[tuple[int, ...], Lookup] = {}
+
+    def buffers(self, args: Sequence[Any], met: _Met) -> list[Tensor] | Slot:
+        """The packed tensors of all slots for the parameters in `args`.
+
+        Args:
+            args: of the graph.
+            met: gets what was not there at the call before.
+
+        Returns:
+            The tensors; where the parameters of a slot can't be packed, that slot.
+        """
+        roots = self._roots(args)
+        identity = tuple(map(id, roots))
+        lookup = self._lookups.get(identity)
+        if lookup is None or not lookup.is_of_now() or not lookup.holds(roots):
+            lookup = Lookup(roots)
+            pre_scales: dict[Slot, Tensor] = {}
+            for slot in self.slots:
+                found = slot.buffers(args, met)
+                if not found:
+                    return slot.slot
+                lookup.add(found, [args[position] for position in slot.positions])
+                if slot.slot.shape.pre_scaled and not isinstance(slot.slot.form, Dense):
+                    pre_scales[slot.slot] = found[2]
+            lookup.finish(roots)
+            for alike in self.rewritten.alike:
+                _check_equal(alike, pre_scales)
+            kept = {key: old for key, old in self._lookups.items() if old.is_of_now()}
+            self._lookups = {**kept, identity: lookup}
+        return lookup.tensors()
+
+
+def _check_equal(slots: Sequence[Slot], pre_scales: Mapping[Slot, Tensor]) -> None:
+    first, *others = (pre_scales[slot] for slot in slots)
+    if not all(torch.equal(first, other) for other in others):
+        names = ", ".join(slot.name for slot in slots)
+        raise FoldError(
+            f"compiled code multiplies one activation by {names}, or by those of a layer like it, "
+            "and their calibrated pre-scales differ; give them the same method, or compile with "
+            "options={'fuse_projections': False}"
+        )
+
+
+class _BoundSlot:
+    """A slot of a graph, with the packed weight that served it last."""
+
+    def __init__(
+        self,
+        slot: Slot,
+        positions: Mapping[fx.Node, int],
+        tensors: Mapping[fx.Node, weakref.ref[Tensor]],
+        config: Int4Config,
+    ) -> None:
+        self.slot = slot
+        self._form = slot.form
+        self._compiled_with = [tensors[root] for root in slot.weight.roots]
+        self.positions = tuple(positions[root] for root in slot.weight.roots)
+        self._config = config
+        self._packed: PackedWeight | None = None
+
+    def buffers(self, args: Sequence[Any], met: _Met) -> Sequence[Tensor]:
+        """The packed tensors for the parameters in `args`; empty where these can't be packed."""
+        roots = [args[position] for position in self.positions]
+        packed = self._packed
+        if packed is None or not packed.is_current(roots) or self._form not in packed.forms:
+            with real_tensors():
+                recipe = self._recipe(roots)
+                if recipe is None:
+                    return ()
+                self._packed = packed = store.find(self.slot.weight, roots, self.slot.shape, recipe)
+                store.fold(packed, (self._form,), roots)
+            met[self.slot.weight.roots, self.slot.weight.signature] = packed
+        return () if packing_fault(packed, self.slot.config) else packed.forms[self._form]
+
+    def _recipe(self, roots: Sequence[Tensor]) -> Recipe | None:
+        """How the codes of a weight are chosen, which may be another than was compiled with."""
+        known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
+        return self.slot.recipe if known else met_recipe(self.slot, roots, self._config)

@@ -1,0 +1,111 @@
+"""AWQ: channels with large inputs are scaled up before rounding, and their inputs down.
+
+J. Lin, J. Tang, H. Tang, S. Yang, X. Dang and S. Han, "AWQ: Activation-aware Weight Quantization
+for LLM Compression and Acceleration", 2023, https://arxiv.org/abs/2306.00978
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxint4.quant.chunks import row_blocks
+from fxint4.quant.methods.mse import mse_parameters
+from fxint4.quant.primitives import GroupParameters, dequantize, quantize
+
+__all__ = ["awq_scale"]
+
+_STEPS = 20
+"""Exponents tried: 0, 1/20, ... 19/20."""
+
+_ROWS = 512
+"""Rows of each weight, evenly spaced, that the exponent is chosen by."""
+
+_LEAST = 1e-4
+"""Share of the largest magnitude that every other one counts as at least."""
+
+
+def awq_scale(
+    weights: Sequence[Tensor],
+    second_moments: Tensor,
+    magnitudes: Tensor,
+    group_size: int,
+    parameters: GroupParameters = mse_parameters,
+) -> Tensor:
+    """Factors s for the channels of the weights: quantise ``W * s``, multiply by ``x / s``.
+
+    Of ``s = magnitudes^a``, divided by the geometric mean of its largest and smallest, with a in 20
+    steps from 0 (ones) to 0.95, the one of the least squared error of the outputs, ``tr(D H D^T)``
+    with ``D = dequantised (W * s) / s - W``, over up to 512 rows of each W; ones, if its error
+    over all rows is not less than theirs. Channels of magnitude 0 get 1; where magnitudes or H hold
+    inf or NaN, all do.
+
+    Takes 20 quantisations and ``20 rows K^2`` multiplications in fp64 for those rows, 2 more for
+    all.
+
+    Args:
+        weights: that share the input, each ``[N, K]``, any float dtype and strides, finite.
+        second_moments: H, ``[K, K]``, see `fxint4.quant.methods.gptq.Gptq`.
+        magnitudes: ``[K]``, the mean (or sum) of ``|x|`` over the input's rows.
+        group_size: neighbouring k that share a scale and a zero.
+        parameters: chooses their scale and zero, with the diagonal of H, divided by s^2, as
+            importance.
+
+    Returns:
+        fp32 ``[K]``, finite, greater than 0.
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    k = len(second_moments)
+    if second_moments.shape != (k, k) or magnitudes.shape != (k,):
+        raise ValueError(
+            f"the second moments are {tuple(second_moments.shape)} and the magnitudes "
+            f"{tuple(magnitudes.shape)}, they must be [K, K] and [K]"
+        )
+    for weight in weights:
+        if weight.ndim != 2 or weight.shape[1] != k:
+            raise ValueError(f"a weight is {tuple(weight.shape)}, its inputs have {k} channels")
+    h = second_moments.double()
+    ones = torch.ones(k, device=h.device)
+    if not (h.isfinite().all() and magnitudes.isfinite().all()):
+        return ones
+
+    def error(s: Tensor, some: Sequence[Tensor]) -> Tensor:
+        return sum(
+            (_error(weight, s, h, group_size, parameters) for weight in some), h.new_zeros(())
+        )
+
+    sample = [weight[:: -(-len(weight) // _ROWS) or 1] for weight in weights]
+    best, least = ones, error(ones, sample)
+    for step in range(1, _STEPS):
+        s = _power(magnitudes, step / _STEPS)
+        found = error(s, sample)
+        if found < least:
+            best, least = s, found
+    return best if error(best, weights) < error(ones, weights) else ones
+
+
+def _power(magnitudes: Tensor, exponent: float) -> Tensor:
+    """A candidate, fp32 ``[K]``."""
+    m = magnitudes.double()
+    s = m.clamp(min=_LEAST * m.max()).pow(exponent)
+    s = s / (s.max() * s.min()).sqrt()
+    return torch.where(m > 0, s, 1.0).float()
+
+
+def _error(
+    weight: Tensor, s: Tensor, h: Tensor, group_size: int, parameters: GroupParameters
+) -> Tensor:
+    """tr(D H D^T) of one weight, a fp64 scalar."""
+    importance = (h.diagonal() / s.double().square()).float()
+    total = h.new_zeros(())
+    for start, stop in row_blocks(weight, 1):
+        w = weight[start:stop].detach().float()
+        made = quantize(w * s, group_size, None, parameters, importance)
+        back = dequantize(made.codes, made.scale, made.zero, group_size, torch.float32, len(s))
+        d = back.div_(s).sub_(w).double()
+        total += (d @ h).mul_(d).sum()
+    return total

@@ -1,0 +1,113 @@
+"""Errors of quantized weights and of their products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxint4.quant.chunks import row_blocks, row_chunks
+
+__all__ = [
+    "better",
+    "nonfinite_count",
+    "nonfinite_fault",
+    "output_error",
+    "sqnr_db",
+    "squared_error",
+]
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal over noise in decibels, of two sums of squares; infinite where nothing was lost."""
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def nonfinite_count(weight: Tensor) -> int:
+    """How many values are inf or NaN, or beyond fp32, where all arithmetic here happens.
+
+    weight: at least one axis, any float dtype and strides.
+    """
+    count = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start, stop in row_chunks(weight):
+        rows = weight.detach()[start:stop].to(torch.float32)
+        count += torch.count_nonzero(rows - rows)  # 0 where finite, NaN elsewhere
+    return int(count.item())
+
+
+def nonfinite_fault(weight: Tensor) -> str | None:
+    """Why the values of a weight keep it from being quantised, or None; see `nonfinite_count`."""
+    bad = nonfinite_count(weight)
+    return f"{bad} of the weight's {weight.numel()} values are inf or NaN" if bad else None
+
+
+def squared_error(
+    w: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None = None
+) -> Tensor:
+    """Sum over each group of importance * (w - dequantised w)^2.
+
+    The codes and what they stand for are computed in fp32 against the stored numbers, as
+    `fxint4.quant.primitives.quantize` and `dequantize` do; the sum is fp64.
+
+    Args:
+        w: fp32 ``[rows, groups, columns]``.
+        scale: bf16 ``[rows, groups]``.
+        zero: like scale.
+        importance: fp32 ``[groups, columns]``, or None: 1.
+
+    Returns:
+        fp64 ``[rows, groups]``.
+    """
+    s, z = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+    q = w.sub(z).div_(s.masked_fill(s == 0, math.inf)).round_().clamp_(-8, 7)
+    error = torch.sub(w, q.mul_(s).add_(z), out=q).double().square_()
+    return (error if importance is None else error.mul_(importance)).sum(-1)
+
+
+def better(
+    w: Tensor,
+    usual: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each group: the other ones where their error is smaller, else the usual.
+
+    Args:
+        w: see `squared_error`.
+        usual: scale and zero, bf16 ``[rows, groups]``.
+        other: likewise. Numbers that are not finite never win.
+        importance: see `squared_error`.
+
+    Returns:
+        bf16 ``[rows, groups]`` each.
+    """
+    wins = squared_error(w, *other, importance) < squared_error(w, *usual, importance)
+    scale, zero = (torch.where(wins, new, old) for new, old in zip(other, usual, strict=True))
+    return scale, zero
+
+
+def output_error(weight: Tensor, quantised: Tensor, second_moments: Tensor) -> float:
+    """Relative error of a layer's output, ``sqrt(tr(D H D^T) / tr(W H W^T))``, D = quantised - W.
+
+    Over the inputs that H is of, this is exactly ``|X D^T| / |X W^T|`` in the Frobenius norm.
+    Computed in fp64, a block of rows at a time.
+
+    Args:
+        weight: W, ``[N, K]``, any float dtype and strides.
+        quantised: what the codes stand for, likewise.
+        second_moments: H, ``[K, K]``, the sum or the mean of ``x x^T`` over the input's rows x.
+
+    Returns:
+        0 or more; 0 where nothing changed, inf where the output was 0 and is not any more.
+    """
+    h = second_moments.double()
+    change, output = (torch.zeros((), dtype=h.dtype, device=h.device) for _ in range(2))
+    for start, stop in row_blocks(weight, 1):
+        w = weight[start:stop].detach().double()
+        d = quantised[start:stop].detach().double() - w
+        change += (d @ h).mul_(d).sum()
+        output += (w @ h).mul_(w).sum()
+    # Rounding can leave a sum that should be 0 a little below it.
+    error, total = (max(float(value), 0.0) for value in (change, output))
+    return math.sqrt(error / total) if total else (math.inf if error else 0.0)

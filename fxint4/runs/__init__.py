@@ -1,0 +1,1 @@
+"""Runs of a model that compile nothing: statistics, errors, budgets."""

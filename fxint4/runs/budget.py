@@ -1,0 +1,361 @@
+"""A budget: which weights are worth how many bytes, by what they do to the model's output."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fxint4._pytorch.tensors import real_tensors
+from fxint4.config.int4_config import GROUP_SIZES
+from fxint4.passes.plan import recipe_of
+from fxint4.passes.site import Site
+from fxint4.quant.blockwise import dequantized
+from fxint4.quant.metrics import nonfinite_fault, output_error
+from fxint4.quant.statistics import Calibration, Choice, Statistics, Trade
+from fxint4.quant.tile_layout import choose_shape
+from fxint4.runs.errors_of import differences, float_tensors, ratio
+from fxint4.runs.observers import Gatherer, WatchedGraph, Weights
+from fxint4.runs.state_guard import Trials
+from fxint4.runs.tracing import compiled_anew
+
+__all__ = ["choose"]
+
+_log = logging.getLogger(__name__)
+
+#: Batches that whole models are measured on, at most.
+_BATCHES = 4
+
+#: Group size that methods are compared at, and that a weight has while its sensitivity is measured.
+_BASE_GROUP = 128
+
+#: Mixes that are measured until one keeps the target.
+_TRIES = 8
+
+#: As a weight is.
+_KEPT = Choice(None)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """One way to hold a weight.
+
+    Attributes:
+        choice: the way.
+        nbytes: that it takes.
+        error: the squared relative error of the weight's product; of the model's output once the
+            weight's sensitivity is known.
+    """
+
+    choice: Choice
+    nbytes: int
+    error: float
+
+
+def choose(
+    model: Callable[..., Any],
+    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    gatherer: Gatherer,
+    calibration: Calibration,
+) -> Calibration:
+    """Choose for each weight how to hold it, as the gatherer's config asks.
+
+    Of the ways to hold a weight (as it is, or with each group size and the method that changes its
+    product least) some are worth their bytes. What one weight does to the model's output is
+    measured, with nothing else changed; squares of such errors add up, nearly. So every weight
+    starts with the fewest bytes, and the step that buys most squared error for a byte comes first,
+    until the sum is the target. The mix is then measured, the sum corrected by what was found, and
+    so again; the cheapest mix that was measured to keep the target stays.
+
+    Beside the model this holds a copy of its weights, as they are once they are quantised. The
+    model runs once for each weight and once for each mix, on the first four of the batches.
+
+    Args:
+        model: the model that was calibrated; left as it is.
+        batches: arguments and keyword arguments.
+        gatherer: knows its weights, and what is asked.
+        calibration: its statistics.
+
+    Returns:
+        The calibration with choices and what they buy.
+    """
+    few = list(itertools.islice(batches, _BATCHES))
+    with _Laboratory(model, few, gatherer, calibration) as laboratory:
+        return laboratory.result()
+
+
+class _Laboratory:
+    """Measures a model with its weights held in other ways."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        batches: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
+        gatherer: Gatherer,
+        calibration: Calibration,
+    ) -> None:
+        self._batches = batches
+        self._config = dataclasses.replace(gatherer.config, calibration=calibration)
+        self._calibration = calibration
+        self._weights: Weights = {}
+        for sums in gatherer.sums.values():
+            self._weights.update(sums.weights)
+        self._held: dict[str, Tensor] = {}
+        self._trials = Trials(model)
+        self._own: list[list[Tensor]] = []
+        self._compiled = compiled_anew(model, gatherer.backend(self._run))
+        self._bar = tqdm(
+            desc="fxint4: choosing", unit="run", disable=not self._config.progress, leave=False
+        )
+
+    def __enter__(self) -> _Laboratory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._trials.forget()
+
+    def result(self) -> Calibration:
+        """Choose."""
+        self._own = self._outputs()
+        offers = {key: self._offers(key) for key in self._weights}
+        offers = {key: self._as_output_errors(key, found) for key, found in offers.items()}
+        ladders = {key: _worthwhile(found) for key, found in offers.items()}
+        target = self._config.target_error
+        if target is None:
+            steps = _steps(ladders, 0.0, self._config.max_bytes)
+            error = self._error(steps.mix)
+            if steps.nbytes > (self._config.max_bytes or 0):
+                _log.warning(
+                    "the weights take %d bytes at least, more than %s",
+                    steps.nbytes,
+                    self._config.budget,
+                )
+        else:
+            steps, error = self._within(ladders, target)
+        trade = Trade(self._config.budget or "", error, steps.nbytes, steps.next)
+        choices = {key: offer.choice for key, offer in steps.mix.items()}
+        return Calibration(
+            {key: self._calibration[key] for key in self._calibration}, choices, trade
+        )
+
+    def _within(
+        self, ladders: Mapping[str, Sequence[_Offer]], target: float
+    ) -> tuple[_Steps, float]:
+        """The cheapest mix that was measured to keep the target."""
+        best: tuple[_Steps, float] | None = None
+        allowed = target**2
+        seen: list[Mapping[str, _Offer]] = []
+        for _ in range(_TRIES):
+            steps = _steps(ladders, allowed, None)
+            if steps.mix in seen:
+                break
+            seen.append(steps.mix)
+            error = self._error(steps.mix)
+            if error <= target and (best is None or steps.nbytes < best[0].nbytes):
+                best = (steps, error)
+            if not error or not steps.error:
+                break
+            # What the sum should have been, and a little less where that was too much already.
+            allowed = steps.error * (target / error) ** 2 * (1.0 if error <= target else 0.98)
+        if best is None:
+            return _Steps({key: found[-1] for key, found in ladders.items()}, ""), 0.0
+        return best
+
+    # --- what a weight costs ---------------------------------------------------------------------
+
+    def _offers(self, key: str) -> list[_Offer]:
+        """The ways to hold a weight, by the error of its product."""
+        site, roots = self._weights[key]
+        with real_tensors(), torch.no_grad():
+            weight = site.weight.evaluate(roots)
+            kept = _Offer(_KEPT, site.record.bytes_before, 0.0)
+            if nonfinite_fault(weight):
+                return [kept]
+            groups = self._groups(site)
+            base = min(groups, key=lambda group: abs(group - _BASE_GROUP))
+            methods = self._methods(site)
+            trials = {method: self._offer(key, weight, base, method) for method in methods}
+            best = min(trials, key=lambda method: trials[method].error)
+            offers = [
+                trials[best] if group == base else self._offer(key, weight, group, best)
+                for group in groups
+            ]
+            return [*offers, kept]
+
+    def _groups(self, site: Site) -> list[int]:
+        """Group sizes that its shape can have."""
+        asked = self._config.changes(site.record.name, site.record.parameters).get("group_size")
+        sizes = GROUP_SIZES if asked is None else (asked,)
+        shapes = (choose_shape(site.shape.n, site.shape.k, size) for size in sizes)
+        return sorted({shape.group_size for shape in shapes})
+
+    def _methods(self, site: Site) -> list[str]:
+        """Methods to compare for a weight."""
+        asked = self._config.changes(site.record.name, site.record.parameters).get("method")
+        if asked is not None:
+            return [asked]
+        method = self._config.method
+        return list(dict.fromkeys(["mse", "hqq", method.removesuffix("+awq"), method]))
+
+    def _offer(self, key: str, weight: Tensor, group: int, method: str) -> _Offer:
+        site, _ = self._weights[key]
+        choice = Choice(group, method)
+        values = self._quantized(key, choice, weight)
+        error = _product_error(weight, values, self._calibration[key])
+        shape = dataclasses.replace(
+            choose_shape(site.shape.n, site.shape.k, group, batch=site.shape.batch),
+            pre_scaled="awq" in method,
+        )
+        return _Offer(choice, shape.packed_bytes, error**2)
+
+    def _quantized(self, key: str, choice: Choice, weight: Tensor) -> Tensor:
+        """What a weight becomes, ``[..., N, K]`` in its dtype."""
+        site, _ = self._weights[key]
+        shape = choose_shape(
+            site.shape.n, site.shape.k, choice.group_size or _BASE_GROUP, batch=site.shape.batch
+        )
+        recipe = recipe_of(self._config.choosing(choice), key, weight.shape)
+        return dequantized(weight, shape, recipe, weight.dtype)
+
+    def _as_output_errors(self, key: str, offers: Sequence[_Offer]) -> list[_Offer]:
+        """Offers whose errors are of the model's output, by measuring one of them."""
+        packed = [offer for offer in offers if offer.error]
+        if not packed:
+            return list(offers)
+        base = min(packed, key=lambda offer: abs((offer.choice.group_size or 0) - _BASE_GROUP))
+        scale = self._error({key: base}) ** 2 / base.error
+        return [dataclasses.replace(offer, error=offer.error * scale) for offer in offers]
+
+    # --- what the model makes of it --------------------------------------------------------------
+
+    def _error(self, mix: Mapping[str, _Offer]) -> float:
+        """The relative error of the model's output with some weights held in other ways."""
+        with real_tensors(), torch.no_grad():
+            for key, offer in mix.items():
+                if offer.choice != _KEPT:
+                    site, roots = self._weights[key]
+                    weight = site.weight.evaluate(roots)
+                    self._held[key] = self._quantized(key, offer.choice, weight)
+        try:
+            outputs = self._outputs()
+        finally:
+            self._held.clear()
+        changed = product = 0.0
+        for before, after in zip(self._own, outputs, strict=True):
+            sums = differences(before, after)
+            changed, product = changed + sums[0], product + sums[1]
+        return ratio(changed, product) or 0.0
+
+    def _outputs(self) -> list[list[Tensor]]:
+        """What the model returns for every batch."""
+        self._bar.update()
+        made = []
+        for args, kwargs in self._batches:
+            with self._trials.run(args, kwargs) as (own_args, own_kwargs):
+                outputs = self._compiled(own_args, own_kwargs)
+                made.append([tensor.detach().clone() for tensor in float_tensors(outputs)])
+        return made
+
+    def _run(self, graph: WatchedGraph, arguments: list[Any]) -> Sequence[Any]:
+        self._trials.keep(arguments[position] for position in graph.written)
+        return graph.run_with(arguments, self._held.get)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A mix, and the step after it.
+
+    Attributes:
+        mix: how each weight is held.
+        next: what the next smaller error would cost, as text; empty where there is none.
+    """
+
+    mix: Mapping[str, _Offer]
+    next: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the mix."""
+        return sum(offer.nbytes for offer in self.mix.values())
+
+    @property
+    def error(self) -> float:
+        """The sum of the squared errors."""
+        return sum(offer.error for offer in self.mix.values())
+
+
+def _worthwhile(offers: Iterable[_Offer]) -> list[_Offer]:
+    """Offers by rising bytes, each step of which buys less error for a byte than the one before."""
+    hull: list[_Offer] = []
+    for offer in sorted(offers, key=lambda offer: (offer.nbytes, offer.error)):
+        if hull and offer.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _gain(hull[-1], offer) >= _gain(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(offer)
+    return hull
+
+
+def _gain(old: _Offer, new: _Offer) -> float:
+    """Squared error that a byte buys."""
+    return (old.error - new.error) / max(new.nbytes - old.nbytes, 1)
+
+
+def _steps(
+    ladders: Mapping[str, Sequence[_Offer]], allowed: float, most_bytes: int | None
+) -> _Steps:
+    """Take the best steps, from the fewest bytes on.
+
+    Args:
+        ladders: the worthwhile offers of each weight, see `_worthwhile`.
+        allowed: sum of squared errors to come down to, unless bytes are what counts.
+        most_bytes: bytes not to go beyond; None where the error is what counts.
+    """
+    steps = sorted(
+        (
+            (_gain(old, new), key, old, new)
+            for key, ladder in ladders.items()
+            for old, new in itertools.pairwise(ladder)
+        ),
+        key=lambda step: -step[0],
+    )
+    mix = {key: ladder[0] for key, ladder in ladders.items()}
+    error = sum(offer.error for offer in mix.values())
+    nbytes = sum(offer.nbytes for offer in mix.values())
+    full: set[str] = set()
+    following = ""
+    for _, key, old, new in steps:
+        more = new.nbytes - old.nbytes
+        enough = error <= allowed if most_bytes is None else nbytes + more > most_bytes
+        if key in full or enough:
+            full.add(key)
+            following = following or (
+                f"{key} from {old.choice} to {new.choice}: {more} bytes more, predicted error "
+                f"{math.sqrt(error):.3g} to {math.sqrt(max(error - old.error + new.error, 0)):.3g}"
+            )
+            if most_bytes is None:
+                break
+            continue
+        mix[key] = new
+        error += new.error - old.error
+        nbytes += more
+    return _Steps(mix, following)
+
+
+def _product_error(weight: Tensor, values: Tensor, statistics: Statistics) -> float:
+    """Relative error of a weight's product over the calibrated rows."""
+    moments = statistics.second_moments.to(weight.device)
+    if weight.ndim == 2:
+        return output_error(weight, values, moments)
+    errors = [output_error(*of) for of in zip(weight, values, moments, strict=True)]
+    finite = [error for error in errors if math.isfinite(error)]
+    return math.sqrt(sum(error**2 for error in finite) / max(len(finite), 1))

@@ -1,0 +1,290 @@
+"""Measured errors: what quantising weights does to the output of a model, and of each matmul.
+
+A model runs twice by `fxint4.runs.interpreter`: with its own weights, when every product is compared with the
+one that the quantised weight gives for the same activation, and with the quantised weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from fxint4._pytorch.tensors import flat, real_tensors
+from fxint4.config.int4_config import Int4Config
+from fxint4.passes.pattern import GivenMatch
+from fxint4.passes.pipeline import Analysis
+from fxint4.passes.plan import met_recipe, sqnr_fault
+from fxint4.passes.site import Site
+from fxint4.quant.blockwise import quantized_blocks, values_of
+from fxint4.quant.metrics import nonfinite_fault, sqnr_db
+from fxint4.runs.interpreter import Activation, Replay, own_matrix
+from fxint4.runs.state_guard import Trials, forked_random_state
+from fxint4.runs.tracing import compiled_anew, watching
+
+__all__ = [
+    "Errors",
+    "QuantizedOf",
+    "differences",
+    "float_tensors",
+    "measure",
+    "measure_graph",
+    "ratio",
+]
+
+#: Elements of a product, or of an output, that are compared at a time.
+_ELEMENTS = 1 << 24
+
+#: What a site multiplies by once its weight is quantised: of the real tensors that the weight is
+#: made of, and in the dtype asked for, ``[..., N, K]``; None where the weight stays as it is.
+QuantizedOf = Callable[[Site, Sequence[Tensor], torch.dtype], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors.
+
+    Attributes:
+        output: of the whole model's output, see `fxint4.Report.output_error`.
+        of_weights: of the product by each weight that is quantised, see
+            `fxint4.Record.output_error`; by `Record.weight_key`.
+    """
+
+    output: float | None
+    of_weights: Mapping[tuple[Any, ...], float]
+
+
+def _quantized_by(config: Int4Config) -> QuantizedOf:
+    """What the backend and `rewrite` make of weights."""
+
+    def quantized(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        if isinstance(site.match, GivenMatch):
+            return None
+        weight = site.weight.evaluate(roots)
+        if nonfinite_fault(weight) is not None:
+            return None
+        known = _key(site, roots) == site.record.weight_key
+        recipe = site.recipe if known else met_recipe(site, roots, config)
+        if recipe is None:
+            return None
+        made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        signal = noise = 0.0
+        for block in quantized_blocks(weight, site.shape, recipe):
+            values = values_of(block, site.shape, recipe, dtype)
+            made[block.start : block.start + len(values)] = values
+            signal += block.signal
+            noise += block.noise
+        return None if sqnr_fault(sqnr_db(signal, noise), site.config) else made
+
+    return quantized
+
+
+def _key(site: Site, roots: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The `Record.weight_key` of the weight that a site multiplies by."""
+    return (*map(id, roots), site.weight.signature)
+
+
+def measure(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: Int4Config,
+    trials: Trials,
+    quantized_of: QuantizedOf | None = None,
+) -> Errors:
+    """Measure what quantising does to a model.
+
+    Beside the model there is one weight at a time, in fp32, and the outputs of one run.
+
+    Args:
+        model: a module in eval mode, or a function; it is left as it is.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        config: what to quantise.
+        trials: of the model.
+        quantized_of: what the weights become, if not what the backend makes of them.
+    """
+    with _Meter(quantized_of or _quantized_by(config), config.progress) as meter:
+        used = [(trials, meter)]  # Dynamo keeps the backend, which must not keep the model
+
+        def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
+            sites = [entry for entry in analysis.found if isinstance(entry, Site)]
+            replay = Replay(analysis.captured, sites, analysis.fake_mode)
+            written = analysis.weights.written
+
+            def run(arguments: list[Any]) -> Sequence[Any]:
+                ((trials, meter),) = used
+                trials.keep(arguments[position] for position in written)
+                return replay.run([arguments], meter)[0]
+
+            return run
+
+        compiled = compiled_anew(model, watching(config, run_of))
+
+        def outputs() -> list[Tensor]:
+            with trials.run(args, kwargs) as (own_args, own_kwargs):
+                made = float_tensors(compiled(own_args, own_kwargs))
+                return [tensor.detach().clone() for tensor in made]
+
+        try:
+            before = outputs()
+            meter.exchange = True
+            return meter.errors(before, outputs())
+        finally:
+            used.clear()
+
+
+def measure_graph(
+    captured: fx.GraphModule,
+    sites: Sequence[Site],
+    fake_mode: Any,
+    arguments: Sequence[Any],
+    outputs: Sequence[int],
+    config: Int4Config,
+) -> Errors:
+    """Measure what quantising does to one graph that writes to nothing.
+
+    Args:
+        captured: the graph.
+        sites: its matmuls whose weights are to be quantised.
+        fake_mode: the FakeTensorMode of its values.
+        arguments: its inputs, weights included.
+        outputs: positions of the outputs that are compared.
+        config: what the user asked for.
+    """
+    replay = Replay(captured, sites, fake_mode)
+    with _Meter(_quantized_by(config), config.progress) as meter:
+
+        def run() -> list[Tensor]:
+            with real_tensors(), forked_random_state():
+                results = replay.run([arguments], meter)[0]
+            return float_tensors([results[position] for position in outputs])
+
+        before = run()
+        meter.exchange = True
+        return meter.errors(before, run())
+
+
+class _Meter:
+    """The `MatrixOf` of both runs; compares products in the first one.
+
+    Args:
+        quantized_of: what the weights become.
+        progress: whether to show a bar.
+
+    Attributes:
+        exchange: whether to multiply by the quantised weights.
+    """
+
+    def __init__(self, quantized_of: QuantizedOf, progress: bool) -> None:
+        self.exchange = False
+        self._quantized_of = quantized_of
+        self._sums: dict[tuple[Any, ...], list[float]] = {}
+        self._bar = tqdm(
+            desc="fxint4: measuring errors", unit="matmul", disable=not progress, leave=False
+        )
+
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(
+        self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
+    ) -> Tensor:
+        self._bar.update()
+        with real_tensors():
+            dtype = activations[0].x.dtype if self.exchange else torch.float32
+            quantized = self._quantized_of(site, roots, dtype)
+            if self.exchange and quantized is not None:
+                return quantized
+            matrix = own_matrix(site, roots, activations)
+            if quantized is not None:
+                sums = self._sums.setdefault(_key(site, roots), [0.0, 0.0])
+                for activation in activations:
+                    changes = _squares(activation, matrix, quantized)
+                    sums[:] = (have + more for have, more in zip(sums, changes, strict=True))
+            return matrix
+
+    def errors(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
+        """The errors, given the outputs of both runs."""
+        of_weights = {key: ratio(*sums) for key, sums in self._sums.items()}
+        return Errors(
+            ratio(*differences(before, after)) if self._sums else None,
+            {key: error for key, error in of_weights.items() if error is not None},
+        )
+
+
+def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple[float, float]:
+    """Sums of squares of what quantising changes in a product, and of the product, in fp32."""
+    parts = [(activation.x, matrix, quantized)]
+    if matrix.ndim > 2:
+        parts = [
+            (rows, matrix[number], quantized[number])
+            for number, rows, _ in activation.rows(len(matrix))
+        ]
+    changed = product = 0.0
+    for rows, own, other in parts:
+        x = rows.float()
+        step = max(1, _ELEMENTS // max(1, *x.shape))
+        for start in range(0, len(own), step):
+            w = own[start : start + step].float()
+            product += _sum_of_squares(x @ w.t())
+            changed += _sum_of_squares(x @ (other[start : start + step] - w).t())
+    return changed, product
+
+
+def differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
+    """Sums of squares of what changes in outputs, and of the outputs.
+
+    Args:
+        before: the original ones; what is not finite in them (a mask, say) is left out.
+        after: the others; where they have other shapes, both sums are NaN.
+    """
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        return math.nan, math.nan
+    changed = product = 0.0
+    for own, other in zip(before, after, strict=True):
+        blocks = (torch.split(tensor.reshape(-1), _ELEMENTS) for tensor in (own, other))
+        for y, y_quantized in zip(*blocks, strict=True):
+            finite = y.isfinite()
+            wide = y.to(_WIDE.get(y.dtype, y.dtype))
+            product += _sum_of_squares(wide[finite])
+            changed += _sum_of_squares((y_quantized - wide)[finite])
+    return changed, product
+
+
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
+
+
+def ratio(changed: float, product: float) -> float | None:
+    """The relative error, of sums of squares of what changed and of the original.
+
+    None where there is nothing to relate to, or either is not finite.
+    """
+    if not (0 < product < math.inf and math.isfinite(changed)):
+        return None
+    return math.sqrt(changed / product)
+
+
+def float_tensors(value: Any) -> list[Tensor]:
+    """The float tensors in what a model returns, in order."""
+    found: list[Tensor] = []
+    for leaf in flat(value):
+        if isinstance(leaf, Tensor):
+            if leaf.is_floating_point() or leaf.is_complex():
+                found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += float_tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return found

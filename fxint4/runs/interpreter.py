@@ -1,0 +1,199 @@
+"""Run a captured graph node by node, with other weights than its own.
+
+Whatever asks what a quantised weight does to a model runs its graph this way: errors are measured,
+and activations gathered, at the very matmuls that the passes found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, fx
+
+from fxint4.graph.build import Build, copy_graph
+from fxint4.passes.site import Site
+from fxint4.tensor import Int4TileTensor
+
+__all__ = ["Activation", "MatrixOf", "Replay", "own_matrix"]
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """What a site multiplies by its weight in one call.
+
+    Attributes:
+        x: ``[M, K]``; with several weights ``[S, K]`` beside `offs` or `ids`, else ``[E, M, K]``.
+        offs: where the rows of each weight end, ``[E]``.
+        ids: which weight each row takes, ``[S]``; negative ones count from the last.
+    """
+
+    x: Tensor
+    offs: Tensor | None = None
+    ids: Tensor | None = None
+
+    def rows(self, count: int) -> Iterator[tuple[int, Tensor, Any]]:
+        """The rows that each of several weights multiplies.
+
+        Args:
+            count: of weights, E.
+
+        Yields:
+            The number of a weight, its rows ``[M, K]``, and what picks their results out of y.
+        """
+        if self.offs is not None:
+            start = 0
+            for number, stop in enumerate(self.offs.tolist()):
+                yield number, self.x[start:stop], slice(start, stop)
+                start = stop
+        elif self.ids is not None:
+            for number in range(count):
+                where = (self.ids % count == number).nonzero().squeeze(1)
+                yield number, self.x[where], where
+        else:
+            for number in range(count):
+                yield number, self.x[number], number
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """The product with ``[N, K]``, or with ``[E, N, K]`` row by row, in x's dtype."""
+        if matrix.ndim == 2:
+            return self.x @ matrix.t()
+        y = self.x.new_zeros((*self.x.shape[:-1], matrix.shape[-2]))
+        for number, rows, where in self.rows(len(matrix)):
+            y[where] = rows @ matrix[number].t()
+        return y
+
+
+class MatrixOf(Protocol):
+    """Says what a site multiplies by in a run."""
+
+    def __call__(
+        self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
+    ) -> Tensor:
+        """The weight to multiply by.
+
+        Args:
+            site: the matmul; one weight may have several.
+            roots: the real tensors that its weight is made of.
+            activations: what it multiplies, of each call of the run.
+
+        Returns:
+            ``[..., N, K]`` in the activations' dtype.
+        """
+
+
+def own_matrix(site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]) -> Tensor:
+    """The `MatrixOf` of a run as it was captured: the weight itself."""
+    matrix = site.weight.evaluate(roots)
+    if isinstance(matrix, Int4TileTensor):
+        matrix = matrix.dequantize()[..., : activations[0].x.shape[-1]]
+    return matrix.to(activations[0].x.dtype)
+
+
+class Replay:
+    """A captured graph whose matmuls multiply by what they are told to.
+
+    Args:
+        captured: the graph; not changed.
+        sites: its matmuls whose weights are to be exchanged.
+        fake_mode: the FakeTensorMode of the graph's values.
+
+    Attributes:
+        sites: as given.
+    """
+
+    def __init__(self, captured: fx.GraphModule, sites: Sequence[Site], fake_mode: Any) -> None:
+        self.sites = tuple(sites)
+        self._gm, copies = copy_graph(captured)
+        for position, site in enumerate(self.sites):
+            _put_product(site, position, copies, fake_mode)
+        graph = self._gm.graph
+        graph.eliminate_dead_code()
+        self._nodes = list(graph.nodes)
+        self._last_reads: dict[fx.Node, list[fx.Node]] = {}
+        last = {operand: node for node in self._nodes for operand in node.all_input_nodes}
+        for operand, node in last.items():
+            self._last_reads.setdefault(node, []).append(operand)
+        placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+        position_of = {node: position for position, node in enumerate(placeholders)}
+        self._roots = [[position_of[root] for root in site.weight.roots] for site in self.sites]
+
+    def roots(self, site: Site, arguments: Sequence[Any]) -> list[Tensor]:
+        """The real tensors behind the weight of a site, among the arguments of a call."""
+        return [arguments[position] for position in self._roots[self.sites.index(site)]]
+
+    def run(
+        self, calls: Sequence[Sequence[Any]], matrix_of: MatrixOf = own_matrix
+    ) -> list[Sequence[Any]]:
+        """Run calls side by side: every node for all of them before the next node.
+
+        Args:
+            calls: the arguments of each, in the order of the graph's inputs; all with the same
+                weights. What the graph writes to, it writes to.
+            matrix_of: what each site multiplies by; asked once for all calls.
+
+        Returns:
+            The outputs of each call.
+        """
+        arguments = [iter(call) for call in calls]
+        values: list[dict[fx.Node, Any]] = [{} for _ in calls]
+        with torch.no_grad():
+            for node in self._nodes:
+                if node.op == "output":
+                    return [fx.map_arg(node.args[0], of_call.__getitem__) for of_call in values]
+                if node.op == "placeholder":
+                    results = [next(argument) for argument in arguments]
+                elif node.op == "get_attr":
+                    results = [getattr(self._gm, str(node.target))] * len(calls)
+                elif node.target is _product:
+                    results = self._products(node, calls, values, matrix_of)
+                else:
+                    results = [_called(node, of_call) for of_call in values]
+                for of_call, result in zip(values, results, strict=True):
+                    of_call[node] = result
+                    for operand in self._last_reads.get(node, ()):
+                        del of_call[operand]
+                del results
+        raise AssertionError("a graph ends in its output")
+
+    def _products(
+        self,
+        node: fx.Node,
+        calls: Sequence[Sequence[Any]],
+        values: Sequence[Mapping[fx.Node, Any]],
+        matrix_of: MatrixOf,
+    ) -> list[Tensor]:
+        position, _, *operands = cast("tuple[Any, ...]", node.args)
+        site = self.sites[position]
+        activations = [
+            Activation(*(operand and of_call[operand] for operand in operands))
+            for of_call in values
+        ]
+        matrix = matrix_of(site, self.roots(site, calls[0]), activations)
+        return [activation.times(matrix) for activation in activations]
+
+
+def _product(position: int, n: int, x: Tensor, offs: Tensor | None, ids: Tensor | None) -> Tensor:
+    """Stands for the product of a site in the graph, and says what shape it has."""
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _put_product(site: Site, position: int, copies: dict[fx.Node, fx.Node], fake_mode: Any) -> None:
+    node = copies[site.node]
+    build = Build(node, fake_mode)
+
+    def multiply(x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None) -> fx.Node:
+        return build(_product, position, site.match.n, x, offs, ids)
+
+    made = site.pattern.rewrite(node, site.match.on(copies), multiply, build)
+    made = build.like(made, node)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    copies[site.node] = made
+
+
+def _called(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

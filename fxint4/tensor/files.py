@@ -1,0 +1,188 @@
+"""Packed weights in safetensors files: no pickle, and nothing of a file is believed unchecked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxint4.atomic_files import draft_of
+from fxint4.errors import PackedFormatError
+from fxint4.tensor import Int4TileTensor
+from fxint4.tensor.core import checked
+
+__all__ = ["load_file", "save_file"]
+
+#: The entry of a file's header that says which tensors are packed, and how.
+_HEADER = "fxint4"
+#: Of the header. Files without a pre-scale are of the first, which earlier releases read.
+_PLAIN, _PRE_SCALED = 1, 2
+_PARTS = ("tiles", "scale_and_zero")
+
+
+def save_file(
+    state_dict: Mapping[str, Tensor],
+    path: str | PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a state dict that may hold packed weights.
+
+    A packed weight `name` becomes ordinary tensors, `name.tiles`, `name.scale_and_zero` and, where
+    it has one, `name.pre_scale`, and an entry of the header. Weights that share memory (tied ones)
+    are written once.
+
+    Args:
+        state_dict: what `model.state_dict()` returns.
+        path: of the file, which holds what it held, or all of the state dict.
+        metadata: further entries of the header.
+
+    Raises:
+        TypeError: what is no state dict.
+        ValueError: an entry that is no tensor, is sparse or on the meta device, or is named like a
+            part of a packed weight.
+    """
+    from safetensors.torch import save_file as save
+
+    _check_state_dict(state_dict)
+    plain: dict[str, Tensor] = {}
+    packed: dict[str, Any] = {}
+    pre_scaled: list[str] = []
+    shared: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; safetensors holds only tensors")
+        if value.is_meta or value.layout is not torch.strided:
+            kind = "on the meta device" if value.is_meta else f"a {value.layout} tensor"
+            raise ValueError(f"{name} is {kind}; safetensors holds only dense tensors with values")
+        key = _identity(value)
+        if key in first:
+            shared[name] = first[key]
+            continue
+        first[key] = name
+        if isinstance(value, Int4TileTensor):
+            packed[name] = _described(value)
+            parts = {f"{name}.{part}": buffer for part, buffer in value.buffers.items()}
+            if value.pre_scale is not None:
+                pre_scaled.append(name)
+        else:
+            parts = {name: value.detach()}
+        taken = sorted(parts.keys() & plain.keys())
+        if taken:
+            raise ValueError(f"{taken[0]} is both a tensor and a part of a packed weight")
+        plain.update({key: part.contiguous() for key, part in parts.items()})
+    # Views of one storage are no tied weights: each is written by itself.
+    storages = Counter(value.untyped_storage().data_ptr() for value in plain.values())
+    for name, value in plain.items():
+        if storages[value.untyped_storage().data_ptr()] > 1 or _is_part(value):
+            plain[name] = value.clone()
+    header = {"version": _PLAIN, "packed": packed, "shared": shared}
+    if pre_scaled:
+        header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}
+    entries = {**(metadata or {}), "format": "pt", _HEADER: json.dumps(header)}
+    with draft_of(Path(path)) as draft:
+        save(plain, draft, metadata=entries)
+
+
+def load_file(
+    path: str | PathLike[str], device: torch.device | str | int = "cpu"
+) -> dict[str, Tensor]:
+    """Read a state dict that `save_file` wrote, or any other safetensors file.
+
+    Give it to `model.load_state_dict(..., assign=True)`, or without `assign` to a model that is
+    packed alike. On the CPU the file is memory-mapped.
+
+    Args:
+        path: of the file.
+        device: where the tensors go.
+
+    Raises:
+        PackedFormatError: what the header says does not fit the tensors of the file, or the file
+            is no safetensors file, or was cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+        raise PackedFormatError(f"{path} can't be read: {error}") from error
+    packed, shared, pre_scaled = _entries(path, header)
+    for name, described in packed.items():
+        parts = (*_PARTS, *["pre_scale"] * (name in pre_scaled))
+        values[name] = _assembled(path, name, described, parts, values)
+    for name, original in shared.items():
+        if original not in values:
+            raise PackedFormatError(f"{path}: {name} shares the memory of {original}, not there")
+        values[name] = values[original]
+    return values
+
+
+def _check_state_dict(given: object) -> None:
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise TypeError(f"got a {kind}, need a state dict: what model.state_dict() returns")
+
+
+def _entries(path: object, header: Any) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """What a header says of packed weights, of shared memory, and of pre-scales."""
+    if header == {}:
+        return {}, {}, []
+    if not isinstance(header, dict):
+        raise PackedFormatError(f"{path}: its header is damaged: {_HEADER} is no JSON object")
+    if header.get("version") not in (_PLAIN, _PRE_SCALED):
+        raise PackedFormatError(
+            f"{path} is of version {header.get('version')!r}; this fxint4 reads {_PLAIN} and "
+            f"{_PRE_SCALED}"
+        )
+    packed, shared = header.get("packed"), header.get("shared")
+    pre_scaled = header.get("pre_scaled", [])
+    if not (
+        isinstance(packed, dict)
+        and isinstance(shared, dict)
+        and isinstance(pre_scaled, list)
+        and all(isinstance(original, str) for original in shared.values())
+    ):
+        raise PackedFormatError(
+            f"{path}: its header is damaged: packed and shared must be JSON objects, pre_scaled a "
+            "list"
+        )
+    return packed, shared, pre_scaled
+
+
+def _described(weight: Int4TileTensor) -> list[Any]:
+    dtype, *rest = weight.metadata
+    return [str(dtype).removeprefix("torch."), *rest]
+
+
+def _assembled(
+    path: object, name: str, described: Any, parts: Sequence[str], values: dict[str, Tensor]
+) -> Int4TileTensor:
+    try:
+        tiles, scale_and_zero, *further = (values.pop(f"{name}.{part}") for part in parts)
+        dtype, *rest = described
+        return checked(tiles, scale_and_zero, (getattr(torch, dtype), *rest), *further)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackedFormatError(
+            f"{path}: the packed weight {name} is damaged: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _identity(value: Tensor) -> object:
+    """Equal for tensors that are the same view of the same memory."""
+    if isinstance(value, Int4TileTensor):
+        return (*map(_identity, value.buffers.values()), value.metadata)
+    if value.numel() == 0:
+        return id(value)
+    return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+
+
+def _is_part(value: Tensor) -> bool:
+    return value.nbytes != value.untyped_storage().nbytes()

@@ -1,0 +1,329 @@
+"""Packed weights, kept by the identity of the parameters they were made from.
+
+One packed copy serves every graph that uses the same computation of the same parameters: tied
+weights, recompiles, graph breaks, dynamic shapes. A copy lives as long as its parameters, and is
+made again, in the same memory, when their data changes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fxint4._pytorch.tensors import TensorState
+from fxint4.quant.blockwise import Block, quantized_blocks, values_of, write
+from fxint4.quant.metrics import nonfinite_fault, sqnr_db
+from fxint4.quant.recipe import RTN, Recipe
+from fxint4.quant.tile_layout import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
+from fxint4.tensor import Int4TileTensor
+from fxint4.weights.expression import AXES
+from fxint4.weights.formats import Dense, Form, form_specs
+
+__all__ = ["Computation", "Lookup", "PackedWeight", "Store", "picker", "store"]
+
+
+class Computation(Protocol):
+    """How a weight is made from its roots.
+
+    Attributes:
+        signature: equal for equal computations.
+    """
+
+    @property
+    def signature(self) -> str: ...  # noqa: D102
+
+    def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
+        """The weight: float ``[..., N, K]``, or an `Int4TileTensor` that is taken as it is."""
+
+
+class PackedWeight:
+    """What was made of one weight: its forms, its error, or why it has none.
+
+    Args:
+        weight: the computation behind the weight.
+        roots: the real tensors it is computed from; held weakly.
+        shape: the packed shape.
+        recipe: how its codes are chosen.
+
+    Attributes:
+        forms: the tensors of each form that was asked for; what they hold is current after `fold`.
+        fault: why the weight cannot be packed, or None.
+        sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB; None for one that came
+            packed.
+        recipe: how its codes are chosen.
+        epoch: of all packed weights: another object whenever one of them is folded or freed.
+    """
+
+    epoch: ClassVar[object] = object()
+
+    def __init__(
+        self,
+        weight: Computation,
+        roots: Sequence[Tensor],
+        shape: TileShape,
+        recipe: Recipe = RTN,
+    ) -> None:
+        self._weight = weight
+        self._shape = shape
+        self.recipe = recipe
+        self._roots = tuple(weakref.ref(root) for root in roots)
+        self._device = roots[0].device
+        self._states: tuple[TensorState, ...] = ()
+        self.forms: dict[Form, list[Tensor]] = {}
+        self.fault: str | None = None
+        self.sqnr_db: float | None = None
+
+    def of(self, roots: Sequence[Tensor]) -> bool:
+        """Whether it was made from these very tensors, on this device, whatever they hold now."""
+        return self._device == roots[0].device and all(
+            ref() is root for ref, root in zip(self._roots, roots, strict=True)
+        )
+
+    def uses(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is one of those it was made from."""
+        return any(ref() is tensor for ref in self._roots)
+
+    def is_current(self, roots: Sequence[Tensor]) -> bool:
+        """Whether it was made from these very tensors, and from what they hold now."""
+        if not self._states:
+            return False
+        for ref, state, root in zip(self._roots, self._states, roots):  # noqa: B905 (hot)
+            if ref() is not root or not state.matches(root):
+                return False
+        return True
+
+    def fold(self, forms: Collection[Form], roots: Sequence[Tensor]) -> None:
+        """See to it that these forms are there and up to date, or else that `fault` is set."""
+        if not self.is_current(roots):
+            self._fold(roots, {*forms, *self.forms})
+        elif self.fault is None and not self.forms.keys() >= set(forms):
+            self._fold(roots, {*forms} - self.forms.keys())
+
+    def clear(self) -> None:
+        """Free what was made."""
+        PackedWeight.epoch = object()
+        for made in self.forms.values():
+            made.clear()  # a `Lookup` holds the list
+        self.forms.clear()
+        self._states = ()
+
+    def _fold(self, roots: Sequence[Tensor], forms: set[Form]) -> None:
+        PackedWeight.epoch = object()
+        # Fresh tensors must be neither inference tensors (they are updated in place later, outside
+        # inference mode) nor part of a gradient graph.
+        with torch.inference_mode(False), torch.no_grad():
+            states = tuple(TensorState(root) for root in roots)
+            weight = self._weight.evaluate(roots)
+            given = isinstance(weight, Int4TileTensor)
+            self.fault = None if given else nonfinite_fault(weight)
+            if self.fault is None:
+                self._states = ()  # what is there is not to be used while it is written over
+                made = {form: self._memory(form, weight) for form in forms}
+                if isinstance(weight, Int4TileTensor):
+                    self._take(weight, made)
+                else:
+                    self._quantize(weight, made)
+                self.forms.update(made)
+        self._states = states
+
+    def _memory(self, form: Form, weight: Tensor) -> list[Tensor]:
+        """Where a form goes: over what is there already, as graphs know its address."""
+        if isinstance(weight, Int4TileTensor) and form == "tiles":
+            # Aliases: holding the roots themselves would keep them alive.
+            buffers = (weight.tiles, weight.scale_and_zero)
+            return [buffer.detach().contiguous() for buffer in buffers]
+        return self.forms.get(form) or [
+            torch.empty(size, dtype=dtype, device=weight.device)
+            if stride is None
+            else torch.empty_strided(size, stride, dtype=dtype, device=weight.device)
+            for size, stride, dtype in form_specs(self._shape, form)
+        ]
+
+    def _quantize(self, weight: Tensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
+        """Fill forms a block at a time."""
+        signal = noise = 0.0
+        for block in quantized_blocks(weight, self._shape, self.recipe):
+            signal += block.signal
+            noise += block.noise
+            self._fill(made, block)
+        self.sqnr_db = sqnr_db(signal, noise)
+        for form, tensors in made.items():
+            if self._shape.pre_scaled and not isinstance(form, Dense):
+                pre_scale = self.recipe.pre_scale
+                tensors[2].copy_(torch.ones(()) if pre_scale is None else pre_scale)
+
+    def _take(self, weight: Int4TileTensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
+        """Fill forms from a weight that is packed already; "tiles" is the weight itself."""
+        others = {form: tensors for form, tensors in made.items() if form != "tiles"}
+        if others:
+            codes = unpack(weight.tiles)[..., : weight.n, :]
+            parameters = weight.scale_and_zero[..., : weight.n, :]
+            self._fill(others, Block(0, codes, *unpack_scale_and_zero(parameters)))
+
+    def _fill(self, made: Mapping[Form, Sequence[Tensor]], block: Block) -> None:
+        """Write one block into forms."""
+        shape = self._shape
+        for form, tensors in made.items():
+            if isinstance(form, Dense):
+                values = values_of(block, shape, self.recipe, form.dtype)
+                AXES[form.axes](tensors[0])[block.start : block.start + len(values)] = values
+            elif form == "cpu":
+                write(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
+            else:
+                pack_rows = partial(pack, inner_k_tiles=shape.inner_k_tiles)
+                write(tensors[0], tensors[1], block, shape, pack_rows, 8)
+
+
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that picks the items at these positions, faster than a loop where it is hot."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda items: [items[position] for position in positions]
+
+
+_storage_id = attrgetter("_cdata")
+_version = attrgetter("_version")
+
+
+class Lookup:
+    """What a look-up of many packed weights found, and whether it would find the same again.
+
+    As exact as asking each of them, at a quarter of the time. While the epoch is the same, every
+    packed weight holds what it held and keeps the identity of its roots, and of their storages,
+    from being reused; so what is left to compare are the roots. Where a root is itself what was
+    found, as are the buffers of a weight that came packed, only its address counts.
+
+    Args:
+        roots: of all the weights, just before they are looked up.
+    """
+
+    def __init__(self, roots: Sequence[Tensor]) -> None:
+        self._epoch = PackedWeight.epoch
+        self._made_from = tuple(range(len(roots)))
+        # Inference tensors have no version and raise when asked.
+        self._versioned = tuple(i for i, root in enumerate(roots) if not root.is_inference())
+        self._pick()
+        self._state = self._state_of(roots)
+        self._found: list[Sequence[Tensor]] = []
+        self._copied: set[int] = set()
+
+    def add(self, found: Sequence[Tensor], roots: Sequence[Tensor]) -> None:
+        """Take one more packed weight.
+
+        Args:
+            found: its tensors: the very list that it keeps them in.
+            roots: those that it is made of.
+        """
+        self._found.append(found)
+        if not all(any(_same_memory(tensor, root) for root in roots) for tensor in found):
+            self._copied.update(map(id, roots))
+
+    def finish(self, roots: Sequence[Tensor]) -> None:
+        """Compare no more than has to be from now on, as all weights are there."""
+        addresses, versions, storages = self._state
+        version_of = dict(zip(self._versioned, versions, strict=True))
+        self._made_from = tuple(i for i, root in enumerate(roots) if id(root) in self._copied)
+        self._versioned = tuple(i for i in self._made_from if i in version_of)
+        self._pick()
+        self._state = (
+            addresses,
+            tuple(version_of[i] for i in self._versioned),
+            tuple(storages[i] for i in self._made_from),
+        )
+
+    def is_of_now(self) -> bool:
+        """Whether no weight has been folded or freed since it was begun."""
+        return self._epoch is PackedWeight.epoch
+
+    def holds(self, roots: Sequence[Tensor]) -> bool:
+        """Whether it would find the same, if it is of now, for these very tensors."""
+        return self._state == self._state_of(roots)
+
+    def tensors(self) -> list[Tensor]:
+        """What it found."""
+        return list(chain.from_iterable(self._found))
+
+    def _pick(self) -> None:
+        self._pick_versioned = picker(self._versioned)
+        self._pick_made_from = picker(self._made_from)
+
+    def _state_of(self, roots: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+        return (
+            tuple(map(Tensor.data_ptr, roots)),
+            tuple(map(_version, self._pick_versioned(roots))),
+            tuple(map(_storage_id, map(Tensor.untyped_storage, self._pick_made_from(roots)))),
+        )
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.stride() == other.stride()
+        and _storage_id(one.untyped_storage()) == _storage_id(other.untyped_storage())
+    )
+
+
+class Store:
+    """All packed weights of the process. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._packed: dict[tuple[object, ...], dict[object, PackedWeight]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._packed.values()))
+
+    def of(self, tensor: Tensor) -> list[PackedWeight]:
+        """What was made of a parameter, alone or with others."""
+        made = (packed for family in self._packed.values() for packed in family.values())
+        return [packed for packed in made if packed.uses(tensor)]
+
+    def find(
+        self,
+        weight: Computation,
+        roots: Sequence[Tensor],
+        shape: TileShape,
+        recipe: Recipe = RTN,
+    ) -> PackedWeight:
+        """The packed weight of `weight` computed from `roots`; a new, empty one where none is.
+
+        Args:
+            weight: the computation.
+            roots: the real tensors for `weight.roots`.
+            shape: the packed shape, part of the identity.
+            recipe: how its codes are chosen, likewise.
+        """
+        key = (*map(id, roots), weight.signature)
+        with self._lock:
+            family = self._packed.setdefault(key, {})
+            for made_as, old in list(family.items()):
+                if not old.of(roots):  # a model that moved keeps its parameters, not their device
+                    old.clear()
+                    del family[made_as]
+            if not family:
+                for root in roots:
+                    weakref.finalize(root, self._forget, key).atexit = False
+            packed = PackedWeight(weight, roots, shape, recipe)
+            return family.setdefault((shape, recipe), packed)
+
+    def fold(self, packed: PackedWeight, forms: Collection[Form], roots: Sequence[Tensor]) -> None:
+        """`packed.fold(forms, roots)`, one thread at a time."""
+        with self._lock:
+            packed.fold(forms, roots)
+
+    def _forget(self, key: tuple[object, ...]) -> None:
+        # Runs in whichever thread drops the last reference, perhaps inside our own lock: no lock,
+        # as popping from a dict is atomic.
+        for packed in self._packed.pop(key, {}).values():
+            packed.clear()
+
+
+store = Store()

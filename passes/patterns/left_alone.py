@@ -1,0 +1,51 @@
+"""Matmuls with a constant weight that are never packed, each with the reason the report gives."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxint4._pytorch.tensors import aten
+from fxint4.graph.build import Build
+from fxint4.graph.constants import Constants
+from fxint4.graph.symbolic import value_of
+from fxint4.passes.pattern import Kept, Match, Multiply, Pattern
+
+control_flow = torch.ops.higher_order
+
+
+class LeftAlone(Pattern):
+    """Ops that multiply by a weight in a form that int4 tiles don't serve."""
+
+    _REASONS: ClassVar[dict[Any, str]] = {
+        aten.mv.default: "a matrix times a vector",
+        aten.addmv.default: "a matrix times a vector",
+        aten._trilinear.default: "a bilinear form, which is no single matmul",
+        aten._scaled_mm.default: "already quantised: a scaled matmul",
+        aten._int_mm.default: "already quantised: an integer matmul",
+        aten._weight_int8pack_mm.default: "already quantised: an int8 matmul",
+        control_flow.cond: "read inside torch.cond, whose branches are not rewritten",
+        control_flow.while_loop: "read inside a while_loop, whose body is not rewritten",
+        control_flow.scan: "read inside a scan, whose body is not rewritten",
+        control_flow.map_impl: "read inside a map, whose body is not rewritten",
+    }
+    ops = tuple(_REASONS)
+
+    def match(self, node: fx.Node, constants: Constants) -> Kept | None:
+        """The largest constant operand with at least two axes, and its op's reason."""
+        weights = [
+            operand
+            for operand in node.all_input_nodes
+            if constants.is_weight(operand) and value_of(operand).ndim >= 2
+        ]
+        if not weights or constants.is_weight(node):
+            return None
+        weight = max(weights, key=lambda operand: value_of(operand).numel())
+        *_, rows, columns = value_of(weight).shape
+        return Kept(weight, self._REASONS[node.target], int(rows), int(columns))
+
+    def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
+        """Never called: nothing here matches."""
+        raise NotImplementedError
