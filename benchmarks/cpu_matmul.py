@@ -5,16 +5,17 @@ Rows of the table: dtype of the model, N x K of the weight, M rows of activation
 - inductor, int4tile: microseconds a matmul, the layers of a model compiled by `torch.compile` with
   either backend, static shapes, as a user gets it;
 - ratio: of these two. Above 1.05 the row is marked "slower", after it was measured three times;
-- runs: what int4tile chose for this M: the int4 op or a dequantised dense copy (fxint4/weights/formats.py);
+- runs: what int4tile chose for this M: the int4 op or a dequantized dense copy
+  (fxint4/weights/formats.py);
 - dense, int4 op: the two choices as raw calls of `mm` and of `aten._weight_int4pack_mm_for_cpu`,
   the latter with the casts to and from bf16 that fp16 and fp32 activations need. The largest M up
   to which int4 op wins is what `_CPU_ROWS` in fxint4/weights/formats.py holds.
 
 Floor and prediction: for M = 1 both read the weight once, so a weight that does not fit into the
 caches bounds the ratio by bytes: 0.27 for bf16 and fp16, 0.13 for fp32 (group 128). The int4 op
-dequantises each weight to fp32 and multiplies with fp32 instructions, so its time grows with M at
+dequantizes each weight to fp32 and multiplies with fp32 instructions, so its time grows with M at
 the rate of fp32 arithmetic, about half the rate of bf16 instructions: a bf16 model gains for few
-rows, an fp32 model as long as dequantising costs less than sgemm loses on packing, and an fp16
+rows, an fp32 model as long as dequantizing costs less than sgemm loses on packing, and an fp16
 model on a CPU without fp16 instructions (dense fp16 runs on conversions) always.
 
 A model has as many equal layers as it takes to make its weights larger than the caches, at least 2
@@ -94,7 +95,7 @@ class Raw:
 
 
 def check(got: list[Tensor], want: list[Tensor]) -> None:
-    """Raise where int4tile does not compute what its dequantised weights say."""
+    """Raise where int4tile does not compute what its dequantized weights say."""
     for y, reference in zip(got, want, strict=True):
         error = (y.double() - reference.double()).norm() / reference.double().norm()
         if not error < 1e-2:

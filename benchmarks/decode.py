@@ -23,7 +23,7 @@ process of its own, so that nothing one sets reaches another; all compile at onc
 measured in turns, one at a time.
 
 Checks: the logits of "hf-grouped" against those of "hf", small and in fp32; those of int4tile
-against those of the same model, run eagerly on its dequantised weights, so that a wrong result
+against those of the same model, run eagerly on its dequantized weights, so that a wrong result
 can't look fast; those of both int4 models against bf16's, and how many matmuls were packed, are
 reported.
 
@@ -253,7 +253,7 @@ def built(kind: str, config: Config, device: torch.device) -> Model:
 # --- one contender, in a process of its own ------------------------------------------------------
 
 
-def quantised(contender: str, module: nn.Module) -> None:
+def quantized(contender: str, module: nn.Module) -> None:
     """Make the weights of a contender's model what they are to be, in place."""
     if contender == "torchao":
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
@@ -269,8 +269,8 @@ def quantised(contender: str, module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def dequantised(module: nn.Module) -> Iterator[None]:
-    """Within it, the linear layers of a packed model multiply by dense, dequantised weights."""
+def dequantized(module: nn.Module) -> Iterator[None]:
+    """Within it, the linear layers of a packed model multiply by dense, dequantized weights."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     for layer in layers:
         layer.forward = lambda x, layer=layer: F.linear(x, layer.weight.dequantize())
@@ -304,7 +304,7 @@ class Contender:
         if kind == "hf-grouped":
             check_grouped(device)
         self.model = built(kind, config, device)
-        quantised(name, self.model.module)
+        quantized(name, self.model.module)
         self.facts = {"peak_build_gb": self.peak_gb(), "weights_gb": self.allocated_gb()}
         small = nn.Linear(64, 64, device=device, dtype=torch.bfloat16).requires_grad_(False)
         with torch.no_grad():  # loads the compiler
@@ -331,7 +331,7 @@ class Contender:
         reference = None
         if self.name == "int4tile":
             self.model.rewind()
-            with dequantised(self.model.module):
+            with dequantized(self.model.module):
                 reference = self.model.call(self.model.module, self.tokens).float()
             gc.collect()
         if self.cuda:
@@ -368,9 +368,9 @@ class Contender:
             totals = fxint4.last_report().totals
             result["packed"] = f"{totals['packed']} of {totals['matmuls']}"
         if reference is not None:
-            result["cosine_dequantised"] = cosine = least_cosine(logits, reference)
+            result["cosine_dequantized"] = cosine = least_cosine(logits, reference)
             if not cosine >= LEAST_COSINE:
-                raise AssertionError(f"logits are wrong: cosine {cosine} with dequantised weights")
+                raise AssertionError(f"logits are wrong: cosine {cosine} with dequantized weights")
         return result
 
     def steps(self, count: int) -> dict[str, list[float]]:
@@ -651,7 +651,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "build GB": row.get("peak_build_gb"),
             "compile s": row.get("compile_s"),
             "packed": row.get("packed"),
-            "cosine deq.": row.get("cosine_dequantised"),
+            "cosine deq.": row.get("cosine_dequantized"),
             "cosine bf16": row.get("cosine_bf16"),
             "launches": row.get("launches"),
             "note": row.get("error") or notes(row),

@@ -1,20 +1,21 @@
 """How fast are weights folded, and how much memory does folding take beside what it makes?
 
-Each weight is folded as the backend does it, through `fxint4.weights.cache`: checked, quantised, packed,
+Each weight is folded as the backend does it, through `fxint4.weights.cache`: checked, quantized,
+packed,
 its error measured. Shapes are those of a Llama-3-8B layer. Columns: GB/s of the original weight;
 the time; the floor; what folding made; and on CUDA the scratch memory, the peak while folding less
 the original and what was made.
 
 Floor: bytes over bandwidth, a weight read once, tiles and scale_and_zero written once, at the speed
 of a plain copy on the same device, measured in the same run. Prediction: on the CPU a tenth of the
-floor's speed or less, because quantising is some twenty passes of fp32 arithmetic over blocks of
+floor's speed or less, because quantizing is some twenty passes of fp32 arithmetic over blocks of
 rows that stay in the caches; on the GPU about a tenth, because each of these passes goes through
 memory. Scratch: some 20 bytes an element of a block of rows, 2**24 elements on CUDA, so about 0.3
 GB however large the weight is.
 
-"int4" is the form that the device's int4 op reads; "int4, dense" adds the dequantised copy that a
+"int4" is the form that the device's int4 op reads; "int4, dense" adds the dequantized copy that a
 CPU uses for many rows. On the CPU contenders take turns (see measure.py); on CUDA the median of
-several folds by the host's clock, each after a synchronisation.
+several folds by the host's clock, each after a synchronization.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import torch
 from measure import DTYPES, describe, interleave, machine, parser, show, write
 from torch import Tensor, fx, nn
 
-from fxint4.graph.constants import Constants, Standing
+from fxint4.graph.constants import Constants, Role
 from fxint4.quant.recipe import Recipe
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.weights.cache import PackedWeight
-from fxint4.weights.formats import Dense, Form, int4_form, rows_multiple
+from fxint4.weights.formats import Dense, Form, int4_format, rows_multiple
 
 #: N x K of a Llama-3-8B layer's projections: q and o, k and v, gate and up, down.
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
@@ -45,7 +46,7 @@ def empty_packed(parameter: Tensor, group_size: int, method: str = "rtn") -> Pac
     graph = fx.Graph()
     node = graph.placeholder("weight")
     graph.output(node)
-    constants = Constants(fx.GraphModule({}, graph), {node: Standing.WEIGHT})
+    constants = Constants(fx.GraphModule({}, graph), {node: Role.WEIGHT})
     n, k = parameter.shape
     shape = choose_shape(n, k, group_size, n_multiple=rows_multiple(parameter.device))
     return PackedWeight(constants.weight(node, "NK"), [parameter], shape, Recipe(method))
@@ -84,7 +85,7 @@ def fold_one(
 ) -> list[dict[str, Any]]:
     """A row for each set of forms."""
     parameter = nn.Parameter((torch.randn(n, k, device=device) / k**0.5).to(dtype), False)
-    int4: Form = int4_form(device)
+    int4: Form = int4_format(device)
     sets: dict[str, set[Form]] = {"int4": {int4}}
     if device.type == "cpu":
         sets["int4, dense"] = {int4, Dense(dtype, (n, k), (k, 1), "NK")}
@@ -109,7 +110,7 @@ def fold_one(
             peak = torch.cuda.max_memory_allocated(device) - before
         else:
             packed = fold(forms)
-        made = sum(tensor.nbytes for form in forms for tensor in packed.forms[form])
+        made = sum(tensor.nbytes for form in forms for tensor in packed.formats[form])
         if device.type == "cuda":
             scratch = peak - made
         rows.append(

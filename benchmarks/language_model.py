@@ -80,7 +80,7 @@ def files(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def corpus(vocabulary: int, most_bytes: int | None = None) -> Corpus:
-    """Read, split and tokenise the text.
+    """Read, split and tokenize the text.
 
     Args:
         vocabulary: number of tokens.
@@ -152,7 +152,7 @@ class Recipe:
         return self.rate * warm * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
-def initialised(config: Config, seed: int, device: torch.device) -> LanguageModel:
+def initialized(config: Config, seed: int, device: torch.device) -> LanguageModel:
     """An untrained model in fp32: normal weights, those that add to the residual stream smaller."""
     torch.manual_seed(seed)
     model = LanguageModel(config)
@@ -188,7 +188,7 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors}],
         betas=recipe.betas,
         weight_decay=0.0,
@@ -206,7 +206,7 @@ def train(
     start = time.perf_counter()
     model.train()
     for step in range(recipe.steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         starts = torch.randint(
             len(tokens) - length, (recipe.batch, 1), generator=generator, device=device
@@ -215,8 +215,8 @@ def train(
         loss = run(batch[:, :-1], batch[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         if step % max(1, recipe.steps // 10) == 0 or step == recipe.steps - 1:
             losses[step] = loss.item()
             say(f"step {step}: {losses[step]:.3f} nats, {time.perf_counter() - start:.0f} s")

@@ -154,8 +154,8 @@ class Case:
             lambda w=w: linear(self.x, *w, GROUP, self.n, choice) for w in self.weights
         ]
         if self.m >= 256:
-            contenders["dequantise"] = [
-                lambda w=w: linear(self.x, *w, GROUP, self.n, Choice("dequantise"))
+            contenders["dequantize"] = [
+                lambda w=w: linear(self.x, *w, GROUP, self.n, Choice("dequantize"))
                 for w in self.weights
             ]
         return graph_times_us(contenders)

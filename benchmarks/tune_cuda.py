@@ -1,7 +1,7 @@
 """Which blocks do the CUDA C++ kernels want, for which rows, and does their rule find them?
 
 For the shapes of gemm.py, groups of 128, on Hopper: every configuration that has a kernel for so
-many rows, our Triton kernel, dequantising, and bf16 `torch.mm` take turns, each in a CUDA graph
+many rows, our Triton kernel, dequantizing, and bf16 `torch.mm` take turns, each in a CUDA graph
 over enough copies of the weight to overflow the L2. Each result is compared with fp32.
 
 From the times of many rows come those that `fxint4.kernels.cuda_choice` computes with: what a block
@@ -44,7 +44,7 @@ from fxint4.kernels.triton_linear import linear
 
 #: Those of the kernel for few rows, and of that for many.
 FEW, MANY = (1, 2, 4, 8), (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
-OTHERS = ("triton", "dequantise", "bf16")
+OTHERS = ("triton", "dequantize", "bf16")
 ROUNDS = 9
 
 #: Blocks without splits -> what one takes, and each step of it, in microseconds.
@@ -83,7 +83,7 @@ def measure(weight: Weight, m: int) -> dict[str, float]:
     x = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
     choices = {label(blocks): Choice("cuda", blocks) for blocks in configurations(m)}
     choices["triton"] = our_choice(m, n, k, "triton")
-    choices["dequantise"] = Choice("dequantise")
+    choices["dequantize"] = Choice("dequantize")
     made: dict[str, list[Callable[[], Tensor]]] = {
         name: [lambda w=w, choice=choice: linear(x, *w, GROUP, n, choice) for w in weight.tiles]
         for name, choice in choices.items()

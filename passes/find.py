@@ -1,4 +1,4 @@
-"""Find every matmul with a constant weight, and decide from its form alone whether to pack it."""
+"""Find every matmul with a constant weight, and decide from its format alone whether to pack it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.graph.constants import Constants
 from fxint4.graph.names import layer_name, source_line
 from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import GivenMatch, Kept, Match, Pattern
+from fxint4.passes.pattern import Kept, Match, Pattern, PrepackedMatch
 from fxint4.passes.plan import outgrown, recipe_of, refusal
 from fxint4.passes.site import Site
 from fxint4.quant.recipe import RTN
 from fxint4.report import Record
 from fxint4.weights.expression import Weight
-from fxint4.weights.formats import UNBOUNDED, Dense, Form, int4_form, most_int4_rows, rows_multiple
+from fxint4.weights.formats import (
+    UNBOUNDED,
+    Dense,
+    Format,
+    int4_format,
+    most_int4_rows,
+    rows_multiple,
+)
 
 __all__ = ["find"]
 
@@ -38,7 +45,7 @@ def find(
     Args:
         gm: the graph.
         patterns: what to look for.
-        constants: the standing of the graph's nodes.
+        constants: the role of the graph's nodes.
         tensors: the real tensor behind each constant placeholder.
         names: full parameter names of those placeholders.
         config: what the user asked for.
@@ -61,7 +68,7 @@ def find(
         weight = outcome.constant(constants)
         record = _record(node, outcome, weight, tensors, names)
         own, key, reason = config, "", None
-        if not isinstance(outcome, GivenMatch):
+        if not isinstance(outcome, PrepackedMatch):
             value = value_of(outcome.weight)
             key = weight.key(record.parameters, [tensors[root] for root in weight.roots])
             own = config.of(record.name, record.parameters, key)
@@ -84,7 +91,7 @@ def _record(
     roots = sorted(weight.roots, key=lambda root: -value_of(root).numel())
     parameters = tuple(dict.fromkeys(names[root] for root in roots))
     held = sum(value_of(root).numel() * value_of(root).element_size() for root in roots)
-    if isinstance(outcome, GivenMatch):
+    if isinstance(outcome, PrepackedMatch):
         batch = math.prod(outcome.batch)
         size = batch * outcome.n * outcome.k * value_of(outcome.x).element_size()
         held = 0
@@ -128,22 +135,22 @@ def _site(
 ) -> Site:
     value = value_of(match.weight)
     shape = match.shape(config, rows_multiple(value.device))
-    int4 = int4_form(value.device)
+    int4 = int4_format(value.device)
     on_gpu = value.device.type == "cuda"
-    given = isinstance(match, GivenMatch)
+    given = isinstance(match, PrepackedMatch)
     recipe = RTN
     if not given:
         with real_tensors():
             recipe = recipe_of(config, key, (*shape.batch, shape.n, shape.k))
         shape = replace(shape, pre_scaled=recipe.pre_scale is not None)
-    beyond: Form | None
+    fallback: Format | None
     if on_gpu or (given and shape.batch):
-        beyond = int4  # its op takes any number of rows
+        fallback = int4  # its op takes any number of rows
     elif given:
-        beyond = None
+        fallback = None
     else:
-        beyond = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
+        fallback = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
     most_rows = UNBOUNDED if given else most_int4_rows(value.device, value.dtype)
     return Site(
-        node, pattern, match, weight, shape, int4, beyond, most_rows, record, config, recipe
+        node, pattern, match, weight, shape, int4, fallback, most_rows, record, config, recipe
     )

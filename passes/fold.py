@@ -13,12 +13,12 @@ from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
 from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import GivenMatch
+from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.plan import packing_fault
 from fxint4.passes.site import Site
 from fxint4.report import Record
-from fxint4.weights.cache import PackedWeight, Store, store
-from fxint4.weights.formats import Dense, Form, choose
+from fxint4.weights.cache import PackedWeight, WeightCache, weight_cache
+from fxint4.weights.formats import Dense, Format, choose
 
 __all__ = ["fold", "folded_record"]
 
@@ -28,7 +28,7 @@ def fold(
     tensors: Mapping[fx.Node, Tensor],
     rows: Callable[[Site], int | None],
     config: Int4Config,
-    weights: Store = store,
+    weights: WeightCache = weight_cache,
 ) -> tuple[list[Site], list[Record]]:
     """Pack the weights of all sites, one at a time.
 
@@ -60,43 +60,43 @@ def fold(
             if isinstance(entry, Record):
                 records.append(entry)
                 continue
-            form = choose(entry.int4, entry.beyond, entry.most_rows, rows(entry))
+            format = choose(entry.int4, entry.fallback, entry.most_rows, rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
             packed = weights.find(entry.weight, roots, entry.shape, entry.recipe)
-            if not packed.forms:
+            if not packed.formats:
                 new.append(packed)
             try:
                 # The tiles are made even where a dense copy runs: they are what is kept.
-                weights.fold(packed, {entry.int4, form or entry.int4}, roots)
+                weights.fold(packed, {entry.int4, format or entry.int4}, roots)
             except Exception as error:
                 for packed in new:
                     packed.clear()
                 raise FoldError(_failure(entry, error)) from error
-            record = folded_record(entry, packed, form)
+            record = folded_record(entry, packed, format)
             records.append(record)
             if record.action == "packed":
                 sites.append(entry)
     return sites, records
 
 
-def folded_record(site: Site, packed: PackedWeight, form: Form | None) -> Record:
+def folded_record(site: Site, packed: PackedWeight, format: Format | None) -> Record:
     """What the report says of a site once its weight was looked at.
 
     Args:
         site: the site.
         packed: what was made of its weight.
-        form: what it runs with.
+        format: what it runs with.
     """
     sqnr_db = None if packed.fault else packed.sqnr_db
     fault = packing_fault(packed, site.config)
     if fault is not None:
         return dataclasses.replace(site.record, sqnr_db=sqnr_db, reason=fault)
-    dense = form if isinstance(form, Dense) else None
+    dense = format if isinstance(format, Dense) else None
     return dataclasses.replace(
         site.record,
         action="packed",
         group_size=site.shape.group_size,
-        method="" if isinstance(site.match, GivenMatch) else packed.recipe.method,
+        method="" if isinstance(site.match, PrepackedMatch) else packed.recipe.method,
         sqnr_db=sqnr_db,
         bytes_after=site.shape.packed_bytes,
         dense_bytes=math.prod(dense.size) * dense.dtype.itemsize if dense else 0,
@@ -106,7 +106,7 @@ def folded_record(site: Site, packed: PackedWeight, form: Form | None) -> Record
 
 def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[str]:
     dtype = value_of(site.match.x).dtype
-    if isinstance(site.match, GivenMatch):
+    if isinstance(site.match, PrepackedMatch):
         yield "packed before"
     if packed.recipe.remark:
         yield packed.recipe.remark

@@ -17,33 +17,33 @@ from fxint4.kernels.triton_linear import MOST_WEIGHTS
 from fxint4.passes.activations import activation_of, value_numbers
 from fxint4.passes.site import Site
 from fxint4.report import Record
-from fxint4.weights.formats import Dense, Form, aten_op, fuses
+from fxint4.weights.formats import Dense, Format, aten_op, fuses
 
 __all__ = ["matmuls", "with_matmuls"]
 
 
 def matmuls(
-    sites: Sequence[Site], forms: Sequence[Form | None], config: Int4Config
+    sites: Sequence[Site], formats: Sequence[Format | None], config: Int4Config
 ) -> list[tuple[int, ...]]:
     """Which sites of a graph become one int4 matmul together.
 
     Args:
         sites: of one graph, in the order they run.
-        forms: for each of them the form it reads.
+        formats: for each of them the format it reads.
         config: what the user asked for.
 
     Returns:
-        Positions in `sites`: each one that reads a packed form is in one group, alone where it
+        Positions in `sites`: each one that reads a packed format is in one group, alone where it
         shares its activation with no other.
     """
     values = value_numbers(sites[0].node.graph) if sites else {}
     groups: dict[Hashable, list[int]] = {}
-    for position, (site, form) in enumerate(zip(sites, forms, strict=True)):
-        if form is None or isinstance(form, Dense):
+    for position, (site, format) in enumerate(zip(sites, formats, strict=True)):
+        if format is None or isinstance(format, Dense):
             continue
         fused = config.fuse_projections and not (site.shape.batch or site.only_aten)
         fused = fused and fuses(value_of(site.match.weight).device)
-        key = _shared(site, form, values) if fused else position
+        key = _shared(site, format, values) if fused else position
         groups.setdefault(key, []).append(position)
     return [
         tuple(group[start : start + MOST_WEIGHTS])
@@ -55,7 +55,7 @@ def matmuls(
 def with_matmuls(
     records: Sequence[Record],
     sites: Sequence[Site],
-    forms: Sequence[Form | None],
+    formats: Sequence[Format | None],
     config: Int4Config,
     policy: Policy,
 ) -> list[Record]:
@@ -64,13 +64,13 @@ def with_matmuls(
     Args:
         records: one for each site.
         sites: see `matmuls`.
-        forms: see `matmuls`.
+        formats: see `matmuls`.
         config: see `matmuls`.
         policy: which kernels the graph's compile chooses.
     """
     made = list(records)
-    for group in matmuls(sites, forms, config):
-        kernels = _kernels([sites[i] for i in group], forms[group[0]], policy)
+    for group in matmuls(sites, formats, config):
+        kernels = _kernels([sites[i] for i in group], formats[group[0]], policy)
         for i in group:
             others = dict.fromkeys(records[j].name for j in group if j != i)
             others.pop(records[i].name, None)
@@ -78,15 +78,15 @@ def with_matmuls(
     return made
 
 
-def _kernels(sites: Sequence[Site], form: Form | None, policy: Policy) -> tuple[str, ...]:
+def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tuple[str, ...]:
     """`Record.kernels` of one matmul."""
     match = sites[0].match
     weights = {(site.weight.roots, site.weight.signature): site.shape for site in sites}
     shape, *_ = shapes = list(weights.values())
-    if form != "tiles" or shape.batch:
+    if format != "tiles" or shape.batch:
         return ()
     n, k = sum(shape.n for shape in shapes), match.k
-    if aten_op(form, sites[0].activation_dtype, len(shapes)) is not None:
+    if aten_op(format, sites[0].activation_dtype, len(shapes)) is not None:
         n, k = shape.n_padded, shape.k_padded  # as the op sees them
     dtype, device = sites[0].activation_dtype, value_of(match.weight).device
     if isinstance(match.m, int):
@@ -104,8 +104,8 @@ def _kernels_by_m(
     return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 
-def _shared(site: Site, form: Form, values: dict[fx.Node, int]) -> Hashable:
+def _shared(site: Site, format: Format, values: dict[fx.Node, int]) -> Hashable:
     """Equal for sites whose weights one matmul can multiply."""
     shape = site.shape
-    layout = (form, shape.k_padded, shape.group_size, shape.inner_k_tiles)
+    layout = (format, shape.k_padded, shape.group_size, shape.inner_k_tiles)
     return (activation_of(site, values), *layout, id(site.recipe.pre_scale))

@@ -18,9 +18,9 @@ from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
 from fxint4.graph.symbolic import value_of
 from fxint4.quant.tile_layout import TileShape, choose_shape
-from fxint4.weights.expression import AXES, Given, Weight
+from fxint4.weights.expression import AXES, Prepacked, Weight
 
-__all__ = ["GivenMatch", "Kept", "Match", "Multiply", "Pattern", "kept_pick"]
+__all__ = ["Kept", "Match", "Multiply", "Pattern", "PrepackedMatch", "kept_pick"]
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,21 @@ class Match:
 
 
 @dataclass(frozen=True)
-class GivenMatch(Match):
+class PrepackedMatch(Match):
     """A matmul by a weight that is packed already: `weight` is the node of its tiles.
 
     Attributes:
         scale_and_zero: the node of its scale_and_zero.
-        given: what the two are.
+        prepacked: what the two are.
     """
 
     scale_and_zero: fx.Node = field(kw_only=True)
-    given: Given = field(kw_only=True)
+    prepacked: Prepacked = field(kw_only=True)
 
     @property
     def n(self) -> int:
         """Out features."""
-        return self.given.n
+        return self.prepacked.n
 
     @property
     def k(self) -> int:
@@ -139,12 +139,12 @@ class GivenMatch(Match):
 
     def constant(self, constants: Constants) -> Weight:
         """The computation behind the buffers."""
-        return constants.given_weight(self.weight, self.scale_and_zero, self.given)
+        return constants.prepacked_weight(self.weight, self.scale_and_zero, self.prepacked)
 
     def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
         """The packed shape, whatever the config asks for."""
         buffers = (value_of(self.weight), value_of(self.scale_and_zero))
-        return self.given.shape_of(buffers, rows_multiple)
+        return self.prepacked.shape_of(buffers, rows_multiple)
 
 
 class Multiply(Protocol):

@@ -42,6 +42,6 @@ class Analysis:
         self.fake_mode = state.fake_mode
         self.weights = GraphWeights(captured, dynamo_gm, inputs, example_inputs)
         inline_regions(captured, self.fake_mode)
-        self.constants = Constants(captured, self.weights.standings)
+        self.constants = Constants(captured, self.weights.roles)
         tensors, names = self.weights.tensors, self.weights.names
         self.found = find(captured, PATTERNS, self.constants, tensors, names, config)

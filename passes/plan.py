@@ -17,7 +17,7 @@ from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight
 from fxint4.weights.formats import DTYPES, device_fault
 
-__all__ = ["met_recipe", "outgrown", "packing_fault", "recipe_of", "refusal", "sqnr_fault"]
+__all__ = ["outgrown", "packing_fault", "recipe_at_run_time", "recipe_of", "refusal", "sqnr_fault"]
 
 
 def refusal(
@@ -104,7 +104,9 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
     return Recipe(config.method, statistics, remark)
 
 
-def met_recipe(slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config) -> Recipe | None:
+def recipe_at_run_time(
+    slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config
+) -> Recipe | None:
     """How the codes of a weight are chosen that a graph meets when it runs.
 
     Its group size is that of the compiled code, whatever was asked for it.

@@ -20,20 +20,20 @@ from fxint4.passes.site import Site
 from fxint4.quant.recipe import Recipe
 from fxint4.quant.tile_layout import TileShape
 from fxint4.weights.expression import Weight
-from fxint4.weights.formats import Dense, Form, aten_op, form_specs
+from fxint4.weights.formats import Dense, Format, aten_op, format_specs
 
 __all__ = ["Rewritten", "Slot", "rewrite"]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The inputs of a rewritten graph that hold one form of one packed weight.
+    """The inputs of a rewritten graph that hold one format of one packed weight.
 
     Attributes:
         weight: the computation behind the weight, with the placeholders of the graph as captured.
         shape: the packed shape.
-        form: which form the inputs hold; a `Dense` takes one input, the others two, and one more
-            for the pre-scale of the activation where the shape says so.
+        format: which format the inputs hold; a `Dense` takes one input, the others two, and one
+            more for the pre-scale of the activation where the shape says so.
         config: what the user asked for the weight.
         recipe: how its codes are chosen.
         name: full name of the parameter that the weight is made of, the largest where of several.
@@ -41,7 +41,7 @@ class Slot:
 
     weight: Weight
     shape: TileShape
-    form: Form
+    format: Format
     config: Int4Config
     recipe: Recipe
     name: str
@@ -72,7 +72,7 @@ class Rewritten:
 def rewrite(
     captured: fx.GraphModule,
     sites: Sequence[Site],
-    forms: Sequence[Form | None],
+    formats: Sequence[Format | None],
     config: Int4Config,
     droppable: Sequence[fx.Node],
     fake_mode: Any,
@@ -82,29 +82,29 @@ def rewrite(
     Args:
         captured: the graph as captured; not changed.
         sites: its matmuls that can be packed.
-        forms: for each of them the form to read; None leaves the matmul as it is.
+        formats: for each of them the format to read; None leaves the matmul as it is.
         config: what the user asked for.
         droppable: placeholders that go where nothing reads them any more.
         fake_mode: the FakeTensorMode of the graph's values.
     """
     gm, copies = copy_graph(captured)
     inputs = _PackedInputs(gm.graph, fake_mode)
-    group_of = {i: group for group in matmuls(sites, forms, config) for i in group}
+    group_of = {i: group for group in matmuls(sites, formats, config) for i in group}
     made: dict[tuple[int, ...], _Int4Matmul] = {}
-    for position, (site, form) in enumerate(zip(sites, forms, strict=True)):
-        if form is None:
+    for position, (site, format) in enumerate(zip(sites, formats, strict=True)):
+        if format is None:
             continue
         group = group_of.get(position)  # None of a dense copy
         if group and group not in made:
-            made[group] = _Int4Matmul([sites[i] for i in group], form, inputs)
+            made[group] = _Int4Matmul([sites[i] for i in group], format, inputs)
         matmul = made[group] if group else None
-        _rewrite_site(site, form, matmul, copies, inputs, fake_mode)
+        _rewrite_site(site, format, matmul, copies, inputs, fake_mode)
     gm.graph.eliminate_dead_code()
     kept = _drop_unread(captured, copies, droppable)
     gm.graph.lint()
     gm.recompile()
     alike = tuple(
-        tuple(inputs.slot(sites[i], forms[i]) for i in group)
+        tuple(inputs.slot(sites[i], formats[i]) for i in group)
         for group in made
         if len(group) > 1 and sites[group[0]].shape.pre_scaled
     )
@@ -112,7 +112,7 @@ def rewrite(
 
 
 class _PackedInputs:
-    """Placeholders for packed weights, one set for all sites that share a weight and a form."""
+    """Placeholders for packed weights, one set for all sites that share a weight and a format."""
 
     def __init__(self, graph: fx.Graph, fake_mode: Any) -> None:
         self._graph = graph
@@ -123,13 +123,13 @@ class _PackedInputs:
         self.labels: dict[str, str] = {}
         self._made_of = Counter[str]()
 
-    def of(self, site: Site, form: Form) -> tuple[fx.Node, ...]:
-        """The placeholders that hold one form of a site's weight."""
+    def of(self, site: Site, format: Format) -> tuple[fx.Node, ...]:
+        """The placeholders that hold one format of a site's weight."""
         device = value_of(site.match.weight).device
-        key = (site.weight.roots, site.weight.signature, site.shape, form)
+        key = (site.weight.roots, site.weight.signature, site.shape, format)
         if key not in self._by_key:
             name = site.record.parameters[0]
-            slot = Slot(site.weight, site.shape, form, site.config, site.recipe, name)
+            slot = Slot(site.weight, site.shape, format, site.config, site.recipe, name)
             number, again = len(self._by_key), self._made_of[slot.name]
             self._made_of[slot.name] += 1
             nodes = tuple(
@@ -139,18 +139,18 @@ class _PackedInputs:
                     *spec,
                     device,
                 )
-                for part, spec in zip(_parts(form), form_specs(site.shape, form))  # noqa: B905
+                for part, spec in zip(_parts(format), format_specs(site.shape, format))  # noqa: B905
             )
             self._by_key[key] = self.nodes[slot] = nodes
         return self._by_key[key]
 
-    def slot(self, site: Site, form: Form | None) -> Slot:
+    def slot(self, site: Site, format: Format | None) -> Slot:
         """The slot of a site's weight, which has been asked for."""
-        same = (site.weight.roots, site.weight.signature, site.shape, form)
+        same = (site.weight.roots, site.weight.signature, site.shape, format)
         return next(
             slot
             for slot in self.nodes
-            if (slot.weight.roots, slot.weight.signature, slot.shape, slot.form) == same
+            if (slot.weight.roots, slot.weight.signature, slot.shape, slot.format) == same
         )
 
     def _placeholder(
@@ -174,16 +174,16 @@ class _PackedInputs:
         return self._last
 
 
-def _parts(form: Form) -> tuple[str, ...]:
-    """What the tensors of a form are called."""
-    if isinstance(form, Dense):
-        return ("dequantised",)
-    return ("cpu_tiles" if form == "cpu" else "tiles", "scale_and_zero", "pre_scale")
+def _parts(format: Format) -> tuple[str, ...]:
+    """What the tensors of a format are called."""
+    if isinstance(format, Dense):
+        return ("dequantized",)
+    return ("cpu_tiles" if format == "cpu" else "tiles", "scale_and_zero", "pre_scale")
 
 
 def _rewrite_site(
     site: Site,
-    form: Form,
+    format: Format,
     matmul: _Int4Matmul | None,
     copies: dict[fx.Node, fx.Node],
     inputs: _PackedInputs,
@@ -191,7 +191,7 @@ def _rewrite_site(
 ) -> None:
     node = copies[site.node]
     build = Build(node, fake_mode)
-    packed = inputs.of(site, form)
+    packed = inputs.of(site, format)
     match = site.match.on(copies)
     if matmul is None:
         _put_dense(node, match, packed[0], build)
@@ -218,14 +218,14 @@ class _Int4Matmul:
 
     Args:
         sites: the sites.
-        form: what all of them read.
+        format: what all of them read.
         inputs: of the graph.
     """
 
-    def __init__(self, sites: Sequence[Site], form: Form, inputs: _PackedInputs) -> None:
-        self._form = form
+    def __init__(self, sites: Sequence[Site], format: Format, inputs: _PackedInputs) -> None:
+        self._format = format
         self._dtype = sites[0].activation_dtype
-        self._shapes = {inputs.of(site, form): site.shape for site in sites}
+        self._shapes = {inputs.of(site, format): site.shape for site in sites}
         self._product: fx.Node | None = None
 
     def columns(self, packed: tuple[fx.Node, ...], x: fx.Node, build: Build) -> fx.Node:
@@ -249,7 +249,7 @@ class _Int4Matmul:
 
     def _multiply(self, x: fx.Node, build: Build) -> fx.Node:
         """X times all weights, side by side."""
-        op = aten_op(self._form, self._dtype, len(self._shapes))
+        op = aten_op(self._format, self._dtype, len(self._shapes))
         x = build.contiguous(_pre_scaled(x, next(iter(self._shapes)), build))
         if value_of(x).dtype is not self._dtype:
             x = build(_CAST, x, self._dtype)
@@ -335,7 +335,7 @@ def _experts(
 
 
 def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> None:
-    """Let a matmul read the dequantised copy where it read the weight."""
+    """Let a matmul read the dequantized copy where it read the weight."""
     if match.weight in node.all_input_nodes:
         node.replace_input_with(match.weight, dense)
         return

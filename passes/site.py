@@ -14,7 +14,7 @@ from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape
 from fxint4.report import Record
 from fxint4.weights.expression import Weight
-from fxint4.weights.formats import Form, activation_dtype
+from fxint4.weights.formats import Format, activation_dtype
 
 __all__ = ["Site"]
 
@@ -29,8 +29,8 @@ class Site:
         match: what it matched.
         weight: the computation behind the weight.
         shape: the packed shape.
-        int4: the packed form that the device's int4 op reads.
-        beyond: what serves numbers of rows that the int4 op does not: a dequantised copy, int4
+        int4: the packed format that the device's int4 op reads.
+        fallback: what serves numbers of rows that the int4 op does not: a dequantized copy, int4
             again where its op takes any, or None where the matmul stays as it is.
         most_rows: the largest M for the int4 op.
         record: what the report says of it, before its weight was looked at.
@@ -44,8 +44,8 @@ class Site:
     match: Match
     weight: Weight
     shape: TileShape
-    int4: Form
-    beyond: Form | None
+    int4: Format
+    fallback: Format | None
     most_rows: int
     record: Record
     config: Int4Config

@@ -220,7 +220,7 @@ def compile_for(capability: int, launch: Launch, dtypes: Sequence[torch.dtype]) 
     """Compiles a launch as Triton would when it is launched on an NVIDIA GPU.
 
     capability: 90 for sm_90.
-    launch: its arguments decide the variant, except those that its kernel does not specialise.
+    launch: its arguments decide the variant, except those that its kernel does not specialize.
     dtypes: of its tensors, which are aligned.
     """
     triton = importlib.import_module("triton")
@@ -233,15 +233,15 @@ def compile_for(capability: int, launch: Launch, dtypes: Sequence[torch.dtype]) 
     divisible = []
     values = [*dtypes, *launch.arguments.values()]
     for parameter, value in zip(launch.kernel.params, values, strict=True):
-        specialised = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and value == 1):
+        specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialized and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.dtype):
             signature[parameter.name] = _POINTERS[value]
             divisible.append(parameter.num)
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if specialised and value % 16 == 0:
+            if specialized and value % 16 == 0:
                 divisible.append(parameter.num)
     aligned = {(number,): [["tt.divisibility", 16]] for number in divisible}
     log = io.StringIO()

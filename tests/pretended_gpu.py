@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxint4.kernels.policy import Policy
-from fxint4.lowering.dense import lowered
+from fxint4.lowering.dense import our_lowerings
 
 _H200 = types.SimpleNamespace(
     name="NVIDIA H200",
@@ -114,7 +114,7 @@ def generated(
         pretended_gpu(),
         V.set_fake_mode(fake),
         V.set_debug_handler(DebugContext()),
-        lowered(Policy(kernel, cuda_graphs, package=package)),
+        our_lowerings(Policy(kernel, cuda_graphs, package=package)),
         _without_compiled_kernels() if package else contextlib.nullcontext(),
     ):
         graph = GraphLowering(

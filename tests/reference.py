@@ -1,4 +1,4 @@
-"""What a model compiled to int4 is compared with: plain eager code around the quantiser."""
+"""What a model compiled to int4 is compared with: plain eager code around the quantizer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def dequantised(weight: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     """What int4 leaves of a weight [N, K], rounded once to `dtype`; the groups lie along K."""
     made = quantize(weight.detach(), group_size)
     return dequantize(made.codes, made.scale, made.zero, group_size, dtype, weight.shape[1])
 
 
-def dequantised_copy(
+def dequantized_copy(
     model: nn.Module, records: Iterable[Record], dtype: torch.dtype = torch.float64
 ) -> nn.Module:
-    """A copy of a model whose packed weights hold their dequantised values.
+    """A copy of a model whose packed weights hold their dequantized values.
 
     Every module gets a parameter of its own, so a tied embedding keeps its original values while
-    the lm_head that shares its weight gets the dequantised ones. All parameters are converted to
-    `dtype`, the dequantised ones from fp32. Buffers stay as they are, as with `from_pretrained`:
+    the lm_head that shares its weight gets the dequantized ones. All parameters are converted to
+    `dtype`, the dequantized ones from fp32. Buffers stay as they are, as with `from_pretrained`:
     some (the frequencies of rotary embeddings) are fp32 in a model of any dtype.
 
     Args:
@@ -59,13 +59,13 @@ def dequantised_copy(
                 value = getattr(copied, name).detach().to(dtype)
             else:
                 found.add(id(parameter))
-                value = _dequantised_parameter(module, parameter.detach(), record, dtype)
+                value = _dequantized_parameter(module, parameter.detach(), record, dtype)
             setattr(copied, name, nn.Parameter(value, requires_grad=False))
     assert found == set(packed), [packed[key] for key in set(packed) - found]
     return twin
 
 
-def _dequantised_parameter(
+def _dequantized_parameter(
     module: nn.Module, parameter: Tensor, record: Record, dtype: torch.dtype
 ) -> Tensor:
     assert record.group_size is not None
@@ -79,7 +79,7 @@ def _dequantised_parameter(
     for matrix in matrices:
         matrix = matrix.t() if swapped else matrix
         assert matrix.shape == (record.n, record.k), record
-        one = dequantised(matrix, record.group_size, dtype)
+        one = dequantized(matrix, record.group_size, dtype)
         made.append(one.t() if swapped else one)
     return torch.stack(made).view_as(parameter)
 

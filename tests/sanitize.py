@@ -40,7 +40,7 @@ def launches(part: int, parts: int, kinds: Collection[str] = KINDS) -> int:
             if b and not has_room(b):
                 continue
             m = 2 * b.rows - 3 if b else 40
-            choice = fitted(b, m, ns) if b else Choice("dequantise")
+            choice = fitted(b, m, ns) if b else Choice("dequantize")
             for _ in range(2):  # the second uses the counters that the first leaves behind
                 made.times(torch.randn(m, k, device="cuda").to(dtype), choice)
             count += 1

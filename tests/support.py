@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from reference import dequantised
+from reference import dequantized
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Record, Report
-from fxint4.graph.constants import Constants, Standing
+from fxint4.graph.constants import Constants, Role
 from fxint4.passes.find import find
 from fxint4.passes.patterns import PATTERNS
 from fxint4.passes.rewrite import Rewritten, rewrite
 from fxint4.passes.site import Site
-from fxint4.weights.cache import store
+from fxint4.weights.cache import weight_cache
 from fxint4.weights.expression import AXES
-from fxint4.weights.formats import Form
+from fxint4.weights.formats import Format
 
 __all__ = [
     "Captured",
@@ -34,7 +34,7 @@ __all__ = [
     "check_exact",
     "check_rewritten",
     "compile_and_report",
-    "dequantised",
+    "dequantized",
     "int4_matmuls",
     "kept",
     "kept_record",
@@ -61,7 +61,7 @@ FP16_HALF_DENORMAL = 2.0**-25
 def rounding(k: int, roundings: int = 4) -> float:
     """Most that roundings move a sum of k products, as a share of the sum of their magnitudes.
 
-    The int4 op rounds x to bf16 (where it is not already), may round each dequantised w to bf16,
+    The int4 op rounds x to bf16 (where it is not already), may round each dequantized w to bf16,
     multiplies exactly or with one fp32 rounding, adds in fp32 and rounds y to bf16; adding a bias
     rounds a fourth time. Each rounding multiplies a term by some 1 + d: |d| <= 2^-8 for bf16 (fp16
     and fp32 round less), |d| <= 2^-24 for each of the k fp32 additions, the product, and the two
@@ -84,7 +84,7 @@ def rounding_bound(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., K].
-        w: the dequantised weight [N, K].
+        w: the dequantized weight [N, K].
         bias: broadcast against [..., N].
 
     Returns:
@@ -113,7 +113,7 @@ def assert_nearer(y: Tensor, expected: Tensor, other: Tensor) -> None:
 
     For models of several layers, whose worst-case bounds add up to more than int4 moves the result:
     bf16 rounds far more finely than int4, so the compiled model is nearer to the one
-    with dequantised weights than to the original.
+    with dequantized weights than to the original.
     """
     assert (y.double() - expected).norm() < (y.double() - other).norm()
 
@@ -254,7 +254,7 @@ def assert_rounded(
     weights: Mapping[str, str],
     roundings: int = 4,
 ) -> None:
-    """`y` is what the model gives in float64 with dequantised weights, but for rounding.
+    """`y` is what the model gives in float64 with dequantized weights, but for rounding.
 
     A model of matmuls and sums alone, run on the magnitudes of its parameters and inputs, gives
     the sum of magnitudes that `rounding` asks for.
@@ -281,7 +281,7 @@ def reference_model(model: nn.Module, report: Report, weights: Mapping[str, str]
         assert group_size is not None
         matrix = AXES[axes](model.get_parameter(name).detach())
         target = made.get_parameter(name).data
-        target.copy_(_like(dequantised(matrix, group_size, torch.float64), target, axes))
+        target.copy_(_like(dequantized(matrix, group_size, torch.float64), target, axes))
     return made
 
 
@@ -395,15 +395,15 @@ class Captured:
         gm = traced(*weights, *inputs)
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         tensors = dict(zip(nodes, weights, strict=False))
-        constants = Constants(gm, dict.fromkeys(tensors, Standing.WEIGHT))
+        constants = Constants(gm, dict.fromkeys(tensors, Role.WEIGHT))
         names = {node: f"w{number}" for number, node in enumerate(tensors)}
         found = find(gm, PATTERNS, constants, tensors, names, Int4Config())
         return Captured(gm, tensors, [site for site in found if isinstance(site, Site)])
 
-    def rewrite(self, *forms: Form | None, config: Int4Config | None = None) -> Rewritten:
+    def rewrite(self, *formats: Format | None, config: Int4Config | None = None) -> Rewritten:
         value = next(iter(self.weights)).meta["val"]
         config = config or Int4Config()
-        return rewrite(self.gm, self.sites, forms, config, list(self.weights), value.fake_mode)
+        return rewrite(self.gm, self.sites, formats, config, list(self.weights), value.fake_mode)
 
     def run(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
         """Run a rewritten graph as the runtime does."""
@@ -416,9 +416,9 @@ class Captured:
         arguments = [given[position] for position in rewritten.kept_inputs]
         for slot in rewritten.slots:
             roots = [self.weights[root] for root in slot.weight.roots]
-            packed = store.find(slot.weight, roots, slot.shape)
-            store.fold(packed, [slot.form], roots)
-            arguments += packed.forms[slot.form]
+            packed = weight_cache.find(slot.weight, roots, slot.shape)
+            weight_cache.fold(packed, [slot.format], roots)
+            arguments += packed.formats[slot.format]
         return arguments
 
 
@@ -437,7 +437,7 @@ def propagated(
     roundings of everything between the layers.
 
     Args:
-        model: in float64, packed weights dequantised; its slow path is taken.
+        model: in float64, packed weights dequantized; its slow path is taken.
         inputs: in float64.
         monkeypatch: pytest's.
     """

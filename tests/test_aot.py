@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_within, dequantised, module, rounding_bound
+from support import assert_within, dequantized, module, rounding_bound
 from torch import Tensor, nn
 from torch._inductor import aoti_load_package
 from torch._subclasses import FakeTensor
@@ -49,7 +49,7 @@ class Views(nn.Module):
 
 def views_expected(model: Views, x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """What `Views` gives for a scale of 2, with the bound on the error of the first."""
-    w = dequantised(model.w, group_size, torch.float64)
+    w = dequantized(model.w, group_size, torch.float64)
     return 2 * x.double() @ w.t(), 2 * rounding_bound(x, w), x * model.kept.detach()
 
 
@@ -275,8 +275,8 @@ def test_packed_experts_are_refused_in_a_package_for_the_cpu() -> None:
 def test_experts_are_packed_where_a_package_has_their_kernel(
     compiled: list[torch.export.ExportedProgram], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in ("export", "aot"):
-        monkeypatch.setattr(f"fxint4.{room}.package_fault", lambda _: None)
+    for way in ("export", "package"):
+        monkeypatch.setattr(f"fxint4.frontends.{way}.package_fault", lambda _: None)
     model, x = experts(), torch.randn(4, 3, K)
     captured = export(model, (x,))
     fxint4.package(captured, "model.pt2")
@@ -373,7 +373,7 @@ def test_fused_projections_and_dtypes_in_a_package(dtype: torch.dtype, tmp_path:
     report = fxint4.last_report()
     assert report is not None
     assert [record.fused_with for record in report.records] == [("k",), ("q",)]
-    weights = [dequantised(w.detach(), 128, torch.float64) for w in (model.q, model.k)]
+    weights = [dequantized(w.detach(), 128, torch.float64) for w in (model.q, model.k)]
     data = tmp_path / "data.pt"
     torch.save([torch.randn(m, 128, device="cuda", dtype=dtype) for m in (2, 40, 300)], data)
     results = tmp_path / "results.pt"

@@ -1,4 +1,4 @@
-"""Tiny models of real architectures, with random weights, against eager dequantised copies.
+"""Tiny models of real architectures, with random weights, against eager dequantized copies.
 
 An architecture is one entry of `ARCHITECTURES`. Nothing is downloaded.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import dequantised_copy, in_features_first, matmul_parameters, relative_error
+from reference import dequantized_copy, in_features_first, matmul_parameters, relative_error
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -109,10 +109,10 @@ class Architecture:
 
     def model(self, dtype: torch.dtype, device: str) -> nn.Module:
         config = getattr(transformers, self.config_class)(**self.config)
-        torch.manual_seed(self.seed)  # for what `randomise` leaves as it is
+        torch.manual_seed(self.seed)  # for what `randomize` leaves as it is
         chosen = {"experts_implementation": self.experts} if self.experts else {}
         model = getattr(transformers, self.model_class)._from_config(config, dtype=dtype, **chosen)
-        randomise(model, self.small, self.seed)
+        randomize(model, self.small, self.seed)
         return model.to(device).eval()
 
 
@@ -385,7 +385,7 @@ ARCHITECTURES = {
 }
 
 
-def randomise(model: nn.Module, small: Mapping[str, float], seed: int) -> None:
+def randomize(model: nn.Module, small: Mapping[str, float], seed: int) -> None:
     """Weights that let every layer count: unit gain, and biases and norms that are not trivial.
 
     The same ones, but for rounding, in every dtype and whatever drew random numbers before.
@@ -439,8 +439,8 @@ def bound_of(near: Tensor, exact: Tensor) -> float:
 def yardstick(records: Sequence[fxint4.Record], dtype: torch.dtype) -> torch.dtype:
     """The dtype to which the compiled model rounds: bf16 as soon as it uses an int4 op.
 
-    The int4 ops compute in bf16 whatever the dtype of the model (`fxint4.weights.formats`). Only a model in
-    which every weight is multiplied as a dense copy stays in its own dtype throughout.
+    The int4 ops compute in bf16 whatever the dtype of the model (`fxint4.weights.formats`). Only a
+    model in which every weight is multiplied as a dense copy stays in its own dtype throughout.
     """
     all_dense = all(record.dense_bytes for record in records if record.action == "packed")
     return dtype if all_dense else torch.bfloat16
@@ -541,7 +541,7 @@ def compare(outputs: Tensor, near: Tensor, exact: Tensor, original: Tensor) -> N
 
 
 class Eager:
-    """A copy of a model in some dtype, its packed weights dequantised, and arguments for it."""
+    """A copy of a model in some dtype, its packed weights dequantized, and arguments for it."""
 
     def __init__(
         self,
@@ -552,7 +552,7 @@ class Eager:
         inputs: Inputs,
     ) -> None:
         self.arch = arch
-        self.model = dequantised_copy(model, records, dtype)
+        self.model = dequantized_copy(model, records, dtype)
         if arch.experts and dtype is torch.float64:  # no other way takes it
             self.model.set_experts_implementation("eager")
         self.inputs = cast(inputs, dtype)
@@ -684,7 +684,7 @@ def own_warnings(test: Callable[..., None]) -> Callable[..., None]:
 
 @own_warnings
 @pytest.mark.parametrize(("arch", "dtype"), cases(lambda arch: arch.dtypes))
-def test_equals_eager_with_dequantised_weights(arch: Architecture, dtype: torch.dtype) -> None:
+def test_equals_eager_with_dequantized_weights(arch: Architecture, dtype: torch.dtype) -> None:
     if arch.broken_in and torch.__version__.startswith(f"{arch.broken_in}."):
         pytest.skip(f"Inductor of torch {arch.broken_in} corrupts memory with it, plain as well")
     check(arch, dtype, "cpu")
@@ -739,7 +739,7 @@ def hold(
     records: Sequence[fxint4.Record],
     inputs: Inputs,
 ) -> None:
-    """`run` gives what the original gives with its packed weights dequantised."""
+    """`run` gives what the original gives with its packed weights dequantized."""
     dtype = torch.bfloat16
     near, exact = (
         Eager(arch, original, records, one, inputs).forward() for one in (dtype, torch.float64)

@@ -27,11 +27,11 @@ import fxint4
 from fxint4 import Int4TileTensor
 from fxint4._pytorch.aot import compile_fx, mark_boxed, outer_input, warn_if_untested
 from fxint4.quant.primitives import dequantize, quantize
-from fxint4.weights.cache import store
+from fxint4.weights.cache import weight_cache
 
 K, N, GROUP = 128, 64, 64
 OPTIONS = {"group_size": GROUP}
-#: x, the dequantised weight, the product and its sum with the bias are each rounded to bf16, whose
+#: x, the dequantized weight, the product and its sum with the bias are each rounded to bf16, whose
 #: unit roundoff is 2^-8: together (1 + 2^-8)^4 - 1, and fp32 accumulation adds K * 2^-24.
 ROUNDING = (1 + 2.0**-8) ** 4 - 1 + K * 2.0**-24
 
@@ -68,7 +68,7 @@ def linear() -> nn.Linear:
 
 def packed_count() -> int:
     gc.collect()
-    return len(store)
+    return len(weight_cache)
 
 
 # --- weights are looked up at every call ---------------------------------------------------------
@@ -140,11 +140,11 @@ def test_an_update_is_folded_into_the_same_memory(x: Tensor) -> None:
     compiled = int4(model)
     with torch.no_grad():
         compiled(x)
-        [packed] = store.of(model.weight)
-        addresses = [t.data_ptr() for form in packed.forms.values() for t in form]
+        [packed] = weight_cache.of(model.weight)
+        addresses = [t.data_ptr() for form in packed.formats.values() for t in form]
         in_place(model)
         compiled(x)
-    assert addresses == [t.data_ptr() for form in packed.forms.values() for t in form]
+    assert addresses == [t.data_ptr() for form in packed.formats.values() for t in form]
 
 
 @pytest.mark.compiles
@@ -251,7 +251,7 @@ def test_packed_weights_go_with_their_model(x: Tensor) -> None:
 
 
 @pytest.mark.compiles
-def test_rows_may_cross_from_the_int4_op_to_the_dequantised_copy() -> None:
+def test_rows_may_cross_from_the_int4_op_to_the_dequantized_copy() -> None:
     model = nn.Linear(K, N).bfloat16().eval()
     compiled = int4(model, dynamic=True)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_rows_may_cross_from_the_int4_op_to_the_dequantised_copy() -> None:
             assert_linear(compiled(batch), batch, model.weight, model.bias)
 
 
-# --- what must never be quantised ----------------------------------------------------------------
+# --- what must never be quantized ----------------------------------------------------------------
 
 
 class Cached(nn.Module):

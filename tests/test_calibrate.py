@@ -77,7 +77,7 @@ def K_of(x: Tensor) -> int:
 
 
 def assert_statistics(statistics: Statistics, rows: Tensor) -> None:
-    """Sums over so many rows of products that were rounded once each, in fp32."""
+    """ActivationSums over so many rows of products that were rounded once each, in fp32."""
     x = rows.double()
     bound = 2 * len(x) * EPSILON
     moments = x.t() @ x
@@ -281,16 +281,16 @@ def test_layers_that_are_not_packed_are_not_calibrated() -> None:
 
 
 @pytest.mark.parametrize("make", [Broken, Attention])
-def test_later_layers_see_what_quantised_ones_give(make: Callable[[], nn.Module]) -> None:
+def test_later_layers_see_what_quantized_ones_give(make: Callable[[], nn.Module]) -> None:
     model = make().eval()
     batches = [noise(2, 40, K, seed=seed) for seed in range(3)]
     options = {"method": "gptq", "group_size": 32}
     calibration = fxint4.calibrate(model, batches, options, sequential=True)
 
     last = "second" if make is Broken else "out"
-    quantised = copy.deepcopy(model)
-    fxint4.pack_(quantised, options={**options, "calibration": calibration, "skip": [last]})
-    rows = seen_by_hooks(quantised, batches)[f"{last}.weight"]
+    quantized = copy.deepcopy(model)
+    fxint4.pack_(quantized, options={**options, "calibration": calibration, "skip": [last]})
+    rows = seen_by_hooks(quantized, batches)[f"{last}.weight"]
     own = seen_by_hooks(model, batches)[f"{last}.weight"]
     found = calibration[f"{last}.weight"].second_moments.double()
     # The packed model's op rounds activations to bf16; calibration does not.
@@ -308,10 +308,10 @@ def test_sequential_batches_have_one_shape() -> None:
 # --- what it is good for -------------------------------------------------------------------------
 
 
-def output_error(model: nn.Module, quantised: Callable[..., Any], x: Tensor) -> float:
+def output_error(model: nn.Module, quantized: Callable[..., Any], x: Tensor) -> float:
     with torch.no_grad():
         y = model(x).double()
-        return float((quantised(x).double() - y).norm() / y.norm())
+        return float((quantized(x).double() - y).norm() / y.norm())
 
 
 ROUTES: dict[str, Callable[[nn.Module, Tensor, dict[str, Any]], Callable[..., Any]]] = {}

@@ -31,12 +31,12 @@ FP32 = 2.0**-24
 Tensors = dict[str, Tensor]
 
 
-# --- what is quantised ---------------------------------------------------------------------------
+# --- what is quantized ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A quantised weight, before any format packs it.
+class Quantized:
+    """A quantized weight, before any format packs it.
 
     codes: int64 [N, K], 0..15.
     scale: [N, groups], the dtype that is stored.
@@ -73,7 +73,7 @@ class Quantised:
         return BF16 * own * self.scales
 
 
-def quantised(
+def quantized(
     n: int,
     k: int,
     group_size: int,
@@ -82,7 +82,7 @@ def quantised(
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
     exact: bool = False,
-) -> Quantised:
+) -> Quantized:
     """Random codes and parameters; `exact` ones are not changed when they are stored in bf16."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size)
@@ -93,7 +93,7 @@ def quantised(
     if symmetric:
         zero_point.fill_(8)
     codes = torch.randint(0, 16, (n, k), generator=generator)
-    return Quantised(codes, scale, zero_point, torch.arange(k) // group_size)
+    return Quantized(codes, scale, zero_point, torch.arange(k) // group_size)
 
 
 def in_words(numbers: Tensor, order: Sequence[int] = range(8)) -> Tensor:
@@ -111,7 +111,7 @@ def in_words(numbers: Tensor, order: Sequence[int] = range(8)) -> Tensor:
 # --- the formats ---------------------------------------------------------------------------------
 
 
-def gptq(made: Quantised, *, version: int = 1) -> Tensors:
+def gptq(made: Quantized, *, version: int = 1) -> Tensors:
     """qweight [K/8, N], qzeros [groups, N/8], scales [groups, N], g_idx [K]."""
     zeros = in_words(made.zero_point.T.contiguous())
     if version == 1:  # GPTQModel takes one from every number by subtracting whole words
@@ -126,7 +126,7 @@ def gptq(made: Quantised, *, version: int = 1) -> Tensors:
     }
 
 
-def awq(made: Quantised) -> Tensors:
+def awq(made: Quantized) -> Tensors:
     """qweight [K, N/8], qzeros [groups, N/8], scales [groups, N]."""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     return {
@@ -136,7 +136,7 @@ def awq(made: Quantised) -> Tensors:
     }
 
 
-def compressed(made: Quantised, *, early: bool = False) -> Tensors:
+def compressed(made: Quantized, *, early: bool = False) -> Tensors:
     """weight_packed [N, K/8], weight_scale [N, groups]; zero points where they are not all 8."""
     tensors = {
         "weight_packed": in_words(made.codes),
@@ -169,7 +169,7 @@ def compressed_config(**weights: Any) -> dict[str, Any]:
 class Case:
     """One way to write a layer, and what its config says."""
 
-    write: Callable[[Quantised], Tensors]
+    write: Callable[[Quantized], Tensors]
     config: Mapping[str, Any]
     group_size: int = 128
     symmetric: bool = False
@@ -241,7 +241,7 @@ def under(prefix: str, tensors: Tensors) -> Tensors:
 
 
 class Layer(nn.Module):
-    """One layer to be quantised and one that stays, a parameter and a buffer."""
+    """One layer to be quantized and one that stays, a parameter and a buffer."""
 
     def __init__(self, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -260,8 +260,8 @@ def plain_tensors(n: int, dtype: torch.dtype = torch.float16) -> Tensors:
     return {**made, "steps": torch.tensor(7)}
 
 
-def write_layer(folder: Path, case: Case, *, with_config: bool = True) -> Quantised:
-    made = quantised(case.n, case.k, case.group_size, symmetric=case.symmetric, dtype=case.dtype)
+def write_layer(folder: Path, case: Case, *, with_config: bool = True) -> Quantized:
+    made = quantized(case.n, case.k, case.group_size, symmetric=case.symmetric, dtype=case.dtype)
     tensors = {**under("fc", case.write(made)), **plain_tensors(case.n)}
     write_folder(folder, tensors, case.config if with_config else None)
     return made
@@ -333,7 +333,7 @@ def test_a_config_may_be_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
-def test_the_quantisers_own_config_is_read(name: str, tmp_path: Path) -> None:
+def test_the_quantizers_own_config_is_read(name: str, tmp_path: Path) -> None:
     case = CASES["awq, groups of 64"]
     write_layer(tmp_path, case, with_config=False)
     (tmp_path / name).write_text(json.dumps({"w_bit": 3, "q_group_size": 64, "version": "GEMM"}))
@@ -342,7 +342,7 @@ def test_the_quantisers_own_config_is_read(name: str, tmp_path: Path) -> None:
 
 
 def test_zero_points_of_zero_that_borrowed(tmp_path: Path) -> None:
-    made = quantised(48, 512, 128)
+    made = quantized(48, 512, 128)
     zero_point = made.zero_point.clone()
     zero_point[::3] = 0
     made = replace(made, zero_point=zero_point)
@@ -355,7 +355,7 @@ def test_zero_points_of_zero_that_borrowed(tmp_path: Path) -> None:
 
 def test_weights_of_transformers_conv1d(tmp_path: Path) -> None:
     utils = pytest.importorskip("transformers.pytorch_utils")
-    made = quantised(48, 512, 128)
+    made = quantized(48, 512, 128)
     write_folder(tmp_path, {**under("0", gptq(made)), "0.bias": torch.zeros(48)}, GPTQ)
     model = nn.Sequential(utils.Conv1D(48, 512))  # its weight is [K, N]
     fxint4.load_(model, tmp_path)
@@ -366,13 +366,13 @@ def test_weights_of_transformers_conv1d(tmp_path: Path) -> None:
 # --- the order of activations --------------------------------------------------------------------
 
 
-def reordered(made: Quantised, group_of: Tensor) -> Quantised:
+def reordered(made: Quantized, group_of: Tensor) -> Quantized:
     return replace(made, group_of=group_of)
 
 
 def test_groups_in_another_order_are_exact(tmp_path: Path) -> None:
     order = torch.tensor([2, 0, 3, 1])
-    made = reordered(quantised(48, 512, 128), order.repeat_interleave(128))
+    made = reordered(quantized(48, 512, 128), order.repeat_interleave(128))
     write_folder(tmp_path, under("0", gptq(made)), {**GPTQ, "desc_act": True})
     model = nn.Sequential(nn.Linear(512, 48, bias=False))
     fxint4.load_(model, tmp_path)
@@ -387,10 +387,10 @@ def test_groups_in_another_order_are_exact(tmp_path: Path) -> None:
     ],
 )
 def test_the_order_of_activations_is_refused(
-    write: Callable[[Quantised], Tensors], config: Any, index: str, tmp_path: Path
+    write: Callable[[Quantized], Tensors], config: Any, index: str, tmp_path: Path
 ) -> None:
     mixed = torch.randperm(512, generator=torch.Generator().manual_seed(0)) // 128
-    made = reordered(quantised(48, 512, 128), mixed)
+    made = reordered(quantized(48, 512, 128), mixed)
     tensors = {**write(made), index: mixed.to(torch.int32)}
     write_folder(tmp_path, under("layers.0.fc", tensors), config)
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(512, 48)})])})
@@ -400,7 +400,7 @@ def test_the_order_of_activations_is_refused(
 
 
 def test_an_order_that_is_not_in_use(tmp_path: Path) -> None:
-    tensors = compressed(quantised(48, 512, 128))
+    tensors = compressed(quantized(48, 512, 128))
     unused = torch.full((512,), -1, dtype=torch.int32)
     write_folder(tmp_path, under("0", {**tensors, "weight_g_idx": unused}))
     write_folder(tmp_path / "plain", under("0", tensors))
@@ -423,7 +423,7 @@ def tiled(weight: Int4TileTensor, kind: str = "Int4TilePackedTo4dTensor") -> tup
 
 
 def padded_to_1024(n: int, k: int) -> Int4TileTensor:
-    """What torchao makes of a weight: K is padded to 1024, and the pad quantised with the rest."""
+    """What torchao makes of a weight: K is padded to 1024, and the pad quantized with the rest."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (n, 1024), generator=generator).to(torch.uint8)
     scale = torch.rand(n, 8, generator=generator) + 0.5
@@ -587,7 +587,7 @@ def with_infinity(tensors: Tensors) -> Tensors:
     return changed(tensors, scales=scales)
 
 
-MADE = quantised(48, 512, 128)
+MADE = quantized(48, 512, 128)
 ACTIVATIONS = compressed_config(group_size=128)
 ACTIVATIONS["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
 
@@ -605,23 +605,23 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
         r"fc \(GPTQ\): qweight is torch.int32 \(128, 48\); here it must be .*\(64, 48\)",
     ),
     "gptq of another layer": (
-        gptq(quantised(48, 256, 128)),
+        gptq(quantized(48, 256, 128)),
         GPTQ,
         r"qweight is .* \(32, 48\); .* the model has another shape",
     ),
     "gptq without zeros": (changed(gptq(MADE), qzeros=None), GPTQ, "fc.qweight but no fc.qzeros"),
     "gptq of the other version": (
-        gptq(quantised(48, 512, 128, symmetric=True), version=2),
+        gptq(quantized(48, 512, 128, symmetric=True), version=2),
         {**GPTQ, "sym": True},
         "fc .*says sym, but not all zero points are 8 when they are read as gptq: ",
     ),
     "groups of 16": (
-        gptq(quantised(48, 512, 16)),
+        gptq(quantized(48, 512, 16)),
         {**GPTQ, "group_size": 16},
-        "Quantise with groups of a multiple of 32, not 16",
+        "Quantize with groups of a multiple of 32, not 16",
     ),
     "groups that do not divide": (
-        changed(gptq(quantised(48, 512, 100)), g_idx=None),
+        changed(gptq(quantized(48, 512, 100)), g_idx=None),
         GPTQ,
         r"6 groups do not divide 512 columns; the config's group sizes are \[128\]",
     ),
@@ -647,7 +647,7 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
         {**compressed_config(), "format": "marlin-24"},
         "in the format 'marlin-24'",
     ),
-    "quantised activations": (compressed(MADE), ACTIVATIONS, "activations are quantised too"),
+    "quantized activations": (compressed(MADE), ACTIVATIONS, "activations are quantized too"),
     "transforms": (
         compressed(MADE),
         {**compressed_config(), "transform_config": {"config_groups": {"R1": {}}}},
@@ -670,7 +670,7 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
 def test_what_tiles_cannot_hold_is_refused_and_changes_nothing(name: str, tmp_path: Path) -> None:
     tensors, config, message = REFUSED[name]
     write = awq if "awq" in name else gptq if "qweight" in tensors else compressed
-    good = under("good", write(quantised(48, 512, 128, symmetric=config.get("sym") is True)))
+    good = under("good", write(quantized(48, 512, 128, symmetric=config.get("sym") is True)))
     model = nn.ModuleDict({layer: nn.Linear(512, 48, bias=False) for layer in ("good", "fc")})
     before = {name: (value, value.clone()) for name, value in model.named_parameters()}
     write_folder(tmp_path, {**good, **under("fc", tensors)}, config)
@@ -682,7 +682,7 @@ def test_what_tiles_cannot_hold_is_refused_and_changes_nothing(name: str, tmp_pa
 
 
 def test_int4_goes_into_layers_that_multiply_only(tmp_path: Path) -> None:
-    write_folder(tmp_path, under("0", gptq(quantised(512, 48, 48))), GPTQ)
+    write_folder(tmp_path, under("0", gptq(quantized(512, 48, 48))), GPTQ)
     with pytest.raises(CheckpointError, match=r"0\.weight is a parameter of Embedding; int4"):
         fxint4.load_(nn.Sequential(nn.Embedding(512, 48)), tmp_path)
 
@@ -811,7 +811,7 @@ def test_a_config_that_is_damaged(text: str, tmp_path: Path) -> None:
 )
 def test_a_config_that_makes_no_sense(config: Any, tmp_path: Path) -> None:
     write_folder(tmp_path, {**under("fc", compressed(MADE)), **plain_tensors(48)}, config)
-    with pytest.raises(CheckpointError, match="the quantiser's config can't be read"):
+    with pytest.raises(CheckpointError, match="the quantizer's config can't be read"):
         fxint4.load_(Layer(48, 512), tmp_path)
 
 
@@ -869,7 +869,7 @@ def test_a_checkpoint_without_int4(tmp_path: Path) -> None:
     report = fxint4.load_(model, tmp_path)
     assert torch.equal(model.fc.weight, written.fc.weight)
     [record] = report.records
-    assert (record.action, record.reason) == ("kept", "not quantised in the checkpoint")
+    assert (record.action, record.reason) == ("kept", "not quantized in the checkpoint")
 
 
 # --- where it goes -------------------------------------------------------------------------------
@@ -919,7 +919,7 @@ def test_one_layer_at_a_time(tmp_path: Path) -> None:
     layers, n, k = 12, 512, 512
     tensors: Tensors = {}
     for layer in range(layers):
-        tensors.update(under(str(layer), gptq(quantised(n, k, 128, seed=layer))))
+        tensors.update(under(str(layer), gptq(quantized(n, k, 128, seed=layer))))
     write_folder(tmp_path, tensors, GPTQ)
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(k, n, bias=False) for _ in range(layers)))
@@ -955,7 +955,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert model.head.weight is model.embed.weight
 
 
-def test_a_head_that_is_quantised_is_no_longer_tied(tmp_path: Path) -> None:
+def test_a_head_that_is_quantized_is_no_longer_tied(tmp_path: Path) -> None:
     table = torch.randn(48, 512).bfloat16()
     write_folder(tmp_path, {"embed.weight": table, **under("head", gptq(MADE))}, GPTQ)
     model = Tied()
@@ -983,7 +983,7 @@ class Llama:
     bound: float
 
 
-def llama(write: Callable[[Quantised], Tensors], folder: Path) -> Llama:
+def llama(write: Callable[[Quantized], Tensors], folder: Path) -> Llama:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=99,
@@ -1003,7 +1003,7 @@ def llama(write: Callable[[Quantised], Tensors], folder: Path) -> Llama:
             if name == "lm_head" or getattr(module, "weight", None) is None:
                 continue
             if isinstance(module, nn.Linear):
-                made = quantised(*module.weight.shape, 32, seed=seed, exact=True)
+                made = quantized(*module.weight.shape, 32, seed=seed, exact=True)
                 module.weight.copy_(made.weight)
                 tensors.update(under(name, write(made)))
             else:
@@ -1029,7 +1029,7 @@ def llama(write: Callable[[Quantised], Tensors], folder: Path) -> Llama:
 
 
 @pytest.mark.parametrize("write", [gptq, awq, compressed])
-def test_a_model_of_transformers(write: Callable[[Quantised], Tensors], tmp_path: Path) -> None:
+def test_a_model_of_transformers(write: Callable[[Quantized], Tensors], tmp_path: Path) -> None:
     case = llama(write, tmp_path)
     with torch.no_grad():
         assert relative_error(case.model(case.ids).logits, case.expected) <= case.bound

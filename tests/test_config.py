@@ -95,7 +95,7 @@ BAD_VALUES = [
     (
         "kernel",
         "cublas",
-        "kernel is 'cublas'; it takes one of None, 'triton', 'cuda', 'dequantise', 'aten'",
+        "kernel is 'cublas'; it takes one of None, 'triton', 'cuda', 'dequantize', 'aten'",
     ),
 ]
 
@@ -359,11 +359,11 @@ def test_one_budget_at_a_time() -> None:
 def test_a_budget_is_settled_by_its_own_calibration() -> None:
     trade = Trade("target_error=0.1", 0.09, 100)
     chosen = Calibration({}, {"a.weight": Choice(64, "mse"), "b.weight": Choice(None)}, trade)
-    assert Int4Config().is_settled
-    assert not Int4Config(target_error=0.1).is_settled
-    assert not Int4Config(target_error=0.2, calibration=chosen).is_settled
+    assert Int4Config().has_choices
+    assert not Int4Config(target_error=0.1).has_choices
+    assert not Int4Config(target_error=0.2, calibration=chosen).has_choices
     config = Int4Config(target_error=0.1, calibration=chosen)
-    assert config.is_settled
+    assert config.has_choices
     of_a = config.of("a", ["a.weight"], "a.weight")
     assert (of_a.group_size, of_a.method, of_a.budget) == (64, "mse", None)
     assert config.kept_by_budget("a.weight") is None

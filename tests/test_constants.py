@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxint4.graph.constants import Constants, Standing
-from fxint4.graph.placeholders import standing_of
+from fxint4.graph.constants import Constants, Role
+from fxint4.graph.placeholders import role_of
 from fxint4.weights.expression import AXES, Weight
 
 aten = torch.ops.aten
 
-VARIES, HELPER, WEIGHT = Standing.VARIES, Standing.HELPER, Standing.WEIGHT
+VARIES, HELPER, WEIGHT = Role.VARIES, Role.HELPER, Role.WEIGHT
 N, K = 6, 4
 
 
@@ -25,18 +25,18 @@ def capture(function: Callable[..., Any], *examples: Any, mode: str = "real") ->
     return make_fx(function, tracing_mode=mode)(*examples)
 
 
-def judged(gm: fx.GraphModule, *standings: Standing) -> tuple[Constants, fx.Node]:
-    """The standings in a graph whose placeholders stand as given, and the node it returns."""
+def judged(gm: fx.GraphModule, *roles: Role) -> tuple[Constants, fx.Node]:
+    """The roles in a graph whose placeholders stand as given, and the node it returns."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     [result] = gm.graph.output_node().all_input_nodes
-    return Constants(gm, dict(zip(placeholders, standings, strict=True))), result
+    return Constants(gm, dict(zip(placeholders, roles, strict=True))), result
 
 
-def standing(function: Callable[..., Any], *inputs: tuple[Any, Standing]) -> Standing:
-    """What becomes of inputs of these standings."""
-    examples, standings = zip(*inputs, strict=True)
-    constants, result = judged(capture(function, *examples), *standings)
-    return constants._standing[result]
+def role(function: Callable[..., Any], *inputs: tuple[Any, Role]) -> Role:
+    """What becomes of inputs of these roles."""
+    examples, roles = zip(*inputs, strict=True)
+    constants, result = judged(capture(function, *examples), *roles)
+    return constants._role[result]
 
 
 def weight_of(function: Callable[..., Tensor], *examples: Tensor, axes: str = "NK") -> Weight:
@@ -47,17 +47,17 @@ def weight_of(function: Callable[..., Tensor], *examples: Tensor, axes: str = "N
 
 
 @pytest.fixture
-def w() -> tuple[Tensor, Standing]:
+def w() -> tuple[Tensor, Role]:
     return torch.randn(N, K), WEIGHT
 
 
 @pytest.fixture
-def b() -> tuple[Tensor, Standing]:
+def b() -> tuple[Tensor, Role]:
     return torch.randn(N, K), HELPER
 
 
 @pytest.fixture
-def x() -> tuple[Tensor, Standing]:
+def x() -> tuple[Tensor, Role]:
     return torch.randn(N, K), VARIES
 
 
@@ -65,27 +65,27 @@ def x() -> tuple[Tensor, Standing]:
 
 
 def test_parameters_alone_make_a_weight(w: Any) -> None:
-    assert standing(lambda w: w.t().to(torch.bfloat16)[1:3], w) is WEIGHT
-    assert standing(lambda w, v: torch.cat([w, 2 * v]), w, w) is WEIGHT
-    assert standing(lambda w, v: w + v @ w.t() @ v, w, w) is WEIGHT
+    assert role(lambda w: w.t().to(torch.bfloat16)[1:3], w) is WEIGHT
+    assert role(lambda w, v: torch.cat([w, 2 * v]), w, w) is WEIGHT
+    assert role(lambda w, v: w + v @ w.t() @ v, w, w) is WEIGHT
 
 
 def test_buffers_alone_make_no_weight_but_help_to_make_one(w: Any, b: Any) -> None:
-    assert standing(lambda b: 2 * b, b) is HELPER
-    assert standing(lambda w, b: w * b, w, b) is WEIGHT
-    assert standing(lambda b, w: b - w, b, w) is WEIGHT
+    assert role(lambda b: 2 * b, b) is HELPER
+    assert role(lambda w, b: w * b, w, b) is WEIGHT
+    assert role(lambda b, w: b - w, b, w) is WEIGHT
 
 
 def test_activations_make_neither(w: Any, b: Any, x: Any) -> None:
-    assert standing(lambda x: 2 * x, x) is VARIES
-    assert standing(lambda w, x: w * x, w, x) is VARIES
-    assert standing(lambda w, b, x: w * b * x, w, b, x) is VARIES
+    assert role(lambda x: 2 * x, x) is VARIES
+    assert role(lambda w, x: w * x, w, x) is VARIES
+    assert role(lambda w, b, x: w * b * x, w, b, x) is VARIES
 
 
 def test_what_is_made_from_numbers_helps(w: Any) -> None:
-    assert standing(lambda w: torch.full((N, K), 2.0), w) is HELPER
-    assert standing(lambda w: torch.arange(K), w) is HELPER
-    assert standing(lambda w: w * torch.arange(K), w) is WEIGHT
+    assert role(lambda w: torch.full((N, K), 2.0), w) is HELPER
+    assert role(lambda w: torch.arange(K), w) is HELPER
+    assert role(lambda w: w * torch.arange(K), w) is WEIGHT
 
 
 def test_a_placeholder_that_is_not_named_varies() -> None:
@@ -115,9 +115,9 @@ def test_a_float_buffer_that_meets_a_parameter_in_a_matmul_is_an_activation(op: 
         getattr(aten, op).default
     ]
 
-    def outcome(*standings: Standing) -> Standing:
-        constants, result = judged(gm, *standings)
-        return constants._standing[result]
+    def outcome(*roles: Role) -> Role:
+        constants, result = judged(gm, *roles)
+        return constants._role[result]
 
     count = len(shapes)
     assert outcome(*[WEIGHT] * count) is WEIGHT
@@ -129,12 +129,12 @@ def test_a_float_buffer_that_meets_a_parameter_in_a_matmul_is_an_activation(op: 
 
 
 @pytest.mark.parametrize("vector", [WEIGHT, HELPER, VARIES])
-def test_a_weight_may_be_scaled_by_what_it_makes_of_a_vector(vector: Standing, w: Any) -> None:
+def test_a_weight_may_be_scaled_by_what_it_makes_of_a_vector(vector: Role, w: Any) -> None:
     def normed(w: Tensor, v: Tensor) -> Tensor:
         return w / torch.mv(w, v).norm()
 
     expected = VARIES if vector is VARIES else WEIGHT
-    assert standing(normed, w, (torch.randn(K), vector)) is expected
+    assert role(normed, w, (torch.randn(K), vector)) is expected
 
 
 RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
@@ -148,12 +148,12 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_numbers_vary(name: str, w: Any) -> None:
-    assert standing(RANDOM[name], w) is VARIES
+    assert role(RANDOM[name], w) is VARIES
 
 
 def test_an_op_that_writes_varies(w: Any) -> None:
-    assert standing(lambda w: w.clone().mul_(2), w) is VARIES
-    assert standing(lambda w: torch.relu_(w.clone()), w) is VARIES
+    assert role(lambda w: w.clone().mul_(2), w) is VARIES
+    assert role(lambda w: torch.relu_(w.clone()), w) is VARIES
 
 
 def test_a_slice_by_the_size_of_an_activation_varies() -> None:
@@ -162,7 +162,7 @@ def test_a_slice_by_the_size_of_an_activation_varies() -> None:
     )
     assert aten.sym_size.int in {node.target for node in gm.graph.nodes}
     constants, result = judged(gm, VARIES, WEIGHT)
-    assert constants._standing[result] is VARIES
+    assert constants._role[result] is VARIES
 
 
 def test_calls_of_methods_and_modules_vary() -> None:
@@ -187,7 +187,7 @@ def test_a_tensor_of_the_graph_helps_and_a_module_of_it_varies() -> None:
     literal, body = graph.get_attr("literal"), graph.get_attr("body")
     graph.output((literal, body))
     constants = Constants(fx.GraphModule({"literal": torch.ones(K), "body": nn.ReLU()}, graph), {})
-    assert (constants._standing[literal], constants._standing[body]) == (HELPER, VARIES)
+    assert (constants._role[literal], constants._role[body]) == (HELPER, VARIES)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_a_tensor_of_the_graph_helps_and_a_module_of_it_varies() -> None:
         (7, False, VARIES),
     ],
 )
-def test_the_standing_of_an_input(value: object, is_buffer: bool, expected: Standing) -> None:
-    assert standing_of(value, is_buffer) is expected
+def test_the_role_of_an_input(value: object, is_buffer: bool, expected: Role) -> None:
+    assert role_of(value, is_buffer) is expected
 
 
 # --- the computation behind a weight -------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_evaluate_gives_what_the_computation_gives(name: str) -> None:
     assert all(torch.equal(new, old) for new, old in zip(values, before, strict=True))
 
 
-def test_int8_weights_are_dequantised() -> None:
+def test_int8_weights_are_dequantized() -> None:
     codes, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N, 1)
     gm = capture(lambda q, s: q.to(torch.float32) * s, codes, scale)
     constants, result = judged(gm, WEIGHT, HELPER)

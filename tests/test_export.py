@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_rounded, assert_within, dequantised, module, rounding_bound
+from support import assert_rounded, assert_within, dequantized, module, rounding_bound
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
@@ -95,7 +95,7 @@ def test_dimensions_stay_dynamic(k: int) -> None:
     program, report = rewritten(
         model, x, dynamic_shapes=(({0: Dim("batch", max=16), 1: Dim.DYNAMIC},),)
     )
-    w = dequantised(model.w, report.records[0].group_size or 0, torch.float64)
+    w = dequantized(model.w, report.records[0].group_size or 0, torch.float64)
     for shape in [(2, 2, k), (7, 3, k), (16, 40, k)]:
         x = torch.randn(shape).bfloat16()
         y = program.module()(x)
@@ -243,7 +243,7 @@ def test_tied_weights_are_packed_once(strict: bool) -> None:
     assert report.coverage == {"parameter_share": 1.0, "not_packed": []}
     tiles = [name for name in program.state_dict if name.endswith("_tiles")]
     assert len(tiles) == 2  # one is that of the check
-    w = dequantised(model.embedding.weight, 64, torch.float64)
+    w = dequantized(model.embedding.weight, 64, torch.float64)
     x = model.embedding(ids).detach()
     expected = x.double() @ w.t() * 3
     # Each product is rounded by itself, and their sum in fp32.
@@ -256,7 +256,7 @@ def test_weights_that_are_computed_are_packed() -> None:
     program, report = rewritten(model, x)
     assert [set(record.parameters) for record in report.records] == [{"w", "a", "b"}]
     assert not {"w", "a", "b"} & program.state_dict.keys()
-    w = dequantised((model.w + model.a @ model.b).detach(), 64, torch.float64)
+    w = dequantized((model.w + model.a @ model.b).detach(), 64, torch.float64)
     assert_within(program.module()(x), x.double() @ w.t(), rounding_bound(x, w))
 
 
@@ -413,7 +413,7 @@ def test_on_the_gpu_aten_reads_the_tiles(dtype: torch.dtype, tmp_path: Path) -> 
     torch.export.save(program, tmp_path / "program.pt2")
     torch.save([x, *program.module()(x)], tmp_path / "data.pt")
     for y, weight in zip(program.module()(x), (model.q, model.k), strict=True):
-        w = dequantised(weight.detach(), 128, torch.float64)
+        w = dequantized(weight.detach(), 128, torch.float64)
         assert_within(y, x.double() @ w.t(), rounding_bound(x, w))
     done = in_another_process(f"""
 import torch

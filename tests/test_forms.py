@@ -15,7 +15,7 @@ from fxint4.weights.formats import (
     choose,
     device_fault,
     fuses,
-    int4_form,
+    int4_format,
     most_int4_rows,
     rows_multiple,
 )
@@ -71,8 +71,8 @@ def test_rocm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_device_has_its_op() -> None:
-    assert (int4_form(CPU), rows_multiple(CPU)) == ("cpu", 16)
-    assert (int4_form(CUDA), rows_multiple(CUDA)) == ("tiles", 8)
+    assert (int4_format(CPU), rows_multiple(CPU)) == ("cpu", 16)
+    assert (int4_format(CUDA), rows_multiple(CUDA)) == ("tiles", 8)
 
 
 def test_weights_that_share_an_activation_are_multiplied_in_one_matmul_on_a_gpu() -> None:

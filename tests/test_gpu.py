@@ -14,7 +14,7 @@ import fxint4
 from fxint4 import Int4TileTensor
 from fxint4.kernels import triton_linear as linear
 from fxint4.quant.primitives import dequantize, quantize
-from fxint4.weights.cache import store
+from fxint4.weights.cache import weight_cache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -171,7 +171,7 @@ def test_a_copied_model_has_its_own_packed_weights() -> None:
         compiled = torch.compile(lambda m, x: m(x), backend="int4tile")
         assert_linear(compiled(model, x), x, model)
         assert_linear(compiled(twin, x), x, twin)
-        assert len(store.of(twin.weight)) == 1
+        assert len(weight_cache.of(twin.weight)) == 1
 
 
 # --- the lowering --------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ def mm(x: Any, w: Any) -> Any:
     rows = x.get_size()[0]
     y = _inductor.empty([rows, w.get_size()[1]], x, x.get_dtype())
     negated = _inductor.call(aten.neg.default, w)
-    _inductor.matmul_into(y, x, w, _inductor.one_if_between(rows, MANY, None))
-    _inductor.matmul_into(y, x, negated, _inductor.one_if_between(rows, 1, MANY - 1))
+    _inductor.matmul_into(y, x, w, _inductor.indicator(rows, MANY, None))
+    _inductor.matmul_into(y, x, negated, _inductor.indicator(rows, 1, MANY - 1))
     return y
 
 
@@ -64,7 +64,7 @@ def packaged(model: nn.Module, x: Tensor, folder: Path) -> Callable[[Tensor], Te
 @pytest.mark.parametrize("make", [compiled, packaged])
 def test_a_matmul_for_some_numbers_of_rows(make: Callable[..., Any], tmp_path: Path) -> None:
     model = Layers().double().eval()
-    with torch.no_grad(), _inductor.in_force({aten.mm.default: mm}, "test"):
+    with torch.no_grad(), _inductor.lowerings_overridden({aten.mm.default: mm}, "test"):
         run = make(model, torch.randn(7, K, dtype=torch.float64), tmp_path)
         for rows in (7, MANY, MANY - 1, 1, 100, 0):
             x = torch.randn(rows, K, dtype=torch.float64)

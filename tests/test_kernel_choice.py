@@ -62,7 +62,7 @@ def _with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 GRAPHS = {"cuda": True, "replayed": True}
 AMPERE = {"multiprocessors": 108, "wgmma": False}
-MANY = "dequantise"
+MANY = "dequantize"
 
 
 @pytest.mark.usefixtures("_with_triton")
@@ -181,7 +181,7 @@ def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_ow
     ("choice", "text"),
     [
         (Choice("aten"), "aten"),
-        (Choice("dequantise"), "dequantise + cuBLAS"),
+        (Choice("dequantize"), "dequantize + cuBLAS"),
         (Choice("triton", Blocks(rows=16, features=64, splits=4)), "triton 16x64, 4 splits"),
         (Choice("triton", Blocks(rows=128, features=128)), "triton 128x128"),
     ],

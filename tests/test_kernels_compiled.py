@@ -89,7 +89,7 @@ def linear_launch(
     return replace(launch, arguments={**launch.arguments, "REDUCE": reduce}), dtypes
 
 
-def dequantise_launch(
+def dequantize_launch(
     dtype: torch.dtype, group: int, inner: int, n: int = N, k: int = K
 ) -> tuple[Launch, list[torch.dtype]]:
     packed = meta(n=n, k=k, group=group, inner=inner)
@@ -138,10 +138,10 @@ def linear_cases() -> dict[str, Case]:
 def other_cases() -> dict[str, Case]:
     ragged = {"n": RAGGED_N, "k": RAGGED_K}
     made: dict[str, Case] = {
-        "dequantise": lambda: dequantise_launch(BF16, 128, 8),
-        "dequantise, group 32": lambda: dequantise_launch(BF16, 32, 2),
-        "dequantise, ragged": lambda: dequantise_launch(BF16, 64, 4, **ragged),
-        "dequantise, ragged, fp16": lambda: dequantise_launch(FP16, 256, 8, **ragged),
+        "dequantize": lambda: dequantize_launch(BF16, 128, 8),
+        "dequantize, group 32": lambda: dequantize_launch(BF16, 32, 2),
+        "dequantize, ragged": lambda: dequantize_launch(BF16, 64, 4, **ragged),
+        "dequantize, ragged, fp16": lambda: dequantize_launch(FP16, 256, 8, **ragged),
     }
     grouped = [(8 * min(most, 10**4), False) for most, _ in experts._BY_ROWS]
     for rows, by_row in [(8, True), *grouped]:
@@ -176,7 +176,7 @@ def test_registers_spills_and_instructions(name: str, full: bool) -> None:
         assert -(-compiled.registers // 8) * 8 <= registers, f"sm_{capability}"
         assert compiled.spilled <= spilled, f"sm_{capability}"
         assert compiled.shared <= SHARED[capability], f"sm_{capability}"
-        if name.startswith("dequantise"):
+        if name.startswith("dequantize"):
             continue
         assert_tensor_cores(capability, compiled, launch)
         if launch.arguments["EVEN_N"] and launch.arguments["EVEN_K"]:

@@ -358,7 +358,7 @@ def test_many_rows_are_theirs_on_hopper() -> None:
             assert chosen.blocks.stages(group) >= 3 - (group == 32)
             assert chosen.blocks.shared(group) <= TARGETS["sm_90a"]
         assert choose(m, n, k, wgmma=False, cuda=True, replayed=True).kernel != "cuda"
-    for m, k, kernel in ((2049, 4096, "dequantise"), (64, 4092, "triton"), (64, 120, "triton")):
+    for m, k, kernel in ((2049, 4096, "dequantize"), (64, 4092, "triton"), (64, 120, "triton")):
         assert choose(m, 4096, k, cuda=True, replayed=True).kernel == kernel
     assert choose(64, 4096, 4096, cuda=True).kernel == "triton"
     assert isinstance(choose(2048, 4096, 4096, cuda=True).blocks, ManyRows)
@@ -401,7 +401,7 @@ def test_they_are_chosen_where_launches_are_replayed(dtype: torch.dtype) -> None
 
 @pytest.mark.usefixtures("_available")
 def test_what_is_asked_for_falls_back_where_there_is_no_kernel() -> None:
-    for m, k, kernel in ((17, 4096, "triton"), (2049, 4096, "dequantise"), (1, 4001, "triton")):
+    for m, k, kernel in ((17, 4096, "triton"), (2049, 4096, "dequantize"), (1, 4001, "triton")):
         assert Policy("cuda").choose(m, 4096, k, 128, 4, BF16, CPU).kernel == kernel
 
 

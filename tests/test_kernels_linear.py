@@ -34,7 +34,7 @@ from fxint4.kernels import triton_linear as kernels
 from fxint4.kernels.select import Choice, choose, configurations
 from fxint4.kernels.triton_common import Blocks
 from fxint4.kernels.triton_linear import dequantize, linear, linears
-from fxint4.quant.primitives import dequantize as dequantise_plainly
+from fxint4.quant.primitives import dequantize as dequantize_plainly
 from fxint4.quant.tile_layout import (
     TileShape,
     pack,
@@ -45,7 +45,7 @@ from fxint4.quant.tile_layout import (
 
 pytestmark = quiet_triton
 
-DEQUANTISE = Choice("dequantise")
+DEQUANTIZE = Choice("dequantize")
 ATEN = Choice("aten")
 
 
@@ -87,7 +87,7 @@ class Weight:
         """The weight with fp16 scales and zeros, float64."""
         scale, zero = (p.half() for p in unpack_scale_and_zero(self.scale_and_zero))
         codes, shape = unpack(self.tiles), self.shape
-        weight = dequantise_plainly(codes, scale, zero, shape.group_size, torch.float64)
+        weight = dequantize_plainly(codes, scale, zero, shape.group_size, torch.float64)
         return weight[: shape.n, : shape.k]
 
     def half(self) -> Tensor:
@@ -139,7 +139,7 @@ SHAPES = [  # n, k, group_size, inner_k_tiles
 
 CHOICES = [
     None,
-    DEQUANTISE,
+    DEQUANTIZE,
     triton_choice(splits=2),
     triton_choice(features=128, splits=4, step=256),
     triton_choice(rows=32, features=128, warps=8),
@@ -171,7 +171,7 @@ def test_exact_numbers(group: int, inner: int, step: int, dtype: torch.dtype) ->
     scale = (2.0 ** torch.randint(0, 3, (n, k // group))).bfloat16()
     zero = torch.randint(-4, 5, (n, k // group)).bfloat16()
     tiles, parameters = pack(codes, inner), pack_scale_and_zero(scale, zero)
-    weight = dequantise_plainly(codes, scale, zero, group, torch.float64)
+    weight = dequantize_plainly(codes, scale, zero, group, torch.float64)
     assert torch.equal(dequantize(tiles, parameters, group, n, dtype=dtype).double(), weight)
     x = torch.eye(k, dtype=dtype)[::5].contiguous()  # each row has one k
     for splits in (1, 2):
@@ -181,7 +181,7 @@ def test_exact_numbers(group: int, inner: int, step: int, dtype: torch.dtype) ->
 
 
 @interpreted_only
-@pytest.mark.parametrize("choice", [None, DEQUANTISE, *CHOICES[-2:]], ids=str)
+@pytest.mark.parametrize("choice", [None, DEQUANTIZE, *CHOICES[-2:]], ids=str)
 @pytest.mark.parametrize("ns", [(64, 72), (8, 130, 65), (24, 1, 100, 40), (0, 16, 0)], ids=str)
 def test_several_weights(ns: tuple[int, ...], choice: Choice | None) -> None:
     """Side by side they give the bits that each gives alone with the same blocks."""
@@ -286,7 +286,7 @@ def test_every_size_of_block() -> None:
 def test_fewer_features_and_columns() -> None:
     made = make(80, 64, 32, 2)
     x = rows(3, 64)
-    for choice in (None, DEQUANTISE, triton_choice(splits=2)):
+    for choice in (None, DEQUANTIZE, triton_choice(splits=2)):
         assert made.times(x[:0], choice).shape == (0, 80)
         assert made.times(x, choice, 0).shape == (3, 0)
         assert torch.equal(made.times(x[:, :0].contiguous(), choice), x.new_zeros(3, 80))
@@ -359,7 +359,7 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(common, "triton", None)
     assert choose(1, 64, 64) == choose(10**6, 64, 64) == ATEN
     monkeypatch.setattr(kernels, "check_devices", lambda *_: None)
-    for choice in (DEQUANTISE, triton_choice()):
+    for choice in (DEQUANTIZE, triton_choice()):
         with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
             made.times(x, choice)
 
@@ -416,7 +416,7 @@ def test_every_variant_moves_as_many_bytes_at_once() -> None:
 ROWS = (1, 2, 3, 8, 16, 17, 33, 64, 100, 128, 300, 1024)
 GPU_CHOICES = (
     None,
-    DEQUANTISE,
+    DEQUANTIZE,
     triton_choice(splits=4),
     triton_choice(features=128, splits=2, step=256),
     triton_choice(rows=64, features=128, warps=8, splits=8),
@@ -642,7 +642,7 @@ def test_gpu_first_call_in_a_cuda_graph_tree() -> None:
 @needs_triton
 @compiled_only
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["triton", "dequantise"])
+@pytest.mark.parametrize("kernel", ["triton", "dequantize"])
 def test_gpu_more_of_x_and_y_than_32_bits_count(kernel: str) -> None:
     needs_memory(14)
     made = make(8192, 8192, device="cuda")
@@ -650,7 +650,7 @@ def test_gpu_more_of_x_and_y_than_32_bits_count(kernel: str) -> None:
     x = torch.zeros((count, 8192), dtype=torch.bfloat16, device="cuda")
     x[-100:] = rows(100, 8192, "cuda")
     wide = triton_choice(rows=128, features=128, stages=3)
-    y = made.times(x, wide if kernel == "triton" else DEQUANTISE)
+    y = made.times(x, wide if kernel == "triton" else DEQUANTIZE)
     made.check(y[-100:], x[-100:])
     assert not y[:1000].any()
 
@@ -680,7 +680,7 @@ def test_gpu_unaligned_x() -> None:
     for choice in GPU_CHOICES:
         expected = made.times(x, choice)
         y = made.times(unaligned, choice)
-        if choice == DEQUANTISE:  # cuBLAS takes another kernel, which sums in another order
+        if choice == DEQUANTIZE:  # cuBLAS takes another kernel, which sums in another order
             made.check(y, x)
         else:
             assert torch.equal(y, expected)

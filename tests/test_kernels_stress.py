@@ -272,7 +272,7 @@ def test_random_shapes(
     made = make(ns, k, group, inner)
     x = rows(m, k, "cuda", dtype)
     made.check(made.times(x), x)
-    made.check(made.times(x, Choice("dequantise")), x)
+    made.check(made.times(x, Choice("dequantize")), x)
 
 
 @some

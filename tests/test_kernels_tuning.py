@@ -27,7 +27,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     measured: list[Choice] = []
 
     def measure(m: int, n: int, k: int, *_: Any) -> list[dict[str, Any]]:
-        found = [Choice("aten"), Choice("triton", Blocks(16, 64, splits=2)), Choice("dequantise")]
+        found = [Choice("aten"), Choice("triton", Blocks(16, 64, splits=2)), Choice("dequantize")]
         measured.extend(found)
         return [tuning._entry(choice, us) for choice, us in zip(found, (3, 1, 2), strict=True)]
 
@@ -56,7 +56,7 @@ def test_a_damaged_file_is_measured_anew(timed: list[Choice], text: str, tmp_pat
 def test_where_nothing_can_be_measured_the_rule_decides(
     timed: list[Choice], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    by_rule = [Choice("dequantise"), Choice("aten")]
+    by_rule = [Choice("dequantize"), Choice("aten")]
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "_measured", lambda *_: [])
         patch.setattr(tuning, "candidates", lambda *_: by_rule)
@@ -76,7 +76,7 @@ def test_a_choice_can_be_edited(timed: list[Choice], tmp_path: Path) -> None:
     assert fastest(*SHAPE, tmp_path) == Choice("aten")
 
 
-@pytest.mark.parametrize("kernel", ["triton", "dequantise", "aten"])
+@pytest.mark.parametrize("kernel", ["triton", "dequantize", "aten"])
 def test_what_was_asked_for_is_not_chosen(kernel: str) -> None:
     device = torch.device("cpu")
     for policy in (Policy(kernel), Policy(kernel, cuda_graphs=True, measured=True)):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from pretended_gpu import generated, int4pack_mm, packed_specs
-from support import assert_within, correlated, dequantised, module, rounding_bound
+from support import assert_within, correlated, dequantized, module, rounding_bound
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import at_run_time, by_m, choose, gpu_of, range_text
 from fxint4.kernels.triton_common import triton
 from fxint4.kernels.triton_linear import dequantize_launch_of, launch_of
-from fxint4.lowering.dense import lowered
+from fxint4.lowering.dense import our_lowerings
 from fxint4.quant.primitives import dequantize, quantize
 
 pytestmark = [
@@ -41,7 +41,7 @@ pytestmark = [
 gpu = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(triton is None, reason="needs Triton")
 
-INT4, DEQUANTISE = "_kernel_of_linear", "_kernel_of_dequantize"
+INT4, DEQUANTIZE = "_kernel_of_linear", "_kernel_of_dequantize"
 K, N = 1024, 1024
 
 
@@ -160,16 +160,16 @@ def test_a_known_number_of_rows_decides_while_compiling() -> None:
             x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
             compiled = torch.compile(layer, backend="int4tile", dynamic=False)
             ran = kernels(lambda compiled=compiled, x=x: compiled(x))
-            by = {"triton": INT4, "dequantise": DEQUANTISE}[choose(rows, N, K).kernel]
+            by = {"triton": INT4, "dequantize": DEQUANTIZE}[choose(rows, N, K).kernel]
             assert ran[by] == 1
-            assert ran[INT4] + ran[DEQUANTISE] == 1
+            assert ran[INT4] + ran[DEQUANTIZE] == 1
 
 
 def launches(code: str) -> Counter[str]:
     """How often generated code launches our kernels and Inductor's, cuBLAS, ATen's op and ours."""
     run = r"^\s*(\w+?)(?:_\d+)?\.run\(|^\s*call_(\w+?)(?:_\d+)?\("  # Python, or C++
     ran = [python or cpp for python, cpp in re.findall(run, code, re.MULTILINE)]
-    ours = Counter(name if name in (INT4, DEQUANTISE) else "inductor" for name in ran)
+    ours = Counter(name if name in (INT4, DEQUANTIZE) else "inductor" for name in ran)
     others = {
         "mm": r"extern_kernels\.mm\(|aoti_torch_cuda_mm_out\(",
         "aten": r"aten\._weight_int4pack_mm\.default\(|aoti_torch_cuda__weight_int4pack_mm\(",
@@ -184,7 +184,7 @@ def launches(code: str) -> Counter[str]:
     [
         (1, F.gelu, Counter({INT4: 1, "inductor": 1})),
         (64, lambda y: y, Counter({INT4: 1, "inductor": 1})),
-        (4096, lambda y: y, Counter({DEQUANTISE: 1, "mm": 1})),
+        (4096, lambda y: y, Counter({DEQUANTIZE: 1, "mm": 1})),
     ],
 )
 def test_code_without_a_gpu(
@@ -278,7 +278,7 @@ def test_a_package_runs_the_kernel_that_is_chosen_for_the_number_of_rows(
     k_padded = -(-k // 128) * 128
     packed = [spec for each in n for spec in packed_specs(each, k_padded)]
     code = generated(linears, [((77, k), dtype), *packed], package=True, kernel=kernel)
-    assert launches(code).keys() <= {INT4, DEQUANTISE, "mm", "inductor"}  # no op of ours
+    assert launches(code).keys() <= {INT4, DEQUANTIZE, "mm", "inductor"}  # no op of ours
     assert launches(code)["inductor"] <= 1  # counters, for all launches
     assert run_package(code, 0) == []
     weights, policy = [(each, each) for each in n], Policy(kernel)
@@ -288,7 +288,7 @@ def test_a_package_runs_the_kernel_that_is_chosen_for_the_number_of_rows(
         (name, programs, told), *rest = run_package(code, rows)
         if choice.blocks is None:
             launch = dequantize_launch_of(k, weights, *sizes)
-            assert (name, rest) == (DEQUANTISE, [("mm", sum(n))]), rows
+            assert (name, rest) == (DEQUANTIZE, [("mm", sum(n))]), rows
         else:
             launch = launch_of(rows, k, weights, *sizes, choice.blocks, reduce=True)
             assert (name, rest) == (INT4, []), rows
@@ -304,8 +304,8 @@ def test_a_package_runs_the_kernel_that_is_chosen_for_the_number_of_rows(
     [
         ("aten", True, {"aten": 1}),
         ("aten", False, {"op": 1}),  # which splits what ATen's op is too narrow for
-        ("dequantise", True, {DEQUANTISE: 1, "mm": 1}),
-        ("dequantise", False, {DEQUANTISE: 1, "mm": 1}),
+        ("dequantize", True, {DEQUANTIZE: 1, "mm": 1}),
+        ("dequantize", False, {DEQUANTIZE: 1, "mm": 1}),
     ],
 )
 def test_code_of_the_kernel_asked_for(
@@ -523,7 +523,7 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
     package = tmp_path / "op.pt2"
     with torch.no_grad():
         program = torch.export.export(Op(weight), (inputs[-1],), dynamic_shapes=dims)
-        with lowered(Policy()):
+        with our_lowerings(Policy()):
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     ran = run_in_another_process(package, inputs, tmp_path)
     for x, (y, _, _) in zip(inputs, ran, strict=True):
@@ -564,7 +564,7 @@ def test_a_package_runs_what_the_compiled_model_runs(
     records = {record.name: record for record in report.records}
     assert records["q"].fused_with == ("k",)
     w = {
-        name: dequantised(getattr(model, name).detach(), record.group_size, torch.float64)
+        name: dequantized(getattr(model, name).detach(), record.group_size, torch.float64)
         for name, record in records.items()
     }
     choices = {
@@ -583,15 +583,15 @@ def test_a_package_runs_what_the_compiled_model_runs(
             assert_within(y, expected, rounding_bound(given, w[name], bias))
         m = len(x)
         if m == 0:
-            assert ran[INT4] == ran[DEQUANTISE] == 0
+            assert ran[INT4] == ran[DEQUANTIZE] == 0
             continue
         by = Counter(choice.kernel for choice in choices[m])
-        assert (ran[INT4], ran[DEQUANTISE]) == (by["triton"], by["dequantise"]), m
+        assert (ran[INT4], ran[DEQUANTIZE]) == (by["triton"], by["dequantize"]), m
         sizes = (k, n[0])
         launched = [at_run_time(m, sum(n), size, dtype, x.device).kernel for size in sizes]
         with torch.no_grad():
             ran_here = kernels(lambda x=x: compiled(x))
-        assert ran_here[DEQUANTISE] == launched.count("dequantise"), m
+        assert ran_here[DEQUANTIZE] == launched.count("dequantize"), m
         if m <= 32 and n[0] * k >= 2**22:
             assert peak < 2 * sum(n) * k, "as much as W takes"
     told = by_m(lambda m: choose(m, sum(n), k, *gpu_of(torch.device("cuda"))))
@@ -604,7 +604,7 @@ def test_nothing_is_left_in_inductors_tables() -> None:
     from torch._inductor import lowering
 
     before = dict(lowering.lowerings)
-    with lowered(Policy()):
+    with our_lowerings(Policy()):
         assert lowering.lowerings != before
     assert lowering.lowerings == before
 

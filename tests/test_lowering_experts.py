@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from pretended_gpu import _H200, generated
-from reference import dequantised_copy, relative_error
-from support import assert_nearer, assert_within, dequantised, module, rounding
+from reference import dequantized_copy, relative_error
+from support import assert_nearer, assert_within, dequantized, module, rounding
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
@@ -281,8 +281,8 @@ def check_package(
     folder: Path,
 ) -> None:
     """A package against float64, and against what the compiled model gives."""
-    w = torch.stack([dequantised(each, group_size, torch.float64) for each in weight])
-    first = {by_ends: 0, by_index: 1, in_a_batch: 2}[function]  # export specialises those before
+    w = torch.stack([dequantized(each, group_size, torch.float64) for each in weight])
+    first = {by_ends: 0, by_index: 1, in_a_batch: 2}[function]  # export specializes those before
     calls = [call_of(function, rows, weight.dtype) for rows in ROWS if rows >= first]
     for (x, second), y in zip(calls, run_without_fxint4(path, calls, folder), strict=True):
         assert y.dtype is weight.dtype
@@ -295,7 +295,7 @@ def check_package(
             continue  # the compiled model leaves these to the original matmul
         with torch.no_grad():
             theirs = compiled(x, second).reshape(-1, N)
-        # Sums in another order, each rounded once to bf16, and once more to fp16.
+        # ActivationSums in another order, each rounded once to bf16, and once more to fp16.
         once = 2.0**-8 + 2.0**-11
         bound = 2 * once * theirs.double().abs() + 2 * K * 2.0**-23 * magnitude
         assert_within(y, theirs.double(), bound)
@@ -345,7 +345,7 @@ def test_a_package_of_few_rows_that_name_their_experts(tmp_path: Path) -> None:
         path = fxint4.package(export(model, calls[0]), tmp_path / "model.pt2")
     [y] = run_without_fxint4(path, calls, tmp_path)
     x, ids = calls[0]
-    w = torch.stack([dequantised(each, 128, torch.float64) for each in model.w.detach()])[ids]
+    w = torch.stack([dequantized(each, 128, torch.float64) for each in model.w.detach()])[ids]
     magnitude = torch.einsum("sk,snk->sn", x.double().abs(), w.abs())
     assert_within(y, torch.einsum("sk,snk->sn", x.double(), w), rounding(K, 4) * magnitude)
 
@@ -419,9 +419,9 @@ def test_a_package_of_a_model_of_transformers(kind: str, experts: str, tmp_path:
 
     compiled = torch.compile(model, backend="int4tile", dynamic=True)
     twins = {
-        dtype: dequantised_copy(model, report.records, dtype) for dtype in (BF16, torch.float64)
+        dtype: dequantized_copy(model, report.records, dtype) for dtype in (BF16, torch.float64)
     }
-    original = dequantised_copy(model, [], torch.float64)
+    original = dequantized_copy(model, [], torch.float64)
     for each in (*twins.values(), original):
         each.model.set_experts_implementation("eager")
     with torch.no_grad():

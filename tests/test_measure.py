@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import dequantised, module, peak_bytes
+from support import dequantized, module, peak_bytes
 from torch import Tensor, nn
 from torch.export import export
 
@@ -22,7 +22,7 @@ import fxint4
 from fxint4 import Int4Config, OptionError, Report
 from fxint4.runs import errors_of as measuring
 from fxint4.runs.errors_of import measure
-from fxint4.runs.state_guard import Trials
+from fxint4.runs.state_guard import StateGuard
 
 GROUP = 64
 OPTIONS = {"group_size": GROUP}
@@ -49,19 +49,19 @@ class Layers(nn.Module):
         return self.out(torch.tanh(self.q(x)) * self.k(x))
 
 
-def quantised(weight: Tensor) -> Tensor:
+def quantized(weight: Tensor) -> Tensor:
     """What int4 leaves of ``[..., N, K]``, in float64."""
     if weight.ndim > 2:
-        return torch.stack([quantised(matrix) for matrix in weight])
-    return dequantised(weight.detach(), GROUP, torch.float64)
+        return torch.stack([quantized(matrix) for matrix in weight])
+    return dequantized(weight.detach(), GROUP, torch.float64)
 
 
-def with_quantised_weights(model: nn.Module, skip: tuple[str, ...] = ()) -> nn.Module:
-    """The model in float64, its linear layers' weights quantised."""
+def with_quantized_weights(model: nn.Module, skip: tuple[str, ...] = ()) -> nn.Module:
+    """The model in float64, its linear layers' weights quantized."""
     made = copy.deepcopy(model)
     for name, layer in made.named_modules():
         if isinstance(layer, nn.Linear) and name not in skip:
-            layer.weight = nn.Parameter(quantised(layer.weight))
+            layer.weight = nn.Parameter(quantized(layer.weight))
     return made.double()
 
 
@@ -70,13 +70,13 @@ def relative(changed: Tensor, original: Tensor) -> float:
 
 
 def errors_by_hooks(model: nn.Module, *args: Any) -> dict[str, float]:
-    """In float64, what quantising each linear layer does to its product, over all of its calls."""
+    """In float64, what quantizing each linear layer does to its product, over all of its calls."""
     sums: dict[str, list[float]] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def forward(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
             x, w = inputs[0].double(), layer.weight.detach()
-            change = (x @ (quantised(w) - w.double()).T).norm() ** 2
+            change = (x @ (quantized(w) - w.double()).T).norm() ** 2
             have = sums.setdefault(name, [0.0, 0.0])
             have[0] += float(change)
             have[1] += float((x @ w.double().T).norm() ** 2)
@@ -125,7 +125,7 @@ def test_errors_are_those_of_float64(way: str) -> None:
     report = WAYS[way](model, x)
     assert by_name(report) == pytest.approx(errors_by_hooks(model, x), rel=FP32)
     with torch.no_grad():
-        wide = with_quantised_weights(model)(x.double())
+        wide = with_quantized_weights(model)(x.double())
         expected = relative(wide, copy.deepcopy(model).double()(x.double()))
     assert 0.01 < expected < 0.2
     assert report.output_error == pytest.approx(expected, rel=FP32)
@@ -140,13 +140,13 @@ def test_models_of_16_bits(way: str, dtype: torch.dtype) -> None:
     model, x = Layers().eval().to(dtype), noise(3, 128).to(dtype)
     report = WAYS[way](model, x)
     found, expected = by_name(report), errors_by_hooks(model, x)
-    # pack_ measures with the weight in the dtype that it dequantises to.
+    # pack_ measures with the weight in the dtype that it dequantizes to.
     near = FP32 if way != "pack_" else 2.0**-6
     assert found["q"] == pytest.approx(expected["q"], rel=near)
     assert found["k"] == pytest.approx(expected["k"], rel=near)
     assert found["out"] == pytest.approx(expected["out"], rel=2.0**-5)
     with torch.no_grad():
-        wide = with_quantised_weights(model)(x.double())
+        wide = with_quantized_weights(model)(x.double())
         expected_output = relative(wide, copy.deepcopy(model).double()(x.double()))
     assert report.output_error == pytest.approx(expected_output, rel=0.1)
 
@@ -166,7 +166,7 @@ def test_layers_that_are_kept_have_no_error_and_cost_none(way: str) -> None:
         "out": None,
     }
     with torch.no_grad():
-        wide = with_quantised_weights(model, skip=("q", "out"))(x.double())
+        wide = with_quantized_weights(model, skip=("q", "out"))(x.double())
         original = copy.deepcopy(model).double()(x.double())
     assert report.output_error == pytest.approx(relative(wide, original), rel=FP32)
 
@@ -203,7 +203,7 @@ def test_graph_breaks_and_calls_of_one_layer_are_pooled() -> None:
     found = by_name(report)
     assert found == pytest.approx(errors_by_hooks(model, x), rel=FP32)
     with torch.no_grad():
-        wide = with_quantised_weights(model)(x.double())
+        wide = with_quantized_weights(model)(x.double())
         expected = relative(wide, copy.deepcopy(model).double()(x.double()))
     assert report.output_error == pytest.approx(expected, rel=FP32)
 
@@ -248,7 +248,7 @@ def test_experts_are_measured_on_the_rows_that_they_get(form: str) -> None:
     report = fxint4.explain(module(forward, w=w), x, options=OPTIONS)
     of_rows = {"batched": slice(None), "indexed": IDS, "grouped": [0, 0, 2, 2, 2, 3]}[form]
     rows = x.double() if form == "batched" else x.double().unsqueeze(1)
-    change = quantised(w) - w.double()
+    change = quantized(w) - w.double()
     product, changed = (rows @ m.detach().double()[of_rows].transpose(1, 2) for m in (w, change))
     expected = float(changed.norm() / product.norm())
     [record] = report.records
@@ -289,7 +289,7 @@ def test_all_float_tensors_that_are_returned_count_together() -> None:
 
     model, x = Model().eval(), noise(3, 128)
     with torch.no_grad():
-        wide = with_quantised_weights(model.layers)(x.double())
+        wide = with_quantized_weights(model.layers)(x.double())
         y = copy.deepcopy(model.layers).double()(x.double())
     expected = math.sqrt(
         (float((wide - y)[:, :61].norm()) ** 2 + 4 * float((wide - y).norm()) ** 2)
@@ -354,7 +354,7 @@ def test_runs_start_alike_and_leave_everything_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
     with torch.no_grad():
-        change = x.double() @ (quantised(model.fc.weight) - model.fc.weight.double()).T
+        change = x.double() @ (quantized(model.fc.weight) - model.fc.weight.double()).T
         y = model(x, given, cache).double()
     # Beside the layer's product, y is noise 100 times as large, twice: as it is, and in the total.
     # With other noise in either run, the error would be a thousand times as large. Compiled code
@@ -376,10 +376,12 @@ def test_a_model_is_not_kept_alive() -> None:
 
 def test_a_graph_is_captured_once_for_both_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    replay = measuring.Replay
-    monkeypatch.setattr(measuring, "Replay", lambda *args: made.append(args) or replay(*args))
+    replay = measuring.GraphInterpreter
+    monkeypatch.setattr(
+        measuring, "GraphInterpreter", lambda *args: made.append(args) or replay(*args)
+    )
     model, x = Layers().eval(), noise(3, 128)
-    measure(model, (x,), {}, Int4Config(), Trials(model))
+    measure(model, (x,), {}, Int4Config(), StateGuard(model))
     assert len(made) == 1
 
 
@@ -389,12 +391,12 @@ def test_memory_for_one_weight_at_a_time() -> None:
     x = noise(2, size)
 
     def run() -> object:
-        return measure(model, (x,), {}, Int4Config(), Trials(model))
+        return measure(model, (x,), {}, Int4Config(), StateGuard(model))
 
     run()  # what the compiler holds is no part of it
     torch.compiler.reset()
     peak, _ = peak_bytes(run)
-    # In fp32: a weight quantised, and, at this size in one piece, what quantising it and comparing
+    # In fp32: a weight quantized, and, at this size in one piece, what quantizing it and comparing
     # it take: w, w - w_q, and the scratch of both.
     assert peak < 8 * size * size * 4
 
@@ -464,7 +466,7 @@ def test_a_model_that_can_not_be_measured_is_explained_all_the_same(
 def test_a_bar_is_shown_where_progress_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     model, x = Layers().eval(), noise(3, 128)
     for progress in (False, True):
-        measure(model, (x,), {}, Int4Config(progress=progress), Trials(model))
+        measure(model, (x,), {}, Int4Config(progress=progress), StateGuard(model))
         assert ("fxint4: measuring errors" in capsys.readouterr().err) is progress
 
 

@@ -24,7 +24,7 @@ def outliers(rows: int, k: int, seed: int = 0) -> Tensor:
 def scaled(
     weight: Tensor, s: Tensor, group: int, parameters: GroupParameters, sizes: Tensor | None = None
 ) -> Tensor:
-    """What the weight becomes: quantised times s, divided by s again; sizes are H's diagonal."""
+    """What the weight becomes: quantized times s, divided by s again; sizes are H's diagonal."""
     importance = None if sizes is None else (sizes / s.square()).float()
     q = quantize(weight.float() * s, group, None, parameters, importance)
     return dequantize(q.codes, q.scale, q.zero, group, torch.float32, weight.shape[1]) / s

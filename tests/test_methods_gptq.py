@@ -39,7 +39,7 @@ def values(q: Quantized, k: int) -> Tensor:
 
 
 def textbook(weight: Tensor, h: Tensor, group: int, damping: float, by_size: bool) -> Tensor:
-    """Codes by optimal brain quantisation in a fixed order, fp64, one column at a time.
+    """Codes by optimal brain quantization in a fixed order, fp64, one column at a time.
 
     The inverse of the damped H is explicit; once a column is done, it is eliminated from it.
     """
@@ -218,7 +218,7 @@ def test_damping_is_raised_until_the_moments_are_positive(
         (torch.eye(64).index_fill(0, torch.tensor(3), math.nan), "inf or NaN"),
     ],
 )
-def test_moments_of_no_use_mean_plain_quantisation(
+def test_moments_of_no_use_mean_plain_quantization(
     h: Tensor, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     weight = make("gaussian", 5, 64).float()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import dequantised
+from reference import dequantized
 from support import assert_within, module, rounding_bound
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ def reasons(report: Report) -> dict[str, str]:
 def test_linear_layers_are_packed_and_give_what_int4_leaves() -> None:
     torch.manual_seed(0)
     model = nn.Linear(K, N, dtype=torch.bfloat16).eval()
-    exact = dequantised(model.weight, 32, torch.float64)
+    exact = dequantized(model.weight, 32, torch.float64)
     [record] = pack_(model, options={"group_size": 32}).records
     assert (record.name, record.action, record.n, record.k) == ("weight", "packed", N, K)
     assert (record.bytes_before, record.held_bytes) == (2 * N * K, 0)
@@ -82,7 +82,7 @@ def test_the_original_is_freed_before_the_next_is_packed(
 def test_pointwise_convolutions_are_packed(layer: Callable[..., nn.Module]) -> None:
     dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[layer]  # type: ignore[index]
     model = layer(K, N, 1).eval()
-    exact = dequantised(model.weight.flatten(1), 128, torch.float64)  # type: ignore[operator]
+    exact = dequantized(model.weight.flatten(1), 128, torch.float64)  # type: ignore[operator]
     [record] = pack_(model).records
     assert record.action == "packed"
     x = torch.randn(2, K, *[3] * dims)
@@ -160,7 +160,7 @@ def test_a_weight_that_an_embedding_reads_too_is_kept() -> None:
 def test_transformers_conv1d() -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.pytorch_utils.Conv1D(N, K)
-    exact = dequantised(model.weight.t(), 128, torch.float64)
+    exact = dequantized(model.weight.t(), 128, torch.float64)
     [record] = pack_(model).records
     assert (record.n, record.k, model.weight.shape) == (N, K, (K, N))
     x = torch.randn(3, K)
@@ -170,10 +170,10 @@ def test_transformers_conv1d() -> None:
 
 
 @pytest.mark.parametrize("example_args", [(), (torch.randn(2, K),)], ids=["modules", "graphs"])
-def test_parametrised_weights_are_computed_and_packed(example_args: tuple[Tensor, ...]) -> None:
+def test_parametrized_weights_are_computed_and_packed(example_args: tuple[Tensor, ...]) -> None:
     normed = torch.nn.utils.parametrizations.weight_norm
     model = nn.Sequential(normed(nn.Linear(K, N)), normed(nn.Linear(N, 40))).eval()
-    exact = dequantised(model[0].weight, 128, torch.float32)
+    exact = dequantized(model[0].weight, 128, torch.float32)
     names = [f"1.parametrizations.weight.original{i}" for i in (0, 1)]
     pack_(model, example_args, {"skip": ["1"]})
     assert packed_names(model) == {"0.weight"}
@@ -327,7 +327,7 @@ GRAPHS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], tuple[in
 @pytest.mark.compiles
 @pytest.mark.by_aten
 def test_every_use_that_packed_weights_support(name: str) -> None:
-    """Eager and compiled give what the model gives with dequantised weights."""
+    """Eager and compiled give what the model gives with dequantized weights."""
     torch.manual_seed(0)
     function, shapes, inputs = GRAPHS[name]
     model = module(function, **shapes)
@@ -517,7 +517,7 @@ def test_layers_compiled_one_by_one_are_all_freed_and_share_one_compile() -> Non
     with torch.no_grad():
         expected = x
         for layer in model.layers:
-            weight = dequantised(layer.fc.weight, 128, torch.float32)
+            weight = dequantized(layer.fc.weight, 128, torch.float32)
             expected = expected + F.linear(expected, weight, layer.fc.bias)
     for layer in model.layers:
         layer.compile(backend="int4tile", options=FREE)
@@ -698,7 +698,7 @@ def test_state_dicts_of_a_packed_model_load_into_compiled_code() -> None:
 def test_rows_that_vary_run_through_one_compile() -> None:
     torch.manual_seed(0)
     model = nn.Linear(K, N, bias=False).eval()
-    exact = dequantised(model.weight, 128, torch.float64)
+    exact = dequantized(model.weight, 128, torch.float64)
     pack_(model)
     compiled = torch.compile(model, backend="int4tile", dynamic=True)
     with torch.no_grad():

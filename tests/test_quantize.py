@@ -47,7 +47,7 @@ def make(kind: str, n: int, k: int, seed: int = 0) -> Tensor:
 
 
 def exactly(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
-    """The dequantised weight in fp64."""
+    """The dequantized weight in fp64."""
     scale = scale.double().repeat_interleave(group, 1)
     zero = zero.double().repeat_interleave(group, 1)
     return (codes.double() - 8) * scale + zero

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fxint4.config.int4_config import Int4Config
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.site import Site
-from fxint4.runs.interpreter import Activation, Replay, own_matrix
-from fxint4.runs.tracing import compiled_anew, watching
+from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
+from fxint4.runs.tracing import capturing_backend, compiled_anew
 
 E, N, K, M = 4, 48, 64, 6
 OFFS = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
@@ -91,7 +91,7 @@ class Watched:
 
         def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
             sites = [entry for entry in analysis.found if isinstance(entry, Site)]
-            replay = Replay(analysis.captured, sites, analysis.fake_mode)
+            replay = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
 
             def run(arguments: list[Any]) -> Sequence[Any]:
                 results = replay.run([list(arguments) for _ in range(self._calls)], self)
@@ -100,7 +100,7 @@ class Watched:
 
             return run
 
-        compiled_anew(model, watching(Int4Config(), run_of))(args, {})
+        compiled_anew(model, capturing_backend(Int4Config(), run_of))(args, {})
         return outputs
 
 

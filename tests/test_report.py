@@ -305,7 +305,7 @@ def test_a_short_report_in_full(terminal: Any) -> None:
             "original parameters: 16.4 kB stay in memory beside them; fxint4.pack_(model), or "
             "options={'free_weights': True},",
             "  releases them",
-            "dense (dequantised) copies: 16.4 kB, "
+            "dense (dequantized) copies: 16.4 kB, "
             "held because a dense matmul is faster than int4 here at these numbers of rows",
         ]
     )

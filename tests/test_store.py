@@ -20,13 +20,13 @@ import fxint4.quant.chunks
 import fxint4.quant.recipe
 import fxint4.weights.cache
 from fxint4 import Int4Config, Int4TileTensor
-from fxint4.graph.constants import Constants, Standing
+from fxint4.graph.constants import Constants, Role
 from fxint4.quant.primitives import dequantize, quantize
 from fxint4.quant.statistics import Statistics
 from fxint4.quant.tile_layout import TileShape, choose_shape, unpack, unpack_scale_and_zero
-from fxint4.weights.cache import Lookup, PackedWeight, Store
-from fxint4.weights.expression import AXES, Given, Weight
-from fxint4.weights.formats import Dense, Form
+from fxint4.weights.cache import Lookup, PackedWeight, WeightCache
+from fxint4.weights.expression import AXES, Prepacked, Weight
+from fxint4.weights.formats import Dense, Format
 
 N, K, GROUP = 40, 100, 32  # both are padded
 SHAPE = choose_shape(N, K, GROUP, n_multiple=16)
@@ -39,7 +39,7 @@ def weight_of(
     gm = make_fx(function)(*map(torch.randn, shapes))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     [result] = gm.graph.output_node().all_input_nodes
-    constants = Constants(gm, dict.fromkeys(placeholders, Standing.WEIGHT))
+    constants = Constants(gm, dict.fromkeys(placeholders, Role.WEIGHT))
     return constants.weight(result, axes)
 
 
@@ -61,8 +61,8 @@ def assert_holds(packed: PackedWeight, w: Tensor) -> None:
     """Every form of `packed`, dense copies and tiles, holds the weight [N, K]."""
     made = quantize(w.detach(), GROUP)
     n = len(w)
-    assert packed.forms
-    for form, tensors in packed.forms.items():
+    assert packed.formats
+    for form, tensors in packed.formats.items():
         if form == "tiles":
             codes, (scale, zero) = unpack(tensors[0]), unpack_scale_and_zero(tensors[1])
             assert torch.equal(codes[:n], made.codes)
@@ -78,79 +78,81 @@ def assert_holds(packed: PackedWeight, w: Tensor) -> None:
 
 
 def folded(
-    store: Store,
+    weight_cache: WeightCache,
     weight: Weight,
     *roots: Tensor,
-    forms: Collection[Form] = ("tiles",),
+    forms: Collection[Format] = ("tiles",),
     shape: TileShape = SHAPE,
 ) -> PackedWeight:
-    packed = store.find(weight, roots, shape)
-    store.fold(packed, forms, roots)
+    packed = weight_cache.find(weight, roots, shape)
+    weight_cache.fold(packed, forms, roots)
     return packed
 
 
 @pytest.fixture
-def store() -> Store:
-    return Store()
+def weight_cache() -> WeightCache:
+    return WeightCache()
 
 
 # --- one packed copy -----------------------------------------------------------------------------
 
 
-def test_a_weight_reached_by_two_routes_is_one(store: Store) -> None:
+def test_a_weight_reached_by_two_routes_is_one(weight_cache: WeightCache) -> None:
     w = parameter()
-    direct = store.find(plain(), [w], SHAPE)
-    transposed = store.find(weight_of(lambda w: w.t(), (N, K), axes="KN"), [w], SHAPE)
-    batched = store.find(weight_of(lambda w: w.t().unsqueeze(0), (N, K), axes="*KN"), [w], SHAPE)
+    direct = weight_cache.find(plain(), [w], SHAPE)
+    transposed = weight_cache.find(weight_of(lambda w: w.t(), (N, K), axes="KN"), [w], SHAPE)
+    batched = weight_cache.find(
+        weight_of(lambda w: w.t().unsqueeze(0), (N, K), axes="*KN"), [w], SHAPE
+    )
     assert direct is transposed is batched
-    assert len(store) == 1
+    assert len(weight_cache) == 1
 
 
-def test_other_parameters_computations_and_shapes_are_others(store: Store) -> None:
+def test_other_parameters_computations_and_shapes_are_others(weight_cache: WeightCache) -> None:
     w, v = parameter(), parameter()
     packed = {
-        store.find(plain(), [w], SHAPE),
-        store.find(plain(), [v], SHAPE),
-        store.find(weight_of(lambda w: 2 * w, (N, K)), [w], SHAPE),
-        store.find(plain(), [w], choose_shape(N, K, GROUP, inner_k_tiles=2, n_multiple=16)),
+        weight_cache.find(plain(), [w], SHAPE),
+        weight_cache.find(plain(), [v], SHAPE),
+        weight_cache.find(weight_of(lambda w: 2 * w, (N, K)), [w], SHAPE),
+        weight_cache.find(plain(), [w], choose_shape(N, K, GROUP, inner_k_tiles=2, n_multiple=16)),
     }
-    assert len(packed) == len(store) == 4
-    assert {found for found in packed if found.uses(v)} == set(store.of(v))
-    assert len(store.of(w)) == 3
+    assert len(packed) == len(weight_cache) == 4
+    assert {found for found in packed if found.uses(v)} == set(weight_cache.of(v))
+    assert len(weight_cache.of(w)) == 3
 
 
-def test_a_weight_made_of_several_parameters_belongs_to_each(store: Store) -> None:
+def test_a_weight_made_of_several_parameters_belongs_to_each(weight_cache: WeightCache) -> None:
     merge = weight_of(lambda w, b, a: w + b @ a, (N, K), (N, 2), (2, K))
     values = {"w_1": parameter(), "b_1": parameter(N, 2), "a_1": parameter(2, K)}
     roots = [values[root.name] for root in merge.roots]
-    packed = folded(store, merge, *roots)
-    assert all(store.of(root) == [packed] for root in roots)
+    packed = folded(weight_cache, merge, *roots)
+    assert all(weight_cache.of(root) == [packed] for root in roots)
     w, b, a = values.values()
     assert_holds(packed, w + b @ a)
     with torch.no_grad():
         a.mul_(2)
     assert not packed.is_current(roots)
-    store.fold(packed, ("tiles",), roots)
+    weight_cache.fold(packed, ("tiles",), roots)
     assert_holds(packed, w + b @ a)
 
 
 # --- forms ---------------------------------------------------------------------------------------
 
 
-def test_tiles_unpack_to_the_codes(store: Store) -> None:
+def test_tiles_unpack_to_the_codes(weight_cache: WeightCache) -> None:
     w = parameter()
-    packed = folded(store, plain(), w)
-    tiles, scale_and_zero = packed.forms["tiles"]
+    packed = folded(weight_cache, plain(), w)
+    tiles, scale_and_zero = packed.formats["tiles"]
     assert (tiles.shape, tiles.dtype) == (SHAPE.tiles_shape, torch.int32)
     assert scale_and_zero.shape == SHAPE.scale_and_zero_shape
     assert_holds(packed, w)
     assert packed.sqnr_db == quantize(w.detach(), GROUP).sqnr_db
 
 
-def test_the_cpu_form_multiplies_as_the_dequantised_weight(store: Store) -> None:
+def test_the_cpu_form_multiplies_as_the_dequantized_weight(weight_cache: WeightCache) -> None:
     """x is bf16 already; w may be rounded to bf16, and y is: see `rounding`."""
     w = parameter()
-    codes, scale_and_zero = folded(store, plain(), w, forms=("cpu",)).forms["cpu"]
+    codes, scale_and_zero = folded(weight_cache, plain(), w, forms=("cpu",)).formats["cpu"]
     x = torch.randn(7, K, dtype=torch.bfloat16)
     padded = nn.functional.pad(x, (0, SHAPE.k_padded - K))
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(padded, codes, GROUP, scale_and_zero)
@@ -173,9 +175,11 @@ DENSE = {
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_a_dense_copy_holds_what_int4_leaves_where_the_weight_lay(name: str, store: Store) -> None:
+def test_a_dense_copy_holds_what_int4_leaves_where_the_weight_lay(
+    name: str, weight_cache: WeightCache
+) -> None:
     form, w = DENSE[name], parameter()
-    [dense] = folded(store, plain(), w, forms=(form,)).forms[form]
+    [dense] = folded(weight_cache, plain(), w, forms=(form,)).formats[form]
     assert (dense.dtype, dense.shape, dense.stride()) == (form.dtype, form.size, form.stride)
     values = dense_values(w, form.dtype)
     values = values.t() if form.axes.endswith("KN") else values
@@ -198,24 +202,24 @@ DENSE_EXPERTS = (
 
 @pytest.mark.parametrize("chunk", [1, 2 * N * K, 2**19])
 def test_each_expert_holds_what_it_would_hold_alone(
-    chunk: int, store: Store, monkeypatch: pytest.MonkeyPatch
+    chunk: int, weight_cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many experts are folded at a time."""
     monkeypatch.setattr(fxint4.quant.chunks, "CPU_CHUNK", chunk)
     w = parameter(E, N, K)
     weight = weight_of(lambda w: w, (E, N, K), axes="ENK")
-    forms: tuple[Form, ...] = ("tiles", "cpu", *DENSE_EXPERTS)
-    packed = folded(store, weight, w, forms=forms, shape=EXPERTS)
+    forms: tuple[Format, ...] = ("tiles", "cpu", *DENSE_EXPERTS)
+    packed = folded(weight_cache, weight, w, forms=forms, shape=EXPERTS)
     matrices = [parameter(N, K) for _ in range(E)]
     alone = []
     for matrix, expert in zip(matrices, w, strict=True):
         matrix.data.copy_(expert)
-        alone.append(folded(store, plain(), matrix, forms=("tiles", "cpu")))
+        alone.append(folded(weight_cache, plain(), matrix, forms=("tiles", "cpu")))
     for form in ("tiles", "cpu"):
-        for part, buffer in enumerate(packed.forms[form]):
-            assert torch.equal(buffer, torch.stack([one.forms[form][part] for one in alone]))
+        for part, buffer in enumerate(packed.formats[form]):
+            assert torch.equal(buffer, torch.stack([one.formats[form][part] for one in alone]))
     for form in DENSE_EXPERTS:
-        [dense] = packed.forms[form]
+        [dense] = packed.formats[form]
         assert (dense.shape, dense.stride()) == (form.size, form.stride)
         expected = torch.stack([dense_values(expert, form.dtype) for expert in w])
         assert torch.equal(AXES[form.axes](dense), expected)
@@ -225,42 +229,42 @@ def test_each_expert_holds_what_it_would_hold_alone(
 # --- weights that are packed already -------------------------------------------------------------
 
 
-def given() -> tuple[Int4TileTensor, Given, list[Tensor]]:
+def given() -> tuple[Int4TileTensor, Prepacked, list[Tensor]]:
     packed = Int4TileTensor.from_float(torch.randn(N, K), Int4Config(group_size=GROUP))
-    return packed, Given(packed.n, GROUP), [packed.tiles, packed.scale_and_zero]
+    return packed, Prepacked(packed.n, GROUP), [packed.tiles, packed.scale_and_zero]
 
 
-def test_tiles_that_are_given_are_not_copied(store: Store) -> None:
+def test_tiles_that_are_given_are_not_copied(weight_cache: WeightCache) -> None:
     _packed, computation, roots = given()
-    found = store.find(computation, roots, computation.shape_of(roots, 8))
-    store.fold(found, ("tiles",), roots)
-    assert [t.data_ptr() for t in found.forms["tiles"]] == [t.data_ptr() for t in roots]
+    found = weight_cache.find(computation, roots, computation.shape_of(roots, 8))
+    weight_cache.fold(found, ("tiles",), roots)
+    assert [t.data_ptr() for t in found.formats["tiles"]] == [t.data_ptr() for t in roots]
     assert found.sqnr_db is None
 
 
 def test_the_cpu_form_of_given_tiles_is_that_of_the_weight_they_were_made_from(
-    store: Store,
+    weight_cache: WeightCache,
 ) -> None:
     w = parameter()
     packed = Int4TileTensor.from_float(w, Int4Config(group_size=GROUP))
-    computation, roots = Given(packed.n, GROUP), [packed.tiles, packed.scale_and_zero]
-    found = store.find(computation, roots, computation.shape_of(roots, 16))
-    store.fold(found, ("cpu",), roots)
+    computation, roots = Prepacked(packed.n, GROUP), [packed.tiles, packed.scale_and_zero]
+    found = weight_cache.find(computation, roots, computation.shape_of(roots, 16))
+    weight_cache.fold(found, ("cpu",), roots)
     shape = choose_shape(N, K, GROUP, n_multiple=16)
-    direct = folded(store, plain(), w, forms=("cpu",), shape=shape)
-    for one, other in zip(found.forms["cpu"], direct.forms["cpu"], strict=True):
+    direct = folded(weight_cache, plain(), w, forms=("cpu",), shape=shape)
+    for one, other in zip(found.formats["cpu"], direct.formats["cpu"], strict=True):
         assert torch.equal(one, other)
 
 
-def test_given_tiles_that_change_are_packed_again(store: Store) -> None:
+def test_given_tiles_that_change_are_packed_again(weight_cache: WeightCache) -> None:
     packed, computation, roots = given()
-    found = store.find(computation, roots, computation.shape_of(roots, 16))
-    store.fold(found, ("cpu",), roots)
-    before = [buffer.clone() for buffer in found.forms["cpu"]]
+    found = weight_cache.find(computation, roots, computation.shape_of(roots, 16))
+    weight_cache.fold(found, ("cpu",), roots)
+    before = [buffer.clone() for buffer in found.formats["cpu"]]
     packed.copy_(torch.randn(N, K))
     assert not found.is_current(roots)
-    store.fold(found, ("cpu",), roots)
-    assert not torch.equal(before[0], found.forms["cpu"][0])
+    weight_cache.fold(found, ("cpu",), roots)
+    assert not torch.equal(before[0], found.formats["cpu"][0])
 
 
 def test_a_look_up_of_given_tiles_asks_only_where_they_are() -> None:
@@ -298,17 +302,17 @@ def test_a_look_up_of_tiles_and_of_a_copy_of_them_sees_a_write() -> None:
     assert not lookup.holds(roots)
 
 
-def test_given_tiles_are_not_kept_alive(store: Store) -> None:
+def test_given_tiles_are_not_kept_alive(weight_cache: WeightCache) -> None:
     packed, computation, roots = given()
-    found = store.find(computation, roots, computation.shape_of(roots, 16))
-    store.fold(found, ("tiles", "cpu"), roots)
-    assert len(store) == 1
+    found = weight_cache.find(computation, roots, computation.shape_of(roots, 16))
+    weight_cache.fold(found, ("tiles", "cpu"), roots)
+    assert len(weight_cache) == 1
     del packed, roots
-    assert len(store) == 0
+    assert len(weight_cache) == 0
 
 
 def test_a_weight_that_is_folded_in_blocks_of_rows_holds_the_same(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    weight_cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """150 rows in blocks of 64, the smallest."""
     n, x = 150, torch.randn(3, SHAPE.k_padded, dtype=torch.bfloat16)
@@ -317,42 +321,42 @@ def test_a_weight_that_is_folded_in_blocks_of_rows_holds_the_same(
     w = parameter(n, K)
 
     def product(packed: PackedWeight) -> Tensor:
-        codes, scale_and_zero = packed.forms.pop("cpu")
+        codes, scale_and_zero = packed.formats.pop("cpu")
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scale_and_zero)
 
-    def fold(into: Store) -> PackedWeight:
+    def fold(into: WeightCache) -> PackedWeight:
         weight = weight_of(lambda w: w, (n, K))
         return folded(into, weight, w, forms=("cpu", "tiles", dense), shape=shape)
 
-    whole = fold(Store())
+    whole = fold(WeightCache())
     monkeypatch.setattr(fxint4.quant.chunks, "CPU_CHUNK", 64 * K)
     calls = counted(monkeypatch)
-    blocks = fold(store)
+    blocks = fold(weight_cache)
     assert len(calls) == 3
-    # Sums of squares are taken in another order, in float64.
+    # ActivationSums of squares are taken in another order, in float64.
     assert blocks.sqnr_db == pytest.approx(whole.sqnr_db, rel=n * K * 2.0**-52)
     assert torch.equal(product(blocks), product(whole))
     assert_holds(blocks, w)
 
 
 def test_forms_are_added_as_they_are_asked_for(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    weight_cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = counted(monkeypatch)
     w = parameter()
-    packed = folded(store, plain(), w)
-    tiles = packed.forms["tiles"]
-    store.fold(packed, ("tiles",), [w])
+    packed = folded(weight_cache, plain(), w)
+    tiles = packed.formats["tiles"]
+    weight_cache.fold(packed, ("tiles",), [w])
     assert len(calls) == 1
-    store.fold(packed, ("tiles", DENSE["KN"]), [w])
+    weight_cache.fold(packed, ("tiles", DENSE["KN"]), [w])
     assert len(calls) == 2
-    assert packed.forms["tiles"] is tiles
-    assert set(packed.forms) == {"tiles", DENSE["KN"]}
+    assert packed.formats["tiles"] is tiles
+    assert set(packed.formats) == {"tiles", DENSE["KN"]}
     assert_holds(packed, w)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, seconds: float = 0) -> list[TileShape]:
-    """Grows by one whenever a weight is quantised, which takes so long."""
+    """Grows by one whenever a weight is quantized, which takes so long."""
     calls: list[Any] = []
 
     def counting(*args: Any) -> Any:
@@ -378,62 +382,62 @@ def data_assigned(w: nn.Parameter) -> None:
 
 @pytest.mark.parametrize("change", [in_place, data_assigned])
 def test_a_change_is_seen_and_folded_into_the_same_memory(
-    change: Callable[[nn.Parameter], None], store: Store
+    change: Callable[[nn.Parameter], None], weight_cache: WeightCache
 ) -> None:
     w = parameter()
-    packed = folded(store, plain(), w, forms=("tiles", DENSE["NK"], DENSE["KN"]))
-    tensors = [tensor for made in packed.forms.values() for tensor in made]
+    packed = folded(weight_cache, plain(), w, forms=("tiles", DENSE["NK"], DENSE["KN"]))
+    tensors = [tensor for made in packed.formats.values() for tensor in made]
     addresses = [tensor.data_ptr() for tensor in tensors]
     for _ in range(3):
         assert packed.is_current([w])
         change(w)
         assert not packed.is_current([w])
-        assert store.find(plain(), [w], SHAPE) is packed
-        store.fold(packed, (), [w])  # all the forms that graphs hold, asked for or not
+        assert weight_cache.find(plain(), [w], SHAPE) is packed
+        weight_cache.fold(packed, (), [w])  # all the forms that graphs hold, asked for or not
         assert_holds(packed, w)
-    now = [tensor for made in packed.forms.values() for tensor in made]
+    now = [tensor for made in packed.formats.values() for tensor in made]
     assert all(new is old for new, old in zip(now, tensors, strict=True))
     assert [tensor.data_ptr() for tensor in now] == addresses
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_fault_and_its_recovery(bad: float, store: Store) -> None:
+def test_a_fault_and_its_recovery(bad: float, weight_cache: WeightCache) -> None:
     w = parameter()
-    packed = folded(store, plain(), w)
+    packed = folded(weight_cache, plain(), w)
     good = w.detach().clone()
-    tiles = packed.forms["tiles"]
+    tiles = packed.formats["tiles"]
     with torch.no_grad():
         w[3, 5:7] = bad
-    store.fold(packed, ("tiles",), [w])
+    weight_cache.fold(packed, ("tiles",), [w])
     assert packed.fault == f"2 of the weight's {N * K} values are inf or NaN"
     with torch.no_grad():
         w.copy_(good)
-    store.fold(packed, ("tiles",), [w])
+    weight_cache.fold(packed, ("tiles",), [w])
     assert packed.fault is None
-    assert packed.forms["tiles"] is tiles
+    assert packed.formats["tiles"] is tiles
     assert_holds(packed, w)
 
 
 def test_a_weight_with_a_fault_from_the_start_takes_no_memory(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    weight_cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = parameter()
     w.data[0, 0] = float("nan")
     calls = counted(monkeypatch)
-    packed = folded(store, plain(), w)
+    packed = folded(weight_cache, plain(), w)
     assert packed.fault == f"1 of the weight's {N * K} values are inf or NaN"
-    assert (packed.forms, calls) == ({}, [])
+    assert (packed.formats, calls) == ({}, [])
     data_assigned(w)
-    store.fold(packed, ("tiles",), [w])
+    weight_cache.fold(packed, ("tiles",), [w])
     assert_holds(packed, w)
 
 
 def test_a_fold_that_fails_is_done_again_even_if_the_old_data_is_back(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    weight_cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = parameter()
     copies = (DENSE["NK"], DENSE["KN"])
-    packed = folded(store, plain(), w, forms=copies)
+    packed = folded(weight_cache, plain(), w, forms=copies)
     old = w.data
     data_assigned(w)
     calls = []
@@ -447,103 +451,105 @@ def test_a_fold_that_fails_is_done_again_even_if_the_old_data_is_back(
     with monkeypatch.context() as patch:
         patch.setattr(fxint4.quant.blockwise, "dequantize", fails_at_the_second_copy)
         with pytest.raises(torch.OutOfMemoryError):
-            store.fold(packed, (), [w])
+            weight_cache.fold(packed, (), [w])
     w.data = old
-    store.fold(packed, (), [w])
+    weight_cache.fold(packed, (), [w])
     assert_holds(packed, w)
 
 
-def test_inference_tensors_can_be_folded(store: Store) -> None:
+def test_inference_tensors_can_be_folded(weight_cache: WeightCache) -> None:
     with torch.inference_mode():
         w = torch.randn(N, K)
         assert w.is_inference()
-        packed = folded(store, plain(), w)
+        packed = folded(weight_cache, plain(), w)
     assert_holds(packed, w)
     assert packed.is_current([w])
-    tiles, scale_and_zero = packed.forms["tiles"]
+    tiles, scale_and_zero = packed.formats["tiles"]
     assert not tiles.is_inference()  # which could not be updated later
     assert not scale_and_zero.is_inference()
 
 
 def test_a_parameter_changed_outside_inference_mode_is_folded_again_outside_it(
-    store: Store,
+    weight_cache: WeightCache,
 ) -> None:
     w = parameter()
     with torch.inference_mode():
-        packed = folded(store, plain(), w)
+        packed = folded(weight_cache, plain(), w)
     in_place(w)
-    store.fold(packed, (), [w])
+    weight_cache.fold(packed, (), [w])
     assert_holds(packed, w)
 
 
-def test_packed_tensors_want_no_gradient(store: Store) -> None:
+def test_packed_tensors_want_no_gradient(weight_cache: WeightCache) -> None:
     w = parameter()
-    packed = folded(store, plain(), w, forms=("tiles", DENSE["NK"]))
-    tensors = [tensor for made in packed.forms.values() for tensor in made]
+    packed = folded(weight_cache, plain(), w, forms=("tiles", DENSE["NK"]))
+    tensors = [tensor for made in packed.formats.values() for tensor in made]
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
 # --- the end of a parameter ----------------------------------------------------------------------
 
 
-def test_packed_weights_die_with_their_parameter(store: Store) -> None:
+def test_packed_weights_die_with_their_parameter(weight_cache: WeightCache) -> None:
     w, other = parameter(), parameter()
-    packed = folded(store, plain(), w, forms=("cpu", "tiles", DENSE["NK"]))
-    folded(store, plain(), other)
-    made = [weakref.ref(tensor) for tensors in packed.forms.values() for tensor in tensors]
+    packed = folded(weight_cache, plain(), w, forms=("cpu", "tiles", DENSE["NK"]))
+    folded(weight_cache, plain(), other)
+    made = [weakref.ref(tensor) for tensors in packed.formats.values() for tensor in tensors]
     assert len(made) == 5
     del w
     gc.collect()
     assert [ref() for ref in made] == [None] * 5
-    assert len(store) == 1
-    assert packed.forms == {}
-    assert store.of(other)
+    assert len(weight_cache) == 1
+    assert packed.formats == {}
+    assert weight_cache.of(other)
 
 
-def test_one_of_several_parameters_that_dies_takes_the_packed_weight_along(store: Store) -> None:
+def test_one_of_several_parameters_that_dies_takes_the_packed_weight_along(
+    weight_cache: WeightCache,
+) -> None:
     total = weight_of(lambda w, v: w + v, (N, K), (N, K))
     w, v = parameter(), parameter()
-    packed = folded(store, total, w, v)
-    tiles = weakref.ref(packed.forms["tiles"][0])
+    packed = folded(weight_cache, total, w, v)
+    tiles = weakref.ref(packed.formats["tiles"][0])
     del w
     gc.collect()
-    assert (len(store), tiles()) == (0, None)
+    assert (len(weight_cache), tiles()) == (0, None)
     again = parameter()
-    assert_holds(folded(store, total, again, v), again + v)
+    assert_holds(folded(weight_cache, total, again, v), again + v)
     del v
     gc.collect()
-    assert len(store) == 0
+    assert len(weight_cache) == 0
 
 
-def test_the_store_keeps_no_parameter_alive(store: Store) -> None:
+def test_the_store_keeps_no_parameter_alive(weight_cache: WeightCache) -> None:
     w = parameter()
-    folded(store, plain(), w, forms=("cpu", "tiles", DENSE["NK"]))
+    folded(weight_cache, plain(), w, forms=("cpu", "tiles", DENSE["NK"]))
     ref = weakref.ref(w)
     del w
     gc.collect()
     assert ref() is None
 
 
-def test_a_parameter_that_dies_and_one_at_its_address_are_two(store: Store) -> None:
+def test_a_parameter_that_dies_and_one_at_its_address_are_two(weight_cache: WeightCache) -> None:
     for _ in range(20):
         w = parameter()
-        assert_holds(folded(store, plain(), w), w)
+        assert_holds(folded(weight_cache, plain(), w), w)
         del w
     gc.collect()
-    assert len(store) == 0
+    assert len(weight_cache) == 0
 
 
 @pytest.mark.gpu
-def test_a_parameter_that_moved_is_packed_anew(store: Store) -> None:
+def test_a_parameter_that_moved_is_packed_anew(weight_cache: WeightCache) -> None:
     layer = nn.Linear(K, N, bias=False)
     w = layer.weight
-    on_cpu = folded(store, plain(), w)
+    on_cpu = folded(weight_cache, plain(), w)
     layer.cuda()
     assert layer.weight is w  # the same parameter, on another device
-    on_gpu = folded(store, plain(), w)
+    on_gpu = folded(weight_cache, plain(), w)
     assert on_gpu is not on_cpu
-    assert (len(store), on_cpu.forms) == (1, {})
-    assert all(tensor.is_cuda for tensor in on_gpu.forms["tiles"])
+    assert (len(weight_cache), on_cpu.formats) == (1, {})
+    assert all(tensor.is_cuda for tensor in on_gpu.formats["tiles"])
     assert_holds(on_gpu, w)
 
 
@@ -551,7 +557,7 @@ def test_a_parameter_that_moved_is_packed_anew(store: Store) -> None:
 
 
 def test_threads_that_fold_one_weight_at_once_make_it_once(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    weight_cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = counted(monkeypatch, seconds=0.05)  # long enough for the others to come in
     w, count = parameter(), 4
@@ -562,7 +568,7 @@ def test_threads_that_fold_one_weight_at_once_make_it_once(
     def work(weight: Weight) -> None:
         try:
             start.wait(timeout=10)
-            found.append(folded(store, weight, w, forms=("tiles", DENSE["NK"])))
+            found.append(folded(weight_cache, weight, w, forms=("tiles", DENSE["NK"])))
         except BaseException as error:
             errors.append(error)
 
@@ -574,7 +580,7 @@ def test_threads_that_fold_one_weight_at_once_make_it_once(
         thread.join(timeout=30)
     assert errors == []
     assert len(found) == count
-    assert len({id(packed) for packed in found}) == len(store) == len(calls) == 1
+    assert len({id(packed) for packed in found}) == len(weight_cache) == len(calls) == 1
     assert_holds(found[0], w)
 
 

@@ -167,7 +167,7 @@ def test_padded_codes_and_parameters_are_taken_as_they_are(
     made = packed.get_plain()
     want = (codes[:20, :70], scale[:20, :groups], zero[:20, :groups])
     assert all(torch.equal(a, b) for a, b in zip(made, want, strict=True))
-    # What stands behind the logical part is not read, though it does not dequantise to 0.
+    # What stands behind the logical part is not read, though it does not dequantize to 0.
     x = torch.zeros(1, 70)
     x[0, 69] = 1
     w = packed.dequantize(torch.bfloat16).float()
@@ -399,7 +399,7 @@ def test_clone_of_a_part_holds_that_part_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(20, 100), (3, 20, 100)])
-def test_copy_from_float_quantises_again(shape: tuple[int, ...]) -> None:
+def test_copy_from_float_quantizes_again(shape: tuple[int, ...]) -> None:
     packed = Int4TileTensor.from_float(torch.randn(shape), Int4Config(group_size=32))
     new = torch.randn(shape)
     address = packed.tiles.data_ptr()
@@ -517,7 +517,7 @@ def test_data_is_read_and_not_assigned(as_parameter: bool) -> None:
         (Int4TileTensor.from_float(torch.ones(8, 32)), r"\(8, 32\) is packed already"),
     ],
 )
-def test_what_can_not_be_quantised(weight: Any, message: str) -> None:
+def test_what_can_not_be_quantized(weight: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Int4TileTensor.from_float(weight)
 
@@ -601,7 +601,7 @@ def test_an_unsupported_operator_names_the_supported_ones() -> None:
         torch.cat([packed, torch.randn(1, 100)])
 
 
-def test_unsupported_operators_run_dequantised_within_dequantizing() -> None:
+def test_unsupported_operators_run_dequantized_within_dequantizing() -> None:
     packed = Int4TileTensor.from_float(torch.randn(20, 100))
     dense = packed.dequantize()
     x = torch.randn(20, 100)
@@ -612,7 +612,7 @@ def test_unsupported_operators_run_dequantised_within_dequantizing() -> None:
         assert torch.equal(torch.cat([packed, x]), torch.cat([dense, x]))
         assert torch.equal(F.softmax(packed, 1), F.softmax(dense, 1))
         assert torch.equal(x.t() @ packed, x.t() @ dense)  # sums over N
-        assert isinstance(packed.t(), Int4TileTensor)  # supported ones are not dequantised
+        assert isinstance(packed.t(), Int4TileTensor)  # supported ones are not dequantized
         assert torch.equal(packed.double(), dense.double())
     with pytest.raises(UnsupportedOpError):
         packed + x
@@ -660,7 +660,7 @@ def test_dequantizing_holds_for_its_own_thread() -> None:
     ],
 )
 @pytest.mark.parametrize("within", [False, True])
-def test_writes_are_never_lost_in_a_dequantised_copy(write: Any, within: bool) -> None:
+def test_writes_are_never_lost_in_a_dequantized_copy(write: Any, within: bool) -> None:
     packed = Int4TileTensor.from_float(torch.randn(20, 100))
     before = packed.clone()
     context = fxint4.dequantizing() if within else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Operators that multiply by a packed weight, against the same on the dequantised one."""
+"""Operators that multiply by a packed weight, against the same on the dequantized one."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def test_packed_into_packed(swapping: bool, seeds: tuple[int | None, ...]) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_float_into_packed_quantises_again(dtype: torch.dtype, swapping: bool) -> None:
+def test_float_into_packed_quantizes_again(dtype: torch.dtype, swapping: bool) -> None:
     model, source = packed_model(), Model().to(dtype)
     run(model)
     model.load_state_dict(source.state_dict(), strict=True)

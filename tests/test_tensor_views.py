@@ -1,4 +1,4 @@
-"""Parts, axes and joins of packed weights: bitwise what they are of the dequantised weight."""
+"""Parts, axes and joins of packed weights: bitwise what they are of the dequantized weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weight(
 ) -> Int4TileTensor:
     """A weight of integers in -16..17 whose groups all have parameters of their own.
 
-    pad: rows and columns of codes behind the logical part, which do not dequantise to 0.
+    pad: rows and columns of codes behind the logical part, which do not dequantize to 0.
     pre_scaled: with a pre-scale of 1 and -1, the same for all weights of a K.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -301,7 +301,7 @@ def test_the_columns_of_a_padded_weight_that_torchao_gets_wrong() -> None:
     ],
 )
 @pytest.mark.parametrize("pre_scaled", [False, True])
-def test_single_rows_and_columns_are_dequantised(part: Any, pre_scaled: bool) -> None:
+def test_single_rows_and_columns_are_dequantized(part: Any, pre_scaled: bool) -> None:
     packed = weight(20, 100, pre_scaled=pre_scaled)
     made, expected = part(packed), part(packed.dequantize())
     assert type(made) is Tensor

@@ -334,7 +334,7 @@ def test_scale_and_zero_refuses() -> None:
         unpack_scale_and_zero(scale)
 
 
-def test_padding_dequantises_to_zero() -> None:
+def test_padding_dequantizes_to_zero() -> None:
     shape = choose_shape(5, 40, group_size=32)
     codes = pad_codes(random_codes(5, 40), shape)
     assert codes.shape == (8, 64)
@@ -396,7 +396,7 @@ def test_the_cpu_op_reads_what_pack_for_cpu_gives() -> None:
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(
         x, pack_for_cpu(codes), group, pack_scale_and_zero(scale, zero)
     )
-    weight = dequantised(codes, scale, zero, group)
+    weight = dequantized(codes, scale, zero, group)
     exact = x.double() @ weight.T
     # k products of fp32 numbers, each weight rounded at most twice, added in any order
     bound = (k + 3) * FP32_ROUNDOFF * (x.double().abs() @ magnitude(codes, scale, zero, group).T)
@@ -412,7 +412,7 @@ def test_pack_for_cpu_refuses() -> None:
         pack_for_cpu(random_codes(16, 64).to("meta"))
 
 
-def dequantised(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
+def dequantized(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
     """The weight in fp64, written down anew."""
     scale = scale.double().repeat_interleave(group, 1)
     zero = zero.double().repeat_interleave(group, 1)
@@ -459,7 +459,7 @@ def test_the_cuda_op_reads_what_pack_gives(inner: int, group: int, m: int) -> No
     y = torch.ops.aten._weight_int4pack_mm(
         x, pack(codes, inner), group, pack_scale_and_zero(scale, zero)
     )
-    weight = dequantised(codes, scale, zero, group)
+    weight = dequantized(codes, scale, zero, group)
     exact = x.double() @ weight.T
     # The op rounds each weight to bf16 once, adds k products in fp32 (tensor cores may cut off
     # instead of rounding: twice the roundoff) and rounds the sum to bf16.

@@ -78,7 +78,7 @@ def compile_fx(
     """Inductor's whole pipeline for inference, with `inner_compile` in place of its last stage.
 
     AOTAutograd's cache is off: it would answer with what plain Inductor compiled from the same
-    graph, which is not quantised. Inductor's own FX graph cache sees the rewritten graph and
+    graph, which is not quantized. Inductor's own FX graph cache sees the rewritten graph and
     stays on. no_grad forces the inference path although parameters require grad.
 
     Args:

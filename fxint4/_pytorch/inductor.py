@@ -27,21 +27,21 @@ __all__ = [
     "autotunes",
     "cache_folder",
     "call",
-    "call_as_it_is",
+    "call_fallback",
     "ceil_div",
     "compile_fx_inner",
     "contiguous",
     "empty",
     "floor_div",
-    "for_another_process",
-    "in_force",
-    "is_given",
-    "lasting_zeros",
+    "indicator",
+    "is_aot",
+    "is_graph_input",
     "launch_triton",
+    "lowerings_overridden",
     "matmul_into",
-    "of_dtype",
-    "one_if_between",
+    "persistent_zeros",
     "static",
+    "to_dtype",
     "uses_cuda_graphs",
 ]
 
@@ -63,7 +63,7 @@ def compile_fx_inner(
 
 
 @contextlib.contextmanager
-def in_force(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[None]:
+def lowerings_overridden(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[None]:
     """Let Inductor lower some ops differently for a while.
 
     Args:
@@ -75,7 +75,7 @@ def in_force(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[
 
     # Inductor has no lowering of mv and addmv, which it usually takes apart.
     calls = {
-        op: functools.partial(call_as_it_is, op) for op in (aten.mv.default, aten.addmv.default)
+        op: functools.partial(call_fallback, op) for op in (aten.mv.default, aten.addmv.default)
     }
     # The CPU's int4 op wants contiguous operands, and Inductor's lowering does not see to it.
     contiguous_operands = {
@@ -119,7 +119,7 @@ def static(size: Any) -> int | None:
     return int(size) if isinstance(size, int) or size.is_Integer else None
 
 
-def is_given(value: Any) -> bool:
+def is_graph_input(value: Any) -> bool:
     """Whether a value lies in memory that the graph is given and, up to here, has not written."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
@@ -129,7 +129,7 @@ def is_given(value: Any) -> bool:
     return isinstance(value, ir.InputBuffer) and value.get_name() not in V.graph.mutated_buffers
 
 
-def for_another_process() -> bool:
+def is_aot() -> bool:
     """Whether the graph becomes a package, which runs without this process's Python."""
     from torch._inductor.virtualized import V
 
@@ -148,7 +148,7 @@ def floor_div(size: Any, divisor: int) -> Any:
     return FloorDiv(size, divisor)
 
 
-def one_if_between(size: Any, first: int, last: int | None) -> Any:
+def indicator(size: Any, first: int, last: int | None) -> Any:
     """1 where a size of at least 0 is in first..last (None: any from first on), else 0."""
     from torch.utils._sympy import functions
 
@@ -164,7 +164,7 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     return lowering.lowerings[op](*args, **kwargs)
 
 
-def call_as_it_is(op: Any, *args: Any, **kwargs: Any) -> Any:
+def call_fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     """A call of an op that Inductor knows nothing of."""
     from torch._inductor import lowering
 
@@ -172,7 +172,7 @@ def call_as_it_is(op: Any, *args: Any, **kwargs: Any) -> Any:
     return handler(*args, **kwargs)
 
 
-def of_dtype(dtype: torch.dtype, value: Any) -> Any:
+def to_dtype(dtype: torch.dtype, value: Any) -> Any:
     """The value in a dtype."""
     if value.get_dtype() is dtype:
         return value
@@ -192,7 +192,7 @@ def empty(size: Sequence[Any], like: Any, dtype: torch.dtype) -> Any:
     return call(aten.empty_strided.default, list(size), None, dtype=dtype, device=device)
 
 
-def lasting_zeros(count: Any, like: Any) -> Any:
+def persistent_zeros(count: Any, like: Any) -> Any:
     """int32 ``[at least count]`` of zeros on the device of another value.
 
     For kernels that leave zeros behind: where the count is known, all of a graph share them.
@@ -234,7 +234,7 @@ def launch_triton(
         kernel: what `triton.jit` returned.
         programs: the grid's size along its one axis; where it is 0, nothing is launched.
         tensors: by the names of the kernel's arguments; contiguous, those written made by `empty`
-            or `lasting_zeros`.
+            or `persistent_zeros`.
         arguments: all others: ints, sizes, floats, bools.
         written: the names of the tensors that the kernel writes to.
         warps: Triton's num_warps.
@@ -255,16 +255,16 @@ def launch_triton(
         )
 
 
-def matmul_into(y: Any, x: Any, w: Any, there: Any) -> None:
+def matmul_into(y: Any, x: Any, w: Any, active: Any) -> None:
     """Write x ``[M, K]`` times w ``[K, N]`` over y ``[M, N]``, or do nothing.
 
     Args:
         y: made by `empty`.
         x: of the dtype of y.
         w: likewise; of any size where it is not read.
-        there: a size: where it is 1, y is written, where it is 0, not.
+        active: a size: where it is 1, y is written, where it is 0, not.
     """
-    _matmul_into()(y, x, w, there)
+    _matmul_into()(y, x, w, active)
 
 
 @functools.cache
@@ -275,7 +275,7 @@ def _matmul_into() -> Callable[..., Any]:
     from torch._inductor.virtualized import V
 
     class MatmulInto(ir.ExternKernel):
-        def __init__(self, y: Any, x: Any, w: Any, there: Any) -> None:
+        def __init__(self, y: Any, x: Any, w: Any, active: Any) -> None:
             inputs = self.unwrap_storage([self.realize_input(value) for value in (y, x, w)])
             super().__init__(
                 None,
@@ -284,7 +284,7 @@ def _matmul_into() -> Callable[..., Any]:
                 python_kernel_name="extern_kernels.mm",
                 cpp_kernel_name="at::mm_out",
             )
-            self.there = there
+            self.active = active
             V.graph.mark_buffer_mutated(self.input_name(0))
             self.name = V.graph.register_buffer(self)
             V.graph.register_operation(self)
@@ -309,7 +309,7 @@ def _matmul_into() -> Callable[..., Any]:
         def codegen(self, code: Any) -> None:
             node, wrapper = self.node, self.wrapper
             y, x, w = (value.codegen_reference(self.writer) for value in node.inputs)
-            condition = wrapper.codegen_sizevar(node.there)
+            condition = wrapper.codegen_sizevar(node.active)
             device = node.get_device().type
             code.writeline(f"if ({condition}) {{" if V.graph.cpp_wrapper else f"if {condition}:")
             with code.indent():

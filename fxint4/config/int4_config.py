@@ -25,7 +25,7 @@ _CALIBRATED = METHODS[3:]
 #: What a layer can have of its own.
 _OVERRIDDEN = ("group_size", "inner_k_tiles", "method", "min_sqnr_db")
 #: Ways to multiply by int4 weights on a GPU.
-KERNELS = ("triton", "cuda", "dequantise", "aten")
+KERNELS = ("triton", "cuda", "dequantize", "aten")
 #: Files that a report can be written to.
 REPORT_SUFFIXES = (".json", ".txt", ".html")
 
@@ -56,7 +56,7 @@ class Int4Config:
         skip: patterns of modules to leave alone; stronger than `include`.
             A pattern is a glob, or a regular expression after the prefix "re:". It must match the
             full name of the layer, of its parameter, or of a module that holds it.
-        min_sqnr_db: keep a layer whose weight has a lower signal-to-quantisation-noise ratio, in
+        min_sqnr_db: keep a layer whose weight has a lower signal-to-quantization-noise ratio, in
             dB, than this.
         min_features: keep a matmul with fewer in or out features than this.
         progress: show a tqdm bar while weights are folded.
@@ -65,11 +65,11 @@ class Int4Config:
         fuse_projections: on the GPU, multiply weights that share an activation (q, k and v; gate
             and up) in one matmul.
         kernel: on the GPU, how to multiply, whatever M is: "triton" (a kernel that unpacks weights
-            in registers), "dequantise" (write the weight out, then cuBLAS) or "aten" (PyTorch's
+            in registers), "dequantize" (write the weight out, then cuBLAS) or "aten" (PyTorch's
             int4 op); or "cuda" (kernels in CUDA C++, where there is one for M and K, also outside
             of CUDA graphs; not in packages). None is the fastest: by rule, or with
             mode="max-autotune" by measurement.
-        measure: measure what quantising does to the output of each matmul and of the whole model,
+        measure: measure what quantizing does to the output of each matmul and of the whole model,
             by running it on the example inputs with both kinds of weights. None is for
             `fxint4.explain` alone; `fxint4.pack_`, `rewrite` and `package` do it where it is True.
             A backend does not: it has no inputs before the model runs. No part of any cache key.
@@ -191,14 +191,14 @@ class Int4Config:
         return next((f"{key}={value}" for key, value in given.items() if value is not None), None)
 
     @property
-    def is_settled(self) -> bool:
+    def has_choices(self) -> bool:
         """Whether there is no budget, or a calibration that chose by it."""
         trade = self.calibration.trade if self.calibration is not None else None
         return self.budget is None or (trade is not None and trade.budget == self.budget)
 
-    def check_settled(self) -> None:
+    def check_choices(self) -> None:
         """Raise OptionError where a budget has nothing to choose by."""
-        if not self.is_settled:
+        if not self.has_choices:
             name, _, value = str(self.budget).partition("=")
             raise OptionError(
                 f"{self.budget} has nothing to choose by: give it calibration=fxint4.calibrate("

@@ -62,7 +62,7 @@ def int4tile(
             "measure is for fxint4.explain, pack_, rewrite and package: a backend has no inputs to "
             "run the model on"
         )
-    config.check_settled()
+    config.check_choices()
     return compile_captured(gm, example_inputs, config, patches, report_of_caller(config, patches))
 
 
@@ -109,7 +109,7 @@ def compile_captured(
                 lambda made: graph_text(made.gm, {**names, **made.labels}, labels)
             )
             packed = [record for record in records if record.action == "packed"]
-            packed = with_matmuls(packed, sites, graph.expected_forms, config, policy)
+            packed = with_matmuls(packed, sites, graph.expected_formats, config, policy)
             records = [packed.pop(0) if record.action == "packed" else record for record in records]
         parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))

@@ -12,9 +12,9 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.frontends.backend import compile_captured
 from fxint4.report import Report
-from fxint4.runs.calibrate import settled
+from fxint4.runs.calibrate import with_budget_choices
 from fxint4.runs.errors_of import Errors, measure
-from fxint4.runs.state_guard import Trials
+from fxint4.runs.state_guard import StateGuard
 from fxint4.runs.tracing import compiled_anew
 
 __all__ = ["explain"]
@@ -32,7 +32,7 @@ def explain(
     """Compile `model` with backend "int4tile", run it on the arguments, return the report.
 
     The model is compiled anew, whatever was compiled before, and is not changed. Unless the option
-    `measure` is False it also runs once with its own weights and once with the quantised ones, node
+    `measure` is False it also runs once with its own weights and once with the quantized ones, node
     by node, which tells what that does to the output of every matmul and of the model. All runs
     begin with the same random state, and leave it, the arguments, and buffers that the model writes
     to, as they were.
@@ -50,7 +50,7 @@ def explain(
         FoldError: a weight could not be folded.
     """
     config, patches = split_options(mode, options)
-    config = settled(config, model, args, kwargs)
+    config = with_budget_choices(config, model, args, kwargs)
     report = Report(config, patches)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -60,13 +60,13 @@ def explain(
     if config.measure is False:
         compiled(args, kwargs)
         return report
-    trials = Trials(model)
+    guard = StateGuard(model)
     try:
-        errors = _measured(model, args, kwargs, config, trials)
-        with trials.run(args, kwargs) as (own_args, own_kwargs):
+        errors = _measured(model, args, kwargs, config, guard)
+        with guard.run(args, kwargs) as (own_args, own_kwargs):
             compiled(own_args, own_kwargs)
     finally:
-        trials.forget()
+        guard.forget()
     if errors is not None:
         report.measured(errors.output, errors.of_weights)
     return report
@@ -77,11 +77,11 @@ def _measured(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     config: Int4Config,
-    trials: Trials,
+    guard: StateGuard,
 ) -> Errors | None:
     """The errors of a model; None, and a warning in the log, where it does not run node by node."""
     try:
-        return measure(model, args, kwargs, config, trials)
+        return measure(model, args, kwargs, config, guard)
     except Exception as error:
         if config.measure:
             raise

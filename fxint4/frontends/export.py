@@ -25,8 +25,8 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError
 from fxint4.graph.build import Build
-from fxint4.graph.constants import Constants, Standing
-from fxint4.graph.placeholders import standing_of
+from fxint4.graph.constants import Constants, Role
+from fxint4.graph.placeholders import role_of
 from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.experts import package_fault
@@ -45,7 +45,7 @@ from fxint4.report import GraphReport, Record, Report
 from fxint4.report.graph_text import graph_text
 from fxint4.report.latest import remember
 from fxint4.runs.errors_of import Errors, measure_graph
-from fxint4.weights.cache import Store
+from fxint4.weights.cache import WeightCache
 from fxint4.weights.formats import UNBOUNDED
 
 __all__ = ["is_rewritten", "placeholders", "remade", "rewrite", "rewrite_program"]
@@ -64,11 +64,11 @@ def rewrite(
     ops are fxint4's own (`fxint4.package` makes do without them on a GPU). `fxint4.last_report()`
     says what was done.
 
-    A program has one form of each weight, the packed one, for any number of rows; where a dense
+    A program has one format of each weight, the packed one, for any number of rows; where a dense
     matmul would be faster for the rows of the example inputs, which on the CPU it is for many, the
     report says so. Packed bytes of the CPU are for the kind of CPU that packed them; on another one
     the program raises a RuntimeError that says so. With the option `measure` the program runs twice
-    on its example inputs, to measure what quantising does to its output.
+    on its example inputs, to measure what quantizing does to its output.
 
     Args:
         exported_program: of `torch.export.export`, for inference; it is not changed.
@@ -122,7 +122,7 @@ def rewrite_program(
             that our lowering knows, while experts stay as they are where it has no kernel for them.
     """
     _check_program(program)
-    config.check_settled()
+    config.check_choices()
     if config.free_weights:
         raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
     report = Report(config)
@@ -132,20 +132,21 @@ def rewrite_program(
     fake_mode = fake_mode_of(captured)
     weights = _Weights(program)
     inline_regions(captured, fake_mode)
-    constants = Constants(captured, weights.standings)
+    constants = Constants(captured, weights.roles)
     found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
     wanted = [_in_a_program(entry, only_aten) for entry in found]
-    store = Store()  # of its own: the others write over what they hold when parameters change
-    sites, records = fold(wanted, weights.tensors, expected_rows, config, store)
-    forms = [site.int4 for site in sites]
+    # Of its own: the process's cache writes over what it holds when parameters change.
+    cache = WeightCache()
+    sites, records = fold(wanted, weights.tensors, expected_rows, config, cache)
+    formats = [site.int4 for site in sites]
     errors = _measured(program, sites, fake_mode, config) if config.measure else None
     labels = dict[str, str]()
     before = after = graph_text(captured, weights.labels, labels)
     if sites:
         if not only_aten:
             records = _with_matmuls(records, sites, config)
-        rewritten = rewrite_graph(captured, sites, forms, config, weights.unread, fake_mode)
-        program = _Program(program, weights, rewritten, store, fake_mode).made()
+        rewritten = rewrite_graph(captured, sites, formats, config, weights.unread, fake_mode)
+        program = _Program(program, weights, rewritten, cache, fake_mode).made()
         shown = {target: weights.labels[name] for name, target in weights.targets.items()}
         targets = {
             spec.arg.name: shown.get(spec.target, spec.target)
@@ -167,7 +168,7 @@ def rewrite_program(
 def _measured(
     program: ExportedProgram, sites: Sequence[Site], fake_mode: Any, config: Int4Config
 ) -> Errors:
-    """What quantising does to the output of a program as captured."""
+    """What quantizing does to the output of a program as captured."""
     if program.example_inputs is None:
         raise OptionError(
             "measure=True needs example inputs, and the program has none: set its example_inputs "
@@ -188,7 +189,7 @@ def _measured(
 
 
 def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
-    """A site with its one form, or the record of one that is kept."""
+    """A site with its one format, or the record of one that is kept."""
     if isinstance(entry, Record):
         return entry
     fault = package_fault(value_of(entry.match.weight).device)
@@ -196,7 +197,7 @@ def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
         return dataclasses.replace(entry.record, reason=fault)
     if expected_rows(entry) == 0:
         return dataclasses.replace(entry.record, reason="no rows in the example inputs")
-    return dataclasses.replace(entry, beyond=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
+    return dataclasses.replace(entry, fallback=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
 
 
 def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Record:
@@ -225,9 +226,9 @@ def _with_matmuls(
 ) -> list[Record]:
     """Records that say which sites a package multiplies together, and by which kernels."""
     packed = [record for record in records if record.action == "packed"]
-    forms = [site.int4 for site in sites]
+    formats = [site.int4 for site in sites]
     policy = Policy(config.kernel, package=True)
-    made = iter(with_matmuls(packed, sites, forms, config, policy))
+    made = iter(with_matmuls(packed, sites, formats, config, policy))
     return [next(made) if record.action == "packed" else record for record in records]
 
 
@@ -259,7 +260,7 @@ class _Weights:
         targets: what the program calls them, by name of the placeholder.
         labels: their full names, likewise; a weight that is shared has one.
         values: real tensors, of buffers and constants too.
-        standings: of the placeholders that the program does not write to.
+        roles: of the placeholders that the program does not write to.
         tensors: the real tensors behind these.
         names: their full names.
         unread: the placeholders that may go where nothing reads them.
@@ -271,7 +272,7 @@ class _Weights:
         written = {spec.target for spec in signature.output_specs if spec.kind in _WRITES}
         self.targets: dict[str, str] = {}
         self.labels: dict[str, str] = {}
-        self.standings: dict[fx.Node, Standing] = {}
+        self.roles: dict[fx.Node, Role] = {}
         self.tensors: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, str] = {}
         self.unread: list[fx.Node] = []
@@ -287,15 +288,15 @@ class _Weights:
             self.labels[node.name] = name
             if spec.kind is InputKind.PARAMETER:
                 self.parameters[id(value)] = (name, value.numel())
-            standing = standing_of(value, is_buffer=spec.kind is not InputKind.PARAMETER)
+            role = role_of(value, is_buffer=spec.kind is not InputKind.PARAMETER)
             if spec.target in written:
                 continue
             self.unread.append(node)
-            if standing is Standing.VARIES:
+            if role is Role.VARIES:
                 continue
             # Tied weights come as several placeholders, and are to be one weight.
             node.replace_all_uses_with(first.setdefault(id(value), node))
-            self.standings[node] = standing
+            self.roles[node] = role
             self.tensors[node] = value
             self.names[node] = name
 
@@ -345,7 +346,7 @@ class _Program:
         program: ExportedProgram,
         weights: _Weights,
         rewritten: Rewritten,
-        store: Store,
+        weight_cache: WeightCache,
         fake_mode: Any,
     ) -> None:
         self._program = program
@@ -363,8 +364,8 @@ class _Program:
         user_inputs = [n for n, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT]
         self._first_user_input = next(iter(user_inputs), None)
         self._buffers: dict[str, Tensor] = {}
-        self._add_packed(iter(nodes[kept:]), rewritten, store)
-        if any(slot.form == "cpu" for slot in rewritten.slots):
+        self._add_packed(iter(nodes[kept:]), rewritten, weight_cache)
+        if any(slot.format == "cpu" for slot in rewritten.slots):
             self._add_check()
 
     def made(self) -> ExportedProgram:
@@ -401,12 +402,14 @@ class _Program:
             constants={key: v for key, v in program.constants.items() if key not in gone},
         )
 
-    def _add_packed(self, nodes: Iterator[fx.Node], rewritten: Rewritten, store: Store) -> None:
+    def _add_packed(
+        self, nodes: Iterator[fx.Node], rewritten: Rewritten, weight_cache: WeightCache
+    ) -> None:
         """Buffers for the inputs that hold packed weights."""
         for slot in rewritten.slots:
             tensors = [self._weights.tensors[root] for root in slot.weight.roots]
-            packed = store.find(slot.weight, tensors, slot.shape, slot.recipe)
-            for tensor in packed.forms[slot.form]:
+            packed = weight_cache.find(slot.weight, tensors, slot.shape, slot.recipe)
+            for tensor in packed.formats[slot.format]:
                 node = next(nodes)
                 part = node.name.rpartition("_")[0]
                 self._add(node, f"{slot.name}_{part}", tensor)

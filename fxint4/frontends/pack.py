@@ -18,16 +18,16 @@ from fxint4.frontends.parameters import (
     Owners,
     candidates_of,
     from_modules,
+    materialize_parametrized,
     packed_candidate,
     replace_parameters,
-    settle_parametrized,
 )
 from fxint4.graph.names import parameters_of
 from fxint4.passes.site import Site
 from fxint4.report import GraphReport, Record, Report
-from fxint4.runs.calibrate import settled
+from fxint4.runs.calibrate import with_budget_choices
 from fxint4.runs.errors_of import measure
-from fxint4.runs.state_guard import Trials
+from fxint4.runs.state_guard import StateGuard
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["pack_"]
@@ -49,12 +49,12 @@ def pack_(
     experts. Afterwards the model runs in eager, with any backend, and fastest with
     `torch.compile(model, backend="int4tile")`.
 
-    A weight that a parametrisation makes (weight_norm, say) is computed once and for all. A
+    A weight that a parametrization makes (weight_norm, say) is computed once and for all. A
     parameter that an embedding reads too, or that goes into an operator which packed weights don't
     support, stays as it is; the report says why.
 
     With the option `measure` the model runs twice more on the example arguments, before anything is
-    replaced, to measure what quantising does to the output of every matmul and of the model.
+    replaced, to measure what quantizing does to the output of every matmul and of the model.
 
     Args:
         model: changed in place.
@@ -83,11 +83,11 @@ def pack_(
     examples = bool(example_args or example_kwargs)
     if config.measure and not examples:
         raise OptionError("measure=True needs example_args or example_kwargs to run the model on")
-    settle_parametrized(model, config)
+    materialize_parametrized(model, config)
     if examples:
-        config = settled(config, model, example_args, example_kwargs or {})
+        config = with_budget_choices(config, model, example_args, example_kwargs or {})
     else:
-        config.check_settled()
+        config.check_choices()
     report = Report(config)
     owners = Owners([("", model)])
     kept: list[Record] = []
@@ -169,11 +169,11 @@ def _measured(
         both = zip(roots, made, strict=True)
         return site.weight.evaluate([old if new is None else new for old, new in both]).to(dtype)
 
-    trials = Trials(model)
+    guard = StateGuard(model)
     try:
-        errors = measure(model, args, kwargs, config, trials, quantized_of)
+        errors = measure(model, args, kwargs, config, guard, quantized_of)
     finally:
-        trials.forget()
+        guard.forget()
     of_parameters: dict[str, float] = {}
     for (*roots, _), error in errors.of_weights.items():
         for identity in found.keys() & set(roots):

@@ -24,7 +24,7 @@ from fxint4.config.options import split_options
 from fxint4.errors import OptionError, UnsupportedOpError
 from fxint4.frontends.export import is_rewritten, placeholders, remade, rewrite_program
 from fxint4.kernels.policy import Policy
-from fxint4.lowering.dense import lowered
+from fxint4.lowering.dense import our_lowerings
 from fxint4.lowering.experts import package_fault
 
 __all__ = ["METADATA", "package"]
@@ -84,7 +84,7 @@ def package(
     # is there stays until it can be replaced.
     with tempfile.TemporaryDirectory() as folder, draft_of(Path(path)) as draft:
         made = os.path.join(folder, os.path.basename(path))
-        with lowered(Policy(config.kernel, package=True)):
+        with our_lowerings(Policy(config.kernel, package=True)):
             aoti_package(program, made, patches)
         shutil.copyfile(made, draft)
     return path

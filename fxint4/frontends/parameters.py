@@ -26,8 +26,8 @@ from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import transposed_key
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.report import Record
-from fxint4.runs.state_guard import Trials
-from fxint4.runs.tracing import compiled_anew, watching
+from fxint4.runs.state_guard import StateGuard
+from fxint4.runs.tracing import capturing_backend, compiled_anew
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import NEW_AXIS
 
@@ -38,10 +38,10 @@ __all__ = [
     "candidates_of",
     "from_graph",
     "from_modules",
+    "materialize_parametrized",
     "packed_candidate",
     "record_of",
     "replace_parameters",
-    "settle_parametrized",
     "use_of",
 ]
 
@@ -137,10 +137,10 @@ def from_modules(owners: Owners) -> list[Candidate]:
     return found
 
 
-def settle_parametrized(model: nn.Module, config: Int4Config) -> None:
-    """Compute weights that a parametrisation makes (weight_norm, say) once and for all.
+def materialize_parametrized(model: nn.Module, config: Int4Config) -> None:
+    """Compute weights that a parametrization makes (weight_norm, say) once and for all.
 
-    Only those that are going to be packed: for the others the parametrisation stays.
+    Only those that are going to be packed: for the others the parametrization stays.
     """
     for name, module in model.named_modules():
         if not parametrize.is_parametrized(module, "weight"):
@@ -226,7 +226,7 @@ def from_graph(
     Args:
         gm: the graph.
         sites: its matmuls that can be packed.
-        constants: the standing of its nodes.
+        constants: the role of its nodes.
         tensors: the real tensor behind each constant placeholder.
     """
     candidates: dict[fx.Node, Candidate] = {}
@@ -462,7 +462,8 @@ def candidates_of(
 ) -> tuple[list[Candidate], list[Record]]:
     """What a model's graphs multiply by, found by running it once, without compiling anything.
 
-    Buffers, arguments and the like hold what they held before, see `fxint4.runs.state_guard.Trials`.
+    Buffers, arguments and the like hold what they held before, see
+    `fxint4.runs.state_guard.StateGuard`.
 
     Args:
         model: the model.
@@ -475,7 +476,7 @@ def candidates_of(
     """
     candidates: dict[int, Candidate] = {}
     kept: list[Record] = []
-    trials = [Trials(model)]  # emptied: Dynamo keeps the backend, which must not keep the model
+    guard = [StateGuard(model)]  # emptied: Dynamo keeps the backend, which must not keep the model
 
     def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
         kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
@@ -487,17 +488,17 @@ def candidates_of(
         captured, written = analysis.captured, analysis.weights.written
 
         def run(arguments: list[Any]) -> Sequence[Any]:
-            trials[0].keep(arguments[position] for position in written)
+            guard[0].keep(arguments[position] for position in written)
             return cast("Sequence[Any]", captured(*arguments))
 
         return run
 
     try:
-        with trials[0].run(args, kwargs) as (own_args, own_kwargs):
-            compiled_anew(model, watching(config, run_of))(own_args, own_kwargs)
+        with guard[0].run(args, kwargs) as (own_args, own_kwargs):
+            compiled_anew(model, capturing_backend(config, run_of))(own_args, own_kwargs)
         return list(candidates.values()), kept
     finally:
-        trials.clear()
+        guard.clear()
         candidates.clear()
 
 

@@ -13,9 +13,9 @@ from enum import IntEnum
 from torch import Tensor, fx
 
 from fxint4._pytorch.tensors import MATMULS, aten, is_pure
-from fxint4.weights.expression import Given, GivenWeight, Weight
+from fxint4.weights.expression import Prepacked, PrepackedWeight, Weight
 
-__all__ = ["Constants", "Standing"]
+__all__ = ["Constants", "Role"]
 
 _TRANSPOSES = {
     (aten.permute.default, "[1, 0]"),
@@ -29,35 +29,35 @@ _TRANSPOSES = {
 _TRANSPOSED_AXES = {"NK": "KN", "KN": "NK", "ENK": "EKN", "EKN": "ENK"}
 
 
-class Standing(IntEnum):
+class Role(IntEnum):
     """What a node's value depends on."""
 
     #: An activation, a shape, a random number, a cache.
     VARIES = 0
     #: Only on float buffers and literals: may help to make a weight, is none by itself.
     HELPER = 1
-    #: On parameters (or integer buffers, which hold quantised weights) and helpers alone.
+    #: On parameters (or integer buffers, which hold quantized weights) and helpers alone.
     WEIGHT = 2
 
 
 class Constants:
-    """The standing of every node of one graph.
+    """The role of every node of one graph.
 
     Args:
         gm: the graph; its weights are placeholders.
-        standings: the standing of its placeholders; those not named vary.
+        roles: the role of its placeholders; those not named vary.
     """
 
-    def __init__(self, gm: fx.GraphModule, standings: Mapping[fx.Node, Standing]) -> None:
-        """Carry the placeholders' standings through the graph."""
+    def __init__(self, gm: fx.GraphModule, roles: Mapping[fx.Node, Role]) -> None:
+        """Carry the placeholders' roles through the graph."""
         self._gm = gm
-        self._standing: dict[fx.Node, Standing] = {}
+        self._role: dict[fx.Node, Role] = {}
         for node in gm.graph.nodes:
-            self._standing[node] = self._judge(node, standings)
+            self._role[node] = self._judge(node, roles)
 
     def is_weight(self, value: object) -> bool:
         """Whether a node's value is constant and made of at least one weight."""
-        return isinstance(value, fx.Node) and self._standing.get(value) is Standing.WEIGHT
+        return isinstance(value, fx.Node) and self._role.get(value) is Role.WEIGHT
 
     def weight(self, node: fx.Node, axes: str) -> Weight:
         """The computation behind a constant node.
@@ -70,16 +70,18 @@ class Constants:
             node, axes = inner
         return Weight(node, axes, *self._origin(node))
 
-    def given_weight(self, tiles: fx.Node, scale_and_zero: fx.Node, given: Given) -> GivenWeight:
+    def prepacked_weight(
+        self, tiles: fx.Node, scale_and_zero: fx.Node, prepacked: Prepacked
+    ) -> PrepackedWeight:
         """The computation behind the constant buffers of a packed weight.
 
         Args:
             tiles: the node of its tiles.
             scale_and_zero: the node of its scale_and_zero.
-            given: what they are.
+            prepacked: what they are.
         """
         origin = self._origin(tiles, scale_and_zero)
-        return GivenWeight(tiles, "", *origin, scale_and_zero, given)
+        return PrepackedWeight(tiles, "", *origin, scale_and_zero, prepacked)
 
     def _origin(
         self, *nodes: fx.Node
@@ -92,22 +94,22 @@ class Constants:
         }
         return roots, steps, literals
 
-    def _judge(self, node: fx.Node, standings: Mapping[fx.Node, Standing]) -> Standing:
+    def _judge(self, node: fx.Node, roles: Mapping[fx.Node, Role]) -> Role:
         if node.op == "placeholder":
-            return standings.get(node, Standing.VARIES)
+            return roles.get(node, Role.VARIES)
         if node.op == "get_attr":
             value = getattr(self._gm, str(node.target), None)
-            return Standing.HELPER if isinstance(value, Tensor) else Standing.VARIES
+            return Role.HELPER if isinstance(value, Tensor) else Role.VARIES
         if node.op != "call_function" or not is_pure(node.target):
-            return Standing.VARIES
-        operands = [self._standing[operand] for operand in node.all_input_nodes]
+            return Role.VARIES
+        operands = [self._role[operand] for operand in node.all_input_nodes]
         if node.target in MATMULS and node.meta["val"].ndim > 1:
             # A float buffer times a parameter is an activation (a cache, say) meeting a weight;
             # but a vector, as spectral_norm makes one to scale a weight by, can't be one.
-            return Standing.WEIGHT if min(operands) is Standing.WEIGHT else Standing.VARIES
-        if Standing.VARIES in operands:
-            return Standing.VARIES
-        return max(operands, default=Standing.HELPER)
+            return Role.WEIGHT if min(operands) is Role.WEIGHT else Role.VARIES
+        if Role.VARIES in operands:
+            return Role.VARIES
+        return max(operands, default=Role.HELPER)
 
 
 def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:

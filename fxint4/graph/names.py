@@ -1,4 +1,4 @@
-"""Names that people recognise for the inputs of a graph, and the modules behind them."""
+"""Names that people recognize for the inputs of a graph, and the modules behind them."""
 
 from __future__ import annotations
 

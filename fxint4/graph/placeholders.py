@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxint4._pytorch.aot import inputs_mutated_by_graph, outer_input
-from fxint4.graph.constants import Standing
+from fxint4.graph.constants import Role
 from fxint4.graph.names import Inputs
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["GraphWeights", "inputs_of", "standing_of"]
+__all__ = ["GraphWeights", "inputs_of", "role_of"]
 
-#: Integer buffers hold quantised weights; a float buffer by itself may be a cache.
-_QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+#: Integer buffers hold quantized weights; a float buffer by itself may be a cache.
+_QUANTIZED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 def inputs_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
@@ -30,7 +30,7 @@ class GraphWeights:
     Attributes:
         tensors: the real tensors.
         names: full names of the parameters and buffers that they are, or are parts of.
-        standings: see `Constants`.
+        roles: see `Constants`.
         labels: what to call placeholders, those that are not constant included, by node name.
         parameters: full name and elements of each parameter, by identity.
         written: the placeholders that the graph writes to, by position.
@@ -46,7 +46,7 @@ class GraphWeights:
         self.tensors: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, str] = {}
         self.labels: dict[str, str] = {}
-        self.standings: dict[fx.Node, Standing] = {}
+        self.roles: dict[fx.Node, Role] = {}
         self.parameters: dict[int, tuple[str, int]] = {}
         self.written: list[int] = []
         mutated = inputs_mutated_by_graph()
@@ -67,28 +67,28 @@ class GraphWeights:
             self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
             if isinstance(value, nn.Parameter):
                 self.parameters[id(value)] = (name, value.numel())
-            standing = standing_of(value, is_buffer)
-            if standing is Standing.VARIES or written:
+            role = role_of(value, is_buffer)
+            if role is Role.VARIES or written:
                 continue
-            self.standings[node] = standing
+            self.roles[node] = role
             self.tensors[node] = value if attribute is None else getattr(value, attribute)
             self.names[node] = name
 
 
-def standing_of(value: object, is_buffer: bool) -> Standing:
-    """The standing of an input of a graph that the graph does not write to.
+def role_of(value: object, is_buffer: bool) -> Role:
+    """The role of an input of a graph that the graph does not write to.
 
     Args:
         value: the input.
         is_buffer: whether it is a buffer that a module registered.
     """
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        return Standing.VARIES
+        return Role.VARIES
     if type(value) in (nn.Parameter, Int4TileTensor):  # others have their own idea of their values
-        return Standing.WEIGHT
+        return Role.WEIGHT
     if type(value) is Tensor and is_buffer:
-        return Standing.WEIGHT if value.dtype in _QUANTISED_DTYPES else Standing.HELPER
-    return Standing.VARIES
+        return Role.WEIGHT if value.dtype in _QUANTIZED_DTYPES else Role.HELPER
+    return Role.VARIES
 
 
 def _written_placeholders(captured: fx.GraphModule) -> set[Any]:

@@ -96,7 +96,7 @@ def candidates(
     if m <= 16:
         found.append(Choice("aten"))
     if m >= 256:
-        found.append(Choice("dequantise"))
+        found.append(Choice("dequantize"))
     return list(dict.fromkeys(found))
 
 

@@ -38,18 +38,18 @@ __all__ = [
 class Choice:
     """How to multiply.
 
-    kernel: "triton", "cuda" (CUDA C++), "dequantise" (and torch.mm), or "aten"
+    kernel: "triton", "cuda" (CUDA C++), "dequantize" (and torch.mm), or "aten"
         (`_weight_int4pack_mm`).
     blocks: of the Triton or CUDA kernel, else None.
     """
 
-    kernel: Literal["aten", "triton", "cuda", "dequantise"]
+    kernel: Literal["aten", "triton", "cuda", "dequantize"]
     blocks: Blocks | CudaBlocks | None = None
 
     def __str__(self) -> str:
-        """For people: "aten", "dequantise + cuBLAS", or the kernel and its blocks as MxN."""
+        """For people: "aten", "dequantize + cuBLAS", or the kernel and its blocks as MxN."""
         if self.blocks is None:
-            return "dequantise + cuBLAS" if self.kernel == "dequantise" else self.kernel
+            return "dequantize + cuBLAS" if self.kernel == "dequantize" else self.kernel
         if isinstance(self.blocks, CudaBlocks):
             return f"{self.kernel} {self.blocks}"
         splits = f", {self.blocks.splits} splits" if self.blocks.splits > 1 else ""
@@ -84,12 +84,12 @@ def choose(
     if triton is None:
         return Choice("aten")
     if m > (_MOST_ROWS if wgmma else 128):
-        return Choice("dequantise")
+        return Choice("dequantize")
     blocks = choose_blocks(m, n, k, multiprocessors, wgmma)
     # The more blocks of rows, the more often W is unpacked. With the most of them that costs as
     # much as writing it out once, and less only where no program waits for another.
     if m > _MOST_ROWS - 128 and wgmma and _count(m, n, blocks) > 2 * multiprocessors:
-        return Choice("dequantise")
+        return Choice("dequantize")
     return Choice("triton", blocks)
 
 
@@ -340,7 +340,7 @@ def by_rule(
     if kernel is None or asked:
         in_cuda = not package and (asked or cuda.available(device))
         return choose(m, n, k, *gpu_of(device), in_cuda, replayed or asked)
-    return Choice("aten" if kernel == "aten" else "dequantise")
+    return Choice("aten" if kernel == "aten" else "dequantize")
 
 
 def by_m(choose: Callable[[int], Chosen]) -> list[tuple[int, int | None, Chosen]]:

@@ -6,8 +6,8 @@ device: the grid depends on shapes alone and each program finds its expert in th
 captured CUDA graph follows new routing. Only tiles of experts that have rows are read.
 
 The numbers are those of ``aten._weight_int4pack_mm``: a weight is ``(q - 8) * scale + zero``
-rounded to bf16, products are summed in fp32 and y is rounded to bf16. ``fxint4.quant.tile_layout`` describes
-the tiles.
+rounded to bf16, products are summed in fp32 and y is rounded to bf16. ``fxint4.quant.tile_layout``
+describes the tiles.
 
 Importing this module works without Triton, calling it does not.
 """

@@ -11,7 +11,8 @@ graphs. Equal inputs give equal bits: sums are made in a fixed order.
 `launch_of` and `dequantize_launch_of` say how the kernels are launched, for compilers that do it
 themselves.
 
-A weight is ``(q - 8) * scale + zero`` rounded to the dtype of x, see `fxint4.kernels.triton_common`;
+A weight is ``(q - 8) * scale + zero`` rounded to the dtype of x, see
+`fxint4.kernels.triton_common`;
 products are summed in fp32 and y is rounded to the dtype of x. For bf16 these are the numbers of
 ``aten._weight_int4pack_mm``. The CUDA kernel for few rows does not round weights: scale and zero
 are applied to the sum of a group. ``fxint4.quant.tile_layout`` describes the tiles.
@@ -126,7 +127,7 @@ def linears(
     if isinstance(choice.blocks, cuda.CudaBlocks):
         return _multiply_in_cuda(x, weights, group_size, ns, choice.blocks, lasting)
     need_triton()
-    if choice.kernel == "dequantise":
+    if choice.kernel == "dequantize":
         return x @ _dequantize(weights, group_size, ns, k, x.dtype).T
     if choice.blocks is None:
         raise ValueError(f'a Choice of "{choice.kernel}" needs blocks')

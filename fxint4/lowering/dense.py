@@ -31,7 +31,7 @@ from fxint4.kernels.select import Choice, by_m
 from fxint4.kernels.triton_common import Blocks, Launch, version_of
 from fxint4.lowering import experts
 
-__all__ = ["compile_graph", "lowered"]
+__all__ = ["compile_graph", "our_lowerings"]
 
 
 def compile_graph(
@@ -45,12 +45,12 @@ def compile_graph(
         policy: which kernels to choose.
         **kwargs: for Inductor.
     """
-    with lowered(policy):
+    with our_lowerings(policy):
         return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 
 
-def lowered(policy: Policy) -> AbstractContextManager[None]:
-    """A while in which whatever Inductor compiles is lowered as ours is.
+def our_lowerings(policy: Policy) -> AbstractContextManager[None]:
+    """A while in which whatever Inductor compiles is our_lowerings as ours is.
 
     Args:
         policy: which kernels to choose.
@@ -58,7 +58,9 @@ def lowered(policy: Policy) -> AbstractContextManager[None]:
     # All that has a say in what is made of a graph.
     modules = (sys.modules[__name__], experts, inductor, policies, select)
     version = version_of(*modules, triton_common, triton_linear, triton_experts, cuda)
-    return inductor.in_force(_lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}")
+    return inductor.lowerings_overridden(
+        _lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}"
+    )
 
 
 def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
@@ -118,11 +120,11 @@ class _Matmul:
             kernel, blocks = choice.kernel, choice.blocks
         if isinstance(blocks, CudaBlocks):
             return self.chosen_at_run_time(policy.cuda_graphs, blocks.name, blocks.sizes)
-        if kernel == "dequantise":
-            return self.dequantised()
+        if kernel == "dequantize":
+            return self.dequantized()
         if blocks is not None:
             return self.multiplied(blocks)
-        if not inductor.for_another_process():
+        if not inductor.is_aot():
             return self.chosen_at_run_time(policy.cuda_graphs, kernel)
         return self.by_aten() if kernel == "aten" else self.multiplied_for_any_m(policy)
 
@@ -136,8 +138,8 @@ class _Matmul:
         self, replayed: bool, kernel: str | None, sizes: Sequence[int] = ()
     ) -> Any:
         """The product by the op that chooses when it is called, or by this CUDA kernel."""
-        given = all(map(inductor.is_given, (*self.tiles, *self.scale_and_zero)))
-        return inductor.call_as_it_is(
+        given = all(map(inductor.is_graph_input, (*self.tiles, *self.scale_and_zero)))
+        return inductor.call_fallback(
             torch.ops.fxint4.linears.default,
             self.x,
             self.tiles,
@@ -153,18 +155,18 @@ class _Matmul:
     def by_aten(self) -> Any:
         """The product by ATen's op, once for each weight; it counts elements in 32 bits."""
         weights, k_padded, _ = self._sizes
-        x = inductor.of_dtype(torch.bfloat16, self.x)
+        x = inductor.to_dtype(torch.bfloat16, self.x)
         if k_padded > self.k:
             x = inductor.call(aten.constant_pad_nd.default, x, [0, k_padded - self.k], 0.0)
         x, op = inductor.contiguous(x), aten._weight_int4pack_mm.default
         products = []
         for (n, _), tiles, parameters in zip(weights, self.tiles, self.scale_and_zero, strict=True):
-            y = inductor.call_as_it_is(op, x, tiles, self.group_size, parameters)
+            y = inductor.call_fallback(op, x, tiles, self.group_size, parameters)
             products.append(inductor.call(aten.slice.Tensor, y, 1, 0, n))
         y = products[0] if len(products) == 1 else inductor.call(aten.cat.default, products, 1)
-        return inductor.of_dtype(self.x.get_dtype(), y)
+        return inductor.to_dtype(self.x.get_dtype(), y)
 
-    def dequantised(self) -> Any:
+    def dequantized(self) -> Any:
         """The product by W written out, and Inductor's matmul."""
         w = inductor.call(aten.permute.default, self._written_out(), [1, 0])
         return inductor.call(aten.mm.default, self.x, w)
@@ -184,36 +186,36 @@ class _Matmul:
         for split in range(1, splits):
             part = inductor.call(aten.select.int, partial, 0, split)
             y = inductor.call(aten.add.Tensor, y, part)
-        return inductor.of_dtype(x.get_dtype(), y)
+        return inductor.to_dtype(x.get_dtype(), y)
 
     def multiplied_for_any_m(self, policy: Policy) -> Any:
         """The product by the kernel that the M of each run asks for.
 
-        Every run comes by all that there are, and launches those for another M with no programs.
+        Every run comes by all that active are, and launches those for another M with no programs.
         The sum of splits is the Triton kernel's: it has to end in y like all else.
         """
         x, n = inductor.contiguous(self.x), sum(self.n)
         rows = x.get_size()[0]
         y = inductor.empty([rows, n], x, x.get_dtype())
         for first, last, choice in by_m(lambda m: self.choice(m, policy)):
-            there, blocks = inductor.one_if_between(rows, first, last), choice.blocks
+            active, blocks = inductor.indicator(rows, first, last), choice.blocks
             if not isinstance(blocks, Blocks):
-                w = inductor.call(aten.permute.default, self._written_out(there), [1, 0])
-                inductor.matmul_into(y, x, w, there)
+                w = inductor.call(aten.permute.default, self._written_out(active), [1, 0])
+                inductor.matmul_into(y, x, w, active)
             else:
                 # Of all blocks, or of those that are left when all programs had one.
                 split = blocks.at_once or (last and self._count(last, blocks))
-                self._launch_into(y, x, self._launch_of_rows(rows, there, blocks), split)
+                self._launch_into(y, x, self._launch_of_rows(rows, active, blocks), split)
         return y
 
     def _count(self, m: int, blocks: Blocks) -> int:
         return -(-m // blocks.rows) * sum(-(-n // blocks.features) for n in self.n)
 
-    def _launch_of_rows(self, rows: Any, there: Any, blocks: Blocks) -> Launch:
-        """See `launch_of`; of a number of rows that varies, in the runs where `there` is 1."""
+    def _launch_of_rows(self, rows: Any, active: Any, blocks: Blocks) -> Launch:
+        """See `launch_of`; of a number of rows that varies, in the runs where `active` is 1."""
         launch = self._launch_of(1, blocks, reduce=True)
         row_blocks = inductor.ceil_div(rows, blocks.rows)
-        count, whole = there * row_blocks * self._count(1, blocks), 0
+        count, whole = active * row_blocks * self._count(1, blocks), 0
         if blocks.rest_splits > 1:
             whole = blocks.at_once * inductor.floor_div(count, blocks.at_once)
         return replace(
@@ -222,15 +224,15 @@ class _Matmul:
             arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks, "whole": whole},
         )
 
-    def _written_out(self, there: Any = 1) -> Any:
-        """W ``[sum(n), K]``; with no rows in the runs where `there` is 0."""
+    def _written_out(self, active: Any = 1) -> Any:
+        """W ``[sum(n), K]``; with no rows in the runs where `active` is 0."""
         weights, k_padded, half_inner = self._sizes
         dtype = self.x.get_dtype()
-        w = inductor.empty([there * sum(self.n), self.k], self.x, dtype)
+        w = inductor.empty([active * sum(self.n), self.k], self.x, dtype)
         launch = triton_linear.dequantize_launch_of(
             self.k, weights, k_padded, self.group_size, half_inner, dtype
         )
-        self._launch(replace(launch, programs=there * launch.programs), {"w": w})
+        self._launch(replace(launch, programs=active * launch.programs), {"w": w})
         return w
 
     def _launch_of(self, m: int, blocks: Blocks, reduce: bool) -> Launch:
@@ -263,7 +265,7 @@ class _Matmul:
             tensors["partial"] = inductor.empty([shared, block], x, torch.float32)
             if split is None:
                 split = inductor.floor_div(shared, int(launch.arguments["SPLITS"]))
-            tensors["counters"] = inductor.lasting_zeros(split, x)
+            tensors["counters"] = inductor.persistent_zeros(split, x)
         self._launch(launch, tensors)
 
     @property

@@ -46,12 +46,13 @@ def lowerings() -> Mapping[Any, Callable[..., Any]]:
 
 def _lower(op: Any, multiply: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     """The op as launches in a package, and elsewhere as it is."""
-    if inductor.for_another_process() and package_fault(x.get_device()) is None:
+    if inductor.is_aot() and package_fault(x.get_device()) is None:
         return multiply(x, *args, **kwargs)
-    return inductor.call_as_it_is(op, x, *args, **kwargs)
+    return inductor.call_fallback(op, x, *args, **kwargs)
 
 
-# Below, tensors are Inductor's values, of the shapes and dtypes that `fxint4.weights.ops` describes.
+# Below, tensors are Inductor's values, of the shapes and dtypes that `fxint4.weights.ops`
+# describes.
 
 
 def _bmm(x: Any, tiles: Any, scale_and_zero: Any, group_size: int, n: int) -> Any:
@@ -63,7 +64,7 @@ def _bmm(x: Any, tiles: Any, scale_and_zero: Any, group_size: int, n: int) -> An
 
 
 def _grouped_mm(x: Any, tiles: Any, scale_and_zero: Any, offs: Any, group_size: int, n: int) -> Any:
-    ends = inductor.of_dtype(torch.int32, offs)
+    ends = inductor.to_dtype(torch.int32, offs)
     return _multiplied(x, tiles, scale_and_zero, ends, group_size, n, by_row=False)
 
 
@@ -75,7 +76,7 @@ def _indexed_mm(x: Any, tiles: Any, scale_and_zero: Any, ids: Any, group_size: i
     if known is not None and not triton_experts.better_sorted(known, count):
         return _multiplied(x, tiles, scale_and_zero, ids, group_size, n, by_row=True)
     # Inductor's own lowering of it may take the number of rows for a small one.
-    ordered, order = inductor.call_as_it_is(aten.sort.default, ids)
+    ordered, order = inductor.call_fallback(aten.sort.default, ids)
     each = _numbers(0, count, ids.get_dtype(), ids.get_device())
     ends = inductor.call(aten.searchsorted.Tensor, ordered, each, out_int32=True, right=True)
     in_order = inductor.call(aten.index.Tensor, x, [order])
@@ -99,7 +100,7 @@ def _multiplied(
         by_row: whether each row names its expert.
     """
     dtype = x.get_dtype()
-    x = inductor.of_dtype(torch.bfloat16, x)
+    x = inductor.to_dtype(torch.bfloat16, x)
     rows, k = x.get_size()
     given = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero, "experts": of_experts}
     shapes = {name: _without_numbers(value) for name, value in given.items()}
@@ -118,7 +119,7 @@ def _multiplied(
             launch.warps,
             launch.stages,
         )
-    return inductor.of_dtype(dtype, y)
+    return inductor.to_dtype(dtype, y)
 
 
 def _launches(
@@ -146,7 +147,7 @@ def _launches(
     for first, last, blocks in triton_experts.blocks_by_rows(tiles[0], shared):
         launch = triton_experts.launch_of(1, k, tiles, group_size, n, by_row=False, blocks=blocks)
         row_blocks = inductor.floor_div(rows + (blocks.rows - 1) * parts, blocks.rows)
-        there = inductor.one_if_between(rows, first, last)
+        there = inductor.indicator(rows, first, last)
         yield replace(
             launch,
             programs=there * row_blocks * launch.programs,  # of one block of rows
@@ -162,7 +163,7 @@ def _numbers(start: int, count: int, dtype: torch.dtype, device: torch.device) -
 
 def _at_most(size: Any, most: int) -> Any:
     """The smaller one of a size and a number."""
-    return size - (size - most) * inductor.one_if_between(size, most, None)
+    return size - (size - most) * inductor.indicator(size, most, None)
 
 
 def _without_numbers(value: Any) -> Tensor:

@@ -16,19 +16,19 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import compile_graph
-from fxint4.passes.plan import met_recipe, packing_fault
+from fxint4.passes.plan import packing_fault, recipe_at_run_time
 from fxint4.passes.rewrite import Rewritten, Slot, rewrite
 from fxint4.passes.site import Site
 from fxint4.quant.recipe import Recipe
-from fxint4.weights.cache import Lookup, PackedWeight, picker, store
-from fxint4.weights.formats import Dense, Form, choose
+from fxint4.weights.cache import Lookup, PackedWeight, picker, weight_cache
+from fxint4.weights.formats import Dense, Format, choose
 
-__all__ = ["Int4Graph", "Meeting", "expected_rows"]
+__all__ = ["Int4Graph", "LateUse", "expected_rows"]
 
-#: `Meeting.packed` while it grows.
-_Met = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
+#: `LateUse.packed` while it grows.
+_Late = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
 
-#: Combinations of dynamic sizes whose choice of forms is remembered.
+#: Combinations of dynamic sizes whose choice of formats is remembered.
 _SIZES_REMEMBERED = 4096
 
 
@@ -38,17 +38,17 @@ def expected_rows(site: Site) -> int | None:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class LateUse:
     """Packed weights that a call needed and the calls before it did not.
 
     Attributes:
         packed: what was made of each, by the computation behind it: its roots and its signature.
-        forms: the form that each site of the graph was run with.
+        formats: the format that each site of the graph was run with.
         tensors: the real tensor behind each constant placeholder.
     """
 
     packed: Mapping[tuple[tuple[fx.Node, ...], str], PackedWeight]
-    forms: tuple[Form | None, ...]
+    formats: tuple[Format | None, ...]
     tensors: Mapping[fx.Node, Tensor]
 
 
@@ -57,7 +57,7 @@ class Int4Graph:
 
     The weights stay inputs: compiled code is reused for other parameters than those it was
     compiled with, and parameters change. So each call finds the packed weights of the parameters
-    it is given. A graph is compiled once for each choice of forms that a call turns out to need.
+    it is given. A graph is compiled once for each choice of formats that a call turns out to need.
 
     Args:
         captured: the graph as captured.
@@ -68,7 +68,7 @@ class Int4Graph:
         policy: which kernels to choose.
         state: of the compiler.
         kwargs: for Inductor's last stage.
-        met: told what a call met.
+        late: told what a call late.
     """
 
     #: AOTAutograd hands over the arguments as one list, which is emptied.
@@ -84,7 +84,7 @@ class Int4Graph:
         policy: Policy,
         state: CompileState,
         kwargs: Mapping[str, Any],
-        met: Callable[[Meeting], None],
+        late: Callable[[LateUse], None],
     ) -> None:
         self._captured = captured
         self._fake_inputs = fake_inputs
@@ -95,9 +95,9 @@ class Int4Graph:
         self._policy = policy
         self._state = state
         self._kwargs = kwargs
-        self._report = met
-        self._variants: dict[tuple[Form | None, ...], _Variant] = {}
-        self._forms_by_sizes: dict[tuple[int, ...], tuple[Form | None, ...]] = {}
+        self._report = late
+        self._variants: dict[tuple[Format | None, ...], _Variant] = {}
+        self._formats_by_sizes: dict[tuple[int, ...], tuple[Format | None, ...]] = {}
         placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
         self._positions = {node: position for position, node in enumerate(placeholders)}
         symbols = symbols_of(placeholders)
@@ -113,73 +113,73 @@ class Int4Graph:
         Returns:
             What `describe` said.
         """
-        forms = self.expected_forms
-        rewritten = self._rewrite(forms)
+        formats = self.expected_formats
+        rewritten = self._rewrite(formats)
         description = describe(rewritten)
-        self._variants[forms] = self._compile(rewritten)
+        self._variants[formats] = self._compile(rewritten)
         return description
 
     @property
-    def expected_forms(self) -> tuple[Form | None, ...]:
-        """The form of each site for the sizes of the example inputs."""
+    def expected_formats(self) -> tuple[Format | None, ...]:
+        """The format of each site for the sizes of the example inputs."""
         return self._choose(expected_rows)
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run on `args`, in the order of the captured graph's placeholders."""
-        forms = self._forms(args)
-        met: _Met = {}
+        formats = self._formats(args)
+        late: _Late = {}
         while True:
-            variant = self._variants.get(forms) or self._compile_later(forms)
-            buffers = variant.buffers(args, met)
+            variant = self._variants.get(formats) or self._compile_later(formats)
+            buffers = variant.buffers(args, late)
             if not isinstance(buffers, Slot):
                 break
             # These parameters, unlike those compiled with, can't be packed.
-            forms = self._without(buffers, forms)
-        if met:
+            formats = self._without(buffers, formats)
+        if late:
             tensors = {node: args[self._positions[node]] for node in self._constants}
-            self._report(Meeting(met, forms, tensors))
+            self._report(LateUse(late, formats, tensors))
         inputs = [*variant.kept(args), *buffers]
         args.clear()
         return variant.compiled(inputs)
 
-    def _forms(self, args: Sequence[Any]) -> tuple[Form | None, ...]:
+    def _formats(self, args: Sequence[Any]) -> tuple[Format | None, ...]:
         sizes = tuple(
             args[position] if dim is None else args[position].shape[dim]
             for position, dim in self._symbols.values()
         )
-        forms = self._forms_by_sizes.get(sizes)
-        if forms is None:
+        formats = self._formats_by_sizes.get(sizes)
+        if formats is None:
             values = dict(zip(self._symbols, sizes, strict=True))
-            forms = self._choose(lambda site: evaluate_size(site.match.m, values))
-            if len(self._forms_by_sizes) >= _SIZES_REMEMBERED:
-                self._forms_by_sizes.clear()
-            self._forms_by_sizes[sizes] = forms
-        return forms
+            formats = self._choose(lambda site: evaluate_size(site.match.m, values))
+            if len(self._formats_by_sizes) >= _SIZES_REMEMBERED:
+                self._formats_by_sizes.clear()
+            self._formats_by_sizes[sizes] = formats
+        return formats
 
-    def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Form | None, ...]:
+    def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Format | None, ...]:
         return tuple(
-            choose(site.int4, site.beyond, site.most_rows, rows(site)) for site in self._sites
+            choose(site.int4, site.fallback, site.most_rows, rows(site)) for site in self._sites
         )
 
-    def _without(self, slot: Slot, forms: tuple[Form | None, ...]) -> tuple[Form | None, ...]:
+    def _without(self, slot: Slot, formats: tuple[Format | None, ...]) -> tuple[Format | None, ...]:
         key = (slot.weight.roots, slot.weight.signature)
         return tuple(
-            None if (site.weight.roots, site.weight.signature) == key else form
-            for site, form in zip(self._sites, forms, strict=True)
+            None if (site.weight.roots, site.weight.signature) == key else format
+            for site, format in zip(self._sites, formats, strict=True)
         )
 
-    def _compile_later(self, forms: tuple[Form | None, ...]) -> _Variant:
+    def _compile_later(self, formats: tuple[Format | None, ...]) -> _Variant:
         with self._state.restored():
-            variant = self._variants.get(forms)  # another thread may have been quicker
+            variant = self._variants.get(formats)  # another thread may have been quicker
             if variant is None:
-                variant = self._variants[forms] = self._compile(self._rewrite(forms))
+                variant = self._variants[formats] = self._compile(self._rewrite(formats))
             return variant
 
-    def _rewrite(self, forms: tuple[Form | None, ...]) -> Rewritten:
+    def _rewrite(self, formats: tuple[Format | None, ...]) -> Rewritten:
         return rewrite(
             self._captured,
             self._sites,
-            forms,
+            formats,
             self._config,
             self._constants,
             self._state.fake_mode,
@@ -205,7 +205,7 @@ class Int4Graph:
 
 
 class _Variant:
-    """A graph compiled for one choice of forms."""
+    """A graph compiled for one choice of formats."""
 
     def __init__(
         self,
@@ -221,12 +221,12 @@ class _Variant:
         self._roots = picker(tuple(positions))
         self._lookups: dict[tuple[int, ...], Lookup] = {}
 
-    def buffers(self, args: Sequence[Any], met: _Met) -> list[Tensor] | Slot:
+    def buffers(self, args: Sequence[Any], late: _Late) -> list[Tensor] | Slot:
         """The packed tensors of all slots for the parameters in `args`.
 
         Args:
             args: of the graph.
-            met: gets what was not there at the call before.
+            late: gets what was not there at the call before.
 
         Returns:
             The tensors; where the parameters of a slot can't be packed, that slot.
@@ -238,11 +238,11 @@ class _Variant:
             lookup = Lookup(roots)
             pre_scales: dict[Slot, Tensor] = {}
             for slot in self.slots:
-                found = slot.buffers(args, met)
+                found = slot.buffers(args, late)
                 if not found:
                     return slot.slot
                 lookup.add(found, [args[position] for position in slot.positions])
-                if slot.slot.shape.pre_scaled and not isinstance(slot.slot.form, Dense):
+                if slot.slot.shape.pre_scaled and not isinstance(slot.slot.format, Dense):
                     pre_scales[slot.slot] = found[2]
             lookup.finish(roots)
             for alike in self.rewritten.alike:
@@ -274,27 +274,29 @@ class _BoundSlot:
         config: Int4Config,
     ) -> None:
         self.slot = slot
-        self._form = slot.form
+        self._format = slot.format
         self._compiled_with = [tensors[root] for root in slot.weight.roots]
         self.positions = tuple(positions[root] for root in slot.weight.roots)
         self._config = config
         self._packed: PackedWeight | None = None
 
-    def buffers(self, args: Sequence[Any], met: _Met) -> Sequence[Tensor]:
+    def buffers(self, args: Sequence[Any], late: _Late) -> Sequence[Tensor]:
         """The packed tensors for the parameters in `args`; empty where these can't be packed."""
         roots = [args[position] for position in self.positions]
         packed = self._packed
-        if packed is None or not packed.is_current(roots) or self._form not in packed.forms:
+        if packed is None or not packed.is_current(roots) or self._format not in packed.formats:
             with real_tensors():
                 recipe = self._recipe(roots)
                 if recipe is None:
                     return ()
-                self._packed = packed = store.find(self.slot.weight, roots, self.slot.shape, recipe)
-                store.fold(packed, (self._form,), roots)
-            met[self.slot.weight.roots, self.slot.weight.signature] = packed
-        return () if packing_fault(packed, self.slot.config) else packed.forms[self._form]
+                self._packed = packed = weight_cache.find(
+                    self.slot.weight, roots, self.slot.shape, recipe
+                )
+                weight_cache.fold(packed, (self._format,), roots)
+            late[self.slot.weight.roots, self.slot.weight.signature] = packed
+        return () if packing_fault(packed, self.slot.config) else packed.formats[self._format]
 
     def _recipe(self, roots: Sequence[Tensor]) -> Recipe | None:
         """How the codes of a weight are chosen, which may be another than was compiled with."""
         known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
-        return self.slot.recipe if known else met_recipe(self.slot, roots, self._config)
+        return self.slot.recipe if known else recipe_at_run_time(self.slot, roots, self._config)

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.names import layer_name, names_in_call, parameters_in_call
 from fxint4.kernels.policy import Policy
-from fxint4.lowering.graph import Meeting
+from fxint4.lowering.graph import LateUse
 from fxint4.passes.fold import folded_record
 from fxint4.passes.fuse import with_matmuls
 from fxint4.passes.site import Site
@@ -45,7 +45,7 @@ class LateWeights:
         self._policy = policy
         self._known = {site.record.weight_key for site in sites}
 
-    def __call__(self, meeting: Meeting) -> None:
+    def __call__(self, meeting: LateUse) -> None:
         """Record every matmul of the graph whose weight is met and not known yet."""
         roots = [[meeting.tensors[root] for root in site.weight.roots] for site in self._sites]
         keys = [
@@ -56,9 +56,9 @@ class LateWeights:
             return
         by_identity = names_in_call(root for of_site in roots for root in of_site)
         records, new = [], []
-        for position, (site, form) in enumerate(zip(self._sites, meeting.forms, strict=True)):
+        for position, (site, format) in enumerate(zip(self._sites, meeting.formats, strict=True)):
             packed = meeting.packed.get((site.weight.roots, site.weight.signature))
-            record = folded_record(site, packed, form) if packed else site.record
+            record = folded_record(site, packed, format) if packed else site.record
             if packed and keys[position] not in self._known:
                 new.append(position)
             known = record.parameters  # one name for all buffers of a packed weight
@@ -74,7 +74,7 @@ class LateWeights:
                     record, name=layer_name(names[0]), parameters=names, weight_key=keys[position]
                 )
             )
-        records = with_matmuls(records, self._sites, meeting.forms, self._config, self._policy)
+        records = with_matmuls(records, self._sites, meeting.formats, self._config, self._policy)
         self._known.update(keys[position] for position in new)
         met = [root for position in new for root in roots[position]]
         met_names = names_in_call(met)

@@ -1,4 +1,4 @@
-"""Quantise and pack a weight a block at a time, so that beside it only blocks are held."""
+"""Quantize and pack a weight a block at a time, so that beside it only blocks are held."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block:
         scale: bfloat16 ``[..., rows, groups]``.
         zero: like scale.
         signal: sum of squares of the weight there.
-        noise: sum of squares of what quantising changed.
+        noise: sum of squares of what quantizing changed.
     """
 
     start: int
@@ -41,7 +41,7 @@ class Block:
 
 
 def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> Iterator[Block]:
-    """Quantise a weight ``[N, K]`` or ``[E, N, K]``, any float dtype and strides.
+    """Quantize a weight ``[N, K]`` or ``[E, N, K]``, any float dtype and strides.
 
     shape: its group_size and k_padded are those of the blocks.
     recipe: how codes are chosen.
@@ -59,7 +59,7 @@ def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> 
 
 
 def dequantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
-    """What a weight becomes once it is quantised, ``[..., N, K]`` of dtype, contiguous.
+    """What a weight becomes once it is quantized, ``[..., N, K]`` of dtype, contiguous.
 
     Args:
         weight: see `quantized_blocks`.

@@ -37,7 +37,7 @@ def nonfinite_count(weight: Tensor) -> int:
 
 
 def nonfinite_fault(weight: Tensor) -> str | None:
-    """Why the values of a weight keep it from being quantised, or None; see `nonfinite_count`."""
+    """Why the values of a weight keep it from being quantized, or None; see `nonfinite_count`."""
     bad = nonfinite_count(weight)
     return f"{bad} of the weight's {weight.numel()} values are inf or NaN" if bad else None
 
@@ -45,7 +45,7 @@ def nonfinite_fault(weight: Tensor) -> str | None:
 def squared_error(
     w: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None = None
 ) -> Tensor:
-    """Sum over each group of importance * (w - dequantised w)^2.
+    """Sum over each group of importance * (w - dequantized w)^2.
 
     The codes and what they stand for are computed in fp32 against the stored numbers, as
     `fxint4.quant.primitives.quantize` and `dequantize` do; the sum is fp64.
@@ -87,15 +87,15 @@ def better(
     return scale, zero
 
 
-def output_error(weight: Tensor, quantised: Tensor, second_moments: Tensor) -> float:
-    """Relative error of a layer's output, ``sqrt(tr(D H D^T) / tr(W H W^T))``, D = quantised - W.
+def output_error(weight: Tensor, quantized: Tensor, second_moments: Tensor) -> float:
+    """Relative error of a layer's output, ``sqrt(tr(D H D^T) / tr(W H W^T))``, D = quantized - W.
 
     Over the inputs that H is of, this is exactly ``|X D^T| / |X W^T|`` in the Frobenius norm.
     Computed in fp64, a block of rows at a time.
 
     Args:
         weight: W, ``[N, K]``, any float dtype and strides.
-        quantised: what the codes stand for, likewise.
+        quantized: what the codes stand for, likewise.
         second_moments: H, ``[K, K]``, the sum or the mean of ``x x^T`` over the input's rows x.
 
     Returns:
@@ -105,7 +105,7 @@ def output_error(weight: Tensor, quantised: Tensor, second_moments: Tensor) -> f
     change, output = (torch.zeros((), dtype=h.dtype, device=h.device) for _ in range(2))
     for start, stop in row_blocks(weight, 1):
         w = weight[start:stop].detach().double()
-        d = quantised[start:stop].detach().double() - w
+        d = quantized[start:stop].detach().double() - w
         change += (d @ h).mul_(d).sum()
         output += (w @ h).mul_(w).sum()
     # Rounding can leave a sum that should be 0 a little below it.

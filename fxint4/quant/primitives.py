@@ -47,12 +47,12 @@ class GroupParameters(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantised weight ``[N, K]`` and what that cost.
+    """A quantized weight ``[N, K]`` and what that cost.
 
     codes: uint8 ``[N, k_padded]``, contiguous, values 0..15; 8 behind column K.
     scale, zero: bf16 ``[N, groups]``, contiguous; 0 in groups that are all pad.
     signal: sum of w^2 over the logical weight.
-    noise: sum of (w - dequantised w)^2 over the logical weight.
+    noise: sum of (w - dequantized w)^2 over the logical weight.
     """
 
     codes: Tensor
@@ -140,7 +140,7 @@ def quantize(
     parameters: GroupParameters = nearest_parameters,
     importance: Tensor | None = None,
 ) -> Quantized:
-    """Quantises a weight group by group, each weight to the nearest of its group's 16 values.
+    """Quantizes a weight group by group, each weight to the nearest of its group's 16 values.
 
     weight: ``[N, K]``, any float dtype and strides, finite.
     group_size: neighbouring k that share a scale and a zero.

@@ -32,7 +32,7 @@ _PARAMETERS: dict[str, GroupParameters] = {
 #: What takes the place of a method that needs activations where there are none.
 WITHOUT_DATA = "mse"
 
-#: Quantises rows ``[rows, K]`` of a weight.
+#: Quantizes rows ``[rows, K]`` of a weight.
 Quantizer = Callable[[Tensor], Quantized]
 
 
@@ -61,7 +61,7 @@ class Recipe:
 
     @property
     def chunks(self) -> int:
-        """How much of a weight to quantise at a time, see `fxint4.quant.primitives.row_blocks`.
+        """How much of a weight to quantize at a time, see `fxint4.quant.primitives.row_blocks`.
 
         GPTQ takes a block's columns one after another, for as long whatever its rows.
         """
@@ -77,7 +77,7 @@ class Recipe:
     def quantizer(
         self, group_size: int, k_padded: int, device: torch.device, matrix: int | None = None
     ) -> Quantizer:
-        """What quantises the rows of the weight, or of one of several.
+        """What quantizes the rows of the weight, or of one of several.
 
         Args:
             group_size: neighbouring k that share a scale and a zero.
@@ -106,7 +106,7 @@ class Recipe:
     def _unscaled(
         self, group_size: int, k_padded: int, device: torch.device, matrix: int | None
     ) -> Quantizer:
-        """What quantises rows that are divided by the pre-scale already."""
+        """What quantizes rows that are divided by the pre-scale already."""
         moments = self._second_moments(matrix)
         if moments is None:
             parameters = _PARAMETERS.get(self.method, mse_parameters)

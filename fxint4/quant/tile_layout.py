@@ -22,7 +22,7 @@ from torch import Tensor
 GROUP_SIZES = (32, 64, 128, 256)
 INNER_K_TILES = (2, 4, 8)
 PAD_CODE = 8
-"""The code that stands for ``zero`` alone: with a zero of 0 it dequantises to 0."""
+"""The code that stands for ``zero`` alone: with a zero of 0 it dequantizes to 0."""
 
 _CPU_CHUNK = 2**19
 """Codes widened to int32 at a time by `pack_for_cpu`."""
@@ -251,7 +251,7 @@ def pad_codes(codes: Tensor, shape: TileShape) -> Tensor:
 
 
 def pad_parameters(scale: Tensor, zero: Tensor, n_padded: int) -> tuple[Tensor, Tensor]:
-    """Appends rows of zeros, so that the rows that are not there dequantise to 0.
+    """Appends rows of zeros, so that the rows that are not there dequantize to 0.
 
     scale, zero: ``[..., N, groups]`` with N at most n_padded.
     Returns both as ``[..., n_padded, groups]``; scale and zero themselves if N is n_padded.

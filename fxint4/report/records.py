@@ -40,10 +40,10 @@ class Record:
         action: "packed" or "kept".
         reason: why it was kept; for a packed one, what is cast or copied. May be empty.
         method: how its codes were chosen, see `Int4Config`; empty where kept.
-        sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB; None where not measured.
+        sqnr_db: signal-to-quantization-noise ratio of the weight, in dB; None where not measured.
         bytes_before: bytes of the weight as it was.
         bytes_after: bytes of tiles and scale_and_zero, or bytes_before where kept.
-        dense_bytes: bytes of a dequantised copy held beside them for speed.
+        dense_bytes: bytes of a dequantized copy held beside them for speed.
         held_bytes: bytes of the parameters it was made from, which stay in memory.
         batch: how many matrices of N x K the weight holds: its experts.
         fused_with: full names of the other layers that are multiplied in the same matmul.
@@ -52,7 +52,7 @@ class Record:
         parameters: full names of the parameters the weight is made of.
         source: the line of the user's code that multiplies, such as "model.py:31 in forward"; empty
             where it is not known.
-        output_error: what quantising this weight alone does to the product: |x W_q^T - x W^T| as a
+        output_error: what quantizing this weight alone does to the product: |x W_q^T - x W^T| as a
             part of |x W^T| (Frobenius norms), over all x of the example inputs. None where it was
             not measured, or where no x or a product of zeros gives nothing to measure.
         weight_key: equal for matmuls that share one weight; not part of `to_dict`, where

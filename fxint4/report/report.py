@@ -38,9 +38,9 @@ class Report:
     Attributes:
         options: what was asked for: the fields of `Int4Config`, and options of Inductor.
         versions: of fxint4 and torch, where it was made.
-        output_error: what quantising does to the output of the whole model: |y_q - y| as a part of
+        output_error: what quantizing does to the output of the whole model: |y_q - y| as a part of
             |y| (Frobenius norms), over all float tensors in it, for the example inputs. None where
-            it was not measured (see `Int4Config.measure`), nothing was quantised, or it is not
+            it was not measured (see `Int4Config.measure`), nothing was quantized, or it is not
             finite.
     """
 

@@ -158,7 +158,7 @@ def _footnotes(
         )
     if totals["dense_bytes"]:
         lines.append(
-            f"dense (dequantised) copies: {size_text(totals['dense_bytes'])}, held because a dense "
+            f"dense (dequantized) copies: {size_text(totals['dense_bytes'])}, held because a dense "
             "matmul is faster than int4 here at these numbers of rows"
         )
     return lines

@@ -23,8 +23,8 @@ from fxint4.quant.metrics import nonfinite_fault, output_error
 from fxint4.quant.statistics import Calibration, Choice, Statistics, Trade
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.runs.errors_of import differences, float_tensors, ratio
-from fxint4.runs.observers import Gatherer, WatchedGraph, Weights
-from fxint4.runs.state_guard import Trials
+from fxint4.runs.observers import ObservedGraph, Observer, Weights
+from fxint4.runs.state_guard import StateGuard
 from fxint4.runs.tracing import compiled_anew
 
 __all__ = ["choose"]
@@ -63,10 +63,10 @@ class _Offer:
 def choose(
     model: Callable[..., Any],
     batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
-    gatherer: Gatherer,
+    observer: Observer,
     calibration: Calibration,
 ) -> Calibration:
-    """Choose for each weight how to hold it, as the gatherer's config asks.
+    """Choose for each weight how to hold it, as the observer's config asks.
 
     Of the ways to hold a weight (as it is, or with each group size and the method that changes its
     product least) some are worth their bytes. What one weight does to the model's output is
@@ -75,20 +75,20 @@ def choose(
     until the sum is the target. The mix is then measured, the sum corrected by what was found, and
     so again; the cheapest mix that was measured to keep the target stays.
 
-    Beside the model this holds a copy of its weights, as they are once they are quantised. The
+    Beside the model this holds a copy of its weights, as they are once they are quantized. The
     model runs once for each weight and once for each mix, on the first four of the batches.
 
     Args:
         model: the model that was calibrated; left as it is.
         batches: arguments and keyword arguments.
-        gatherer: knows its weights, and what is asked.
+        observer: knows its weights, and what is asked.
         calibration: its statistics.
 
     Returns:
         The calibration with choices and what they buy.
     """
     few = list(itertools.islice(batches, _BATCHES))
-    with _Laboratory(model, few, gatherer, calibration) as laboratory:
+    with _Laboratory(model, few, observer, calibration) as laboratory:
         return laboratory.result()
 
 
@@ -99,19 +99,19 @@ class _Laboratory:
         self,
         model: Callable[..., Any],
         batches: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
-        gatherer: Gatherer,
+        observer: Observer,
         calibration: Calibration,
     ) -> None:
         self._batches = batches
-        self._config = dataclasses.replace(gatherer.config, calibration=calibration)
+        self._config = dataclasses.replace(observer.config, calibration=calibration)
         self._calibration = calibration
         self._weights: Weights = {}
-        for sums in gatherer.sums.values():
+        for sums in observer.sums.values():
             self._weights.update(sums.weights)
         self._held: dict[str, Tensor] = {}
-        self._trials = Trials(model)
+        self._guard = StateGuard(model)
         self._own: list[list[Tensor]] = []
-        self._compiled = compiled_anew(model, gatherer.backend(self._run))
+        self._compiled = compiled_anew(model, observer.backend(self._run))
         self._bar = tqdm(
             desc="fxint4: choosing", unit="run", disable=not self._config.progress, leave=False
         )
@@ -121,7 +121,7 @@ class _Laboratory:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._trials.forget()
+        self._guard.forget()
 
     def result(self) -> Calibration:
         """Choose."""
@@ -260,13 +260,13 @@ class _Laboratory:
         self._bar.update()
         made = []
         for args, kwargs in self._batches:
-            with self._trials.run(args, kwargs) as (own_args, own_kwargs):
+            with self._guard.run(args, kwargs) as (own_args, own_kwargs):
                 outputs = self._compiled(own_args, own_kwargs)
                 made.append([tensor.detach().clone() for tensor in float_tensors(outputs)])
         return made
 
-    def _run(self, graph: WatchedGraph, arguments: list[Any]) -> Sequence[Any]:
-        self._trials.keep(arguments[position] for position in graph.written)
+    def _run(self, graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
+        self._guard.keep(arguments[position] for position in graph.written)
         return graph.run_with(arguments, self._held.get)
 
 

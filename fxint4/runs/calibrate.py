@@ -15,10 +15,10 @@ from fxint4.config.options import named, split_options
 from fxint4.errors import OptionError, TrainingError
 from fxint4.quant.statistics import Calibration
 from fxint4.runs.budget import choose
-from fxint4.runs.observers import Batches, Gatherer, fits, in_passes
+from fxint4.runs.observers import Batches, Observer, fits, in_passes
 from fxint4.runs.sequential import calibrate_sequentially
 
-__all__ = ["CalibrationCost", "calibrate", "calibration_cost", "settled"]
+__all__ = ["CalibrationCost", "calibrate", "calibration_cost", "with_budget_choices"]
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ def calibrate(
 
     Statistics take ``4 K^2`` bytes for each activation, and E times that for E experts. Beside
     them the model needs what it needs to run on one batch; with `sequential`, the activations of
-    all batches at the widest place of its graph, and a quantised copy of its weights.
+    all batches at the widest place of its graph, and a quantized copy of its weights.
 
     Args:
         model: a module in eval mode, or a function; it is not changed.
         batches: inputs: tuples of arguments, dicts of keyword arguments, or single arguments.
         options: fields of `Int4Config`: what is going to be packed, and how. The method is
             "gptq+awq" where none is named.
-        sequential: let later layers see what the layers before them give once they are quantised,
+        sequential: let later layers see what the layers before them give once they are quantized,
             as they will when the packed model runs. All batches go through a graph side by side, so
             they must have equal shapes; a model of several graphs runs once for each.
         memory: bytes of statistics to hold on the model's device at a time; the batches are run
@@ -92,12 +92,12 @@ def calibrate(
     if sequential and memory is not None:
         raise ValueError("sequential calibration takes one pass a graph: it has no use for memory")
     given = Batches(batches, config.progress)
-    with Gatherer(config, memory) as gatherer:
+    with Observer(config, memory) as observer:
         run = calibrate_sequentially if sequential else in_passes
-        run(model, given, gatherer)
-        calibration = Calibration(gatherer.statistics())
+        run(model, given, observer)
+        calibration = Calibration(observer.statistics())
         _warn_of_few_rows(calibration)
-        return calibration if config.budget is None else choose(model, given, gatherer, calibration)
+        return calibration if config.budget is None else choose(model, given, observer, calibration)
 
 
 def calibration_cost(
@@ -116,9 +116,9 @@ def calibration_cost(
         memory: see `calibrate`.
     """
     config = _config(model, options)
-    with Gatherer(config, dry=True) as gatherer:
-        in_passes(model, Batches([batch], False), gatherer)
-    sizes = [sums.nbytes for sums in gatherer.sums.values()]
+    with Observer(config, dry=True) as observer:
+        in_passes(model, Batches([batch], False), observer)
+    sizes = [sums.nbytes for sums in observer.sums.values()]
     waiting, passes = sizes, 0
     while waiting:
         held, rest = 0, []
@@ -128,11 +128,11 @@ def calibration_cost(
             else:
                 rest.append(size)
         waiting, passes = rest, passes + 1
-    weights = {key for keys in gatherer.sums for key in keys}
+    weights = {key for keys in observer.sums for key in keys}
     return CalibrationCost(len(weights), sum(sizes), max(sizes, default=0), passes)
 
 
-def settled(
+def with_budget_choices(
     config: Int4Config, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Int4Config:
     """A config whose budget has chosen, by what the model does with its example arguments.
@@ -143,13 +143,13 @@ def settled(
         args: of the model.
         kwargs: of the model.
     """
-    if config.is_settled:
+    if config.has_choices:
         return config
     batch = [(args, kwargs)]
-    with Gatherer(config, dry=config.calibration is not None) as gatherer:
-        in_passes(model, batch, gatherer)
-        calibration = config.calibration or Calibration(gatherer.statistics())
-        chosen = choose(model, batch, gatherer, calibration)
+    with Observer(config, dry=config.calibration is not None) as observer:
+        in_passes(model, batch, observer)
+        calibration = config.calibration or Calibration(observer.statistics())
+        chosen = choose(model, batch, observer, calibration)
     return dataclasses.replace(config, calibration=chosen)
 
 

@@ -1,7 +1,8 @@
-"""Measured errors: what quantising weights does to the output of a model, and of each matmul.
+"""Measured errors: what quantizing weights does to the output of a model, and of each matmul.
 
-A model runs twice by `fxint4.runs.interpreter`: with its own weights, when every product is compared with the
-one that the quantised weight gives for the same activation, and with the quantised weights.
+A model runs twice by `fxint4.runs.interpreter`: with its own weights, when every product is
+compared with the
+one that the quantized weight gives for the same activation, and with the quantized weights.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from tqdm import tqdm
 
 from fxint4._pytorch.tensors import flat, real_tensors
 from fxint4.config.int4_config import Int4Config
-from fxint4.passes.pattern import GivenMatch
+from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
-from fxint4.passes.plan import met_recipe, sqnr_fault
+from fxint4.passes.plan import recipe_at_run_time, sqnr_fault
 from fxint4.passes.site import Site
 from fxint4.quant.blockwise import quantized_blocks, values_of
 from fxint4.quant.metrics import nonfinite_fault, sqnr_db
-from fxint4.runs.interpreter import Activation, Replay, own_matrix
-from fxint4.runs.state_guard import Trials, forked_random_state
-from fxint4.runs.tracing import compiled_anew, watching
+from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
+from fxint4.runs.state_guard import StateGuard, forked_random_state
+from fxint4.runs.tracing import capturing_backend, compiled_anew
 
 __all__ = [
     "Errors",
@@ -41,7 +42,7 @@ __all__ = [
 #: Elements of a product, or of an output, that are compared at a time.
 _ELEMENTS = 1 << 24
 
-#: What a site multiplies by once its weight is quantised: of the real tensors that the weight is
+#: What a site multiplies by once its weight is quantized: of the real tensors that the weight is
 #: made of, and in the dtype asked for, ``[..., N, K]``; None where the weight stays as it is.
 QuantizedOf = Callable[[Site, Sequence[Tensor], torch.dtype], Tensor | None]
 
@@ -52,7 +53,7 @@ class Errors:
 
     Attributes:
         output: of the whole model's output, see `fxint4.Report.output_error`.
-        of_weights: of the product by each weight that is quantised, see
+        of_weights: of the product by each weight that is quantized, see
             `fxint4.Record.output_error`; by `Record.weight_key`.
     """
 
@@ -64,13 +65,13 @@ def _quantized_by(config: Int4Config) -> QuantizedOf:
     """What the backend and `rewrite` make of weights."""
 
     def quantized(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-        if isinstance(site.match, GivenMatch):
+        if isinstance(site.match, PrepackedMatch):
             return None
         weight = site.weight.evaluate(roots)
         if nonfinite_fault(weight) is not None:
             return None
         known = _key(site, roots) == site.record.weight_key
-        recipe = site.recipe if known else met_recipe(site, roots, config)
+        recipe = site.recipe if known else recipe_at_run_time(site, roots, config)
         if recipe is None:
             return None
         made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -95,10 +96,10 @@ def measure(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     config: Int4Config,
-    trials: Trials,
+    guard: StateGuard,
     quantized_of: QuantizedOf | None = None,
 ) -> Errors:
-    """Measure what quantising does to a model.
+    """Measure what quantizing does to a model.
 
     Beside the model there is one weight at a time, in fp32, and the outputs of one run.
 
@@ -106,29 +107,29 @@ def measure(
         model: a module in eval mode, or a function; it is left as it is.
         args: its arguments.
         kwargs: its keyword arguments.
-        config: what to quantise.
-        trials: of the model.
+        config: what to quantize.
+        guard: of the model.
         quantized_of: what the weights become, if not what the backend makes of them.
     """
     with _Meter(quantized_of or _quantized_by(config), config.progress) as meter:
-        used = [(trials, meter)]  # Dynamo keeps the backend, which must not keep the model
+        used = [(guard, meter)]  # Dynamo keeps the backend, which must not keep the model
 
         def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
             sites = [entry for entry in analysis.found if isinstance(entry, Site)]
-            replay = Replay(analysis.captured, sites, analysis.fake_mode)
+            interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
             written = analysis.weights.written
 
             def run(arguments: list[Any]) -> Sequence[Any]:
-                ((trials, meter),) = used
-                trials.keep(arguments[position] for position in written)
-                return replay.run([arguments], meter)[0]
+                ((guard, meter),) = used
+                guard.keep(arguments[position] for position in written)
+                return interpreter.run([arguments], meter)[0]
 
             return run
 
-        compiled = compiled_anew(model, watching(config, run_of))
+        compiled = compiled_anew(model, capturing_backend(config, run_of))
 
         def outputs() -> list[Tensor]:
-            with trials.run(args, kwargs) as (own_args, own_kwargs):
+            with guard.run(args, kwargs) as (own_args, own_kwargs):
                 made = float_tensors(compiled(own_args, own_kwargs))
                 return [tensor.detach().clone() for tensor in made]
 
@@ -148,22 +149,22 @@ def measure_graph(
     outputs: Sequence[int],
     config: Int4Config,
 ) -> Errors:
-    """Measure what quantising does to one graph that writes to nothing.
+    """Measure what quantizing does to one graph that writes to nothing.
 
     Args:
         captured: the graph.
-        sites: its matmuls whose weights are to be quantised.
+        sites: its matmuls whose weights are to be quantized.
         fake_mode: the FakeTensorMode of its values.
         arguments: its inputs, weights included.
         outputs: positions of the outputs that are compared.
         config: what the user asked for.
     """
-    replay = Replay(captured, sites, fake_mode)
+    interpreter = GraphInterpreter(captured, sites, fake_mode)
     with _Meter(_quantized_by(config), config.progress) as meter:
 
         def run() -> list[Tensor]:
             with real_tensors(), forked_random_state():
-                results = replay.run([arguments], meter)[0]
+                results = interpreter.run([arguments], meter)[0]
             return float_tensors([results[position] for position in outputs])
 
         before = run()
@@ -179,7 +180,7 @@ class _Meter:
         progress: whether to show a bar.
 
     Attributes:
-        exchange: whether to multiply by the quantised weights.
+        exchange: whether to multiply by the quantized weights.
     """
 
     def __init__(self, quantized_of: QuantizedOf, progress: bool) -> None:
@@ -223,7 +224,7 @@ class _Meter:
 
 
 def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple[float, float]:
-    """Sums of squares of what quantising changes in a product, and of the product, in fp32."""
+    """Sums of squares of what quantizing changes in a product, and of the product, in fp32."""
     parts = [(activation.x, matrix, quantized)]
     if matrix.ndim > 2:
         parts = [

@@ -1,6 +1,6 @@
 """Run a captured graph node by node, with other weights than its own.
 
-Whatever asks what a quantised weight does to a model runs its graph this way: errors are measured,
+Whatever asks what a quantized weight does to a model runs its graph this way: errors are measured,
 and activations gathered, at the very matmuls that the passes found.
 """
 
@@ -17,7 +17,7 @@ from fxint4.graph.build import Build, copy_graph
 from fxint4.passes.site import Site
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["Activation", "MatrixOf", "Replay", "own_matrix"]
+__all__ = ["Activation", "GraphInterpreter", "MatrixOf", "own_matrix"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def own_matrix(site: Site, roots: Sequence[Tensor], activations: Sequence[Activa
     return matrix.to(activations[0].x.dtype)
 
 
-class Replay:
+class GraphInterpreter:
     """A captured graph whose matmuls multiply by what they are told to.
 
     Args:

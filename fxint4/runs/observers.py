@@ -14,15 +14,15 @@ from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.names import weight_names
 from fxint4.passes.activations import same_activation, scales_freely
-from fxint4.passes.pattern import GivenMatch
+from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.site import Site
 from fxint4.quant.methods.awq import awq_scale
 from fxint4.quant.statistics import Statistics
-from fxint4.runs.interpreter import Activation, MatrixOf, Replay, own_matrix
-from fxint4.runs.tracing import compiled_anew, watching
+from fxint4.runs.interpreter import Activation, GraphInterpreter, MatrixOf, own_matrix
+from fxint4.runs.tracing import capturing_backend, compiled_anew
 
-__all__ = ["Batches", "Gatherer", "WatchedGraph", "Weights", "fits", "gather", "in_passes", "run"]
+__all__ = ["Batches", "ObservedGraph", "Observer", "Weights", "fits", "in_passes", "observe", "run"]
 
 #: Rows whose second moments are summed at a time.
 _ROWS = 1 << 14
@@ -86,22 +86,22 @@ def fits(held: int, size: int, memory: int | None) -> bool:
 def in_passes(
     model: Callable[..., Any],
     batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
-    gatherer: Gatherer,
+    observer: Observer,
 ) -> None:
     """Run the batches until every weight has its statistics."""
-    compiled = compiled_anew(model, gatherer.backend(gather))
+    compiled = compiled_anew(model, observer.backend(observe))
     run(compiled, batches)
-    while gatherer.next_pass():
+    while observer.next_pass():
         run(compiled, batches)
 
 
-def gather(graph: WatchedGraph, arguments: list[Any]) -> Sequence[Any]:
+def observe(graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
     """Run a graph with its own weights, and sum up what they multiply."""
-    return graph.run([arguments], graph.gather)[0]
+    return graph.run([arguments], graph.observe)[0]
 
 
 @dataclass
-class Sums:
+class ActivationSums:
     """Statistics of one activation while they grow.
 
     Attributes:
@@ -178,7 +178,7 @@ def _add(x: Tensor, moments: Tensor, magnitudes: Tensor, rows: Tensor) -> None:
     rows += len(x)
 
 
-class Gatherer:
+class Observer:
     """Statistics of all activations of a model.
 
     Args:
@@ -192,12 +192,12 @@ class Gatherer:
 
     def __init__(self, config: Int4Config, memory: int | None = None, dry: bool = False) -> None:
         self.config = config
-        self.sums: dict[tuple[str, ...], Sums] = {}
+        self.sums: dict[tuple[str, ...], ActivationSums] = {}
         self._memory = memory
         self._dry = dry
         self._used: list[list[Any]] = []
 
-    def __enter__(self) -> Gatherer:
+    def __enter__(self) -> Observer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,26 +205,26 @@ class Gatherer:
             used.clear()
 
     def backend(
-        self, run_graph: Callable[[WatchedGraph, list[Any]], Sequence[Any]]
+        self, run_graph: Callable[[ObservedGraph, list[Any]], Sequence[Any]]
     ) -> Callable[..., Any]:
-        """A backend of `torch.compile` that has graphs run, until the gatherer is left."""
+        """A backend of `torch.compile` that has graphs run, until the observer is left."""
         used: list[Any] = [self, run_graph]  # Dynamo keeps the backend, which must not keep these
         self._used.append(used)
 
         def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
-            used.append(WatchedGraph(analysis, used[0]))
+            used.append(ObservedGraph(analysis, used[0]))
             position = len(used) - 1
             return lambda arguments: used[1](used[position], arguments)
 
-        return watching(self.config, run_of)
+        return capturing_backend(self.config, run_of)
 
-    def sums_of(self, weights: Weights, activation: Activation) -> Sums:
+    def sums_of(self, weights: Weights, activation: Activation) -> ActivationSums:
         """The sums of the activation that some weights multiply."""
         keys = tuple(sorted(weights))
         if keys not in self.sums:
             site, _ = next(iter(weights.values()))
             x = activation.x
-            self.sums[keys] = Sums(site.shape.batch, x.shape[-1], x.device, dict(weights))
+            self.sums[keys] = ActivationSums(site.shape.batch, x.shape[-1], x.device, dict(weights))
             self._start(self.sums[keys])
         return self.sums[keys]
 
@@ -238,7 +238,7 @@ class Gatherer:
             self._start(sums)
         return bool(waiting)
 
-    def look_for_pre_scale(self, sums: Sums) -> None:
+    def look_for_pre_scale(self, sums: ActivationSums) -> None:
         """Find what to multiply the activation by, where a method wants that and it is free."""
         sites = [site for site, _ in sums.weights.values()]
         if any("awq" in site.config.method for site in sites) and all(map(scales_freely, sites)):
@@ -255,27 +255,27 @@ class Gatherer:
                 found.setdefault(key, []).append(made)
         return {key: _merged(parts) for key, parts in found.items()}
 
-    def _start(self, sums: Sums) -> None:
+    def _start(self, sums: ActivationSums) -> None:
         held = sum(other.nbytes for other in self.sums.values() if other.grows)
         if not self._dry and fits(held, sums.nbytes, self._memory):
             sums.start()
 
-    def _finish(self, sums: Sums) -> None:
+    def _finish(self, sums: ActivationSums) -> None:
         with real_tensors(), torch.no_grad():
             self.look_for_pre_scale(sums)
         sums.finish(None if self._memory is None else torch.device("cpu"))
 
 
-class WatchedGraph:
+class ObservedGraph:
     """One captured graph, run while activations of its weights are summed."""
 
-    def __init__(self, analysis: Analysis, gatherer: Gatherer) -> None:
+    def __init__(self, analysis: Analysis, observer: Observer) -> None:
         found = [entry for entry in analysis.found if isinstance(entry, Site)]
-        sites = [site for site in found if not isinstance(site.match, GivenMatch)]
+        sites = [site for site in found if not isinstance(site.match, PrepackedMatch)]
         self.written = analysis.weights.written
-        self._replay = Replay(analysis.captured, sites, analysis.fake_mode)
+        self._interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
         self._captured_with = analysis.weights.tensors
-        self._gatherer = gatherer
+        self._observer = observer
         self._group_of: dict[int, list[Site]] = {}  # by identity
         groups: dict[Any, list[Site]] = {}
         for site, shared in zip(sites, same_activation(sites), strict=True):
@@ -308,14 +308,14 @@ class WatchedGraph:
         return self.run([arguments], matrix)[0]
 
     def run(self, calls: Sequence[Sequence[Any]], matrix_of: MatrixOf) -> list[Sequence[Any]]:
-        """See `Replay.run`."""
+        """See `GraphInterpreter.run`."""
         self._arguments = calls[0]
         try:
-            return self._replay.run(calls, matrix_of)
+            return self._interpreter.run(calls, matrix_of)
         finally:
             self._arguments = ()
 
-    def gather(
+    def observe(
         self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
     ) -> Tensor:
         """The `MatrixOf` of a run with the graph's own weights."""
@@ -323,7 +323,7 @@ class WatchedGraph:
             self.sum_up(site, activations)
             return own_matrix(site, roots, activations)
 
-    def sum_up(self, site: Site, activations: Sequence[Activation]) -> tuple[str, Sums]:
+    def sum_up(self, site: Site, activations: Sequence[Activation]) -> tuple[str, ActivationSums]:
         """Add activations to the sums of the weights that multiply them, once for all of these.
 
         Returns:
@@ -331,7 +331,7 @@ class WatchedGraph:
         """
         group = self._group_of[id(site)]
         weights = self._weights(group)
-        sums = self._gatherer.sums_of(weights, activations[0])
+        sums = self._observer.sums_of(weights, activations[0])
         if site is group[0] and sums.grows:
             for activation in activations:
                 sums.add(activation)
@@ -344,7 +344,7 @@ class WatchedGraph:
 
     def _weights(self, group: Sequence[Site]) -> Weights:
         """The weights of some sites in this call, by key."""
-        roots = [self._replay.roots(site, self._arguments) for site in group]
+        roots = [self._interpreter.roots(site, self._arguments) for site in group]
         identity = tuple(id(root) for of_site in roots for root in of_site)
         weights = self._weights_of.get(identity)
         if weights is None:

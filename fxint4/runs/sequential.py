@@ -16,7 +16,7 @@ from fxint4.quant.blockwise import dequantized
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import Calibration
 from fxint4.runs.interpreter import Activation, own_matrix
-from fxint4.runs.observers import Batches, Gatherer, WatchedGraph
+from fxint4.runs.observers import Batches, ObservedGraph, Observer
 from fxint4.runs.tracing import compiled_anew
 
 __all__ = ["calibrate_sequentially"]
@@ -34,10 +34,10 @@ class _Flow:
         calls: the graph that is next, and its arguments, of each batch.
     """
 
-    def __init__(self, gatherer: Gatherer) -> None:
+    def __init__(self, observer: Observer) -> None:
         self.position = 0
-        self.calls: list[tuple[WatchedGraph, list[Any]]] = []
-        self._gatherer = gatherer
+        self.calls: list[tuple[ObservedGraph, list[Any]]] = []
+        self._observer = observer
         self._matrices: dict[str, Tensor] = {}
         self._called = 0
 
@@ -45,7 +45,7 @@ class _Flow:
         """A run of the model begins."""
         self._called = 0
 
-    def run(self, graph: WatchedGraph, arguments: list[Any]) -> Sequence[Any]:
+    def run(self, graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
         """What runs in the place of a graph."""
         self._called += 1
         if self._called <= self.position:
@@ -56,7 +56,7 @@ class _Flow:
         raise _Reached
 
     def calibrate_next(self) -> None:
-        """Run the next graph on all batches, and quantise its weights as it goes."""
+        """Run the next graph on all batches, and quantize its weights as it goes."""
         graph = self.calls[0][0]
         shapes = {tuple(_shapes(arguments)) for _, arguments in self.calls}
         if len(shapes) > 1 or any(other is not graph for other, _ in self.calls):
@@ -70,17 +70,17 @@ class _Flow:
 
     def _decide(
         self,
-        graph: WatchedGraph,
+        graph: ObservedGraph,
         site: Site,
         roots: Sequence[Tensor],
         activations: Sequence[Activation],
     ) -> Tensor:
-        """The quantised weight of a site, its statistics complete up to here."""
+        """The quantized weight of a site, its statistics complete up to here."""
         with real_tensors():
             key, sums = graph.sum_up(site, activations)
             if key not in self._matrices:
                 if sums.pre_scale is None:
-                    self._gatherer.look_for_pre_scale(sums)
+                    self._observer.look_for_pre_scale(sums)
                 config = replace(site.config, calibration=Calibration({key: sums.statistics()}))
                 weight = site.weight.evaluate(roots)
                 recipe = recipe_of(config, key, weight.shape)
@@ -97,10 +97,10 @@ def _shapes(arguments: Sequence[Any]) -> Iterable[Any]:
     return (each.shape if isinstance(each, Tensor) else each for each in arguments)
 
 
-def calibrate_sequentially(model: Callable[..., Any], batches: Batches, gatherer: Gatherer) -> None:
+def calibrate_sequentially(model: Callable[..., Any], batches: Batches, observer: Observer) -> None:
     """Graph after graph, all batches through the one that is next."""
-    flow = _Flow(gatherer)
-    compiled = compiled_anew(model, gatherer.backend(flow.run))
+    flow = _Flow(observer)
+    compiled = compiled_anew(model, observer.backend(flow.run))
     while True:
         for args, kwargs in batches:
             flow.begin()

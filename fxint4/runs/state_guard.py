@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fxint4._pytorch.tensors import map_leaves
 
-__all__ = ["Trials", "forked_random_state"]
+__all__ = ["StateGuard", "forked_random_state"]
 
 
-class Trials:
+class StateGuard:
     """Runs of a model that begin in the state it is in, and leave it as it was.
 
     That state is: the buffers and other tensors that its graphs write to, the attributes of its

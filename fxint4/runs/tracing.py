@@ -19,7 +19,7 @@ from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.pipeline import Analysis
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["compiled_anew", "watching"]
+__all__ = ["capturing_backend", "compiled_anew"]
 
 
 def compiled_anew(
@@ -85,7 +85,7 @@ def _call(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def watching(
+def capturing_backend(
     config: Int4Config, run_of: Callable[[Analysis], Callable[[list[Any]], Sequence[Any]]]
 ) -> Callable[..., Any]:
     """A backend of `torch.compile` that compiles nothing.

@@ -66,7 +66,7 @@ def implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @contextlib.contextmanager
 def dequantizing() -> Iterator[None]:
-    """Within it, an operator that packed weights don't support gets them dequantised instead.
+    """Within it, an operator that packed weights don't support gets them dequantized instead.
 
     Each such call makes a whole weight in its logical dtype. Holds for the current thread.
     """
@@ -95,7 +95,7 @@ class Int4TileTensor(Tensor):
         n: rows, counted from the first stored one.
         columns: (start, stop) of the runs of stored columns that are the logical ones, in order.
         group_size: neighbouring stored columns that share a scale and a zero.
-        dtype: what it dequantises to: bfloat16, float16 or float32.
+        dtype: what it dequantizes to: bfloat16, float16 or float32.
         axes: for each logical axis the stored axis that it is, or `NEW_AXIS`.
         is_part: whether what is stored beside the logical part belongs to another tensor.
         pre_scale: float32 ``[K]``, the factor of each stored column, the same for all rows and
@@ -163,7 +163,7 @@ class Int4TileTensor(Tensor):
 
     @classmethod
     def from_float(cls, weight: Tensor, config: Int4Config | None = None) -> Int4TileTensor:
-        """Quantise a weight.
+        """Quantize a weight.
 
         Args:
             weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides, finite.
@@ -495,7 +495,7 @@ class Int4TileTensor(Tensor):
     def quantized(
         cls, weight: Tensor, config: Int4Config | None = None, recipe: Recipe | None = None
     ) -> tuple[Int4TileTensor, float]:
-        """`from_float`, and the signal-to-quantisation-noise ratio in dB.
+        """`from_float`, and the signal-to-quantization-noise ratio in dB.
 
         Args:
             weight: see `from_float`.
@@ -526,7 +526,7 @@ class Int4TileTensor(Tensor):
         return cls(tiles, parameters, shape.n, ((0, shape.k),), shape.group_size, dtype, axes)
 
     def _quantize(self, weight: Tensor, recipe: Recipe = RTN) -> float:
-        """Write over contiguous tiles and parameters; the signal-to-quantisation-noise ratio in dB.
+        """Write over contiguous tiles and parameters; the signal-to-quantization-noise ratio in dB.
 
         weight: float ``[..., N, K]`` in the order of the stored axes.
         recipe: its pre-scale is what the tiles' is to be.
@@ -574,7 +574,7 @@ class Int4TileTensor(Tensor):
         )
 
     def copy_from(self, other: Tensor) -> None:
-        """`copy_`: the same values in the same buffers; a float tensor is quantised again.
+        """`copy_`: the same values in the same buffers; a float tensor is quantized again.
 
         That keeps the pre-scale, if there is one.
 
@@ -601,19 +601,19 @@ class Int4TileTensor(Tensor):
             if other.metadata[1:-1] != self.metadata[1:-1] or other.stored != stored:
                 raise ValueError(
                     f"cannot copy {other!r} into {self!r}: they are packed differently; copy "
-                    "other.dequantize() to quantise it again, or assign the tensor itself"
+                    "other.dequantize() to quantize it again, or assign the tensor itself"
                 )
             if self._shares_pre_scale() and not self.multiplies_alike(other):
                 raise ValueError(
                     f"cannot copy {other!r} into {self!r}, a part of a packed weight that has "
-                    "another pre-scale; copy other.dequantize() to quantise it again"
+                    "another pre-scale; copy other.dequantize() to quantize it again"
                 )
             for name, buffer in self.buffers.items():
                 buffer.copy_(other.buffers[name])
             return
         if not self.is_whole:
             raise ValueError(
-                f"cannot quantise {other.dtype} {tuple(other.shape)} into {self!r}, whose columns "
+                f"cannot quantize {other.dtype} {tuple(other.shape)} into {self!r}, whose columns "
                 "lie apart; assign Int4TileTensor.from_float(other) instead"
             )
         for position in reversed([p for p, axis in enumerate(self.axes) if axis == NEW_AXIS]):
@@ -700,7 +700,7 @@ class Int4TileTensor(Tensor):
     def data(self, value: Tensor) -> None:
         raise UnsupportedOpError(
             f"the data of {self!r} can't be assigned: `with torch.no_grad(): weight.copy_(value)` "
-            "quantises a float tensor into it, or put a new parameter in its place"
+            "quantizes a float tensor into it, or put a new parameter in its place"
         )
 
     def __setitem__(self, place: Any, value: Any) -> None:
@@ -709,7 +709,7 @@ class Int4TileTensor(Tensor):
         if not isinstance(part, Int4TileTensor) or not share_storage(part.tiles, self.tiles):
             raise UnsupportedOpError(
                 f"cannot write to a part of {self!r} that is no view of its tiles; "
-                "change a dequantised copy, and weight.copy_(it)"
+                "change a dequantized copy, and weight.copy_(it)"
             )
         super().__setitem__(place, value)
 
@@ -797,7 +797,7 @@ torch.serialization.add_safe_globals([_rebuild])
 
 
 def _writes_packed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an op writes to a packed weight: into a dequantised copy, that would be lost."""
+    """Whether an op writes to a packed weight: into a dequantized copy, that would be lost."""
     # By name: Dynamo, which may look into this, cannot read an op's schema.
     written = [value for name, value in kwargs.items() if name.startswith("out")]
     if func.overloadpacket.__name__.endswith("_"):

@@ -1,6 +1,7 @@
 """Operators that multiply by a packed weight.
 
-All of them become `fxint4::linear`, `fxint4::bmm` or `fxint4::grouped_mm` (see `fxint4.weights.ops`), which
+All of them become `fxint4::linear`, `fxint4::bmm` or `fxint4::grouped_mm` (see
+`fxint4.weights.ops`), which
 sum over the stored K. A product that would sum over N is not supported. A pre-scale multiplies x in
 fp32 before, rounded once to x's dtype; compiled, that is part of whatever makes x.
 """

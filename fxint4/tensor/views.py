@@ -486,7 +486,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """The rows looked up, dequantised: no others are."""
+    """The rows looked up, dequantized: no others are."""
     if weight.axes != (0, 1):
         return NotImplemented
     if not indices.numel():

@@ -25,9 +25,9 @@ from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 from fxint4.tensor import Int4TileTensor
 from fxint4.weights.expression import AXES
-from fxint4.weights.formats import Dense, Form, form_specs
+from fxint4.weights.formats import Dense, Format, format_specs
 
-__all__ = ["Computation", "Lookup", "PackedWeight", "Store", "picker", "store"]
+__all__ = ["Computation", "Lookup", "PackedWeight", "WeightCache", "picker", "weight_cache"]
 
 
 class Computation(Protocol):
@@ -45,7 +45,7 @@ class Computation(Protocol):
 
 
 class PackedWeight:
-    """What was made of one weight: its forms, its error, or why it has none.
+    """What was made of one weight: its formats, its error, or why it has none.
 
     Args:
         weight: the computation behind the weight.
@@ -54,9 +54,10 @@ class PackedWeight:
         recipe: how its codes are chosen.
 
     Attributes:
-        forms: the tensors of each form that was asked for; what they hold is current after `fold`.
+        formats: the tensors of each format that was asked for; what they hold is current after
+            `fold`.
         fault: why the weight cannot be packed, or None.
-        sqnr_db: signal-to-quantisation-noise ratio of the weight, in dB; None for one that came
+        sqnr_db: signal-to-quantization-noise ratio of the weight, in dB; None for one that came
             packed.
         recipe: how its codes are chosen.
         epoch: of all packed weights: another object whenever one of them is folded or freed.
@@ -77,7 +78,7 @@ class PackedWeight:
         self._roots = tuple(weakref.ref(root) for root in roots)
         self._device = roots[0].device
         self._states: tuple[TensorState, ...] = ()
-        self.forms: dict[Form, list[Tensor]] = {}
+        self.formats: dict[Format, list[Tensor]] = {}
         self.fault: str | None = None
         self.sqnr_db: float | None = None
 
@@ -100,22 +101,22 @@ class PackedWeight:
                 return False
         return True
 
-    def fold(self, forms: Collection[Form], roots: Sequence[Tensor]) -> None:
-        """See to it that these forms are there and up to date, or else that `fault` is set."""
+    def fold(self, formats: Collection[Format], roots: Sequence[Tensor]) -> None:
+        """See to it that these formats are there and up to date, or else that `fault` is set."""
         if not self.is_current(roots):
-            self._fold(roots, {*forms, *self.forms})
-        elif self.fault is None and not self.forms.keys() >= set(forms):
-            self._fold(roots, {*forms} - self.forms.keys())
+            self._fold(roots, {*formats, *self.formats})
+        elif self.fault is None and not self.formats.keys() >= set(formats):
+            self._fold(roots, {*formats} - self.formats.keys())
 
     def clear(self) -> None:
         """Free what was made."""
         PackedWeight.epoch = object()
-        for made in self.forms.values():
+        for made in self.formats.values():
             made.clear()  # a `Lookup` holds the list
-        self.forms.clear()
+        self.formats.clear()
         self._states = ()
 
-    def _fold(self, roots: Sequence[Tensor], forms: set[Form]) -> None:
+    def _fold(self, roots: Sequence[Tensor], formats: set[Format]) -> None:
         PackedWeight.epoch = object()
         # Fresh tensors must be neither inference tensors (they are updated in place later, outside
         # inference mode) nor part of a gradient graph.
@@ -126,56 +127,56 @@ class PackedWeight:
             self.fault = None if given else nonfinite_fault(weight)
             if self.fault is None:
                 self._states = ()  # what is there is not to be used while it is written over
-                made = {form: self._memory(form, weight) for form in forms}
+                made = {format: self._memory(format, weight) for format in formats}
                 if isinstance(weight, Int4TileTensor):
                     self._take(weight, made)
                 else:
                     self._quantize(weight, made)
-                self.forms.update(made)
+                self.formats.update(made)
         self._states = states
 
-    def _memory(self, form: Form, weight: Tensor) -> list[Tensor]:
-        """Where a form goes: over what is there already, as graphs know its address."""
-        if isinstance(weight, Int4TileTensor) and form == "tiles":
+    def _memory(self, format: Format, weight: Tensor) -> list[Tensor]:
+        """Where a format goes: over what is there already, as graphs know its address."""
+        if isinstance(weight, Int4TileTensor) and format == "tiles":
             # Aliases: holding the roots themselves would keep them alive.
             buffers = (weight.tiles, weight.scale_and_zero)
             return [buffer.detach().contiguous() for buffer in buffers]
-        return self.forms.get(form) or [
+        return self.formats.get(format) or [
             torch.empty(size, dtype=dtype, device=weight.device)
             if stride is None
             else torch.empty_strided(size, stride, dtype=dtype, device=weight.device)
-            for size, stride, dtype in form_specs(self._shape, form)
+            for size, stride, dtype in format_specs(self._shape, format)
         ]
 
-    def _quantize(self, weight: Tensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
-        """Fill forms a block at a time."""
+    def _quantize(self, weight: Tensor, made: Mapping[Format, Sequence[Tensor]]) -> None:
+        """Fill formats a block at a time."""
         signal = noise = 0.0
         for block in quantized_blocks(weight, self._shape, self.recipe):
             signal += block.signal
             noise += block.noise
             self._fill(made, block)
         self.sqnr_db = sqnr_db(signal, noise)
-        for form, tensors in made.items():
-            if self._shape.pre_scaled and not isinstance(form, Dense):
+        for format, tensors in made.items():
+            if self._shape.pre_scaled and not isinstance(format, Dense):
                 pre_scale = self.recipe.pre_scale
                 tensors[2].copy_(torch.ones(()) if pre_scale is None else pre_scale)
 
-    def _take(self, weight: Int4TileTensor, made: Mapping[Form, Sequence[Tensor]]) -> None:
-        """Fill forms from a weight that is packed already; "tiles" is the weight itself."""
-        others = {form: tensors for form, tensors in made.items() if form != "tiles"}
+    def _take(self, weight: Int4TileTensor, made: Mapping[Format, Sequence[Tensor]]) -> None:
+        """Fill formats from a weight that is packed already; "tiles" is the weight itself."""
+        others = {format: tensors for format, tensors in made.items() if format != "tiles"}
         if others:
             codes = unpack(weight.tiles)[..., : weight.n, :]
             parameters = weight.scale_and_zero[..., : weight.n, :]
             self._fill(others, Block(0, codes, *unpack_scale_and_zero(parameters)))
 
-    def _fill(self, made: Mapping[Form, Sequence[Tensor]], block: Block) -> None:
-        """Write one block into forms."""
+    def _fill(self, made: Mapping[Format, Sequence[Tensor]], block: Block) -> None:
+        """Write one block into formats."""
         shape = self._shape
-        for form, tensors in made.items():
-            if isinstance(form, Dense):
-                values = values_of(block, shape, self.recipe, form.dtype)
-                AXES[form.axes](tensors[0])[block.start : block.start + len(values)] = values
-            elif form == "cpu":
+        for format, tensors in made.items():
+            if isinstance(format, Dense):
+                values = values_of(block, shape, self.recipe, format.dtype)
+                AXES[format.axes](tensors[0])[block.start : block.start + len(values)] = values
+            elif format == "cpu":
                 write(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
             else:
                 pack_rows = partial(pack, inner_k_tiles=shape.inner_k_tiles)
@@ -271,7 +272,7 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     )
 
 
-class Store:
+class WeightCache:
     """All packed weights of the process. Safe to use from several threads."""
 
     def __init__(self) -> None:
@@ -314,10 +315,12 @@ class Store:
             packed = PackedWeight(weight, roots, shape, recipe)
             return family.setdefault((shape, recipe), packed)
 
-    def fold(self, packed: PackedWeight, forms: Collection[Form], roots: Sequence[Tensor]) -> None:
-        """`packed.fold(forms, roots)`, one thread at a time."""
+    def fold(
+        self, packed: PackedWeight, formats: Collection[Format], roots: Sequence[Tensor]
+    ) -> None:
+        """`packed.fold(formats, roots)`, one thread at a time."""
         with self._lock:
-            packed.fold(forms, roots)
+            packed.fold(formats, roots)
 
     def _forget(self, key: tuple[object, ...]) -> None:
         # Runs in whichever thread drops the last reference, perhaps inside our own lock: no lock,
@@ -326,4 +329,4 @@ class Store:
             packed.clear()
 
 
-store = Store()
+weight_cache = WeightCache()

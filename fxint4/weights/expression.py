@@ -14,7 +14,7 @@ from fxint4.quant.statistics import computed_key, transposed_key
 from fxint4.quant.tile_layout import TileShape
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["AXES", "Given", "GivenWeight", "Weight"]
+__all__ = ["AXES", "Prepacked", "PrepackedWeight", "Weight"]
 
 #: How a weight's axes lie in the graph, and the view of it as [N, K] that everything else uses;
 #: [E, N, K] where each of E experts has a matrix of its own.
@@ -119,7 +119,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Given:
+class Prepacked:
     """A weight that is packed already; its roots are its tiles and its scale_and_zero.
 
     Attributes:
@@ -152,27 +152,27 @@ class Given:
 
 
 @dataclass(frozen=True, eq=False)
-class GivenWeight(Weight):
+class PrepackedWeight(Weight):
     """A packed weight in a graph: `node` makes its tiles.
 
     Attributes:
         scale_and_zero: the node that makes its scale_and_zero.
-        given: what the buffers are.
+        prepacked: what the buffers are.
     """
 
     scale_and_zero: fx.Node
-    given: Given
+    prepacked: Prepacked
 
     @cached_property
     def signature(self) -> str:
         """Like that of the same buffers outside any graph, where no more is computed."""
         if len(self.steps) == len(self.roots) == 2:
-            return self.given.signature
-        return f"{self._steps_text()}\n{self.given.signature}"
+            return self.prepacked.signature
+        return f"{self._steps_text()}\n{self.prepacked.signature}"
 
     def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
         """The packed weight; `roots` as in `Weight.evaluate`."""
-        return self.given.evaluate(self._values((self.node, self.scale_and_zero), roots))
+        return self.prepacked.evaluate(self._values((self.node, self.scale_and_zero), roots))
 
 
 def _reusable(

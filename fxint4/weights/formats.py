@@ -1,4 +1,4 @@
-"""On which devices packed weights run, and in which form for how many rows of activation."""
+"""On which devices packed weights run, and in which format for how many rows of activation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = [
     "DTYPES",
     "UNBOUNDED",
     "Dense",
-    "Form",
+    "Format",
     "activation_dtype",
     "aten_op",
     "device_fault",
-    "form_specs",
+    "format_specs",
     "fuses",
-    "int4_form",
+    "int4_format",
     "most_int4_rows",
     "rows_multiple",
 ]
@@ -30,7 +30,7 @@ __all__ = [
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: Rows up to which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the model:
-#: measured by benchmarks/cpu_matmul.py. Beyond, a dequantised copy is multiplied.
+#: measured by benchmarks/cpu_matmul.py. Beyond, a dequantized copy is multiplied.
 _CPU_ROWS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 64}
 #: A number of rows that none is above.
 UNBOUNDED = 2**62
@@ -38,7 +38,7 @@ UNBOUNDED = 2**62
 
 @dataclass(frozen=True)
 class Dense:
-    """A dequantised copy that stands where the original constant stood.
+    """A dequantized copy that stands where the original constant stood.
 
     Attributes:
         dtype: its dtype.
@@ -56,7 +56,7 @@ class Dense:
 #: What a graph asks of a packed weight: "tiles" (int32 tiles and bf16 scale_and_zero, for
 #: `aten._weight_int4pack_mm`), "cpu" (uint8 bytes and bf16 scale_and_zero, for
 #: `aten._weight_int4pack_mm_for_cpu`), or a dense copy.
-Form = str | Dense
+Format = str | Dense
 
 
 @cache
@@ -80,33 +80,33 @@ def rows_multiple(device: torch.device) -> int:
     return 16 if device.type == "cpu" else 8
 
 
-def int4_form(device: torch.device) -> Form:
-    """The packed form that the device's int4 op reads."""
+def int4_format(device: torch.device) -> Format:
+    """The packed format that the device's int4 op reads."""
     return "cpu" if device.type == "cpu" else "tiles"
 
 
-def activation_dtype(form: Form, dtype: torch.dtype) -> torch.dtype:
-    """What activations are cast to for the int4 op of a form, and back from.
+def activation_dtype(format: Format, dtype: torch.dtype) -> torch.dtype:
+    """What activations are cast to for the int4 op of a format, and back from.
 
     Args:
-        form: a packed form.
+        format: a packed format.
         dtype: of the activation.
     """
-    native = form == "tiles" and dtype is torch.float16
+    native = format == "tiles" and dtype is torch.float16
     return dtype if native else torch.bfloat16
 
 
-def aten_op(form: Form, dtype: torch.dtype, weights: int) -> Any | None:
-    """ATen's op for a packed form, or None where `fxint4.linears` takes its place.
+def aten_op(format: Format, dtype: torch.dtype, weights: int) -> Any | None:
+    """ATen's op for a packed format, or None where `fxint4.linears` takes its place.
 
     Args:
-        form: a packed form.
+        format: a packed format.
         dtype: of the activation, cast as `activation_dtype` says.
         weights: how many weights the matmul has.
     """
     if weights > 1 or dtype is not torch.bfloat16:
         return None  # ATen's ops take one weight, and bf16
-    cpu = form == "cpu"
+    cpu = format == "cpu"
     return (aten._weight_int4pack_mm_for_cpu if cpu else aten._weight_int4pack_mm).default
 
 
@@ -119,7 +119,7 @@ def fuses(device: torch.device) -> bool:
 
 
 def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """The largest M for which the int4 op is used; a `Dense` copy serves beyond it.
+    """The largest M for which the int4 op is used; a `Dense` copy serves fallback it.
 
     Args:
         device: where the matmul runs.
@@ -133,31 +133,33 @@ def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:
     return UNBOUNDED
 
 
-def choose(form: Form, beyond: Form | None, most_rows: int, rows: int | None) -> Form | None:
-    """The form for one matmul; None where it stays as it is.
+def choose(
+    format: Format, fallback: Format | None, most_rows: int, rows: int | None
+) -> Format | None:
+    """The format for one matmul; None where it stays as it is.
 
     Args:
-        form: the packed form of the device.
-        beyond: what serves more rows than that; None where the matmul itself does.
-        most_rows: the largest M for the packed form.
+        format: the packed format of the device.
+        fallback: what serves more rows than that; None where the matmul itself does.
+        most_rows: the largest M for the packed format.
         rows: M; None where it is not known before the graph runs.
     """
     if rows == 0:  # the ops take no empty input
         return None
-    return form if rows is not None and rows <= most_rows else beyond
+    return format if rows is not None and rows <= most_rows else fallback
 
 
-def form_specs(
-    shape: TileShape, form: Form
+def format_specs(
+    shape: TileShape, format: Format
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype], ...]:
-    """Size, stride (None: contiguous) and dtype of each tensor of a form."""
-    if isinstance(form, Dense):
-        return ((form.size, form.stride, form.dtype),)
+    """Size, stride (None: contiguous) and dtype of each tensor of a format."""
+    if isinstance(format, Dense):
+        return ((format.size, format.stride, format.dtype),)
     further: list[tuple[tuple[int, ...], None, torch.dtype]]
     further = [(shape.scale_and_zero_shape, None, torch.bfloat16)]
     if shape.pre_scaled:
         further.append(((shape.k,), None, torch.float32))
-    if form == "cpu":
+    if format == "cpu":
         size = (*shape.batch, shape.n_padded, shape.k_padded // 2)
         return ((size, None, torch.uint8), *further)
     return ((shape.tiles_shape, None, torch.int32), *further)

@@ -25,8 +25,8 @@ from fxint4._pytorch.tensors import aten
 from fxint4.kernels import triton_experts, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
 from fxint4.kernels.select import Choice, at_run_time
-from fxint4.weights.cache import store
-from fxint4.weights.expression import Given
+from fxint4.weights.cache import weight_cache
+from fxint4.weights.expression import Prepacked
 
 __all__: list[str] = []
 
@@ -216,11 +216,11 @@ def _cpu_form(
     """The bytes that this machine's CPU op reads, made once for a pair of buffers."""
     if tiles.dtype is torch.uint8:
         return tiles, scale_and_zero
-    given = Given(n, group_size)
+    given = Prepacked(n, group_size)
     roots = (tiles, scale_and_zero)
-    packed = store.find(given, roots, given.shape_of(roots, 16))
-    store.fold(packed, ("cpu",), roots)
-    cpu_tiles, parameters = packed.forms["cpu"]
+    packed = weight_cache.find(given, roots, given.shape_of(roots, 16))
+    weight_cache.fold(packed, ("cpu",), roots)
+    cpu_tiles, parameters = packed.formats["cpu"]
     return cpu_tiles, parameters
 
 

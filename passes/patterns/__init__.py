@@ -8,7 +8,7 @@ from fxint4.passes.patterns.conv1x1 import Conv1x1
 from fxint4.passes.patterns.grouped_mm import GroupedMatMul
 from fxint4.passes.patterns.left_alone import LeftAlone
 from fxint4.passes.patterns.mm import MatMul
-from fxint4.passes.patterns.prepacked import GivenWeight
+from fxint4.passes.patterns.prepacked import PrepackedMatMul
 
 __all__ = ["PATTERNS"]
 
@@ -18,6 +18,6 @@ PATTERNS: tuple[Pattern, ...] = (
     BatchedMatMul(),
     GroupedMatMul(),
     Conv1x1(),
-    GivenWeight(),
+    PrepackedMatMul(),
     LeftAlone(),
 )

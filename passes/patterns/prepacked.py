@@ -11,12 +11,12 @@ from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
 from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import GivenMatch, Match, Multiply, Pattern
+from fxint4.passes.pattern import Match, Multiply, Pattern, PrepackedMatch
 from fxint4.passes.patterns.bmm import indexed
-from fxint4.weights.expression import Given
+from fxint4.weights.expression import Prepacked
 
 
-class GivenWeight(Pattern):
+class PrepackedMatMul(Pattern):
     """`fxint4.linear`, `bmm` and `grouped_mm`."""
 
     @property
@@ -38,9 +38,18 @@ class GivenWeight(Pattern):
                 (tiles, ids), (scale_and_zero, _) = picked  # type: ignore[misc]
         if not (constants.is_weight(tiles) and constants.is_weight(scale_and_zero)):
             return None
-        given = Given(int(n), int(group_size))  # type: ignore[arg-type]
+        prepacked = Prepacked(int(n), int(group_size))  # type: ignore[arg-type]
         offs = middle[0] if middle else None
-        return GivenMatch(tiles, "", x, None, offs, ids, scale_and_zero=scale_and_zero, given=given)  # type: ignore[arg-type]
+        return PrepackedMatch(
+            tiles,
+            "",
+            x,
+            None,
+            offs,  # type: ignore[arg-type]
+            ids,
+            scale_and_zero=scale_and_zero,
+            prepacked=prepacked,
+        )
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """One matmul over all rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -25,6 +24,7 @@ from support import (
 from torch import Tensor, nn
 
 import fxint4
+from fxint4.passes import find as finding
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -184,8 +184,7 @@ def test_dynamic_batch_of_a_broadcast_weight_crosses_to_dense_and_back(
     sizes: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    find = importlib.import_module("fxint4.passes.find")
-    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 12)
+    monkeypatch.setattr(finding, "most_int4_rows", lambda *_: 12)
     model = frozen(module(forward, w=shape)).bfloat16()
     weights = {"w": ("*" if len(shape) > 2 else "") + ("NK" if shape == (N, K) else "KN")}
     compiled = torch.compile(model, backend="int4tile", dynamic=True, fullgraph=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from support import (
 from torch import Tensor, nn
 
 import fxint4
+from fxint4.passes import find as finding
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -87,8 +87,7 @@ def test_rewritten_in_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_dynamic_sizes_cross_from_int4_to_dense_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.import_module("fxint4.passes.find")
-    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 12)
+    monkeypatch.setattr(finding, "most_int4_rows", lambda *_: 12)
     model = nn.Conv2d(K, N, 1).bfloat16().eval()
     compiled = torch.compile(model, backend="int4tile", dynamic=True, fullgraph=True)
     for shape in ((2, K, 2, 2), (2, K, 3, 5), (3, K, 2, 2)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from reference import dequantised
+from reference import dequantized
 from support import assert_within, compile_and_report, kept, module, rounding_bound
 from torch import Tensor, nn
 
@@ -182,10 +182,10 @@ def made(
 
 
 def experts_of(model: nn.Module, form: Form, group_size: int) -> list[Tensor]:
-    """The dequantised experts [N, K], in float64."""
+    """The dequantized experts [N, K], in float64."""
     w = model.get_parameter("w").detach()
     matrices = w.transpose(1, 2) if form.transposed else w
-    return [dequantised(matrix, group_size, torch.float64) for matrix in matrices]
+    return [dequantized(matrix, group_size, torch.float64) for matrix in matrices]
 
 
 def n_of(model: nn.Module, form: Form) -> int:

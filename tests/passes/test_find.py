@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from support import assert_rounded, compile_and_report, int4_matmuls, kept, module
@@ -151,8 +149,7 @@ def test_a_single_weight_made_of_fewer_bytes_is_packed() -> None:
 
 def test_a_device_without_the_op_keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     fault = "the GPU has compute capability 7.5; int4 tiles need 8.0 (Ampere) or newer"
-    find = importlib.import_module("fxint4.passes.find")
-    monkeypatch.setattr(find, "device_fault", lambda _: fault)
+    monkeypatch.setattr("fxint4.passes.plan.device_fault", lambda _: fault)
     model = nn.Linear(D, D, bias=False).bfloat16().eval()
     assert kept(model, torch.randn(3, D).bfloat16()) == [("weight", fault)]
 

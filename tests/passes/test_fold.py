@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from support import (
     assert_within,
     compile_and_report,
-    dequantised,
+    dequantized,
     int4_matmuls,
     kept,
     module,
@@ -26,7 +25,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import fxint4
-from fxint4.graph.constants import Constants, Standing
+from fxint4.graph.constants import Constants, Role
+from fxint4.passes import find as finding
 from fxint4.weights.expression import Weight as Computation
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
@@ -169,7 +169,7 @@ def test_a_computed_weight_is_folded_into_one(weight: Weight) -> None:
     assert value.dtype == x.dtype
     assert (record.n, record.k) == value.shape
     assert record.group_size is not None
-    w = dequantised(value, record.group_size, torch.float64)
+    w = dequantized(value, record.group_size, torch.float64)
     assert_within(y, x.double() @ w.T, rounding_bound(x, w))
 
 
@@ -183,7 +183,7 @@ def test_slices_of_one_parameter_are_weights_of_their_own() -> None:
     assert report.totals["weights_packed"] == 3
     for y, part in zip(ys, model.w.detach().chunk(3), strict=True):
         assert report.records[0].group_size == 32
-        w = dequantised(part, 32, torch.float64)
+        w = dequantized(part, 32, torch.float64)
         assert_within(y, x.double() @ w.T, rounding_bound(x, w))
 
 
@@ -207,7 +207,7 @@ def test_an_update_of_any_part_is_seen(part: str) -> None:
     with torch.no_grad():
         for _ in range(3):
             y = compiled(x)
-            w = dequantised(merged(model), 32, torch.float64)
+            w = dequantized(merged(model), 32, torch.float64)
             assert_within(y, x.double() @ w.T, rounding_bound(x, w))
             model.get_parameter(part).mul_(-2)
 
@@ -314,7 +314,7 @@ def computation(function: Callable[[Tensor], Tensor], root: Tensor) -> tuple[Com
 
     gm: fx.GraphModule = make_fx(torch.func.functionalize(function))(root)
     [placeholder] = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    constants = Constants(gm, {placeholder: Standing.WEIGHT})
+    constants = Constants(gm, {placeholder: Role.WEIGHT})
     result = gm.graph.output_node().args[0]
     assert isinstance(result, fx.Node)
     return constants.weight(result, "NK"), root
@@ -379,8 +379,7 @@ def test_folding_holds_one_extra_weight_however_many_there_are(
 ) -> None:
     """The peak above what stays is one evaluated weight at most, and the scratch of one chunk."""
     if form == "dense":
-        find = importlib.import_module("fxint4.passes.find")
-        monkeypatch.setattr(find, "most_int4_rows", lambda *_: 0)
+        monkeypatch.setattr(finding, "most_int4_rows", lambda *_: 0)
     matmul, tensors, held = KINDS[kind]
     x = torch.randn(1, COLUMNS).bfloat16()
 

@@ -6,7 +6,6 @@ Nothing is fused on the CPU, so these tests say that fusing pays there, too.
 from __future__ import annotations
 
 import copy
-import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from support import (
     assert_within,
     check_exact,
     compile_and_report,
-    dequantised,
+    dequantized,
     int4_matmuls,
     module,
     rounding,
@@ -36,9 +35,10 @@ import fxint4
 from fxint4 import Int4Config, Int4TileTensor, Report
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import gpu_of
+from fxint4.passes import find as finding
 from fxint4.passes.fold import folded_record
 from fxint4.passes.fuse import _kernels_by_m, matmuls, with_matmuls
-from fxint4.weights.cache import store
+from fxint4.weights.cache import weight_cache
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -113,7 +113,7 @@ def test_gate_and_up() -> None:
     model, x = Gated(64, 64), torch.randn(M, K)
     y, report = compile_and_report(model, x)
     assert fused(report) == [[64, 64]]
-    gate_w, up_w = (dequantised(layer.weight, 128, torch.float64) for layer in (model.q, model.k))
+    gate_w, up_w = (dequantized(layer.weight, 128, torch.float64) for layer in (model.q, model.k))
     gate, up = x.double() @ gate_w.T, x.double() @ up_w.T
     gate_bound, up_bound = rounding_bound(x, gate_w), rounding_bound(x, up_w)
     steepest = 1.1  # of silu: 1.0998 at 2.4
@@ -350,8 +350,7 @@ def test_a_dynamic_batch_is_compiled_once() -> None:
 
 
 def test_a_dense_copy_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.import_module("fxint4.passes.find")  # fxint4.passes.find is its function
-    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 8)
+    monkeypatch.setattr(finding, "most_int4_rows", lambda *_: 8)
     model = Heads(48, 32)
     compiled = torch.compile(model, backend="int4tile", dynamic=True)
     for m in (4, 20, 5):
@@ -378,9 +377,9 @@ def test_recompiles_share_the_packed_weights() -> None:
         assert report is not None
         assert fused(report) == [[48, 32]]
         assert_rounded(y, model, [x], report, weights_of(model))
-        packed = [store.of(parameter) for parameter in model.parameters()]
+        packed = [weight_cache.of(parameter) for parameter in model.parameters()]
         assert [len(made) for made in packed] == [1, 1]
-        memory.append([made.forms["cpu"][0].data_ptr() for [made] in packed])
+        memory.append([made.formats["cpu"][0].data_ptr() for [made] in packed])
     assert memory[0] == memory[1]
 
 
@@ -423,7 +422,7 @@ def test_equal_layers_that_share_code_use_their_own_weights() -> None:
         exact = copy.deepcopy(layer).double()
         for name in groups:
             weight = layer.get_parameter(name)
-            exact.get_parameter(name).data = dequantised(weight, 128, torch.float64)
+            exact.get_parameter(name).data = dequantized(weight, 128, torch.float64)
         bound = torch.cat(
             [rounding_bound(x, part.weight.detach()) for part in exact.children()], -1
         )
@@ -458,8 +457,8 @@ def test_sites_without_a_packed_form_are_in_no_group() -> None:
         (["tiles", "tiles"], off, [(0,), (1,)]),
         (["tiles", "cpu"], Int4Config(), [(0,), (1,)]),
         (["tiles", None], Int4Config(), [(0,)]),
-        ([first.beyond, "tiles"], Int4Config(), [(1,)]),
-        ([first.beyond, second.beyond], Int4Config(), []),
+        ([first.fallback, "tiles"], Int4Config(), [(1,)]),
+        ([first.fallback, second.fallback], Int4Config(), []),
     ):
         assert matmuls(captured.sites, forms, config) == expected
     assert matmuls([], [], Int4Config()) == []
@@ -481,7 +480,7 @@ def test_what_the_gpu_reads(dtype: torch.dtype, fuse: bool) -> None:
     assert casts == (0 if dtype is not torch.float32 else 3 if fuse else 4)
     if not fuse and not fp16:
         return  # no such op on this machine
-    w, v = (dequantised(weight, 128, torch.float64) for weight in captured.weights.values())
+    w, v = (dequantized(weight, 128, torch.float64) for weight in captured.weights.values())
     first, second = captured.run(rewritten, x)
     assert first.dtype == second.dtype == dtype
     assert_within(first, x.double() @ w.T, rounding_bound(x, w))
@@ -522,7 +521,7 @@ def test_columns_are_views_of_one_product() -> None:
     rewritten = captured.rewrite("tiles", "tiles")
     Strides(rewritten.gm).run(*captured.arguments(rewritten, x))
     [y] = captured.run(rewritten, x)
-    exact = [dequantised(weight, 128, torch.float64) for weight in captured.weights.values()]
+    exact = [dequantized(weight, 128, torch.float64) for weight in captured.weights.values()]
     magnitude = attention(*(weight.abs() for weight in exact), x.double().abs())
     # Roundings to bf16: in each factor of x, w, y and the sum over heads, then of the product.
     bound = rounding(2 * K + 32, 9) * magnitude
@@ -550,7 +549,7 @@ def test_what_may_tell_the_difference_gets_a_copy(
     rewritten = captured.rewrite("tiles", "tiles")
     Strides(rewritten.gm).run(*captured.arguments(rewritten, x))
     results = captured.run(rewritten, x)
-    exact = [dequantised(weight, 128, torch.float64) for weight in captured.weights.values()]
+    exact = [dequantized(weight, 128, torch.float64) for weight in captured.weights.values()]
     expected = function(*exact, x.double())
     magnitudes = function(*(weight.abs() for weight in exact), x.double().abs())
     for y, value, magnitude in zip(results, expected, magnitudes, strict=True):
@@ -688,7 +687,7 @@ def test_fp16_activations_are_cast_on_the_cpu_only() -> None:
     x = torch.randn(M, K, dtype=torch.float16)
     captured = two(torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t()), x)
     [site, _] = captured.sites
-    packed = store.find(site.weight, list(captured.weights.values())[:1], site.shape)
+    packed = weight_cache.find(site.weight, list(captured.weights.values())[:1], site.shape)
     on_the_cpu = folded_record(replace(site, int4="cpu"), packed, "cpu")
     on_a_gpu = folded_record(site, packed, "tiles")
     assert on_the_cpu.reason == "activations cast from float16 to bfloat16"

@@ -10,7 +10,7 @@ from support import kept, module
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxint4.graph.constants import Constants, Standing
+from fxint4.graph.constants import Constants, Role
 from fxint4.passes.pattern import Kept
 from fxint4.passes.patterns.left_alone import LeftAlone
 
@@ -49,9 +49,9 @@ def test_two_constant_operands_are_part_of_a_weight() -> None:
 @pytest.mark.parametrize(
     ("op", "reason"),
     [
-        (aten._scaled_mm.default, "already quantised: a scaled matmul"),
-        (aten._int_mm.default, "already quantised: an integer matmul"),
-        (aten._weight_int8pack_mm.default, "already quantised: an int8 matmul"),
+        (aten._scaled_mm.default, "already quantized: a scaled matmul"),
+        (aten._int_mm.default, "already quantized: an integer matmul"),
+        (aten._weight_int8pack_mm.default, "already quantized: an int8 matmul"),
     ],
     ids=str,
 )
@@ -62,10 +62,10 @@ def test_ops_that_have_no_place_on_a_cpu(op: torch._ops.OpOverload, reason: str)
     graph.output(node)
     w.meta["val"] = torch.empty(4, N, K)
     scale.meta["val"] = torch.empty(4)
-    standings = {w: Standing.WEIGHT, scale: Standing.WEIGHT}
+    roles = {w: Role.WEIGHT, scale: Role.WEIGHT}
     gm = fx.GraphModule({}, graph)
-    assert LeftAlone().match(node, Constants(gm, standings)) == Kept(w, reason, N, K)
-    assert LeftAlone().match(node, Constants(gm, {scale: Standing.WEIGHT})) is None
+    assert LeftAlone().match(node, Constants(gm, roles)) == Kept(w, reason, N, K)
+    assert LeftAlone().match(node, Constants(gm, {scale: Role.WEIGHT})) is None
 
 
 def test_an_embedding_is_no_matmul() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +14,7 @@ from support import (
     check_exact,
     check_rewritten,
     compile_and_report,
-    dequantised,
+    dequantized,
     int4_matmuls,
     kept,
     module,
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxint4
+from fxint4.passes import find as finding
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -144,8 +144,7 @@ def test_rewritten(case: Case, golden: Callable[[str, str], None]) -> None:
 
 @pytest.fixture
 def dense_from_9_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.import_module("fxint4.passes.find")  # fxint4.passes.find is its function
-    monkeypatch.setattr(find, "most_int4_rows", lambda *_: 8)
+    monkeypatch.setattr(finding, "most_int4_rows", lambda *_: 8)
 
 
 @pytest.mark.usefixtures("dense_from_9_rows")
@@ -154,7 +153,7 @@ def dense_from_9_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dtypes_with_awkward_k(dtype: torch.dtype, k: int) -> None:
     model = nn.Linear(k, N).to(dtype).eval()
     compiled = torch.compile(model, backend="int4tile", dynamic=True)
-    for m in (M, 20):  # by the int4 op, by a dequantised copy
+    for m in (M, 20):  # by the int4 op, by a dequantized copy
         x = torch.randn(m, k).to(dtype)
         with torch.no_grad():
             y = compiled(x)
@@ -260,7 +259,7 @@ def test_autocast_folds_the_cast_weight() -> None:
     assert (record.action, record.name, record.reason) == ("packed", "weight", "")
     assert int4_matmuls(report) == 1
     assert y.dtype == torch.bfloat16
-    w = dequantised(model.weight.bfloat16(), record.group_size or 0, torch.float64)
+    w = dequantized(model.weight.bfloat16(), record.group_size or 0, torch.float64)
     expected = x.double() @ w.T + model.bias.double()
     assert_within(y, expected, rounding_bound(x, w, model.bias))
 
@@ -274,7 +273,7 @@ def test_autocast_around_the_compiled_model() -> None:
                 y = compiled(x)
             report = fxint4.last_report()
             assert report is not None
-            w = dequantised(model.weight.to(dtype), 128, torch.float64)
+            w = dequantized(model.weight.to(dtype), 128, torch.float64)
             expected = x.double() @ w.T + model.bias.double()
             assert y.dtype == dtype
             assert_within(y, expected, rounding_bound(x, w, model.bias))
@@ -286,7 +285,7 @@ def test_one_weight_in_several_forms_is_packed_once() -> None:
     ys, report = compile_and_report(model, x, z)
     assert report.totals["packed"] == 4
     assert report.totals["weights_packed"] == 1
-    w = dequantised(model.w, 128, torch.float64)
+    w = dequantized(model.w, 128, torch.float64)
     for y, rows, transposed in zip(ys, (x, x, z.T, z.T), (0, 0, 1, 0), strict=True):
         y = y.T if transposed else y
         assert_within(y, rows.double() @ w.T, rounding_bound(rows, w))
@@ -328,7 +327,7 @@ def test_refused_where_the_low_rank_factors_of_lora_stay_apart() -> None:
         "b": "50x8 is small: min_features is 32",
     }
     assert int4_matmuls(report) == 1
-    w = dequantised(model.w, 128, torch.float64)
+    w = dequantized(model.w, 128, torch.float64)
     low_rank = x @ model.a.T @ model.b.T
     bound = rounding_bound(x, w, x.abs() @ model.a.abs().T @ model.b.abs().T)
     assert_within(y, x.double() @ w.T + low_rank.double(), bound)

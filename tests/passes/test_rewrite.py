@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import Captured, assert_within, dequantised, rounding, rounding_bound
+from support import Captured, assert_within, dequantized, rounding, rounding_bound
 from torch import Tensor, fx
 
 from fxint4.passes.site import Site
-from fxint4.weights.formats import Dense, Form
+from fxint4.weights.formats import Dense, Format
 
 M, N, K = 3, 50, 200  # N and K are both padded
 aten = torch.ops.aten
@@ -24,8 +24,8 @@ def ops(gm: fx.GraphModule) -> list[object]:
     return [node.target for node in gm.graph.nodes if node.op == "call_function"]
 
 
-def forms_of(site: Site) -> list[Form | None]:
-    return [site.int4, site.beyond, None]
+def forms_of(site: Site) -> list[Format | None]:
+    return [site.int4, site.fallback, None]
 
 
 def test_each_form_gives_the_same_product_and_leaves_the_captured_graph_alone() -> None:
@@ -33,13 +33,13 @@ def test_each_form_gives_the_same_product_and_leaves_the_captured_graph_alone() 
     captured = Captured.of(lambda w, x: x @ w.t(), [w], x)
     before = str(captured.gm.graph)
     [site] = captured.sites
-    expected = x.double() @ dequantised(w, 128, torch.float64).T
-    bound = rounding_bound(x, dequantised(w, 128, torch.float64))
+    expected = x.double() @ dequantized(w, 128, torch.float64).T
+    bound = rounding_bound(x, dequantized(w, 128, torch.float64))
 
     int4, dense, kept = (captured.rewrite(form) for form in forms_of(site))
     assert str(captured.gm.graph) == before
     assert placeholders(int4.gm) == ["x_1", "cpu_tiles_0", "scale_and_zero_0"]
-    assert placeholders(dense.gm) == ["x_1", "dequantised_0"]
+    assert placeholders(dense.gm) == ["x_1", "dequantized_0"]
     assert ops(dense.gm) == [aten.mm.default]
     assert (int4.kept_inputs, dense.kept_inputs, kept.kept_inputs) == ((1,), (1,), (0, 1))
     assert kept.slots == ()
@@ -92,9 +92,9 @@ def test_one_weight_may_be_int4_in_one_place_and_dense_in_another() -> None:
     w, x, y = torch.randn(N, K), torch.randn(M, K), torch.randn(2, M, K)
     captured = Captured.of(lambda w, x, y: (x @ w.t(), y @ w.t()), [w], x, y)
     first, second = captured.sites
-    rewritten = captured.rewrite(first.int4, second.beyond)
-    assert [type(slot.form) for slot in rewritten.slots] == [str, Dense]
-    exact = dequantised(w, 128, torch.float64)
+    rewritten = captured.rewrite(first.int4, second.fallback)
+    assert [type(slot.format) for slot in rewritten.slots] == [str, Dense]
+    exact = dequantized(w, 128, torch.float64)
     for result, rows in zip(captured.run(rewritten, x, y), (x, y), strict=True):
         assert_within(result, rows.double() @ exact.T, rounding_bound(rows, exact))
 
@@ -104,7 +104,7 @@ def test_a_weight_that_is_read_elsewhere_stays_an_input() -> None:
     captured = Captured.of(lambda w, x: x @ w.t() + w[0], [w], x)
     rewritten = captured.rewrite(captured.sites[0].int4)
     assert rewritten.kept_inputs == (0, 1)
-    exact = dequantised(w, 128, torch.float64)
+    exact = dequantized(w, 128, torch.float64)
     [y] = captured.run(rewritten, x)
     assert_within(y, x.double() @ exact.T + w[0].double(), rounding_bound(x, exact, w[0]))
 
@@ -115,7 +115,7 @@ def test_an_input_that_nothing_reads_stays_unless_it_is_a_weight() -> None:
     assert captured.rewrite(captured.sites[0].int4).kept_inputs == (1, 2)
 
 
-@pytest.mark.parametrize("form", ["int4", "beyond"])
+@pytest.mark.parametrize("form", ["int4", "fallback"])
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
@@ -139,7 +139,7 @@ def test_results_have_the_strides_of_the_captured_graph(
     result = captured.gm.graph.output_node().args[0]
     assert isinstance(result, fx.Node)
     assert y.stride() == result.meta["val"].stride() == eager.stride()
-    exact = dequantised(w, 128, torch.float64)
+    exact = dequantized(w, 128, torch.float64)
     expected = function(exact, x.double())
     magnitude = function(exact.abs(), x.double().abs())
     assert_within(y, expected, rounding(K) * magnitude)

@@ -1,4 +1,4 @@
-"""Checkpoints that other libraries quantised to int4, read straight into tiles."""
+"""Checkpoints that other libraries quantized to int4, read straight into tiles."""
 
 from fxint4.frontends.checkpoints.load import load_
 

@@ -25,7 +25,7 @@ __all__ = ["find", "is_awq"]
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantised weights of a checkpoint.
+    """The quantized weights of a checkpoint.
 
     Raises:
         CheckpointError: the config says something that is not supported.

@@ -4,7 +4,7 @@ A layer is weight_packed, int32 ``[N, ceil(K/8)]``: eight neighbouring k in a wo
 significant first, each number plus 8; weight_scale, float ``[N, groups]``; weight_shape,
 ``(N, K)``; for an asymmetric weight weight_zero_point, packed alike along N as int32
 ``[ceil(N/8), groups]``, or int8 ``[N, groups]`` in early files; and weight_g_idx, int32 ``[K]``, of
-those that were quantised in the order of activations (-1 where it is not in use). A weight is
+those that were quantized in the order of activations (-1 where it is not in use). A weight is
 ``(number - zero_point) * scale``.
 """
 
@@ -32,7 +32,7 @@ _FORMAT = "pack-quantized"
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantised weights of a checkpoint.
+    """The quantized weights of a checkpoint.
 
     Raises:
         CheckpointError: the config says something that is not supported.
@@ -49,7 +49,7 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
             )
         if scheme.get("input_activations"):
             raise CheckpointError(
-                f"{checkpoint.path}: the activations are quantised too, which fxint4 does not do"
+                f"{checkpoint.path}: the activations are quantized too, which fxint4 does not do"
             )
     if (config.get("transform_config") or {}).get("config_groups"):
         raise CheckpointError(

@@ -21,7 +21,7 @@ _SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-#: Where the options of the quantiser are, and under which key; the whole file where None.
+#: Where the options of the quantizer are, and under which key; the whole file where None.
 _CONFIGS = (
     ("config.json", "quantization_config"),  # transformers
     ("config.json", "compression_config"),  # the same in early files of compressed-tensors
@@ -53,7 +53,7 @@ class Checkpoint:
     Attributes:
         path: as given.
         metadata: the free-form headers of the files.
-        config: what the quantiser left beside them, empty where it left nothing.
+        config: what the quantizer left beside them, empty where it left nothing.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:

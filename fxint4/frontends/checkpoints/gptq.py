@@ -35,7 +35,7 @@ _FORMATS = {"gptq": _ONES, "gptq_v2": 0}
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantised weights of a checkpoint.
+    """The quantized weights of a checkpoint.
 
     Raises:
         CheckpointError: the config says something that is not supported.
@@ -70,7 +70,7 @@ class GptqWeight(GroupedWeight):
     symmetric: bool
 
     def groups(self, n: int, k: int) -> Tensor:
-        """By g_idx, where there is one; the order in which weights were quantised is in it."""
+        """By g_idx, where there is one; the order in which weights were quantized is in it."""
         count = self.checkpoint.shape(self.parts["scales"])[0]
         self.expect("qweight", (-(-k // 8), n), torch.int32)
         self.expect("qzeros", (count, -(-n // 8)), torch.int32)

@@ -1,4 +1,4 @@
-"""`fxint4.load_`: a quantised checkpoint into an ordinary model."""
+"""`fxint4.load_`: a quantized checkpoint into an ordinary model."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def load_(
     rename: Callable[[str], str] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Load a checkpoint that was quantised to int4 into an ordinary model.
+    """Load a checkpoint that was quantized to int4 into an ordinary model.
 
     Reads GPTQ, AWQ, compressed-tensors (pack-quantized) and torchao's tiled tensors from
     safetensors files, never a pickle. Codes go into tiles as they are; scales and zeros are rounded
-    to bfloat16. All that is not quantised is loaded as it is, in the dtype that the model has.
+    to bfloat16. All that is not quantized is loaded as it is, in the dtype that the model has.
 
-    The model keeps its modules: the parameter of each quantised layer becomes an `Int4TileTensor`.
+    The model keeps its modules: the parameter of each quantized layer becomes an `Int4TileTensor`.
     It is best made on the meta device, so that its own weights take no memory. Beside what the
     model holds afterwards, one layer's tensors are in memory while it is packed, and what it held
     before until all is loaded.
@@ -60,7 +60,7 @@ def load_(
     Args:
         model: changed in place, once everything has been read and found right.
         path: a .safetensors file, or a folder with one, or with several and their index. What the
-            quantiser left beside it (config.json, quantize_config.json, quant_config.json) is read.
+            quantizer left beside it (config.json, quantize_config.json, quant_config.json) is read.
         quantization_config: that in place of what is found there, as in transformers' config.json:
             `{"quant_method": "gptq", "checkpoint_format": "gptq_v2", "group_size": 128}`, say.
             Without either the format goes by the names and shapes of the tensors.
@@ -71,7 +71,7 @@ def load_(
         progress: show a tqdm bar.
 
     Returns:
-        The report: a record for every quantised layer, and for every other one that could be.
+        The report: a record for every quantized layer, and for every other one that could be.
 
     Raises:
         CheckpointError: files that are no checkpoint, or damaged; a format, or a detail of one,
@@ -99,7 +99,7 @@ def load_(
 
 @dataclass(frozen=True)
 class _Plain:
-    """A tensor of the checkpoint that is not quantised.
+    """A tensor of the checkpoint that is not quantized.
 
     Attributes:
         name: in the checkpoint.
@@ -139,7 +139,7 @@ def _items(
         weights = _FINDERS[method](checkpoint, config) if method else []
     except (AttributeError, TypeError) as error:  # a list where a dict should be, say
         raise CheckpointError(
-            f"{checkpoint.path}: the quantiser's config can't be read: {error}"
+            f"{checkpoint.path}: the quantizer's config can't be read: {error}"
         ) from error
     used = {name for weight in weights for name in weight.parts.values()}
     plain = [_Plain(name, checkpoint) for name in sorted(checkpoint.names) if name not in used]
@@ -159,12 +159,12 @@ def _items(
 
 
 def _method(checkpoint: Checkpoint, config: Config) -> str | None:
-    """The format of a checkpoint; None where nothing in it is quantised."""
+    """The format of a checkpoint; None where nothing in it is quantized."""
     method = config.get("quant_method", config.get("method"))
     if method is not None:
         if method not in _FINDERS:
             raise CheckpointError(
-                f"{checkpoint.path} was quantised by {method!r}; fxint4 reads {', '.join(_FINDERS)}"
+                f"{checkpoint.path} was quantized by {method!r}; fxint4 reads {', '.join(_FINDERS)}"
             )
         return str(method)
     if torchao.is_torchao(checkpoint):
@@ -256,7 +256,7 @@ class _Slot:
         )
         if not isinstance(self.new, Int4TileTensor):
             return dataclasses.replace(
-                record, reason="not quantised in the checkpoint", weight_key=id(self.new)
+                record, reason="not quantized in the checkpoint", weight_key=id(self.new)
             )
         return dataclasses.replace(
             record,

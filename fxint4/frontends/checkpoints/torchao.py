@@ -34,7 +34,7 @@ def is_torchao(checkpoint: Checkpoint) -> bool:
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantised weights of a checkpoint.
+    """The quantized weights of a checkpoint.
 
     Raises:
         CheckpointError: one is of another class, or the header is damaged.

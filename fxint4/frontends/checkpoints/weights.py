@@ -1,4 +1,4 @@
-"""What one quantised weight of a checkpoint becomes, whatever its format."""
+"""What one quantized weight of a checkpoint becomes, whatever its format."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "nibbles", "whole_numb
 #: Dtypes of scales.
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: What a quantiser says of all its weights, as in `quantization_config` of transformers.
+#: What a quantizer says of all its weights, as in `quantization_config` of transformers.
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Weight(ABC):
-    """One quantised weight ``[N, K]`` of a checkpoint.
+    """One quantized weight ``[N, K]`` of a checkpoint.
 
     Attributes:
         name: full name of the parameter that it is for.
@@ -146,10 +146,10 @@ class GroupedWeight(Weight):
                 "the group of a weight changes within 32 neighbouring columns, the smallest group "
                 "that tiles have. "
                 + (
-                    f"Quantise with groups of a multiple of 32, not {int(sizes.max())}"
+                    f"Quantize with groups of a multiple of 32, not {int(sizes.max())}"
                     if bool((index.diff() >= 0).all())
-                    else "It was quantised in the order of activations, with desc_act: running it "
-                    "would gather the activation's columns in every forward. Quantise with "
+                    else "It was quantized in the order of activations, with desc_act: running it "
+                    "would gather the activation's columns in every forward. Quantize with "
                     "desc_act=False, or with static groups"
                 )
             )

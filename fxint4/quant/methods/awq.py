@@ -34,15 +34,15 @@ def awq_scale(
     group_size: int,
     parameters: GroupParameters = mse_parameters,
 ) -> Tensor:
-    """Factors s for the channels of the weights: quantise ``W * s``, multiply by ``x / s``.
+    """Factors s for the channels of the weights: quantize ``W * s``, multiply by ``x / s``.
 
     Of ``s = magnitudes^a``, divided by the geometric mean of its largest and smallest, with a in 20
     steps from 0 (ones) to 0.95, the one of the least squared error of the outputs, ``tr(D H D^T)``
-    with ``D = dequantised (W * s) / s - W``, over up to 512 rows of each W; ones, if its error
+    with ``D = dequantized (W * s) / s - W``, over up to 512 rows of each W; ones, if its error
     over all rows is not less than theirs. Channels of magnitude 0 get 1; where magnitudes or H hold
     inf or NaN, all do.
 
-    Takes 20 quantisations and ``20 rows K^2`` multiplications in fp64 for those rows, 2 more for
+    Takes 20 quantizations and ``20 rows K^2`` multiplications in fp64 for those rows, 2 more for
     all.
 
     Args:

@@ -35,7 +35,7 @@ _RAISES = 4
 
 
 class Gptq:
-    """Quantises rows of weights whose inputs have known second moments.
+    """Quantizes rows of weights whose inputs have known second moments.
 
     Makes the squared error of the layer's output small, ``tr(D H D^T)`` with D the weight's error
     and H the second moments of its inputs, column after column: with ``U^T U`` the inverse of the
@@ -55,7 +55,7 @@ class Gptq:
     Attributes:
         damping: what was added to H's diagonal, as a share of its mean: what was asked for, or ten,
             a hundred... times as much where H was singular with less.
-        fallback: why weights are quantised without H, each for itself; None where they are not.
+        fallback: why weights are quantized without H, each for itself; None where they are not.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Gptq:
             second_moments: H, ``[K, K]``, any float dtype: the sum or the mean of ``x x^T`` over
                 the input's rows x; symmetric, its scale is of no matter.
             group_size: neighbouring k that share a scale and a zero.
-            k_padded: columns to store, see `fxint4.quant.primitives.quantize`.
+            k_padded: columns to weight_cache, see `fxint4.quant.primitives.quantize`.
             parameters: chooses scale and zero of a group, with the diagonal of the damped H as
                 importance.
             damping: what is added to H's diagonal, as a share of its mean.
@@ -98,7 +98,7 @@ class Gptq:
         self.damping = damping
         self.fallback = self._prepare(second_moments.detach().to(torch.float64, copy=True))
         if self.fallback is not None:
-            _log.warning("weights are quantised without GPTQ: %s", self.fallback)
+            _log.warning("weights are quantized without GPTQ: %s", self.fallback)
 
     def _prepare(self, h: Tensor) -> str | None:
         """Make what a call needs of H, which is overwritten. Returns why it cannot, or None."""
@@ -142,7 +142,7 @@ class Gptq:
         return None
 
     def __call__(self, weight: Tensor) -> Quantized:
-        """Quantise rows of a weight.
+        """Quantize rows of a weight.
 
         Args:
             weight: ``[rows, K]``, any float dtype and strides, on the device of the moments.

@@ -1,4 +1,4 @@
-"""Half-quadratic quantisation: the zero that minimises a norm which forgives outliers.
+"""Half-quadratic quantization: the zero that minimizes a norm which forgives outliers.
 
 H. Badri and A. Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023,
 https://mobiusml.github.io/hqq_blog/
@@ -26,7 +26,7 @@ _ROUNDS = 20
 def hqq_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
     """Zero by half-quadratic splitting; a `fxint4.quant.primitives.GroupParameters`.
 
-    Minimises ``sum |w - dequantised w|^p``, p = 0.7, over the zero, with the scale left at that of
+    Minimises ``sum |w - dequantized w|^p``, p = 0.7, over the zero, with the scale left at that of
     the range. With codes q, split error e and beta, which grows from 10 by 1.01 a round, the two
     steps of a round are
 

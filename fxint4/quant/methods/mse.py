@@ -78,7 +78,7 @@ class _Search:
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
         """Take scale and zero where they are better than what there is."""
-        off, codes = self._quantise(scale, zero)
+        off, codes = self._quantize(scale, zero)
         off.sub_(codes)
         if self._root is not None:
             off.mul_(self._root)
@@ -93,14 +93,14 @@ class _Search:
 
     def fitted(self) -> tuple[Tensor, Tensor]:
         """Scale and zero of least squared error to the codes of the best ones so far."""
-        off, codes = self._quantise(self.scale, self.zero)
+        off, codes = self._quantize(self.scale, self.zero)
         code, value = self._mean(codes), self._mean(off)
         codes.sub_(code.unsqueeze(-1))
         slope = self._mean(off.mul_(codes)) / self._mean(codes.square_())
         scale = _stored(self.scale * slope)
         return scale, _stored(self.zero + self.scale * value - scale * code)
 
-    def _quantise(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """(w - zero) / scale and the codes, -8 to 7, in the two scratch tensors."""
         off = torch.sub(self._w, zero.unsqueeze(-1), out=self._off)
         off.mul_(scale.reciprocal().unsqueeze(-1))

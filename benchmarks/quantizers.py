@@ -4,11 +4,11 @@ torchao 0.18
     `quantize_` with its round-to-nearest and its HQQ, into the layout that its int4 op reads on the
     device: tile_packed_to_4d on a GPU, opaque on a CPU.
 hqq 0.2
-    `HQQLinear` with its defaults for 4 bits, groups along K; its dequantised bf16 weights.
+    `HQQLinear` with its defaults for 4 bits, groups along K; its dequantized bf16 weights.
 gptqmodel 7.7
     Its `GPTQ`, asymmetric, otherwise by its defaults: group-aware order, static groups along K. The
     layers of a decoder layer that share an input together, in the order of the model, each set on
-    what the sets before it pass on once they are quantised. Dequantised weights as `GPTQ` gives
+    what the sets before it pass on once they are quantized. Dequantized weights as `GPTQ` gives
     them, rounded to bf16; its scales are not rounded to what a file would hold.
 """
 
@@ -30,12 +30,12 @@ SETS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that every contender quantises, by name."""
+    """The layers that every contender quantizes, by name."""
     return {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
 
 
 def torchao(model: nn.Module, group_size: int, algorithm: str) -> None:
-    """Quantise in place.
+    """Quantize in place.
 
     Args:
         model: in bf16.
@@ -64,7 +64,7 @@ def torchao(model: nn.Module, group_size: int, algorithm: str) -> None:
 
 
 def hqq(model: nn.Module, group_size: int) -> None:
-    """Quantise in place; weights stay dense.
+    """Quantize in place; weights stay dense.
 
     Raises:
         ImportError: hqq is not installed.
@@ -83,7 +83,7 @@ def hqq(model: nn.Module, group_size: int) -> None:
 
 
 def gptqmodel(model: nn.Module, group_size: int, batches: Sequence[Tensor]) -> None:
-    """Quantise in place; weights stay dense.
+    """Quantize in place; weights stay dense.
 
     Args:
         model: with linear layers named as in `SETS`, and others, which come last.
