@@ -71,7 +71,7 @@ def find(
         if not isinstance(outcome, PrepackedMatch):
             value = value_of(outcome.weight)
             key = weight.key(record.parameters, [tensors[root] for root in weight.roots])
-            own = config.of(record.name, record.parameters, key)
+            own = config.for_weight(record.name, record.parameters, key)
             reason = refusal(record, value.dtype, value.device, config)
             reason = reason or outgrown(record) or config.kept_by_budget(key)
         if reason:

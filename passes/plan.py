@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.config.names_matched import matches
+from fxint4.config.layer_patterns import first_match
 from fxint4.graph.names import layer_name, weight_names
 from fxint4.passes.rewrite import Slot
 from fxint4.passes.site import Site
@@ -31,10 +31,10 @@ def refusal(
         device: where it is to run.
         config: what the user asked for.
     """
-    skipped = matches(record.name, record.parameters, config.skip)
+    skipped = first_match(record.name, record.parameters, config.skip)
     if skipped is not None:
         return f"skip={skipped!r}"
-    if config.include and matches(record.name, record.parameters, config.include) is None:
+    if config.include and first_match(record.name, record.parameters, config.include) is None:
         return "no pattern of include matches it"
     fault = device_fault(device)
     if fault:
@@ -125,6 +125,6 @@ def recipe_at_run_time(
     key = slot.weight.key(names, roots)
     if config.kept_by_budget(key):
         return None
-    config = config.of(layer_name(names[0]), names, key)
+    config = config.for_weight(layer_name(names[0]), names, key)
     recipe = recipe_of(config, key, (*slot.shape.batch, slot.shape.n, slot.shape.k))
     return recipe if slot.shape.pre_scaled else recipe.without_pre_scale()

@@ -13,7 +13,7 @@ import torch
 from torch._inductor import list_mode_options
 
 from fxint4 import Int4Config, OptionError, calibrate
-from fxint4.config.names_matched import matches
+from fxint4.config.layer_patterns import first_match
 from fxint4.config.options import split_options
 from fxint4.quant.statistics import Calibration, Choice, Trade
 
@@ -291,7 +291,7 @@ PARAMETERS = ("model.layers.1.mlp.up.weight", "model.layers.1.mlp.up.scale")
     ],
 )
 def test_a_pattern_that_matches(pattern: str) -> None:
-    assert matches(LAYER, PARAMETERS, ["lm_head", pattern]) == pattern
+    assert first_match(LAYER, PARAMETERS, ["lm_head", pattern]) == pattern
 
 
 @pytest.mark.parametrize(
@@ -314,23 +314,23 @@ def test_a_pattern_that_matches(pattern: str) -> None:
     ],
 )
 def test_a_pattern_that_does_not_match(pattern: str) -> None:
-    assert matches(LAYER, PARAMETERS, [pattern]) is None
+    assert first_match(LAYER, PARAMETERS, [pattern]) is None
 
 
 @pytest.mark.parametrize("pattern", ["layers.1", "layers.1.*", "layers.?", r"re:layers\.1"])
 def test_layer_1_is_not_layer_10(pattern: str) -> None:
-    assert matches("layers.1.fc", ("layers.1.fc.weight",), [pattern]) == pattern
-    assert matches("layers.10.fc", ("layers.10.fc.weight",), [pattern]) is None
+    assert first_match("layers.1.fc", ("layers.1.fc.weight",), [pattern]) == pattern
+    assert first_match("layers.10.fc", ("layers.10.fc.weight",), [pattern]) is None
 
 
 def test_a_parameter_of_no_layer_is_matched_by_its_name() -> None:
-    assert matches("w", ("w",), ["w"]) == "w"
-    assert matches("fc", ("fc.weight", "lora.a", "lora.b"), ["lora"]) == "lora"
+    assert first_match("w", ("w",), ["w"]) == "w"
+    assert first_match("fc", ("fc.weight", "lora.a", "lora.b"), ["lora"]) == "lora"
 
 
 def test_the_first_matching_pattern_is_named_and_none_matches_nothing() -> None:
-    assert matches("a.b", (), ["c", "*.b", "a"]) == "*.b"
-    assert matches("a.b", (), []) is None
+    assert first_match("a.b", (), ["c", "*.b", "a"]) == "*.b"
+    assert first_match("a.b", (), []) is None
 
 
 def test_overrides_change_the_layers_that_they_match() -> None:
@@ -342,12 +342,12 @@ def test_overrides_change_the_layers_that_they_match() -> None:
             "*.experts.0": {"group_size": 256},
         },
     )
-    assert config.of("layers.0.q_proj", ["layers.0.q_proj.weight"]) is config
-    head = config.of("lm_head", ["lm_head.weight"])
+    assert config.for_weight("layers.0.q_proj", ["layers.0.q_proj.weight"]) is config
+    head = config.for_weight("lm_head", ["lm_head.weight"])
     assert (head.group_size, head.method, head.overrides) == (32, "rtn", ())
-    later_wins = config.of("mlp.experts.0", ["mlp.experts.0.weight"])
+    later_wins = config.for_weight("mlp.experts.0", ["mlp.experts.0.weight"])
     assert (later_wins.group_size, later_wins.method) == (256, "hqq")
-    assert config.of("mlp.experts.1", ["mlp.experts.1.weight"]).group_size == 64
+    assert config.for_weight("mlp.experts.1", ["mlp.experts.1.weight"]).group_size == 64
     assert hash(config) == hash(dataclasses.replace(config))
 
 
@@ -356,17 +356,17 @@ def test_one_budget_at_a_time() -> None:
         Int4Config(target_error=0.1, max_bytes=1000)
 
 
-def test_a_budget_is_settled_by_its_own_calibration() -> None:
+def test_only_a_calibration_by_the_same_budget_has_its_choices() -> None:
     trade = Trade("target_error=0.1", 0.09, 100)
     chosen = Calibration({}, {"a.weight": Choice(64, "mse"), "b.weight": Choice(None)}, trade)
-    assert Int4Config().has_choices
-    assert not Int4Config(target_error=0.1).has_choices
-    assert not Int4Config(target_error=0.2, calibration=chosen).has_choices
+    assert not Int4Config().needs_choices
+    assert Int4Config(target_error=0.1).needs_choices
+    assert Int4Config(target_error=0.2, calibration=chosen).needs_choices
     config = Int4Config(target_error=0.1, calibration=chosen)
-    assert config.has_choices
-    of_a = config.of("a", ["a.weight"], "a.weight")
+    assert not config.needs_choices
+    of_a = config.for_weight("a", ["a.weight"], "a.weight")
     assert (of_a.group_size, of_a.method, of_a.budget) == (64, "mse", None)
     assert config.kept_by_budget("a.weight") is None
     assert config.kept_by_budget("b.weight") == "kept by target_error=0.1"
-    assert config.of("c", ["c.weight"], "c.weight") is config
+    assert config.for_weight("c", ["c.weight"], "c.weight") is config
     assert config.asked()["trade"] == "target_error=0.1: error 0.09 in 100 bytes"

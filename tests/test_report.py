@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import fxint4
 from fxint4 import Int4Config, OptionError, Record, Report, ReportError
 from fxint4.report import SCHEMA, GraphReport
-from fxint4.report.graph_text import graph_text
+from fxint4.report.graph_text import calls, defined_by, graph_text, operands_of
 
 aten = torch.ops.aten
 
@@ -775,6 +775,25 @@ def test_dynamic_sizes_are_shown_by_their_symbols() -> None:
             "%sym_float = sym_float(%mul): SymFloat",
             "return [%sym_float]",
         ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "defines", "reads", "op"),
+    [
+        ("%fc.weight: bf16[64, 128]", "%fc.weight", set(), None),
+        ("%mm = aten.mm(%x, %w): f32[u0, 6]", "%mm", {"%x", "%w"}, "mm"),
+        ("%cat = aten.cat([%a, %b], 1): f32[2]", "%cat", {"%a", "%b"}, "cat"),
+        ("%sum_1 = aten.sum.dim_IntList(%x, [0]): f32[2]", "%sum_1", {"%x"}, "sum"),
+        ("%mul = mul(%sym_size_int, 2): SymInt", "%mul", {"%sym_size_int"}, "mul"),
+    ],
+)
+def test_a_line_of_a_graph_is_read_back(
+    line: str, defines: str, reads: set[str], op: str | None
+) -> None:
+    assert (defined_by(line), operands_of(line)) == (defines, reads)
+    assert [name for name in ("mm", "cat", "sum", "mul", "m") if calls(line, name)] == (
+        [op] if op else []
     )
 
 

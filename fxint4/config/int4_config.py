@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fxint4.config.names_matched import checked_patterns, matches
+from fxint4.config.layer_patterns import checked_patterns, first_match
 from fxint4.errors import OptionError
 from fxint4.quant.statistics import Calibration, Choice
 
@@ -124,7 +124,7 @@ class Int4Config:
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         for pattern, changes in self.overrides:
             try:
-                self._with(changes)
+                self._with(dict(changes))
             except OptionError as error:
                 raise OptionError(f"overrides for {pattern!r}: {error}") from error
         for name in ("include", "skip"):
@@ -147,68 +147,83 @@ class Int4Config:
         """Whether the method looks at activations."""
         return self.method in _CALIBRATED
 
-    def of(self, name: str, parameters: Iterable[str], key: str = "") -> Int4Config:
-        """What was asked for one weight: this, what `overrides` change, and what a budget chose.
-
-        Args:
-            name: full name of the layer.
-            parameters: full names of the parameters its weight is made of.
-            key: the weight's name in the calibration.
-        """
-        choice = self._choice(key)
-        if choice is not None and choice.group_size is not None:
-            return self.choosing(choice)
-        changes = self.changes(name, parameters)
-        return self._with(changes.items()) if changes else self
-
-    def choosing(self, choice: Choice) -> Int4Config:
-        """What a budget's choice to pack a weight makes of this."""
-        return self._with({"group_size": choice.group_size, "method": choice.method}.items())
-
-    def changes(self, name: str, parameters: Iterable[str]) -> dict[str, Any]:
-        """What `overrides` change for a layer; see `of`."""
-        parameters = tuple(parameters) if self.overrides else ()
-        return {
-            field: value
-            for pattern, fields in self.overrides
-            if matches(name, parameters, (pattern,)) is not None
-            for field, value in fields
-        }
-
-    def kept_by_budget(self, key: str) -> str | None:
-        """Why a weight stays as it is, where that is what a budget chose; else None.
-
-        Args:
-            key: the weight's name in the calibration.
-        """
-        choice = self._choice(key)
-        return f"kept by {self.budget}" if choice and choice.group_size is None else None
+    # --- a budget: first a calibration chooses by it, then each weight has its choice -------------
 
     @property
     def budget(self) -> str | None:
-        """The option that says what packing may cost, as text; None where none was given."""
-        given = {"target_error": self.target_error, "max_bytes": self.max_bytes}
-        return next((f"{key}={value}" for key, value in given.items() if value is not None), None)
+        """The budget as text, such as "max_bytes=1000"; None without one."""
+        for name in ("target_error", "max_bytes"):
+            if getattr(self, name) is not None:
+                return f"{name}={getattr(self, name)}"
+        return None
 
     @property
-    def has_choices(self) -> bool:
-        """Whether there is no budget, or a calibration that chose by it."""
-        trade = self.calibration.trade if self.calibration is not None else None
-        return self.budget is None or (trade is not None and trade.budget == self.budget)
+    def needs_choices(self) -> bool:
+        """Whether there is a budget that the calibration did not choose by."""
+        trade = None if self.calibration is None else self.calibration.trade
+        return self.budget is not None and (trade is None or trade.budget != self.budget)
 
-    def check_choices(self) -> None:
-        """Raise OptionError where a budget has nothing to choose by."""
-        if not self.has_choices:
+    def require_choices(self) -> None:
+        """Refuse a budget that the calibration did not choose by.
+
+        Raises:
+            OptionError: See `needs_choices`.
+        """
+        if self.needs_choices:
             name, _, value = str(self.budget).partition("=")
             raise OptionError(
                 f"{self.budget} has nothing to choose by: give it calibration=fxint4.calibrate("
                 f"model, batches, options={{{name!r}: {value}}}), with the other options the same"
             )
 
-    def _choice(self, key: str) -> Choice | None:
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """What a budget chose, by the weight's name in the calibration; empty without one."""
         if self.budget is None or self.calibration is None:
-            return None
-        return self.calibration.choices.get(key)
+            return {}
+        return self.calibration.choices
+
+    def kept_by_budget(self, key: str) -> str | None:
+        """Return the reason where the budget keeps a weight as it is, else None.
+
+        Args:
+            key: The weight's name in the calibration.
+        """
+        choice = self.choices.get(key)
+        return f"kept by {self.budget}" if choice and choice.group_size is None else None
+
+    # --- the options of one weight ---------------------------------------------------------------
+
+    def for_weight(self, name: str, parameters: Iterable[str], key: str = "") -> Int4Config:
+        """Return the options of one weight: the budget's choice, or else `overrides`, applied.
+
+        Args:
+            name: Full name of the layer.
+            parameters: Full names of the parameters the weight is made of.
+            key: The weight's name in the calibration.
+        """
+        choice = self.choices.get(key)
+        if choice is not None and choice.group_size is not None:
+            return self.with_choice(choice)
+        overrides = self.overrides_of(name, parameters)
+        return self._with(overrides) if overrides else self
+
+    def with_choice(self, choice: Choice) -> Int4Config:
+        """Return the options of a weight that a budget packs in this way."""
+        return self._with({"group_size": choice.group_size, "method": choice.method})
+
+    def overrides_of(self, name: str, parameters: Iterable[str]) -> dict[str, Any]:
+        """Return the fields that `overrides` change for a layer; arguments as in `for_weight`."""
+        parameters = tuple(parameters)
+        return {
+            field: value
+            for pattern, fields in self.overrides
+            if first_match(name, parameters, (pattern,)) is not None
+            for field, value in fields
+        }
+
+    def _with(self, changes: Mapping[str, Any]) -> Int4Config:
+        return dataclasses.replace(self, overrides=(), target_error=None, max_bytes=None, **changes)
 
     def asked(self) -> dict[str, Any]:
         """The options as plain values, for a report."""
@@ -219,11 +234,6 @@ class Int4Config:
         if self.budget is not None and calibration is not None and calibration.trade is not None:
             values["trade"] = str(calibration.trade)
         return values
-
-    def _with(self, changes: Iterable[tuple[str, Any]]) -> Int4Config:
-        return dataclasses.replace(
-            self, overrides=(), target_error=None, max_bytes=None, **dict(changes)
-        )
 
 
 def _overrides(value: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:

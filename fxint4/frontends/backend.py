@@ -62,7 +62,7 @@ def int4tile(
             "measure is for fxint4.explain, pack_, rewrite and package: a backend has no inputs to "
             "run the model on"
         )
-    config.check_choices()
+    config.require_choices()
     return compile_captured(gm, example_inputs, config, patches, report_of_caller(config, patches))
 
 

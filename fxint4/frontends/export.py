@@ -122,7 +122,7 @@ def rewrite_program(
             that our lowering knows, while experts stay as they are where it has no kernel for them.
     """
     _check_program(program)
-    config.check_choices()
+    config.require_choices()
     if config.free_weights:
         raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
     report = Report(config)

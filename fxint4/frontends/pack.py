@@ -87,7 +87,7 @@ def pack_(
     if examples:
         config = with_budget_choices(config, model, example_args, example_kwargs or {})
     else:
-        config.check_choices()
+        config.require_choices()
     report = Report(config)
     owners = Owners([("", model)])
     kept: list[Record] = []

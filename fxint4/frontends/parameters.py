@@ -398,7 +398,7 @@ def packed_candidate(
     fault = config.kept_by_budget(key)
     if fault:
         return None, dataclasses.replace(record, reason=fault)
-    config = config.of(record.name, record.parameters, key)
+    config = config.for_weight(record.name, record.parameters, key)
     recipe = recipe_of(config, key, stored.shape)
     try:
         with torch.no_grad():

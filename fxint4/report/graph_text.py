@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["coloured", "graph_text", "readers", "stdout_has_colour", "unified_diff"]
+__all__ = [
+    "calls",
+    "coloured",
+    "defined_by",
+    "graph_text",
+    "operands_of",
+    "readers",
+    "stdout_has_colour",
+    "unified_diff",
+]
 
 _GREEN, _RED, _CYAN, _BOLD, _PLAIN = "\033[32m", "\033[31m", "\033[36m", "\033[1m", "\033[0m"
 #: How a line of a unified diff begins, and its colour.
@@ -105,6 +114,57 @@ def _shape(node: fx.Node) -> str:
     return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
+# --- reading a line back: a saved report holds a graph as text alone ------------------------------
+
+
+def defined_by(line: str) -> str:
+    """Return the name that a line defines: "%mm" of "%mm = aten.mm(%x, %w): bf16[3, 50]"."""
+    return re.split(r" = |: ", line, maxsplit=1)[0]
+
+
+def operands_of(line: str) -> set[str]:
+    """Return the names that a line reads: "%x" and "%w" of "%mm = aten.mm(%x, %w): bf16[3, 50]"."""
+    return set(re.findall(r"%[^\s,()\[\]]+", line.partition(" = ")[2]))
+
+
+def calls(line: str, op: str) -> bool:
+    """Whether a line calls an op in any overload: both "aten.mm" and "aten.mm.out" call "mm"."""
+    return re.search(rf"[.= ]{re.escape(op)}(\.\w+)?\(", line) is not None
+
+
+#: Ops whose result is a view, a copy or a cast of their operand: who reads it reads the operand.
+_PASSED_ON = {
+    "aten.permute",
+    "aten.t",
+    "aten.transpose.int",
+    "aten.view",
+    "aten.reshape",
+    "aten.expand",
+    "aten.unsqueeze",
+    "aten.squeeze.dim",
+    "aten.clone",
+    "prims.convert_element_type",
+}
+
+
+def readers(text: str, name: str) -> list[str]:
+    """The ops of a graph as text that read an input, or a view, copy or cast of it, each once.
+
+    Args:
+        text: of `graph_text`.
+        name: of the input.
+    """
+    call = re.compile(rf"^%(\S+) = ([\w.]+)\((?:.*[\[\s=])?%{re.escape(name)}[,)\]]", re.MULTILINE)
+    found: dict[str, None] = {}
+    for label, op in call.findall(text):
+        behind = readers(text, label) if op in _PASSED_ON else []
+        found.update(dict.fromkeys(behind or [op]))
+    return list(found)
+
+
+# --- the difference of two -----------------------------------------------------------------------
+
+
 def unified_diff(before: str, after: str, name: str) -> list[str]:
     """The lines of a unified diff of two graphs as text; none where they are equal.
 
@@ -140,33 +200,3 @@ def stdout_has_colour() -> bool:
     """Whether stdout is a terminal, and the environment sets no NO_COLOR."""
     # None in a process without a console.
     return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-#: Ops whose result is a view, a copy or a cast of their operand: who reads it reads the operand.
-_PASSED_ON = {
-    "aten.permute",
-    "aten.t",
-    "aten.transpose.int",
-    "aten.view",
-    "aten.reshape",
-    "aten.expand",
-    "aten.unsqueeze",
-    "aten.squeeze.dim",
-    "aten.clone",
-    "prims.convert_element_type",
-}
-
-
-def readers(text: str, name: str) -> list[str]:
-    """The ops of a graph as text that read an input, or a view, copy or cast of it, each once.
-
-    Args:
-        text: of `graph_text`.
-        name: of the input.
-    """
-    call = re.compile(rf"^%(\S+) = ([\w.]+)\((?:.*[\[\s=])?%{re.escape(name)}[,)\]]", re.MULTILINE)
-    found: dict[str, None] = {}
-    for label, op in call.findall(text):
-        behind = readers(text, label) if op in _PASSED_ON else []
-        found.update(dict.fromkeys(behind or [op]))
-    return list(found)

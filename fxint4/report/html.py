@@ -15,6 +15,7 @@ from itertools import zip_longest
 from string import Template
 from typing import Any, NamedTuple, TypeAlias
 
+from fxint4.report.graph_text import calls, defined_by, operands_of
 from fxint4.report.table import beside, error_text, size_text
 
 __all__ = ["page"]
@@ -315,11 +316,11 @@ class _Graph:
         self.before, self.after = before.splitlines(), after.splitlines()
         self.same = _same_lines(self.before, self.after)
         self.same_after = [number for _, number in self.same]
-        self.defined = {_label(line): number for number, line in enumerate(self.before)}
-        self.defined_after = {_label(line): number for number, line in enumerate(self.after)}
+        self.defined = {defined_by(line): number for number, line in enumerate(self.before)}
+        self.defined_after = {defined_by(line): number for number, line in enumerate(self.after)}
         self.users: dict[str, list[int]] = {}
         for number, line in enumerate(self.before):
-            for name in _operands(line):
+            for name in operands_of(line):
                 self.users.setdefault(name, []).append(number)
 
     def matmuls(self, parameters: Sequence[str], op: str) -> list[list[int]]:
@@ -330,17 +331,16 @@ class _Graph:
         while waiting:
             for number in self.users.get(waiting.pop(), ()):
                 line = self.before[number]
-                if _operands(line) <= reached:  # still a computation on the weight alone
-                    if _label(line) not in reached:
-                        reached.add(_label(line))
-                        waiting.add(_label(line))
+                if operands_of(line) <= reached:  # still a computation on the weight alone
+                    if defined_by(line) not in reached:
+                        reached.add(defined_by(line))
+                        waiting.add(defined_by(line))
                         chain.append(number)
                 else:
                     ends.add(number)
-        called = re.compile(rf"[.= ]{re.escape(op)}(\.\w+)?\(")
         # A computation whose other operands were reached later is no end.
-        found = sorted(end for end in ends if not _operands(self.before[end]) <= reached)
-        matmuls = [end for end in found if called.search(self.before[end])]
+        found = sorted(end for end in ends if not operands_of(self.before[end]) <= reached)
+        matmuls = [end for end in found if calls(self.before[end], op)]
         return [[*chain, end] for end in matmuls or found[:1]]
 
     def excerpt(self, chain: Sequence[int]) -> list[_Row]:
@@ -370,7 +370,7 @@ class _Graph:
             if number in found or self._is_same(number):
                 continue
             found.add(number)
-            operands = sorted(_operands(self.after[number]))
+            operands = sorted(operands_of(self.after[number]))
             waiting += [self.defined_after[name] for name in operands if name in self.defined_after]
         return found
 
@@ -466,13 +466,3 @@ def _same_lines(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, 
         pairs.append(last)
         last = previous[last]
     return pairs[::-1]
-
-
-def _label(line: str) -> str:
-    """What a line of a graph defines: "%addmm" of "%addmm = aten.addmm(...): bf16[3, 50]"."""
-    return re.split(r" = |: ", line, maxsplit=1)[0]
-
-
-def _operands(line: str) -> set[str]:
-    """What a line of a graph reads."""
-    return set(re.findall(r"%[^\s,()\[\]]+", line.partition(" = ")[2]))

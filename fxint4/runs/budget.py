@@ -193,14 +193,16 @@ class _Laboratory:
 
     def _groups(self, site: Site) -> list[int]:
         """Group sizes that its shape can have."""
-        asked = self._config.changes(site.record.name, site.record.parameters).get("group_size")
+        asked = self._config.overrides_of(site.record.name, site.record.parameters).get(
+            "group_size"
+        )
         sizes = GROUP_SIZES if asked is None else (asked,)
         shapes = (choose_shape(site.shape.n, site.shape.k, size) for size in sizes)
         return sorted({shape.group_size for shape in shapes})
 
     def _methods(self, site: Site) -> list[str]:
         """Methods to compare for a weight."""
-        asked = self._config.changes(site.record.name, site.record.parameters).get("method")
+        asked = self._config.overrides_of(site.record.name, site.record.parameters).get("method")
         if asked is not None:
             return [asked]
         method = self._config.method
@@ -223,7 +225,7 @@ class _Laboratory:
         shape = choose_shape(
             site.shape.n, site.shape.k, choice.group_size or _BASE_GROUP, batch=site.shape.batch
         )
-        recipe = recipe_of(self._config.choosing(choice), key, weight.shape)
+        recipe = recipe_of(self._config.with_choice(choice), key, weight.shape)
         return dequantized(weight, shape, recipe, weight.dtype)
 
     def _as_output_errors(self, key: str, offers: Sequence[_Offer]) -> list[_Offer]:

@@ -143,7 +143,7 @@ def with_budget_choices(
         args: of the model.
         kwargs: of the model.
     """
-    if config.has_choices:
+    if not config.needs_choices:
         return config
     batch = [(args, kwargs)]
     with Observer(config, dry=config.calibration is not None) as observer:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxint4.config.names_matched import matches
+from fxint4.config.layer_patterns import first_match
 from fxint4.errors import CheckpointError
 from fxint4.frontends.checkpoints import awq, compressed_tensors, gptq, torchao
 from fxint4.frontends.checkpoints.files import Checkpoint
@@ -147,7 +147,7 @@ def _items(
     items: dict[str, Weight | _Plain] = {}
     found: list[Weight | _Plain] = [*weights, *plain]
     for item in found:
-        if matches(item.name, (), patterns):
+        if first_match(item.name, (), patterns):
             continue
         name = rename(item.name) if rename else item.name
         if name in items:

@@ -1,4 +1,7 @@
-"""Patterns of names: globs, and regular expressions after "re:"."""
+"""Patterns of layer names, for the options include, skip and overrides.
+
+A pattern is a glob, or a regular expression after "re:".
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,19 @@ from functools import lru_cache
 
 from fxint4.errors import OptionError
 
-__all__ = ["checked_patterns", "matches"]
+__all__ = ["checked_patterns", "first_match"]
 
 
-def matches(name: str, parameters: Iterable[str], patterns: Iterable[str]) -> str | None:
-    """The first of `patterns` that matches a layer, or None.
+def first_match(name: str, parameters: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that matches a layer, or None.
+
+    A pattern must match the whole name of the layer, of one of its parameters, or of a module that
+    holds them.
 
     Args:
-        name: full name of the layer.
-        parameters: full names of the parameters its weight is made of.
-        patterns: globs, or regular expressions after "re:".
+        name: Full name of the layer.
+        parameters: Full names of the parameters its weight is made of.
+        patterns: Globs, or regular expressions after "re:".
     """
     candidates = {part for full in (name, *parameters) for part in _with_parents(full)}
     for pattern in patterns:
@@ -35,12 +41,24 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _with_parents(name: str) -> list[str]:
+    """Names of a layer and of the modules that hold it: "a", "a.b" and "a.b.c" of "a.b.c"."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def checked_patterns(field: str, value: object) -> tuple[str, ...]:
-    """Patterns that a user gave for an option; OptionError where they are none."""
+    """Check the patterns that a user gave for an option.
+
+    Args:
+        field: Name of the option.
+        value: One pattern, or a list, tuple or set of them.
+
+    Returns:
+        The patterns; those of a set are sorted.
+
+    Raises:
+        OptionError: The value holds something else, or a regular expression that does not compile.
+    """
     values = (value,) if isinstance(value, str) else value
     if not isinstance(values, (list, tuple, set, frozenset)) or not all(
         isinstance(pattern, str) for pattern in values
