@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from fxint4.errors import CommandError, Int4Error, first_line
 
-# Command -> (module, function(argv) -> int, what it does). Imported only when it is asked for.
+# Command -> (module, function(argv) -> int, what it does). A module is imported when it is needed.
 COMMANDS = {
     "export": ("fxint4.cli", "export", "compile a model ahead of time into a package"),
     "run": ("fxint4.cli", "run", "run a package, and time it"),
@@ -27,13 +27,12 @@ COMMANDS = {
     ),
 }
 
-
 #: The exit status of a process that the signal SIGPIPE ends.
 _READER_GONE = 128 + 13
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a wrong command line in one line."""
+    """Prints one line for a wrong command line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists the commands\n")
@@ -43,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The arguments; those of the process unless given.
+        argv: The arguments; None for those of the process.
 
     Returns:
-        The exit status: 0 if all went well, 1 for a command that failed, 2 for a wrong command
-        line. Of `diff`, 1 is for reports that differ, and 2 for those that can't be read. 141 if
-        nobody reads what is printed.
+        The exit status: 0 for success, 1 for a command that failed, 2 for a wrong command line.
+        `diff` returns 1 for reports that differ and 2 for files that can't be read. 141 if the
+        reader of stdout is gone.
     """
     width = max(map(len, COMMANDS))
     parser = _Parser(
@@ -74,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in args.arguments if argument != "--traceback"]
     try:
         status = int(getattr(import_module(module), function)(arguments))
-        print(end="", flush=True)  # here, where an error of it is caught
+        print(end="", flush=True)  # here, so that an error of flushing is caught below
         return status
-    except BrokenPipeError:  # whoever reads what is printed has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest of it
+    except BrokenPipeError:  # the reader of stdout is gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where later output goes
         return _READER_GONE
     except Exception as error:
         if args.traceback or arguments != args.arguments:
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong: all of it where fxint4 says it, the beginning where others do."""
+    """Return an error as one line: all of it if it is fxint4's own, else the first."""
     if isinstance(error, Int4Error):
         return " ".join(map(str.strip, str(error).splitlines()))
     kind, said = type(error).__name__, first_line(error)

@@ -13,7 +13,10 @@ __all__ = ["draft_of", "write_whole"]
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A name beside that of a file, which gets its own at the end; an error leaves nothing."""
+    """Yield a temporary path in the folder of `path`, and rename it to `path` at the end.
+
+    After an error the temporary file is deleted, and `path` is as it was.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield draft
@@ -24,16 +27,14 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under another name and give it its own once it is whole.
-
-    A reader sees what was there before, or all of it; what can't be written leaves nothing.
+    """Write a file so that a reader sees its old content or all of the new one, never a part.
 
     Args:
-        path: of the file; its folder is there.
-        content: text is written as UTF-8.
+        path: The file; its folder must exist.
+        content: Text (written as UTF-8) or bytes.
 
     Raises:
-        OSError: it can't be written.
+        OSError: The file can't be written; it is as it was.
     """
     with draft_of(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""`python -m fxint4 export`, `run` and `diff`: packages made and run, reports compared."""
+"""`python -m fxint4 export`, `run` and `diff`: make packages, run them, compare reports."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from fxint4.report import Report, changes, stdout_has_colour
 
 __all__ = ["diff", "export", "run"]
 
-#: Timed calls of `run --bench`, and calls before them.
+#: Calls that `run --bench` times, and calls before them that it does not.
 _CALLS, _WARM_UP = 50, 5
 
 
 def export(argv: Sequence[str]) -> int:
-    """Capture what a factory makes, rewrite it, and write a package.
+    """Call a factory, capture its model, rewrite it, and write a package.
 
     Args:
-        argv: the arguments after the command's name.
+        argv: The arguments after the command's name.
 
     Returns:
         0.
 
     Raises:
-        CommandError: something on the command line can't be used.
+        CommandError: Something on the command line can't be used.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fxint4 export",
@@ -103,7 +103,7 @@ def export(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    watched = sys.stderr.isatty()
+    on_terminal = sys.stderr.isatty()
     names = [
         *("group_size", "method", "inner_k_tiles"),
         *("include", "skip", "min_sqnr_db", "measure"),
@@ -112,7 +112,7 @@ def export(argv: Sequence[str]) -> int:
     if args.calibration is not None:
         options["calibration"] = fxint4.Calibration.load(args.calibration)
     with tqdm(
-        total=3, disable=not watched, leave=False, bar_format="{desc}: step {n} of {total}"
+        total=3, disable=not on_terminal, leave=False, bar_format="{desc}: step {n} of {total}"
     ) as bar:
         _next_stage(bar, "making the model")
         model, inputs, keywords = _made(args.target, args.device)
@@ -123,7 +123,7 @@ def export(argv: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             program = torch.export.export(model, inputs, keywords, dynamic_shapes=dynamic)
             _next_stage(bar, "folding and compiling")
-            fxint4.package(program, args.output, {**options, "progress": watched})
+            fxint4.package(program, args.output, {**options, "progress": on_terminal})
     print(fxint4.last_report())
     print(f"\nwrote {args.output}, {os.path.getsize(args.output) / 1e6:.1f} MB")
     return 0
@@ -136,21 +136,21 @@ def _next_stage(bar: tqdm[Any], what: str) -> None:
 
 
 def _made(target: str, device: str | None) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The model of a target and its example inputs, by position and by name."""
+    """Call the factory; return its model and the example inputs by position and by name."""
     made = _factory(target)()
-    form = f"{target} must return (model, example inputs) or (model, args, kwargs)"
+    needed = f"{target} must return (model, example inputs) or (model, args, kwargs)"
     if not isinstance(made, tuple) or len(made) not in (2, 3):
-        raise CommandError(f"{form}; it returned {_kind(made)}")
+        raise CommandError(f"{needed}; it returned {_kind(made)}")
     model, inputs, *rest = made
     if not isinstance(model, nn.Module):
-        raise CommandError(f"{form}; its model is {_kind(model)}, not a torch.nn.Module")
+        raise CommandError(f"{needed}; its model is {_kind(model)}, not a torch.nn.Module")
     keywords = rest[0] if rest else {}
     if isinstance(inputs, dict) and not rest:
         inputs, keywords = (), inputs
     elif isinstance(inputs, Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, (tuple, list)) or not isinstance(keywords, dict):
-        raise CommandError(f"{form}; its inputs are {_kind(inputs)}")
+        raise CommandError(f"{needed}; its inputs are {_kind(inputs)}")
     if any(module.training for module in model.modules()):
         raise CommandError(f"the model of {target} is in training mode; call model.eval() in it")
     if device is not None:
@@ -196,7 +196,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dynamic_shapes(asked: Sequence[str], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """What `--dynamic` asks for, as torch.export takes it."""
+    """Return the dimensions of `--dynamic` as torch.export takes them."""
     by_name = {**{str(index): value for index, value in enumerate(inputs)}, **keywords}
     dims: dict[str, dict[int, Any]] = {}
     for entry in asked:
@@ -227,16 +227,16 @@ def _dynamic_shapes(asked: Sequence[str], inputs: tuple[Any, ...], keywords: dic
 
 
 def run(argv: Sequence[str]) -> int:
-    """Load a package, call it once, and say what came out; time it where asked.
+    """Load a package, call it once, print its outputs, and time it with `--bench`.
 
     Args:
-        argv: the arguments after the command's name.
+        argv: The arguments after the command's name.
 
     Returns:
         0.
 
     Raises:
-        CommandError: the package or its inputs can't be used.
+        CommandError: The package or its inputs can't be used.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fxint4 run",
@@ -295,16 +295,16 @@ def run(argv: Sequence[str]) -> int:
 
 
 def diff(argv: Sequence[str]) -> int:
-    """Show what changed in the graphs of one report, or what two reports differ in.
+    """Print what changed in the graphs of one report, or how two reports differ.
 
     Args:
-        argv: the arguments after the command's name.
+        argv: The arguments after the command's name.
 
     Returns:
         0 if nothing differs, 1 if something does.
 
     Raises:
-        CommandError: a file can't be read, or is no report; its status is 2.
+        CommandError: A file can't be read, or is no report; its status is 2.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fxint4 diff",
@@ -333,7 +333,7 @@ def diff(argv: Sequence[str]) -> int:
 
 
 def _metadata(path: str) -> dict[str, str]:
-    """What a package says of itself, read without running anything of it."""
+    """Read the metadata of a package without running any of its code."""
     if not Path(path).is_file():
         raise CommandError(f"there is no file {path!r}")
     try:
@@ -359,9 +359,14 @@ def _metadata(path: str) -> dict[str, str]:
 
 
 def _check_cpu(path: str, instructions: str) -> None:
-    """Refuse code that would end the process at the first instruction that the CPU lacks.
+    """Refuse code with instructions that this CPU lacks: the first one would end the process.
 
-    instructions: what the package's code was compiled for, such as "AVX512 AVX512_VNNI".
+    Args:
+        path: The package.
+        instructions: What its code was compiled for, such as "AVX512 AVX512_VNNI".
+
+    Raises:
+        CommandError: The CPU lacks some of them.
     """
     ranks = ("DEFAULT", "AVX2", "AVX512")
     needed = instructions.partition(" ")[0]
@@ -374,10 +379,15 @@ def _check_cpu(path: str, instructions: str) -> None:
 
 
 def _loaded(path: str, names: Sequence[str], model: Any) -> list[Any]:
-    """Inputs from a file, flattened.
+    """Read the inputs from a file, and flatten them.
 
-    names: of what the package takes by position.
-    model: what was loaded of it.
+    Args:
+        path: A file of torch.save.
+        names: Names of the inputs that the package takes by position.
+        model: The loaded package.
+
+    Raises:
+        CommandError: The file can't be loaded, or holds no inputs that fit.
     """
     try:
         loaded = torch.load(path, weights_only=True)
@@ -398,7 +408,7 @@ def _loaded(path: str, names: Sequence[str], model: Any) -> list[Any]:
 
 
 def _random(entry: dict[str, Any]) -> Any:
-    """An input as the package describes it."""
+    """Return a random input of the dtype and shape in the package's metadata."""
     if not entry:
         return None
     dtype = getattr(torch, entry["dtype"])
@@ -408,7 +418,7 @@ def _random(entry: dict[str, Any]) -> Any:
 
 
 def _check_inputs(values: Sequence[Any], described: Sequence[dict[str, Any]]) -> None:
-    """A package does not look at its inputs; wrong ones would give nonsense, or worse."""
+    """Refuse wrong inputs: a package checks nothing, and would return nonsense or crash."""
     if len(values) != len(described):
         raise CommandError(f"got {len(values)} inputs, the package takes {len(described)}")
     for index, (value, entry) in enumerate(zip(values, described, strict=True)):
@@ -431,7 +441,7 @@ def _check_inputs(values: Sequence[Any], described: Sequence[dict[str, Any]]) ->
 
 
 def _times(call: Any, device: torch.device) -> list[float]:
-    """Seconds of each call, its work on the device included."""
+    """Return the seconds of each call, with its work on the device."""
     times = []
     for _ in tqdm(
         range(_WARM_UP + _CALLS),

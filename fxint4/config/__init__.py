@@ -1,1 +1,1 @@
-"""The options: `Int4Config`, and how what a user gives becomes one."""
+"""The options: `Int4Config`, and how the options that a user passes become one."""

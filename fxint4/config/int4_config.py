@@ -1,4 +1,4 @@
-"""`Int4Config`, the one place where options live, and how a user's options become one."""
+"""`Int4Config`: every option of fxint4, checked."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["GROUP_SIZES", "INNER_K_TILES", "METHODS", "REPORT_SUFFIXES", "Int4Co
 GROUP_SIZES = (32, 64, 128, 256)
 #: Values of inner_k_tiles that `aten._weight_int4pack_mm` takes.
 INNER_K_TILES = (2, 4, 8)
-#: How codes are chosen; those after "hqq" look at activations.
+#: Ways to choose codes; those after "hqq" need statistics of activations.
 METHODS = ("rtn", "mse", "hqq", "gptq", "awq", "gptq+awq")
 _CALIBRATED = METHODS[3:]
-#: What a layer can have of its own.
+#: Fields that `overrides` can change.
 _OVERRIDDEN = ("group_size", "inner_k_tiles", "method", "min_sqnr_db")
 #: Ways to multiply by int4 weights on a GPU.
 KERNELS = ("triton", "cuda", "dequantize", "aten")
-#: Files that a report can be written to.
+#: Suffixes of the files that a report can be written to.
 REPORT_SUFFIXES = (".json", ".txt", ".html")
 
 
@@ -35,50 +35,51 @@ class Int4Config:
     """What to pack and how. Frozen and hashable: it is part of every cache key.
 
     Attributes:
-        group_size: neighbouring k of one row that share a scale and a zero: 32, 64, 128 or 256.
-            An upper bound: a weight whose K it does not divide takes the largest smaller one
-            that does, or is padded.
+        group_size: Neighbouring k of one row that share a scale and a zero: 32, 64, 128 or 256.
+            An upper bound: a weight whose K it does not divide takes the largest smaller size
+            that divides K, or is padded.
         inner_k_tiles: 16-wide k tiles that one thread's words hold: 2, 4 or 8. An upper bound too.
-        method: how codes, scales and zeros are chosen. "rtn" rounds to nearest; "mse" and "hqq"
-            look for scales and zeros that lose less of the weight; "gptq" and "awq" lose less of
-            the layer's output, for which they need a `calibration`, and "gptq+awq" does both.
-        calibration: what `fxint4.calibrate` returned.
-        overrides: other options for some layers: for a pattern as in `include` the fields that
-            differ, of group_size, inner_k_tiles, method and min_sqnr_db. Where several patterns
-            match a layer, later ones win.
-        target_error: choose group size and method of each weight, or to leave it as it is, so that
-            packing takes the fewest bytes that keep the relative error of the model's output at
-            this or below. Where the options are given to `fxint4.calibrate`, it chooses, on its
-            batches; its result with the same target_error then packs by these choices.
-            `fxint4.pack_` and `fxint4.explain` choose by themselves on their example arguments.
-        max_bytes: likewise, for the least error in so many bytes of packed and kept weights.
-        include: patterns of modules to pack; empty means all.
-        skip: patterns of modules to leave alone; stronger than `include`.
+        method: How codes, scales and zeros are chosen. "rtn" rounds to nearest. "mse" and "hqq"
+            look for scales and zeros that lose less of the weight. "gptq" and "awq" lose less of
+            the layer's output and need a `calibration`; "gptq+awq" does both.
+        calibration: The result of `fxint4.calibrate`.
+        overrides: Other options for some layers: a dict from a pattern, as in `include`, to a dict
+            of group_size, inner_k_tiles, method and min_sqnr_db. Where several patterns match a
+            layer, later ones win.
+        target_error: A budget: the largest relative error of the model's output. Group size and
+            method of each weight, or to keep it as it is, are chosen so that the weights take the
+            fewest bytes. `fxint4.calibrate` with this option chooses on its batches; pass its
+            result as `calibration` with the same target_error. `fxint4.pack_` and `fxint4.explain`
+            can also choose by themselves, on their example arguments.
+        max_bytes: A budget: the most bytes that packed and kept weights take together. The choices
+            are those of the least error.
+        include: Patterns of modules to pack; empty means all.
+        skip: Patterns of modules to keep as they are; stronger than `include`.
             A pattern is a glob, or a regular expression after the prefix "re:". It must match the
             full name of the layer, of its parameter, or of a module that holds it.
-        min_sqnr_db: keep a layer whose weight has a lower signal-to-quantization-noise ratio, in
-            dB, than this.
-        min_features: keep a matmul with fewer in or out features than this.
-        progress: show a tqdm bar while weights are folded.
-        free_weights: replace the model's parameters by packed ones when it is first compiled, so
-            that the originals are freed; see `fxint4.pack_`.
-        fuse_projections: on the GPU, multiply weights that share an activation (q, k and v; gate
+        min_sqnr_db: Keep a layer whose packed weight would have a lower
+            signal-to-quantization-noise ratio, in dB.
+        min_features: Keep a matmul with fewer in or out features.
+        progress: Show a tqdm bar while weights are folded.
+        free_weights: Replace the model's parameters by packed ones at the first compile, so that
+            the originals are freed; see `fxint4.pack_`.
+        fuse_projections: On the GPU, multiply weights that share an activation (q, k and v; gate
             and up) in one matmul.
-        kernel: on the GPU, how to multiply, whatever M is: "triton" (a kernel that unpacks weights
-            in registers), "dequantize" (write the weight out, then cuBLAS) or "aten" (PyTorch's
-            int4 op); or "cuda" (kernels in CUDA C++, where there is one for M and K, also outside
-            of CUDA graphs; not in packages). None is the fastest: by rule, or with
-            mode="max-autotune" by measurement.
-        measure: measure what quantizing does to the output of each matmul and of the whole model,
-            by running it on the example inputs with both kinds of weights. None is for
-            `fxint4.explain` alone; `fxint4.pack_`, `rewrite` and `package` do it where it is True.
-            A backend does not: it has no inputs before the model runs. No part of any cache key.
-        report: a file that holds the report as soon as there is one, and follows as it grows: .json
-            (which `fxint4.Report.load` reads), .txt or .html. Its folder must exist. No part of any
-            cache key: two configs that differ in it are equal.
+        kernel: On the GPU, how to multiply for every M: "triton" (unpack weights in registers),
+            "dequantize" (write the weight out, then cuBLAS), "aten" (PyTorch's int4 op) or "cuda"
+            (kernels in CUDA C++, where there is one for M and K, also outside of CUDA graphs; not
+            in packages). None takes the fastest: by rule, or with mode="max-autotune" by
+            measurement.
+        measure: Run the model on its example inputs with its own weights and with quantized ones,
+            and report the error of each matmul's output and of the model's. With None only
+            `fxint4.explain` does so; with True `fxint4.pack_`, `rewrite` and `package` do too. A
+            backend can't: it has no inputs before the model runs. Not part of any cache key.
+        report: File that always holds the newest state of the report: .json (which
+            `fxint4.Report.load` reads), .txt or .html. Its folder must exist. Not part of any cache
+            key: two configs that differ in it are equal.
 
     Raises:
-        OptionError: a value is outside its range.
+        OptionError: A value is outside its range.
     """
 
     group_size: int = 128
@@ -100,7 +101,7 @@ class Int4Config:
     report: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        """Check every field, and turn lists of patterns into tuples."""
+        """Check every field, and turn patterns and overrides into tuples."""
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("inner_k_tiles", self.inner_k_tiles, INNER_K_TILES)
         _one_of("method", self.method, METHODS)
@@ -226,7 +227,7 @@ class Int4Config:
         return dataclasses.replace(self, overrides=(), target_error=None, max_bytes=None, **changes)
 
     def asked(self) -> dict[str, Any]:
-        """The options as plain values, for a report."""
+        """Return the options as plain values, for a report."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         values["overrides"] = {pattern: dict(changes) for pattern, changes in self.overrides}
         calibration = self.calibration
@@ -237,7 +238,7 @@ class Int4Config:
 
 
 def _overrides(value: object) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
-    """Patterns and what they change, hashable."""
+    """Return checked overrides as hashable pairs of a pattern and the fields that it changes."""
     pairs = tuple(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, tuple) or not all(
         isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], (Mapping, tuple))
@@ -272,7 +273,7 @@ def _report_file(path: object) -> None:
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
-    # By type, too: 64.0 and NumPy's 64 are equal to 64, but neither is a size, or fits into JSON.
+    # The type is compared too: 64.0 and NumPy's 64 equal 64, but are no sizes and do not fit JSON.
     if not any(type(value) is type(one) and value == one for one in allowed):
         known = ", ".join(map(repr, allowed))
         raise OptionError(f"{field} is {value!r}; it takes one of {known}")

@@ -1,4 +1,4 @@
-"""How the options that a user gives become an `Int4Config` and patches of Inductor's config."""
+"""Split a user's options into an `Int4Config` and patches of Inductor's config."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ __all__ = ["named", "split_options"]
 def split_options(
     mode: str | None, options: Mapping[str, Any] | None
 ) -> tuple[Int4Config, dict[str, Any]]:
-    """Split what `torch.compile` was given into our config and patches of Inductor's.
+    """Split the mode and options of `torch.compile` into our config and patches of Inductor's.
 
     Args:
-        mode: a mode of `torch.compile`, expanded as Inductor expands it.
-        options: fields of `Int4Config` and, beside them, Inductor options by their own name.
+        mode: A mode of `torch.compile`, such as "max-autotune", expanded as Inductor expands it.
+        options: Fields of `Int4Config` and options of Inductor, by name; "-" stands for "_".
 
     Returns:
         The config, and the Inductor config patches.
 
     Raises:
-        OptionError: a key or mode that neither side knows; the nearest known one is named.
+        OptionError: A key or mode that neither fxint4 nor Inductor knows; the nearest known key
+            is named. Or a value outside its range.
     """
     patches = dict(inductor_mode_options(mode))
     ours: dict[str, Any] = {}
@@ -44,7 +45,11 @@ def split_options(
 
 
 def named(options: Any) -> Mapping[str, Any]:
-    """Options by name, none for None; OptionError for what is no dict of them."""
+    """Check that options are a dict by name; None becomes an empty one.
+
+    Raises:
+        OptionError: They are something else.
+    """
     options = {} if options is None else options
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise OptionError(
@@ -55,7 +60,7 @@ def named(options: Any) -> Mapping[str, Any]:
 
 
 def _unknown_key(key: str, own_names: list[str]) -> str:
-    # Ours first: a slip is likelier in the names that this page's reader has just met.
+    # Our names first: users of this backend misspell them more often than Inductor's.
     nearest = difflib.get_close_matches(key, own_names, n=1) or difflib.get_close_matches(
         key, inductor_option_names(), n=1
     )

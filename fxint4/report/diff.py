@@ -1,4 +1,4 @@
-"""What differs between two reports: layer by layer, and in all."""
+"""The difference of two reports: layer by layer, and in sum."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fxint4.report.report import Report
 from fxint4.report.table import (
     ROWS_SHOWN,
     dimensions,
-    ending,
     error_text,
     group_text,
-    numberless,
+    shortened,
     size_text,
+    without_numbers,
 )
 
 __all__ = ["changes"]
 
-#: A row of the sums: what it is called, the key in `Report.totals`, and how a value looks.
+#: Rows of the sums: label, key in `Report.totals`, and the function that writes a value.
 _SUMS = (
     ("parameters packed", "parameter_share", lambda share: f"{100 * share:.1f}%"),
     ("parameters", "parameters", str),
@@ -40,7 +40,7 @@ _SUMS = (
 
 @dataclass(frozen=True)
 class _Side:
-    """What one report says of a layer, or of equal layers; the errors are the worst of theirs."""
+    """One report's values of a layer, or of equal layers; the errors are the worst of theirs."""
 
     shape: str
     action: str
@@ -59,12 +59,12 @@ class _Side:
         return "" if self.output_error is None else error_text(self.output_error)
 
 
-_NOWHERE = _Side("", "", "", None, None, 0, ())
+_ABSENT = _Side("", "", "", None, None, 0, ())
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A layer, or equal layers, and what the two reports say of it."""
+    """A layer, or equal layers, with the values of both reports."""
 
     name: str
     before: _Side
@@ -74,22 +74,22 @@ class _Change:
 def changes(
     before: Report, after: Report, names: tuple[str, str], columns: int, *, colour: bool = False
 ) -> tuple[bool, str]:
-    """What differs between two reports, as text.
+    """Compare two reports.
 
-    A layer differs where what is packed, its group size, its kernels, the reason, the bytes (a
-    dense copy's included) or the errors do: the SQNR to a tenth of a dB, the output's to three
-    digits. Other options and versions are told, but are no difference by themselves.
+    A layer differs if one of these does: shape, packed or kept, group size, kernels, reason, bytes
+    (with a dense copy), SQNR (to a tenth of a dB), output error (to three digits). Options and
+    versions that differ are listed, but do not count as a difference.
 
     Args:
-        before: one report.
-        after: the other.
-        names: of the two.
-        columns: how wide the table of layers may be; names are cut for it, figures never.
-        colour: whether in a terminal's colours.
+        before: The first report.
+        after: The second one.
+        names: What to call the two.
+        columns: Most characters a line of the table of layers; names are cut for it, numbers never.
+        colour: Whether to use a terminal's colours.
 
     Returns:
-        Whether anything differs, and the text. Reasons, kernels and graph breaks of one report
-        alone stand behind "- " or "+ ".
+        Whether anything differs, and the text. Lines that only one report has (reasons, kernels,
+        graph breaks) begin with "- " or "+ ".
     """
     pairs = _pairs(before.records, after.records)
     changed = [pair for pair in pairs if _shown(pair.before) != _shown(pair.after)]
@@ -97,7 +97,7 @@ def changes(
     sums = _sums(before, after)
     differs = bool(changed or breaks or any(row[1] != row[2] for row in sums))
     count = f"{len(changed)} of {len(pairs)} matmuls differ" if differs else "no difference"
-    parts = ["\n".join([f"{names[0]} -> {names[1]}: {count}", *_circumstances(before, after)])]
+    parts = ["\n".join([f"{names[0]} -> {names[1]}: {count}", *_changed_settings(before, after)])]
     if changed:
         parts.append(_table(changed, columns))
     details = _details(changed)
@@ -114,7 +114,7 @@ _SUMS_ALIGN = ("left", "right", "right")
 
 
 def _pairs(before: Iterable[Record], after: Iterable[Record]) -> list[_Change]:
-    """The layers of both reports, by name; where names repeat, in their order."""
+    """Pair the layers of both reports by name, and layers of equal names by their order."""
     sides: list[dict[tuple[str, int], _Side]] = []
     for records in (before, after):
         found: dict[tuple[str, int], _Side] = {}
@@ -125,7 +125,7 @@ def _pairs(before: Iterable[Record], after: Iterable[Record]) -> list[_Change]:
         sides.append(found)
     first, second = sides
     return [
-        _Change(key[0], first.get(key, _NOWHERE), second.get(key, _NOWHERE))
+        _Change(key[0], first.get(key, _ABSENT), second.get(key, _ABSENT))
         for key in dict.fromkeys((*first, *second))
     ]
 
@@ -147,8 +147,8 @@ def _shown(side: _Side) -> tuple[object, ...]:
     return side.shape, side.action, side.group, side.sqnr, side.error, side.size, side.details
 
 
-def _circumstances(before: Report, after: Report) -> list[str]:
-    """Versions and options that are not the same."""
+def _changed_settings(before: Report, after: Report) -> list[str]:
+    """Return a line for each version and option that differs."""
     both: list[dict[str, Any]] = [{**each.versions, **each.options} for each in (before, after)]
     return [
         f"  {name}: {both[0].get(name)} -> {both[1].get(name)}"
@@ -178,13 +178,13 @@ def _table(changed: Sequence[_Change], columns: int) -> str:
     layer, *others = (max(map(len, column)) for column in zip(headers, *cells, strict=True))
     room = max(len(headers[0]), min(layer, columns - sum(others) - 2 * len(others)))
     for row_cells in cells:
-        row_cells[0] = ending(row_cells[0], room)
+        row_cells[0] = shortened(row_cells[0], room)
     rule = ["-" * width for width in (room, *others)]
     return tabulate([headers, rule, *cells], tablefmt="plain", disable_numparse=True)
 
 
 def _size(side: _Side) -> str:
-    return "" if side is _NOWHERE else size_text(side.size)
+    return "" if side is _ABSENT else size_text(side.size)
 
 
 def _cell(before: str, after: str) -> str:
@@ -192,26 +192,26 @@ def _cell(before: str, after: str) -> str:
 
 
 def _merged(changed: Iterable[_Change]) -> list[_Change]:
-    """One row for layers that differ alike and whose names differ only in numbers."""
+    """Merge layers that differ in the same way and whose names differ only in numbers."""
     groups: dict[tuple[object, ...], list[_Change]] = {}
     for change in changed:
         sides = [(side.shape, side.action, side.group) for side in (change.before, change.after)]
-        groups.setdefault((numberless(change.name), *sides), []).append(change)
+        groups.setdefault((without_numbers(change.name), *sides), []).append(change)
     return [
         group[0]
         if len(group) == 1
         else _Change(
-            f"{numberless(group[0].name)} ({len(group)})",
-            _together([change.before for change in group]),
-            _together([change.after for change in group]),
+            f"{without_numbers(group[0].name)} ({len(group)})",
+            _merged_side([change.before for change in group]),
+            _merged_side([change.after for change in group]),
         )
         for group in groups.values()
     ]
 
 
-def _together(sides: Sequence[_Side]) -> _Side:
+def _merged_side(sides: Sequence[_Side]) -> _Side:
     first = sides[0]
-    if first is _NOWHERE:
+    if first is _ABSENT:
         return first
     sqnr_db = min((side.sqnr_db for side in sides if side.sqnr_db is not None), default=None)
     errors = (side.output_error for side in sides if side.output_error is not None)
@@ -221,7 +221,7 @@ def _together(sides: Sequence[_Side]) -> _Side:
 
 
 def _details(changed: Iterable[_Change]) -> list[tuple[str, list[str]]]:
-    """Reasons and kernels that are not the same, each after the layers that they are of."""
+    """Return reasons and kernels that differ, below the names of their layers."""
     found: dict[tuple[str, ...], list[str]] = {}
     for change in changed:
         lines = _lines(change.before.details, change.after.details)
@@ -233,7 +233,7 @@ def _details(changed: Iterable[_Change]) -> list[tuple[str, list[str]]]:
 def _listed(names: Sequence[str]) -> str:
     counts: dict[str, list[str]] = {}
     for name in names:
-        counts.setdefault(numberless(name), []).append(name)
+        counts.setdefault(without_numbers(name), []).append(name)
     return ", ".join(
         group[0] if len(group) == 1 else f"{kind} ({len(group)})" for kind, group in counts.items()
     )

@@ -1,4 +1,4 @@
-"""Graphs as text, and the difference of two."""
+"""Graphs as text: written, read back line by line, and compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _GREEN, _RED, _CYAN, _BOLD, _PLAIN = "\033[32m", "\033[31m", "\033[36m", "\033[1m", "\033[0m"
-#: How a line of a unified diff begins, and its colour.
+#: Prefixes of the lines of a unified diff, and the colour of each.
 _COLOURS = (
     ("--- ", _BOLD),
     ("+++ ", _BOLD),
@@ -38,13 +38,13 @@ _COLOURS = (
 def graph_text(
     gm: fx.GraphModule, names: Mapping[str, str], labels: dict[str, str] | None = None
 ) -> str:
-    """A graph in a stable, readable form, one node a line.
+    """Write a graph as stable, readable text, one node a line.
 
     Args:
-        gm: the graph.
-        names: what to call its placeholders, by node name.
-        labels: what to call its other nodes, by node name; those it lacks are added. Two versions
-            of a graph that share it differ only where something changed.
+        gm: The graph.
+        names: Labels of its placeholders, by node name.
+        labels: Labels of its other nodes, by node name; missing ones are added. Pass the same dict
+            for two versions of a graph, and their texts differ only where something changed.
     """
     labels = {} if labels is None else labels
     taken = set(labels.values())
@@ -132,7 +132,7 @@ def calls(line: str, op: str) -> bool:
     return re.search(rf"[.= ]{re.escape(op)}(\.\w+)?\(", line) is not None
 
 
-#: Ops whose result is a view, a copy or a cast of their operand: who reads it reads the operand.
+#: Ops that return a view, a copy or a cast of their operand; what reads it reads the operand.
 _PASSED_ON = {
     "aten.permute",
     "aten.t",
@@ -148,11 +148,11 @@ _PASSED_ON = {
 
 
 def readers(text: str, name: str) -> list[str]:
-    """The ops of a graph as text that read an input, or a view, copy or cast of it, each once.
+    """Return the ops that read an input of a graph, or a view, copy or cast of it, each once.
 
     Args:
-        text: of `graph_text`.
-        name: of the input.
+        text: The graph, from `graph_text`.
+        name: Label of the input, without "%".
     """
     call = re.compile(rf"^%(\S+) = ([\w.]+)\((?:.*[\[\s=])?%{re.escape(name)}[,)\]]", re.MULTILINE)
     found: dict[str, None] = {}
@@ -166,12 +166,12 @@ def readers(text: str, name: str) -> list[str]:
 
 
 def unified_diff(before: str, after: str, name: str) -> list[str]:
-    """The lines of a unified diff of two graphs as text; none where they are equal.
+    """Return the lines of a unified diff of two graphs as text; none where they are equal.
 
     Args:
-        before: one graph.
-        after: the other.
-        name: of the graph.
+        before: The graph as captured.
+        after: The graph as rewritten.
+        name: What to call the graph in the first two lines.
     """
     return list(
         difflib.unified_diff(
@@ -186,7 +186,7 @@ def unified_diff(before: str, after: str, name: str) -> list[str]:
 
 
 def coloured(lines: Iterable[str]) -> list[str]:
-    """Lines of a unified diff with the colours of a terminal."""
+    """Return the lines of a unified diff with a terminal's colours."""
     return [
         next(
             (f"{colour}{line}{_PLAIN}" for start, colour in _COLOURS if line.startswith(start)),
@@ -197,6 +197,6 @@ def coloured(lines: Iterable[str]) -> list[str]:
 
 
 def stdout_has_colour() -> bool:
-    """Whether stdout is a terminal, and the environment sets no NO_COLOR."""
+    """Whether stdout is a terminal and the environment variable NO_COLOR is not set."""
     # None in a process without a console.
     return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")

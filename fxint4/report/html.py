@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no network, no fonts, no other files."""
+"""A report as one self-contained HTML file: no network, no fonts, no other files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from string import Template
 from typing import Any, NamedTuple, TypeAlias
 
 from fxint4.report.graph_text import calls, defined_by, operands_of
-from fxint4.report.table import beside, error_text, size_text
+from fxint4.report.table import error_text, relative_name, size_text
 
 __all__ = ["page"]
 
-#: Changed lines shown around a matmul; with more, only those that lead to it.
+#: Most changed lines shown around a matmul; with more, only those from its weight to it.
 _LINES_SHOWN = 40
-#: What has a place of its own on the page; other fields of a record are listed with its details.
+#: Fields of a record that have a place on the page; others are listed among its details.
 _PLACED = (
     *("name", "op", "n", "k", "batch", "group_size", "action", "reason", "source"),
     *("method", "sqnr_db", "exact", "output_error"),
@@ -32,13 +32,13 @@ _PLACED = (
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """The report as HTML: totals, what is not packed, and a table of all matmuls.
+    """Write a report as HTML: totals, what is not packed, and a table of all matmuls.
 
     The table can be sorted and searched. A layer opens to its shapes, kernels, source and its part
     of the graph before and after.
 
     Args:
-        report: what `Report.to_dict` gives. A missing field leaves out what it would have shown.
+        report: The dict of `Report.to_dict`. What a missing field would show is left out.
     """
     records: Sequence[Mapping[str, Any]] = report.get("records") or ()
     graphs = [
@@ -100,7 +100,7 @@ def _summary(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
 
 
 def _list(title: str, items: Sequence[str]) -> str:
-    """A heading and a list of HTML, or nothing where there is no item."""
+    """Return a heading and a list of HTML; an empty text where there is no item."""
     entries = "".join(f"<li>{item}</li>" for item in items)
     return f"<h2>{title}</h2>\n<ul>{entries}</ul>" if items else ""
 
@@ -108,7 +108,7 @@ def _list(title: str, items: Sequence[str]) -> str:
 def _cards(
     totals: Mapping[str, Any], output_error: float | None, records: Iterable[Mapping[str, Any]]
 ) -> Iterable[str]:
-    """The numbers at the top, each with what it is."""
+    """Yield the numbers at the top, each with its label."""
 
     def card(label: str, value: str) -> str:
         return f"<div><dt>{label}</dt><dd>{escape(value)}</dd></div>"
@@ -144,7 +144,13 @@ def _elements(record: Mapping[str, Any]) -> int:
 
 
 class _Cell(NamedTuple):
-    """A cell: its HTML, what it sorts by where that is not its text, and its bar of 0 to 1."""
+    """One cell of the table.
+
+    Attributes:
+        html: Its content.
+        key: The number to sort by; None sorts by the text.
+        bar: Length of the bar behind it, 0 to 1; None for no bar.
+    """
 
     html: str
     key: float | None = None
@@ -152,10 +158,10 @@ class _Cell(NamedTuple):
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> str:
-    """All matmuls, a row each; columns that would be empty are left out."""
+    """Return the table of all matmuls, one a row, without columns that would be empty."""
     biggest = max((record.get("bytes_before") or 0 for record in records), default=0)
     worst = max((record.get("output_error") or 0.0 for record in records), default=0.0)
-    # One bar for the error: that of the output, where it was measured.
+    # Only one error has a bar: the output error where it was measured, else the SQNR.
     best = 0.0 if worst else max((record.get("sqnr_db") or 0.0 for record in records), default=0.0)
     columns: dict[str, list[_Cell]] = {
         "layer": [_layer(record, number) for number, record in enumerate(records)],
@@ -197,12 +203,12 @@ def _cell(title: str, cell: _Cell) -> str:
 
 
 def _javascript(key: float) -> str:
-    """A number as JavaScript's Number() reads it."""
+    """Return a number as text that JavaScript's Number() reads."""
     return "Infinity" if math.isinf(key) else str(key)
 
 
 def _css(title: str) -> str:
-    """The class of a column, and the variable of its width."""
+    """Return the CSS class of a column, which also names the variable of its width."""
     return re.sub(r"\W+", "-", title.lower())
 
 
@@ -214,7 +220,7 @@ def _layer(record: Mapping[str, Any], number: int) -> _Cell:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    """The name as HTML, with a place to break the line behind every dot."""
+    """Return the name as HTML in which lines can break after every dot."""
     return escape(str(record.get("name") or "")).replace(".", ".<wbr>")
 
 
@@ -223,11 +229,11 @@ def _action(record: Mapping[str, Any]) -> _Cell:
     return _Cell(f'<span class="{action}">{action}</span>')
 
 
-def _number(value: float | None, form: str, largest: float = 0) -> _Cell:
+def _number(value: float | None, template: str, largest: float = 0) -> _Cell:
     if value is None:
         return _Cell("")
     bar = min(max(value / largest, 0.0), 1.0) if largest else None
-    return _Cell(form.format(value), value, bar)
+    return _Cell(template.format(value), value, bar)
 
 
 def _sqnr_db(record: Mapping[str, Any]) -> float | None:
@@ -250,11 +256,11 @@ def _lines(values: Iterable[str] | None) -> _Cell:
 
 def _fused(record: Mapping[str, Any]) -> _Cell:
     name = str(record.get("name") or "")
-    return _lines(beside(name, str(other)) for other in record.get("fused_with") or ())
+    return _lines(relative_name(name, str(other)) for other in record.get("fused_with") or ())
 
 
 def _dimensions(record: Mapping[str, Any]) -> str:
-    """As in "8 x 64 x 128" for eight experts."""
+    """Return "64 x 128", or "8 x 64 x 128" for eight experts."""
     experts, n, k = record.get("batch") or 1, record.get("n"), record.get("k")
     if n is None or k is None:
         return ""
@@ -265,7 +271,7 @@ def _dimensions(record: Mapping[str, Any]) -> str:
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
-    """What the details list above the graph: a title, and one value or several."""
+    """Return the details above the graph: pairs of a title and one value or several."""
     n, k, batch = record.get("n"), record.get("k"), record.get("batch") or 1
     shapes = []
     if n is not None and k is not None:
@@ -305,12 +311,24 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str | list[str]]]:
     return [fact for fact in facts if fact[1]]
 
 
-#: A line of a graph before, and what stands beside it after; None where there is nothing.
+#: A line of the graph before and the one beside it after; None for no line, twice None for a gap.
 _Row: TypeAlias = tuple[str | None, str | None]
 
 
 class _Graph:
-    """The texts of a graph before and after, and which of their lines are the same."""
+    """The texts of a graph before and after, and which of their lines are the same.
+
+    Lines are given by their numbers, from 0.
+
+    Attributes:
+        before: Lines of the captured graph.
+        after: Lines of the rewritten graph.
+        same: Pairs of numbers of equal lines (before, after), in rising order.
+        same_after: The second numbers of `same`.
+        defined: The line of `before` that defines a name.
+        defined_after: The line of `after` that defines a name.
+        users: The lines of `before` that read a name.
+    """
 
     def __init__(self, before: str, after: str) -> None:
         self.before, self.after = before.splitlines(), after.splitlines()
@@ -324,7 +342,12 @@ class _Graph:
                 self.users.setdefault(name, []).append(number)
 
     def matmuls(self, parameters: Sequence[str], op: str) -> list[list[int]]:
-        """The lines of `before` from a weight to a matmul that it is in, for each such matmul."""
+        """Return, for each matmul by a weight, the lines of `before` from the weight to it.
+
+        Args:
+            parameters: Names of the parameters that the weight is made of.
+            op: The op of the matmul, such as "addmm".
+        """
         reached = {f"%{name}" for name in parameters if f"%{name}" in self.defined}
         chain = sorted(self.defined[name] for name in reached)
         waiting, ends = set(reached), set()
@@ -344,7 +367,11 @@ class _Graph:
         return [[*chain, end] for end in matmuls or found[:1]]
 
     def excerpt(self, chain: Sequence[int]) -> list[_Row]:
-        """Rows of a matmul's part of the graph, before and after; a row of None is a gap."""
+        """Return the rows of one matmul's part of the graph.
+
+        Args:
+            chain: The lines of `before` from its weight to it, see `matmuls`.
+        """
         end = chain[-1]
         place = bisect_left(self.same, (end, -1))
         first, first_after = self.same[place - 1] if place else (-1, -1)
@@ -362,7 +389,7 @@ class _Graph:
         return self._rows(lines, lines_after)
 
     def _with_operands(self, numbers: Iterable[int]) -> set[int]:
-        """Lines of `after`, and the new lines that they depend on."""
+        """Return lines of `after` that are new, and the new lines that they depend on."""
         found: set[int] = set()
         waiting = list(numbers)
         while waiting and len(found) < _LINES_SHOWN:
@@ -380,7 +407,7 @@ class _Graph:
         return place < len(self.same) and self.same_after[place] == number
 
     def _rows(self, before: set[int], after: set[int]) -> list[_Row]:
-        """Chosen lines side by side: equal ones in one row, changed ones in the order they have."""
+        """Return chosen lines side by side: equal ones in one row, changed ones in their order."""
         stretches: dict[int, tuple[list[int], list[int]]] = {}
         pairs: set[int] = set()  # positions in `same`
         for number in sorted(before):
@@ -395,9 +422,9 @@ class _Graph:
         removed: list[int] = []
         added: list[int] = []
         for place in sorted({*stretches, *pairs}):
-            gone, come = stretches.get(place, ((), ()))
-            removed += gone
-            added += come
+            lines_before, lines_after = stretches.get(place, ((), ()))
+            removed += lines_before
+            added += lines_after
             if place in pairs:
                 numbers += [*zip_longest(removed, added), self.same[place]]
                 removed, added = [], []
@@ -424,9 +451,9 @@ class _Graph:
 
 
 def _excerpts(records: Sequence[Mapping[str, Any]], graphs: Sequence[_Graph]) -> list[list[_Row]]:
-    """For each record its part of the graph as rows; none where no graph has its weight.
+    """Return the rows of each record's part of its graph; none where no graph has its weight.
 
-    Records of one weight stand in the order of its matmuls.
+    The n-th record of a weight and op belongs to the n-th matmul of that kind in the graph.
     """
     seen: dict[tuple[int, tuple[str, ...], str], int] = {}
     found: list[list[_Row]] = []
@@ -444,9 +471,9 @@ def _excerpts(records: Sequence[Mapping[str, Any]], graphs: Sequence[_Graph]) ->
 
 
 def _same_lines(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, int]]:
-    """Numbers of the lines that both texts have in the same order: as many as there can be.
+    """Return the numbers (before, after) of the longest sequence of lines that both texts have.
 
-    A graph has no line twice, so these are the longest rising sequence of positions.
+    A graph has no line twice, so this is a longest increasing subsequence of positions.
     """
     places = {line: number for number, line in enumerate(after)}
     ends: list[int] = []  # for each length, the lowest position that a sequence ends with

@@ -1,4 +1,4 @@
-"""The newest report, and the reports of torch.compile calls that are still in use."""
+"""The newest report, and the reports of `torch.compile` calls whose result is still alive."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from fxint4.report import Report
 __all__ = ["last_report", "remember", "report_of_caller"]
 
 _reports: list[tuple[weakref.ref[object], Report]] = []
-
-
 _newest: Report | None = None
 
 
 def last_report() -> Report | None:
-    """The newest report, or None.
+    """Return the newest report, or None.
 
-    Of the `torch.compile(..., backend="int4tile")` that compiled last, of `rewrite` or `package`.
+    It is that of the last `torch.compile(..., backend="int4tile")` that compiled, or of a later
+    `rewrite` or `package`.
     """
     return _newest
 
@@ -33,7 +32,12 @@ def remember(report: Report) -> None:
 
 
 def report_of_caller(config: Int4Config, patches: Mapping[str, Any]) -> Report:
-    """The report of the torch.compile call that asks; a new one for a new call."""
+    """Return the report of the `torch.compile` call that is compiling; a new call gets a new one.
+
+    Args:
+        config: The user's options.
+        patches: Options of Inductor.
+    """
     request = compile_request(depth=3)
     _reports[:] = [(ref, report) for ref, report in _reports if ref() is not None]
     for ref, report in _reports:

@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["GraphReport", "Record", "checked"]
 
-#: Fields of a record that are no whole number, and what JSON makes of them.
+#: The types that JSON has for fields of a record; a field not listed is a whole number.
 _TUPLES = ("fused_with", "kernels", "parameters")
 _TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -32,31 +32,31 @@ class Record:
     """One matmul-like node with a constant weight.
 
     Attributes:
-        name: full name of the layer, or of the parameter where no layer owns it.
-        op: the aten op, such as "addmm".
-        n: out features.
-        k: in features.
-        group_size: neighbouring k that share a scale and a zero; None where kept.
+        name: Full name of the layer, or of the parameter where no layer owns it.
+        op: The aten op, such as "addmm".
+        n: Out features (N).
+        k: In features (K).
+        group_size: Neighbouring k that share a scale and a zero; None where kept.
         action: "packed" or "kept".
-        reason: why it was kept; for a packed one, what is cast or copied. May be empty.
-        method: how its codes were chosen, see `Int4Config`; empty where kept.
-        sqnr_db: signal-to-quantization-noise ratio of the weight, in dB; None where not measured.
-        bytes_before: bytes of the weight as it was.
-        bytes_after: bytes of tiles and scale_and_zero, or bytes_before where kept.
-        dense_bytes: bytes of a dequantized copy held beside them for speed.
-        held_bytes: bytes of the parameters it was made from, which stay in memory.
-        batch: how many matrices of N x K the weight holds: its experts.
-        fused_with: full names of the other layers that are multiplied in the same matmul.
-        kernels: on a GPU what multiplies, for each range of M, such as "M<=16: ..."; one entry
-            where M is fixed, none for experts.
-        parameters: full names of the parameters the weight is made of.
-        source: the line of the user's code that multiplies, such as "model.py:31 in forward"; empty
+        reason: Why it was kept; of a packed one, which casts or copies it needs. May be empty.
+        method: How the codes were chosen, see `Int4Config`; empty where kept.
+        sqnr_db: Signal-to-quantization-noise ratio of the weight, in dB; None where not measured.
+        bytes_before: Bytes of the original weight.
+        bytes_after: Bytes of tiles and scale_and_zero, or bytes_before where kept.
+        dense_bytes: Bytes of a dequantized copy that is held beside them for speed.
+        held_bytes: Bytes of the parameters the weight was made from, which stay in memory.
+        batch: How many matrices [N, K] the weight holds: its experts.
+        fused_with: Full names of the other layers in the same matmul.
+        kernels: On a GPU, the kernel for each range of M, such as "M<=16: ..."; one entry where M
+            is fixed, none for experts.
+        parameters: Full names of the parameters the weight is made of.
+        source: The line of the user's code that multiplies, such as "model.py:31 in forward"; empty
             where it is not known.
-        output_error: what quantizing this weight alone does to the product: |x W_q^T - x W^T| as a
-            part of |x W^T| (Frobenius norms), over all x of the example inputs. None where it was
-            not measured, or where no x or a product of zeros gives nothing to measure.
-        weight_key: equal for matmuls that share one weight; not part of `to_dict`, where
-            `Report.to_dict` has a number for it.
+        output_error: Relative error of the product where this weight alone is quantized:
+            |x W_q^T - x W^T| / |x W^T| (Frobenius norms), over all x of the example inputs. None
+            where it was not measured, or no x reached the weight, or the product is all zeros.
+        weight_key: Equal for matmuls that share one weight. `to_dict` leaves it out;
+            `Report.to_dict` has a number in its place.
     """
 
     name: str
@@ -81,9 +81,9 @@ class Record:
     weight_key: Hashable = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON can hold it.
+        """Return the record as values that JSON can hold.
 
-        JSON has no infinity, so for a weight that int4 holds exactly `sqnr_db` is None, and `exact`
+        JSON has no infinity: of a weight that int4 holds exactly, `sqnr_db` is None and `exact` is
         True.
         """
         values = {
@@ -101,15 +101,15 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], weight_key: Hashable = None) -> Record:
-        """The record that `to_dict` gave these values of.
+        """Make a record of what `to_dict` returned.
 
         Args:
-            values: they, and others, which are left alone.
-            weight_key: of the record.
+            values: Those values; further keys are ignored.
+            weight_key: The `weight_key` of the record.
 
         Raises:
-            KeyError: a field is missing.
-            TypeError: a value is not what its field takes.
+            KeyError: A field is missing.
+            TypeError: A value has a wrong type.
         """
         names = [field.name for field in dataclasses.fields(cls) if field.name != "weight_key"]
         given = {name: checked(values, name, *_TYPES.get(name, (int,))) for name in names}
@@ -127,12 +127,12 @@ class GraphReport:
     """One captured graph.
 
     Attributes:
-        records: its matmuls with constant weights, in the order they run.
-        parameters: full name and elements of every parameter it reads, and of those beside them in
-            the modules that are called; by identity.
-        before: the graph as captured, as text; empty where there is none (`fxint4.pack_`).
-        after: the graph as rewritten, as text.
-        graph_break: why Dynamo ended it early, or None.
+        records: Its matmuls with constant weights, in the order they run.
+        parameters: Full name and number of elements of every parameter that the graph reads, and of
+            the other parameters of the modules that are called; by `id`.
+        before: The captured graph as text; empty where there is none (`fxint4.pack_`).
+        after: The rewritten graph as text.
+        graph_break: Why Dynamo ended the graph early, or None.
     """
 
     records: tuple[Record, ...]
@@ -143,16 +143,16 @@ class GraphReport:
 
 
 def checked(values: Mapping[str, Any], name: str, *types: type) -> Any:
-    """A value of a dict that JSON gave.
+    """Return a value of a dict that was read from JSON, if it has one of these types.
 
     Args:
-        values: the dict.
-        name: the key.
-        *types: what the value may be; a bool is no int.
+        values: The dict.
+        name: The key.
+        *types: Types that the value may have; a bool does not count as an int.
 
     Raises:
-        KeyError: there is none.
-        TypeError: it is something else.
+        KeyError: The key is missing.
+        TypeError: The value has another type.
     """
     value = values[name]
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):

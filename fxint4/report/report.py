@@ -1,4 +1,4 @@
-"""`Report`: the records of all graphs, their totals, and how they are saved and loaded."""
+"""`Report`: the records of all graphs, their totals, saving and loading."""
 
 from __future__ import annotations
 
@@ -24,38 +24,37 @@ from fxint4.version import __version__
 
 __all__ = ["SCHEMA", "Report"]
 
-#: As graphs are written.
+#: Names of the matmul ops, as `graph_text` writes them.
 _MATMULS = {str(op).removesuffix(".default") for op in MATMULS}
-#: Of what `to_dict` gives. It grows when fields come, go or change their meaning.
+#: Version of `to_dict`. Increase it when fields are added, removed or change their meaning.
 SCHEMA = 2
-#: Columns of a report in a text file.
+#: Width of a report in a text file, in characters.
 _FILE_COLUMNS = 120
 
 
 class Report:
-    """What one `torch.compile(...)`, `explain`, `rewrite` or `pack_` did; it grows as graphs come.
+    """What one `torch.compile(...)`, `explain`, `rewrite` or `pack_` did; it grows with each graph.
 
     Attributes:
-        options: what was asked for: the fields of `Int4Config`, and options of Inductor.
-        versions: of fxint4 and torch, where it was made.
-        output_error: what quantizing does to the output of the whole model: |y_q - y| as a part of
-            |y| (Frobenius norms), over all float tensors in it, for the example inputs. None where
-            it was not measured (see `Int4Config.measure`), nothing was quantized, or it is not
-            finite.
+        options: The user's options: fields of `Int4Config`, and options of Inductor.
+        versions: Versions of fxint4 and torch that made the report.
+        output_error: Relative error of the quantized model's output on the example inputs:
+            |y_q - y| / |y| (Frobenius norms) over all float tensors in it. None where it was not
+            measured (see `Int4Config.measure`), nothing was quantized, or it is not finite.
     """
 
     def __init__(
         self, config: Int4Config | None = None, patches: Mapping[str, Any] | None = None
     ) -> None:
-        """An empty report.
+        """Create an empty report.
 
         Args:
-            config: what the user asked for. Where it names a file, that always holds the report as
-                it is now.
-            patches: options of Inductor.
+            config: The user's options. If `config.report` names a file, the report is written to it
+                now and after each change.
+            patches: Options of Inductor.
 
         Raises:
-            ReportError: that file can't be written.
+            ReportError: That file can't be written.
         """
         config = config or Int4Config()
         asked = {**config.asked(), **(patches or {})}
@@ -65,13 +64,13 @@ class Report:
         self.output_error: float | None = None
         self._graphs: dict[Hashable, GraphReport] = {}
         self._path = None if config.report is None else Path(config.report).absolute()
-        self._grown()
+        self._write_file()
 
     def put(self, key: Hashable, graph: GraphReport) -> None:
-        """Add a graph; a recompile of the same function replaces what it said before."""
+        """Add a graph; one with the same key (a recompile) is replaced."""
         self._graphs.pop(key, None)
         self._graphs[key] = graph
-        self._grown()
+        self._write_file()
 
     def add(
         self,
@@ -79,21 +78,21 @@ class Report:
         records: Iterable[Record],
         parameters: Mapping[int, tuple[str, int]],
     ) -> None:
-        """Add to a graph what it does with other parameters than those it was compiled with."""
+        """Add the records of other parameters that a graph, once compiled, was called with."""
         graph = self._graphs[key]
         self._graphs[key] = dataclasses.replace(
             graph,
             records=(*graph.records, *records),
             parameters={**graph.parameters, **parameters},
         )
-        self._grown()
+        self._write_file()
 
     def measured(self, output_error: float | None, of_weights: Mapping[Any, float]) -> None:
-        """Take in measured errors.
+        """Add measured errors.
 
         Args:
-            output_error: of the whole model; see `Report.output_error`.
-            of_weights: of the matmuls that are packed, by `Record.weight_key`; see
+            output_error: Error of the whole model; see `Report.output_error`.
+            of_weights: Errors of the packed matmuls, by `Record.weight_key`; see
                 `Record.output_error`.
         """
         self.output_error = output_error
@@ -105,9 +104,10 @@ class Report:
                 for record in graph.records
             )
             self._graphs[key] = dataclasses.replace(graph, records=records)
-        self._grown()
+        self._write_file()
 
-    def _grown(self) -> None:
+    def _write_file(self) -> None:
+        """Write the report to the file of the option `report`, if there is one."""
         if self._path is not None:
             self.save(self._path)
 
@@ -123,15 +123,15 @@ class Report:
 
     @property
     def graph_diff(self) -> str:
-        """What changed in the graphs, as one unified diff."""
+        """The change of all graphs as one unified diff, without colour."""
         return self.diff(colour=False)
 
     def diff(self, *, colour: bool | None = None) -> str:
-        """What changed in the graphs, as one unified diff.
+        """Return the change of all graphs as one unified diff.
 
         Args:
-            colour: whether in a terminal's colours; None for where stdout is a terminal and the
-                environment sets no NO_COLOR.
+            colour: Whether to colour it for a terminal. None colours it where stdout is a terminal
+                and the environment variable NO_COLOR is not set.
         """
         if colour is None:
             colour = graph_text.stdout_has_colour()
@@ -145,9 +145,9 @@ class Report:
         """Sums over all graphs; a weight that several matmuls share counts once.
 
         Keys: matmuls, packed, kept (numbers of matmuls); weights_packed; bytes_before,
-        bytes_after, bytes_saved (of the packed weights); dense_bytes; held_bytes (of their
-        originals); parameters (elements of all parameters that the graphs read); parameter_share
-        (of those, the part that is packed); graphs; graph_breaks.
+        bytes_after, bytes_saved (of the packed weights); dense_bytes (of their dequantized copies);
+        held_bytes (of their originals); parameters (elements of all parameters that the graphs
+        read); parameter_share (the packed part of those, 0 to 1); graphs; graph_breaks.
         """
         records = self.records
         packed = [record for record in records if record.action == "packed"]
@@ -176,11 +176,11 @@ class Report:
 
     @property
     def coverage(self) -> dict[str, Any]:
-        """What the packed weights cover, and what costs coverage.
+        """Which part of the parameters is packed, and the largest weights that are not.
 
-        Keys: parameter_share (as in `totals`); not_packed (the largest weights that are not
-        packed, each with its name, elements, parameter_share and reason; the three largest, of
-        those with a hundredth of the parameters or more).
+        Keys: parameter_share (as in `totals`); not_packed (the three largest weights that are not
+        packed and have a hundredth of the parameters or more, each with its name, elements,
+        parameter_share and reason).
         """
         return {
             "parameter_share": self.totals["parameter_share"],
@@ -189,11 +189,11 @@ class Report:
 
     @property
     def graph_breaks(self) -> list[str]:
-        """Why Dynamo ended graphs early."""
+        """Why Dynamo ended graphs early, one entry a break."""
         return [graph.graph_break for graph in self._graphs.values() if graph.graph_break]
 
     def _parameters(self) -> dict[int, tuple[str, int]]:
-        """Full name and elements of the parameters of all graphs, by identity."""
+        """Full name and number of elements of the parameters of all graphs, by `id`."""
         found: dict[int, tuple[str, int]] = {}
         for graph in self._graphs.values():
             found.update(graph.parameters)
@@ -227,17 +227,17 @@ class Report:
         ops = {op: None for graph in self.graphs for op in graph_text.readers(graph.before, name)}
         if not ops:
             return "in no matmul that was found"
-        # One of constants alone (a layer applied to learned queries, say) is not packed.
+        # A matmul of constants alone (a layer applied to learned queries) is not packed.
         none = "in no matmul of it and an activation" if _MATMULS & ops.keys() else "by no matmul"
         return f"read by {', '.join(ops)}, {none}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it.
+        """Return the whole report as values that JSON can hold.
 
-        Keys: schema (a number: `SCHEMA`); fxint4 and torch (versions); options; coverage;
-        graph_breaks; totals; output_error; graphs (each with before, after, graph_break and
-        parameters); records (those of `Record.to_dict`, each with the number of its graph, and of
-        its weight: equal numbers are one weight).
+        Keys: schema (`SCHEMA`); fxint4 and torch (versions); options; coverage; graph_breaks;
+        totals; output_error; graphs (each with before, after, graph_break and parameters); records
+        (those of `Record.to_dict`, each with the number of its graph and of its weight; records
+        with equal numbers share one weight).
         """
         identities: dict[int, int] = {}
         weights: dict[Hashable, int] = {}
@@ -274,14 +274,14 @@ class Report:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file, which holds either what it held or all of the report.
+        """Write the report to a file; the file is replaced as a whole or not at all.
 
         Args:
-            path: .json for what `load` reads, .txt for the table, .html for a page.
+            path: A .json (for `load`), .txt (the table) or .html (a page) file.
 
         Raises:
-            OptionError: another suffix.
-            ReportError: the file can't be written.
+            OptionError: The path has another suffix.
+            ReportError: The file can't be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -305,13 +305,13 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """The report that `save` wrote to a .json file.
+        """Read a report that `save` wrote to a .json file.
 
         Args:
-            path: the file.
+            path: The file.
 
         Raises:
-            ReportError: it can't be read, is damaged, or has another schema.
+            ReportError: The file can't be read, is damaged, or has another schema.
         """
         path = Path(path)
         try:
@@ -365,7 +365,7 @@ class Report:
         return report
 
     def __str__(self) -> str:
-        """The table, as wide as the terminal, and the totals below it."""
+        """Return the table, as wide as the terminal, and the totals below it."""
         return self._text(shutil.get_terminal_size((120, 24)).columns)
 
     def _text(self, columns: int) -> str:
@@ -383,7 +383,7 @@ class Report:
 
 
 def _weights(packed: Iterable[Record]) -> list[Record]:
-    """One record for each weight; a dense copy that any of its matmuls reads is held."""
+    """Return one record for each weight: that of the matmul with the largest dense copy."""
     weights: dict[Hashable, Record] = {}
     for record in packed:
         known = weights.setdefault(record.weight_key, record)
@@ -393,13 +393,13 @@ def _weights(packed: Iterable[Record]) -> list[Record]:
 
 
 def _covered(weights: Iterable[Record], parameters: Iterable[tuple[str, int]]) -> int:
-    """How many elements of parameters are in some weights, at most all of each.
+    """Count the elements of parameters that packed weights cover, each element once.
 
     A weight may be a part of a parameter or made of several, and repeat them.
 
     Args:
-        weights: packed ones.
-        parameters: full names and elements.
+        weights: One record for each packed weight.
+        parameters: Full name and number of elements of each parameter.
     """
     left: dict[str, int] = {}
     for name, size in parameters:
@@ -417,7 +417,7 @@ def _covered(weights: Iterable[Record], parameters: Iterable[tuple[str, int]]) -
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON can hold it."""
+    """Return an option as a value that JSON can hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, (str, int, float)):

@@ -1,4 +1,4 @@
-"""A report as a table for people."""
+"""A report as a text table, and how its values are written."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ __all__ = [
     "ROWS_SHOWN",
     "SHARE_SHOWN",
     "dimensions",
-    "ending",
     "error_text",
     "group_text",
-    "numberless",
+    "shortened",
     "size_text",
     "text",
+    "without_numbers",
 ]
 
-#: Weights with less of the parameters than this are not singled out where they are not packed.
+#: Smallest share of the parameters with which a weight that is not packed is named.
 SHARE_SHOWN = 0.01
-#: More rows than this are shown one line for each set of equal layers.
+#: With more rows, equal layers are merged into one.
 ROWS_SHOWN = 20
-#: Columns of the terminal that layers and reasons need to stand side by side; with fewer left, the
-#: reasons go below the table.
+#: Characters that layers and reasons need side by side; with fewer, reasons go below the table.
 _ROOM_FOR_REASONS = 48
 
 
@@ -42,16 +41,16 @@ def text(
     trade: str | None,
     columns: int,
 ) -> str:
-    """A report for people: what is covered, the table, and sums below it.
+    """Write a report as text: what is covered, the table, and sums below it.
 
     Args:
-        records: its records.
-        totals: its totals.
-        coverage: its coverage.
-        graph_breaks: why its graphs ended early.
-        output_error: of the whole model, where it was measured.
-        trade: what a budget bought, where there was one.
-        columns: how wide a line may be.
+        records: See `Report.records`.
+        totals: See `Report.totals`.
+        coverage: See `Report.coverage`.
+        graph_breaks: See `Report.graph_breaks`.
+        output_error: See `Report.output_error`.
+        trade: What a budget reached, as text; None without one.
+        columns: Most characters a line.
     """
     table, notes = _table(records, columns)
     headline = _wrapped(_headline(totals, coverage, graph_breaks), columns)
@@ -78,7 +77,7 @@ def _headline(
 
 
 def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
-    """The table, and the reasons where they find no room in it."""
+    """Return the table, and the reasons as notes if there is no room for them in it."""
     rows = _merged(records) if len(records) > ROWS_SHOWN else records
     whys = list(map(_why, rows))
     cells = [
@@ -121,7 +120,7 @@ def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
         why = min(why, max(room - layer, room // 2))
     layer = max(len(headers[0]), min(layer, room - why))
     for row_cells in cells:
-        row_cells[0] = ending(row_cells[0], layer)
+        row_cells[0] = shortened(row_cells[0], layer)
     # tabulate would make a column two wider than its header: here the header is a row.
     rule = ["-" * width for width in (layer, *others, why)]
     table = tabulate(
@@ -165,10 +164,10 @@ def _footnotes(
 
 
 def _merged(records: Iterable[Record]) -> list[Record]:
-    """One row for records that differ only in numbers within their names; errors are the worst."""
+    """Merge records whose names differ only in numbers; the errors are the worst of theirs."""
     rows: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
-        name = numberless(record.name)
+        name = without_numbers(record.name)
         key = (
             name,
             record.op,
@@ -179,7 +178,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             record.method,
             record.action,
             record.reason,
-            tuple(map(numberless, record.fused_with)),
+            tuple(map(without_numbers, record.fused_with)),
             record.kernels,
         )
         rows.setdefault(key, []).append(record)
@@ -193,8 +192,8 @@ def _merged(records: Iterable[Record]) -> list[Record]:
         merged.append(
             dataclasses.replace(
                 group[0],
-                name=f"{numberless(group[0].name)} ({len(group)})",
-                fused_with=tuple(map(numberless, group[0].fused_with)),
+                name=f"{without_numbers(group[0].name)} ({len(group)})",
+                fused_with=tuple(map(without_numbers, group[0].fused_with)),
                 sqnr_db=min(measured, default=None),
                 output_error=max(errors, default=None),
                 bytes_before=sum(record.bytes_before for record in group),
@@ -205,18 +204,18 @@ def _merged(records: Iterable[Record]) -> list[Record]:
 
 
 def _why(record: Record) -> str:
-    """What the last column of the table says of a record."""
+    """Return the last column of a record: reason, layers in the same matmul, kernels."""
     parts = [record.reason]
     if record.fused_with:
-        names = (beside(record.name, other) for other in record.fused_with)
+        names = (relative_name(record.name, other) for other in record.fused_with)
         parts.append(f"one matmul with {', '.join(names)}")
     kernels = record.kernels
     parts += kernels if len(kernels) < 4 else (kernels[0], "...", kernels[-1])
     return "; ".join(filter(None, parts))
 
 
-def beside(name: str, other: str) -> str:
-    """The name of another layer without the modules that hold both."""
+def relative_name(name: str, other: str) -> str:
+    """Return the name of another layer without the modules that hold both layers."""
     parts, others = name.split("."), other.split(".")
     shared = 0
     while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
@@ -225,19 +224,19 @@ def beside(name: str, other: str) -> str:
 
 
 def dimensions(record: Record) -> str:
-    """N x K of a weight, its experts in front."""
+    """Return "64x128", or "8x64x128" for eight experts."""
     experts = f"{record.batch}x" if record.batch > 1 else ""
     return f"{experts}{record.n}x{record.k}"
 
 
 def group_text(record: Record) -> str:
-    """The group size, and the method where it is not the plain one."""
+    """Return the group size, and the method where it is not "rtn"."""
     method = "" if record.method == "rtn" else record.method
     return " ".join(filter(None, [str(record.group_size or ""), method]))
 
 
-def numberless(name: str) -> str:
-    """A name with its numbers as `*`."""
+def without_numbers(name: str) -> str:
+    """Return a name with each number in it as "*"."""
     return re.sub(r"\d+", "*", name)
 
 
@@ -245,18 +244,18 @@ def _wrapped(lines: Iterable[str], columns: int) -> str:
     return "\n".join(textwrap.fill(line, columns, subsequent_indent="  ") for line in lines)
 
 
-def ending(text: str, width: int) -> str:
-    """The last `width` characters of a text, marked where others are gone."""
+def shortened(text: str, width: int) -> str:
+    """Return the end of a text in at most `width` characters; "…" stands for what is cut off."""
     return text if len(text) <= width else "…" + text[1 - width :]
 
 
 def error_text(error: float) -> str:
-    """A relative error in percent."""
+    """Return a relative error as text in percent."""
     return f"{100 * error:.3g}%"
 
 
 def size_text(count: int) -> str:
-    """A number of bytes, in units of 1000."""
+    """Return a number of bytes as text, in units of 1000."""
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1000:
