@@ -67,7 +67,15 @@ class Report:
         self._write_file()
 
     def put(self, key: Hashable, graph: GraphReport) -> None:
-        """Add a graph; one with the same key (a recompile) is replaced."""
+        """Add a graph.
+
+        Args:
+            key: What is compiled; a graph with an equal key (a recompile) replaces the older one.
+            graph: The graph.
+
+        Raises:
+            ReportError: The file of the option `report` can't be written.
+        """
         self._graphs.pop(key, None)
         self._graphs[key] = graph
         self._write_file()
@@ -78,7 +86,16 @@ class Report:
         records: Iterable[Record],
         parameters: Mapping[int, tuple[str, int]],
     ) -> None:
-        """Add the records of other parameters that a graph, once compiled, was called with."""
+        """Add what a compiled graph does with parameters that it was not compiled with.
+
+        Args:
+            key: The key of the graph, see `put`.
+            records: Its matmuls with those parameters.
+            parameters: See `GraphReport.parameters`.
+
+        Raises:
+            ReportError: The file of the option `report` can't be written.
+        """
         graph = self._graphs[key]
         self._graphs[key] = dataclasses.replace(
             graph,
@@ -94,6 +111,9 @@ class Report:
             output_error: Error of the whole model; see `Report.output_error`.
             of_weights: Errors of the packed matmuls, by `Record.weight_key`; see
                 `Record.output_error`.
+
+        Raises:
+            ReportError: The file of the option `report` can't be written.
         """
         self.output_error = output_error
         for key, graph in self._graphs.items():
