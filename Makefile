@@ -20,7 +20,7 @@ test: $(STAMP)  ## run the tests
 test-fast: $(STAMP)  ## the tests that compile nothing and start no programs
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not compiles and not gpu"
 
-test-full: $(STAMP)  ## all tests, each kernel compiled for all GPUs and the code of all architectures
+test-full: $(STAMP)  ## all tests, each kernel compiled for all GPUs
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --full
 
 test-plain-cpu: $(STAMP)  ## the tests as on a CPU with AVX2 alone, then as on one without

@@ -26,6 +26,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is first imported, so this stands before any such import.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# The C++ around the kernels of a package: what it is optimized to changes no number. Read likewise.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 #: PyTorch's own checks that `--plain-cpu` answers with no.
 _CPU_CHECKS = (
@@ -48,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="compile each Triton kernel for all GPUs, and the code of all architectures",
+        help="run what is marked `full`, too, and compile each Triton kernel for all GPUs",
     )
 
 
@@ -179,12 +181,17 @@ def _marked_if_it_compiles(request: pytest.FixtureRequest, _fresh_compiler: None
         pytest.fail(f"it runs {found[0]}: mark it with pytest.mark.compiles")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_items:
-        return
-    import torch
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        _skip(items, "full", "takes long, and the others are much like it: --full")
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
 
-    if not torch.cuda.is_available():
-        for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "needs a CUDA GPU")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -662,6 +662,8 @@ def cases(dtypes: Callable[[Architecture], Sequence[torch.dtype]]) -> list[Any]:
         for dtype in dtypes(arch):
             case = f"{name}-{str(dtype).removeprefix('torch.')}"
             marks = [] if case in COMPILED else [pytest.mark.by_aten]
+            if dtype is torch.float16 and name not in IN_FP16:
+                marks.append(pytest.mark.full)
             made.append(pytest.param(arch, dtype, id=case, marks=marks))
     return made
 
@@ -693,12 +695,7 @@ def test_equals_eager_with_dequantized_weights(arch: Architecture, dtype: torch.
 @pytest.mark.gpu
 @own_warnings
 @pytest.mark.parametrize(("arch", "dtype"), cases(lambda arch: (torch.bfloat16, torch.float16)))
-def test_equals_eager_on_the_gpu(
-    arch: Architecture, dtype: torch.dtype, full: bool, request: pytest.FixtureRequest
-) -> None:
-    name = request.node.callspec.id.rpartition("-")[0]
-    if dtype is torch.float16 and not full and name not in IN_FP16:
-        pytest.skip("fp16 of this architecture: --full")
+def test_equals_eager_on_the_gpu(arch: Architecture, dtype: torch.dtype) -> None:
     check(arch, dtype, "cuda")
 
 
