@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
 
-from fxint4._pytorch.tensors import call_into, is_elementwise, real_tensors
+from fxint4._pytorch.tensors import call_into, flat, is_elementwise, real_tensors
 from fxint4.quant.statistics import computed_key, transposed_key
 from fxint4.quant.tile_layout import TileShape
 from fxint4.tensor import Int4TileTensor
@@ -100,7 +102,7 @@ class Weight:
         """The values of some of the steps."""
         values: dict[fx.Node, Any] = dict(zip(self.roots, roots, strict=True))
         values.update(self.literals)
-        lasting = {_address(value) for value in values.values()}
+        kept = tuple(values.values())
         last_use = {operand: step for step in self.steps for operand in step.all_input_nodes}
         for step in self.steps:
             ending = [
@@ -109,7 +111,7 @@ class Weight:
                 if last_use[node] is step and node not in wanted
             ]
             if step not in values:
-                memory = _reusable(step, ending, values, lasting)
+                memory = _reusable(step, ending, values, kept)
                 args, kwargs = fx.map_arg((step.args, step.kwargs), lambda node: values[node])
                 values[step] = call_into(memory, step.target, *args, **kwargs)
                 del memory, args, kwargs
@@ -176,30 +178,35 @@ class PrepackedWeight(Weight):
 
 
 def _reusable(
-    step: fx.Node, ending: Sequence[fx.Node], values: Mapping[fx.Node, Any], lasting: Set[int]
+    step: fx.Node,
+    ending: Sequence[fx.Node],
+    values: Mapping[fx.Node, Any],
+    kept: Sequence[Tensor],
 ) -> Tensor | None:
-    """An operand whose memory can take the step's result: like it, and nobody else's."""
+    """An operand whose memory can take the step's result: laid out alike, and read by no other.
+
+    Args:
+        step: the node to be evaluated.
+        ending: its operands that no later step reads.
+        values: all values that are alive.
+        kept: roots and literals, which are never written to.
+    """
     result = step.meta.get("val")
     if not is_elementwise(step.target) or not isinstance(result, Tensor):
         return None
-    addresses = [
-        _address(part)
-        for value in values.values()
-        for part in (value if isinstance(value, (list, tuple)) else (value,))
-        if isinstance(part, Tensor)
-    ]
+    users = Counter(
+        _address(value) for value in flat([kept, *values.values()]) if isinstance(value, Tensor)
+    )
     for node in ending:
         operand = values[node]
-        alike = (operand.dtype, operand.shape, operand.stride()) == (
-            result.dtype,
-            result.shape,
-            result.stride(),
-        )
-        address = _address(operand)
-        if alike and address not in lasting and addresses.count(address) == 1:
+        if users[_address(operand)] == 1 and _layout(operand) == _layout(result):
             return cast("Tensor", operand)
     return None
 
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]:
+    return tensor.dtype, tensor.shape, tensor.stride()
