@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError
-from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES, PAD_CODE, unpack
+from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES, MIDDLE_CODE, unpack
 
 
 def weight(
@@ -474,7 +474,7 @@ def test_reshape_of_batch_axes_that_are_stored_in_another_order() -> None:
 
 def test_rows_of_pad_are_zeros() -> None:
     picked = weight(20, 128)[torch.tensor([3, 1, 19])]
-    assert (unpack(picked.tiles)[3:] == PAD_CODE).all()
+    assert (unpack(picked.tiles)[3:] == MIDDLE_CODE).all()
     assert not picked.scale_and_zero[:, 3:].any()
 
 

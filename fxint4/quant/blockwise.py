@@ -13,7 +13,7 @@ from fxint4.quant.primitives import Quantized, dequantize
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack_scale_and_zero, pad_codes, pad_parameters
 
-__all__ = ["Block", "dequantized", "quantized_blocks", "values_of", "write"]
+__all__ = ["Block", "dequantize_block", "fake_quantized", "pack_block", "quantized_blocks"]
 
 #: Blocks of rows that can be packed by themselves: the CPU op packs 64 rows together.
 _ROWS = 64
@@ -58,7 +58,7 @@ def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> 
             yield _block(start, quantizer(part), (1, *part.shape[:-1]))
 
 
-def dequantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+def fake_quantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     """What a weight becomes once it is quantized, ``[..., N, K]`` of dtype, contiguous.
 
     Args:
@@ -69,11 +69,13 @@ def dequantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.d
     """
     made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for block in quantized_blocks(weight, shape, recipe):
-        made[block.start : block.start + len(block.codes)] = values_of(block, shape, recipe, dtype)
+        made[block.start : block.start + len(block.codes)] = dequantize_block(
+            block, shape, recipe, dtype
+        )
     return made
 
 
-def values_of(block: Block, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+def dequantize_block(block: Block, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     """What the codes of a block stand for, ``[..., rows, K]`` of dtype."""
     pre_scale = recipe.pre_scale
     values = dequantize(
@@ -95,7 +97,7 @@ def _block(start: int, made: Quantized, rows: Sequence[int]) -> Block:
     return Block(start, codes, scale, zero, made.signal, made.noise)
 
 
-def write(
+def pack_block(
     tiles: Tensor,
     scale_and_zero: Tensor,
     block: Block,

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from fxint4.quant.chunks import row_chunks
 from fxint4.quant.metrics import nonfinite_count, sqnr_db
-
-_MIDDLE = 8
-"""The code that stands for zero alone."""
+from fxint4.quant.tile_layout import MIDDLE_CODE
 
 # A little inside bf16's range, and itself a bf16 number: with scales and zeros made from numbers no
 # larger than this, no step between weight and code overflows fp32, nor does any op that reads them.
@@ -185,16 +183,16 @@ def quantize(
         q = q_scratch[: stop - start].view_as(w)
         torch.sub(w, z, out=q)
         # Where the scale is 0 the weights are within one bf16 denormal of zero: code 8.
-        q.div_(s.masked_fill(s == 0, math.inf)).round_().clamp_(-_MIDDLE, 15 - _MIDDLE)
+        q.div_(s.masked_fill(s == 0, math.inf)).round_().clamp_(-8, 7)
         signed = codes[start:stop].view(torch.int8).view_as(q)
-        signed.copy_(q).add_(_MIDDLE)
+        signed.copy_(q).add_(MIDDLE_CODE)
 
         q.mul_(s).add_(z)
         torch.sub(w, q, out=q)
         signal += _sum_of_squares(w.view(-1, k_padded)[:, :k])
         noise += _sum_of_squares(q.view(-1, k_padded)[:, :k])
 
-    codes[:, k:] = _MIDDLE
+    codes[:, k:] = MIDDLE_CODE
     return _quantized(weight, codes, scale, zero, signal, noise)
 
 
@@ -267,7 +265,7 @@ def dequantize(
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     for start, stop in row_chunks(codes):
         w = codes[start:stop].to(torch.float32, memory_format=torch.contiguous_format)
-        w = w.view(stop - start, -1, group_size).sub_(_MIDDLE)
+        w = w.view(stop - start, -1, group_size).sub_(MIDDLE_CODE)
         w.mul_(scale[start:stop].float().unsqueeze(-1))
         w.add_(zero[start:stop].float().unsqueeze(-1))
         w.clamp_(-largest, largest)

@@ -19,13 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Group sizes that ``aten._weight_int4pack_mm`` takes.
 GROUP_SIZES = (32, 64, 128, 256)
+#: Values of inner_k_tiles that ``aten._weight_int4pack_mm`` takes.
 INNER_K_TILES = (2, 4, 8)
-PAD_CODE = 8
-"""The code that stands for ``zero`` alone: with a zero of 0 it dequantizes to 0."""
+#: Dtypes of weights that are packed, and of the activations that multiply them.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: The code q at which ``(q - 8) * scale + zero`` is ``zero``. It is also the code of all padding,
+#: which dequantizes to 0 because its zero is 0.
+MIDDLE_CODE = 8
 
+#: Codes that `pack_for_cpu` widens to int32 at a time.
 _CPU_CHUNK = 2**19
-"""Codes widened to int32 at a time by `pack_for_cpu`."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,13 @@ def choose_shape(
 
     group = next((g for g in allowed if k % g == 0), None) or min(allowed, key=row_bytes)
     k_padded = _round_up(k, group)
-    inner = max(i for i in INNER_K_TILES if i <= inner_k_tiles and k_padded % (16 * i) == 0)
+    inner = largest_inner_k_tiles(k_padded, inner_k_tiles)
     return TileShape(n, k, group, inner, _round_up(n, n_multiple), k_padded, batch)
+
+
+def largest_inner_k_tiles(k_padded: int, most: int) -> int:
+    """The largest inner_k_tiles, not above `most`, whose tiles divide k_padded."""
+    return max(i for i in INNER_K_TILES if i <= most and k_padded % (16 * i) == 0)
 
 
 def pack(codes: Tensor, inner_k_tiles: int) -> Tensor:
@@ -130,10 +140,8 @@ def pack(codes: Tensor, inner_k_tiles: int) -> Tensor:
     even, odd = split.unbind(-3)
     octets = (odd << 4).bitwise_or_(even)  # nt, row, ko, j, high, lane, pair
     octets = _permute_last(octets, (0, 2, 1, 5, 3, 6, 4))  # nt, ko, row, lane, j, pair, high
-    if sys.byteorder == "big":
-        octets = octets.flip((-2, -1))
     words = octets.reshape(*batch, n // 8, k // span, 32, inner_k_tiles // 2, 4)
-    return words.contiguous().view(torch.int32).squeeze(-1)
+    return _little_endian(words).contiguous().view(torch.int32).squeeze(-1)
 
 
 def unpack(tiles: Tensor) -> Tensor:
@@ -151,10 +159,7 @@ def unpack(tiles: Tensor) -> Tensor:
             "it must be [..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]"
         )
     *batch, n_tiles, k_tiles, _, words = tiles.shape
-    octets = tiles.contiguous().view(torch.uint8)
-    octets = octets.reshape(*batch, n_tiles, k_tiles, 8, 4, words, 2, 2)
-    if sys.byteorder == "big":
-        octets = octets.flip((-2, -1))
+    octets = _octets(tiles).reshape(*batch, n_tiles, k_tiles, 8, 4, words, 2, 2)
     # nt, ko, row, lane, j, pair, high -> nt, row, ko, j, high, lane, pair
     octets = _permute_last(octets, (0, 2, 1, 4, 6, 3, 5))
     codes = octets.new_empty((*batch, n_tiles, 8, k_tiles, words, 2, 2, 4, 2))
@@ -162,6 +167,19 @@ def unpack(tiles: Tensor) -> Tensor:
     torch.bitwise_and(octets, 15, out=even)
     torch.bitwise_right_shift(octets, 4, out=odd)
     return codes.view(*batch, n_tiles * 8, k_tiles * words * 32)
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """The eight 4-bit numbers of each word, least significant first.
+
+    Args:
+        words: int32, any shape and strides.
+
+    Returns:
+        uint8 ``[..., 8]``, contiguous.
+    """
+    octets = _octets(words)
+    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
 def pack_scale_and_zero(scale: Tensor, zero: Tensor) -> Tensor:
@@ -245,8 +263,8 @@ def pad_codes(codes: Tensor, shape: TileShape) -> Tensor:
         return codes
     padded = codes.new_empty((*batch, shape.n_padded, shape.k_padded))
     padded[..., :n, :k] = codes
-    padded[..., n:, :] = PAD_CODE
-    padded[..., :n, k:] = PAD_CODE
+    padded[..., n:, :] = MIDDLE_CODE
+    padded[..., :n, k:] = MIDDLE_CODE
     return padded
 
 
@@ -272,6 +290,16 @@ def _permute_last(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     """Permutes the last axes and leaves the batch axes in front of them alone."""
     batch = tensor.ndim - len(order)
     return tensor.permute(*range(batch), *(batch + axis for axis in order))
+
+
+def _octets(words: Tensor) -> Tensor:
+    """The four bytes of each int32 word, least significant first: uint8 ``[..., 4]``."""
+    return _little_endian(words.contiguous().unsqueeze(-1).view(torch.uint8))
+
+
+def _little_endian(octets: Tensor) -> Tensor:
+    """Bytes of words ``[..., 4]`` in this machine's order, least significant first; and back."""
+    return octets.flip(-1) if sys.byteorder == "big" else octets
 
 
 def _check_codes(codes: Tensor) -> None:

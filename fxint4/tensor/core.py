@@ -24,15 +24,18 @@ from fxint4._pytorch.tensors import (
 )
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
-from fxint4.quant.blockwise import quantized_blocks, write
+from fxint4.quant.blockwise import pack_block, quantized_blocks
 from fxint4.quant.metrics import sqnr_db
 from fxint4.quant.primitives import dequantize
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import (
+    DTYPES,
     GROUP_SIZES,
     INNER_K_TILES,
+    MIDDLE_CODE,
     TileShape,
     choose_shape,
+    largest_inner_k_tiles,
     pack,
     pack_scale_and_zero,
     pad_codes,
@@ -49,7 +52,6 @@ NEW_AXIS = -1
 #: (start, stop) of runs of stored columns.
 Columns = tuple[tuple[int, int], ...]
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 _dequantizing: ContextVar[bool] = ContextVar("fxint4_dequantizing", default=False)
 
@@ -175,7 +177,10 @@ class Int4TileTensor(Tensor):
                 has no values or holds inf or NaN.
         """
         _check_float(weight, config)
-        return cls.quantized(weight, config)[0]
+        config = config or Int4Config()
+        *batch, n, k = weight.shape
+        shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
+        return cls.quantized(weight, shape, Recipe(config.method))[0]
 
     @classmethod
     def from_plain(
@@ -227,7 +232,7 @@ class Int4TileTensor(Tensor):
         if not all(0 < want <= have for want, have in zip(logical, codes.shape, strict=True)):
             raise ValueError(f"shape is {logical}, codes {tuple(codes.shape)} cannot hold it")
         if not zero.is_floating_point():
-            zero = (8 - zero.to(torch.float32)) * scale.to(torch.float32)
+            zero = (MIDDLE_CODE - zero.to(torch.float32)) * scale.to(torch.float32)
         scale, zero = scale.to(torch.bfloat16), zero.to(torch.bfloat16)
         if not bool((scale.isfinite() & zero.isfinite()).all()):
             raise ValueError("scale or zero holds inf or NaN, or numbers beyond bfloat16")
@@ -299,16 +304,14 @@ class Int4TileTensor(Tensor):
             logical columns start or are joined in the middle of a group: there it is the largest
             number that divides every such place, and parameters are repeated.
         """
-        codes = unpack(self.tiles)[..., : self.n, :]
+        codes = self._logical_columns(unpack(self.tiles)[..., : self.n, :])
         scale, zero = unpack_scale_and_zero(self.scale_and_zero[..., : self.n, :])
         group = self.plain_group
-        picked = []
-        for part, step, width in ((codes, 1, 1), (scale, group, None), (zero, group, None)):
-            if width is None and group != self.group_size:
-                part = part.repeat_interleave(self.group_size // group, -1)
-            runs = [part[..., start // step : -(-stop // step)] for start, stop in self.columns]
-            picked.append(runs[0].contiguous() if len(runs) == 1 else torch.cat(runs, -1))
-        return picked[0], picked[1], picked[2]
+        if group != self.group_size:
+            times = self.group_size // group
+            scale, zero = (part.repeat_interleave(times, -1) for part in (scale, zero))
+        scale, zero = (self._logical_columns(part, group) for part in (scale, zero))
+        return codes.contiguous(), scale.contiguous(), zero.contiguous()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight it stands for, as an ordinary tensor.
@@ -335,9 +338,7 @@ class Int4TileTensor(Tensor):
         ).view(*codes.shape[:-1], -1)
         if self.pre_scale is not None:
             weight = weight.mul_(self.pre_scale[: weight.shape[-1]]).to(dtype)
-        weight = weight[..., : self.n, :]
-        runs = [weight[..., start:stop] for start, stop in self.columns]
-        weight = runs[0] if len(runs) == 1 else torch.cat(runs, -1)
+        weight = self._logical_columns(weight[..., : self.n, :])
         kept = [axis for axis in self.axes if axis != NEW_AXIS]
         weight = weight.permute(kept)
         for position, axis in enumerate(self.axes):
@@ -381,7 +382,7 @@ class Int4TileTensor(Tensor):
         """Float32 ``[K]``: the factor of each logical column; None where there are none."""
         if self.pre_scale is None:
             return None
-        return torch.cat([self.pre_scale[start:stop] for start, stop in self.columns])
+        return self._logical_columns(self.pre_scale).clone()
 
     @property
     def block_size(self) -> tuple[int, ...]:
@@ -443,8 +444,8 @@ class Int4TileTensor(Tensor):
             )
         if sorted(axis for axis in self.axes if axis != NEW_AXIS) != list(range(tiles.ndim - 2)):
             raise PackedFormatError(f"axes {self.axes} are no order of {tiles.ndim - 2} axes")
-        if self.dtype not in _DTYPES:
-            raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {_DTYPES}")
+        if self.dtype not in DTYPES:
+            raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {DTYPES}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape, group, bytes, and whether there is a pre-scale."""
@@ -493,24 +494,21 @@ class Int4TileTensor(Tensor):
 
     @classmethod
     def quantized(
-        cls, weight: Tensor, config: Int4Config | None = None, recipe: Recipe | None = None
+        cls, weight: Tensor, shape: TileShape, recipe: Recipe
     ) -> tuple[Int4TileTensor, float]:
-        """`from_float`, and the signal-to-quantization-noise ratio in dB.
+        """Quantize a weight that is known to be right; `from_float` checks it.
 
         Args:
-            weight: see `from_float`.
-            config: see `from_float`.
-            recipe: how codes are chosen; the config's method where None.
+            weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides.
+            shape: the packed shape.
+            recipe: how codes are chosen, and the pre-scale.
+
+        Returns:
+            The packed weight, and its signal-to-quantization-noise ratio in dB.
+
+        Raises:
+            ValueError: the weight holds inf or NaN.
         """
-        config = config or Int4Config()
-        recipe = recipe or Recipe(config.method)
-        _check_dtype(weight.dtype)
-        if weight.ndim < 2 or not weight.numel():
-            raise ValueError(
-                f"the weight is {tuple(weight.shape)}; it must be [..., N, K], no axis of it empty"
-            )
-        *batch, n, k = weight.shape
-        shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
         made = cls.empty(shape, weight.dtype, weight.device)
         if recipe.pre_scale is not None:
             factors = recipe.pre_scale.to(weight.device)
@@ -539,7 +537,7 @@ class Int4TileTensor(Tensor):
             parameters = parameters.view(-1, *parameters.shape[-3:])
         signal = noise = 0.0
         for block in quantized_blocks(weight, shape, recipe):
-            write(
+            pack_block(
                 tiles, parameters, block, shape, partial(pack, inner_k_tiles=shape.inner_k_tiles), 8
             )
             signal += block.signal
@@ -560,7 +558,7 @@ class Int4TileTensor(Tensor):
         """`from_plain` with a float zero, of arguments that are known to be right."""
         *batch, n, k = codes.shape
         k_padded = scale.shape[-1] * group_size
-        inner = max(i for i in INNER_K_TILES if i <= inner_k_tiles and k_padded % (16 * i) == 0)
+        inner = largest_inner_k_tiles(k_padded, inner_k_tiles)
         shape = TileShape(n, k, group_size, inner, -(-n // 8) * 8, k_padded, tuple(batch))
         return cls(
             pack(pad_codes(codes, shape), inner),
@@ -641,6 +639,14 @@ class Int4TileTensor(Tensor):
         """Whether other parts of a weight may have the same pre-scale: rows, or matrices."""
         whole = self.tiles.untyped_storage().nbytes() == self.tiles.nbytes
         return self.pre_scale is not None and not whole
+
+    def _logical_columns(self, tensor: Tensor, step: int = 1) -> Tensor:
+        """The logical ones of stored columns, which lie along the last axis of a tensor.
+
+        step: columns for each entry of that axis, a divisor of where runs start and are joined.
+        """
+        runs = [tensor[..., start // step : -(-stop // step)] for start, stop in self.columns]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, -1)
 
     @property
     def plain_group(self) -> int:
@@ -838,10 +844,9 @@ def _kind(value: Tensor) -> str:
     return "packed " if value.pre_scale is None else "packed, pre-scaled "
 
 
-def _check_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}; it must be one of {_DTYPES}")
-    return dtype
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; it must be one of {DTYPES}")
 
 
 def padded_pre_scale(pre_scale: Tensor, k_padded: int) -> Tensor:
@@ -871,6 +876,11 @@ def _check_float(weight: object, config: object) -> None:
         kind = "packed already" if packed else f"{weight.layout} on {weight.device}"
         raise ValueError(
             f"the weight {tuple(weight.shape)} is {kind}; it must be a dense tensor with values"
+        )
+    _check_dtype(weight.dtype)
+    if weight.ndim < 2 or not weight.numel():
+        raise ValueError(
+            f"the weight is {tuple(weight.shape)}; it must be [..., N, K], no axis of it empty"
         )
 
 

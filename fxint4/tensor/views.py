@@ -13,10 +13,9 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
-from fxint4.quant.tile_layout import PAD_CODE, pack, unpack
+from fxint4.quant.tile_layout import DTYPES, MIDDLE_CODE, pack, unpack
 from fxint4.tensor.core import (
     NEW_AXIS,
-    Columns,
     Int4TileTensor,
     implements,
     padded_pre_scale,
@@ -24,8 +23,8 @@ from fxint4.tensor.core import (
 
 __all__: list[str] = []
 
-#: A word of tiles that holds eight `PAD_CODE`s, as a signed number.
-_PAD_WORD = sum(PAD_CODE << 4 * place for place in range(8)) - 2**32
+#: A word of tiles that holds eight `MIDDLE_CODE`s, as a signed number.
+_PAD_WORD = sum(MIDDLE_CODE << 4 * place for place in range(8)) - 2**32
 
 
 def _wrapped(dim: int, ndim: int) -> int:
@@ -98,7 +97,7 @@ def _to_copy(
     memory_format: Any = None,
 ) -> Any:
     dtype = dtype or weight.dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in DTYPES:
         return NotImplemented
     # The tiles are the same on every device; only what a CPU op reads is made on the machine.
     return weight.on_buffers(
@@ -380,11 +379,6 @@ def _slice_columns(weight: Int4TileTensor, start: int, end: int) -> Int4TileTens
         if low < high:
             columns.append((first + low, first + high))
         seen += last - first
-    return _trimmed(weight, tuple(columns))
-
-
-def _trimmed(weight: Int4TileTensor, columns: Columns) -> Int4TileTensor:
-    """Only the tiles and groups that hold these columns."""
     span = 16 * weight.inner_k_tiles
     unit = math.lcm(span, weight.group_size)
     low = columns[0][0] // unit * unit
@@ -631,7 +625,7 @@ def _widened(weight: Int4TileTensor, k_padded: int) -> Int4TileTensor:
     more = k_padded - weight.stored.k_padded
     if not more:
         return weight
-    codes = F.pad(unpack(weight.tiles), (0, more), value=PAD_CODE)
+    codes = F.pad(unpack(weight.tiles), (0, more), value=MIDDLE_CODE)
     groups = more // weight.group_size
     return weight.like(
         tiles=pack(codes, weight.inner_k_tiles),

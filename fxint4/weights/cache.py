@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import TensorState
-from fxint4.quant.blockwise import Block, quantized_blocks, values_of, write
+from fxint4.quant.blockwise import Block, dequantize_block, pack_block, quantized_blocks
 from fxint4.quant.metrics import nonfinite_fault, sqnr_db
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
@@ -174,13 +174,13 @@ class PackedWeight:
         shape = self._shape
         for format, tensors in made.items():
             if isinstance(format, Dense):
-                values = values_of(block, shape, self.recipe, format.dtype)
+                values = dequantize_block(block, shape, self.recipe, format.dtype)
                 AXES[format.axes](tensors[0])[block.start : block.start + len(values)] = values
             elif format == "cpu":
-                write(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
+                pack_block(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
             else:
                 pack_rows = partial(pack, inner_k_tiles=shape.inner_k_tiles)
-                write(tensors[0], tensors[1], block, shape, pack_rows, 8)
+                pack_block(tensors[0], tensors[1], block, shape, pack_rows, 8)
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

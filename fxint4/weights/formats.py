@@ -12,7 +12,6 @@ from fxint4._pytorch.tensors import aten, mkldnn_supports
 from fxint4.quant.tile_layout import TileShape
 
 __all__ = [
-    "DTYPES",
     "UNBOUNDED",
     "Dense",
     "Format",
@@ -25,9 +24,6 @@ __all__ = [
     "most_int4_rows",
     "rows_multiple",
 ]
-
-#: dtypes of weight and activation that are packed.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: Rows up to which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the model:
 #: measured by benchmarks/cpu_matmul.py. Beyond, a dequantized copy is multiplied.

@@ -22,9 +22,9 @@ from fxint4.frontends.checkpoints.weights import (
     Config,
     GroupedWeight,
     Weight,
-    nibbles,
     whole_numbers,
 )
+from fxint4.quant.tile_layout import nibbles
 
 __all__ = ["find"]
 

@@ -19,6 +19,7 @@ from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
 from fxint4.frontends.parameters import Candidate, record_of, use_of
 from fxint4.graph.names import layer_name, parameters_of
+from fxint4.quant.tile_layout import DTYPES
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
 
@@ -30,8 +31,6 @@ _FINDERS: dict[str, Callable[[Checkpoint, Config], list[Weight]]] = {
     "compressed-tensors": compressed_tensors.find,
     "torchao": torchao.find,
 }
-#: Logical dtypes of packed weights.
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NAMES_SHOWN = 5
 _CPU = torch.device("cpu")
 
@@ -223,9 +222,9 @@ class _Slot:
                 f"{self.place.name} is a parameter of {type(self.place.module).__name__}; int4 "
                 "weights go into nn.Linear and modules like it"
             )
-        elif self.place.tensor.dtype not in _DTYPES:
+        elif self.place.tensor.dtype not in DTYPES:
             raise self.item.error(
-                f"the model's is {self.place.tensor.dtype}; it must be one of {_DTYPES}"
+                f"the model's is {self.place.tensor.dtype}; it must be one of {DTYPES}"
             )
         else:
             self.item.check(self._stored_shape(self.use))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from fxint4.graph.names import layer_name
 from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "nibbles", "whole_numbers"]
+__all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "whole_numbers"]
 
 #: Dtypes of scales.
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -178,21 +177,6 @@ class GroupedWeight(Weight):
                 f"{list(self.group_sizes)}"
             )
         return torch.arange(k) // sizes[0]
-
-
-def nibbles(words: Tensor) -> Tensor:
-    """The eight 4-bit numbers of each word, least significant first.
-
-    Args:
-        words: int32, any shape.
-
-    Returns:
-        uint8 ``[..., 8]``, contiguous.
-    """
-    octets = words.contiguous().unsqueeze(-1).view(torch.uint8)
-    if sys.byteorder == "big":
-        octets = octets.flip(-1)
-    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
 def whole_numbers(*values: Any) -> tuple[int, ...]:

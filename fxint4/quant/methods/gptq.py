@@ -22,6 +22,7 @@ from fxint4.quant.primitives import (
     padded_columns,
     quantize,
 )
+from fxint4.quant.tile_layout import MIDDLE_CODE
 
 __all__ = ["Gptq"]
 
@@ -162,7 +163,9 @@ class Gptq:
         weight = weight.detach()
         rows = len(weight)
         padded_groups = self._k_padded // self._group_size
-        codes = torch.full((rows, self._k_padded), 8, dtype=torch.uint8, device=weight.device)
+        codes = torch.full(
+            (rows, self._k_padded), MIDDLE_CODE, dtype=torch.uint8, device=weight.device
+        )
         scale = torch.zeros(rows, padded_groups, dtype=torch.bfloat16, device=weight.device)
         zero = torch.zeros_like(scale)
         if self._activation_order:
@@ -220,4 +223,4 @@ class Gptq:
                 torch.addcmul(z[i], q, s[i], out=value)
                 torch.sub(w[j], value, out=errors[j])
                 w[j + 1 :].addr_(updates[j, j + 1 :], errors[j], alpha=-1)
-        return codes.add_(8), errors
+        return codes.add_(MIDDLE_CODE), errors
