@@ -1,4 +1,4 @@
-"""Parts, axes and joins of packed weights: bitwise what they are of the dequantized weight."""
+"""Slices, axes and joins of packed weights are bitwise those of the dequantized weight."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def flips(k: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(made: Any, expected: Tensor) -> None:
-    """Packed, of the right shape and value; and multiplied it is what it says it is.
+    """Check that a result is packed, has the right shape and value, and multiplies like it.
 
     x holds at most 8 numbers in -1..1, so that no sum goes beyond 8 * 17, and bf16 holds every
     integer up to 256: matmuls of these integers are exact.
