@@ -161,7 +161,7 @@ class Int4TileTensor(Tensor):
         # Cached: Dynamo's guards read it twice in every call of compiled code.
         self._flattened = (list(self.buffers), self.metadata)
 
-    # --- ways in ---------------------------------------------------------------------------------
+    # --- constructors ----------------------------------------------------------------------------
 
     @classmethod
     def from_float(cls, weight: Tensor, config: Int4Config | None = None) -> Int4TileTensor:
@@ -217,12 +217,12 @@ class Int4TileTensor(Tensor):
         _check_dtype(dtype)
         if inner_k_tiles not in INNER_K_TILES:
             raise ValueError(f"inner_k_tiles is {inner_k_tiles}; it must be one of {INNER_K_TILES}")
-        k_given, groups = codes.shape[-1], scale.shape[-1]
+        columns, groups = codes.shape[-1], scale.shape[-1]
         if group_size is None:
-            group_size = k_given // max(groups, 1)
-        if group_size not in GROUP_SIZES or -(-k_given // group_size) != groups:
+            group_size = columns // max(groups, 1)
+        if group_size not in GROUP_SIZES or -(-columns // group_size) != groups:
             raise ValueError(
-                f"codes have {k_given} columns and scale has {groups} groups: with group_size="
+                f"codes have {columns} columns and scale has {groups} groups: with group_size="
                 f"{group_size} (one of {GROUP_SIZES}) there must be columns / group_size of them"
             )
         logical = tuple(codes.shape if shape is None else shape)
@@ -264,7 +264,7 @@ class Int4TileTensor(Tensor):
 
         Raises:
             PackedFormatError: The buffers have another dtype or layout, or do not fit each other or
-                the shape. The op would not check and return garbage.
+                the shape. The op does not check; it would return garbage.
         """
         shape = tuple(shape)
         if len(shape) < 2 or tiles.ndim < 4 or tiles.shape[:-4] != shape[:-2]:
@@ -291,7 +291,7 @@ class Int4TileTensor(Tensor):
             pre_scale = padded_pre_scale(pre_scale, k_padded)
         return checked(tiles, scale_and_zero, metadata, pre_scale)
 
-    # --- ways out --------------------------------------------------------------------------------
+    # --- back to plain tensors -------------------------------------------------------------------
 
     def get_plain(self) -> tuple[Tensor, Tensor, Tensor]:
         """The codes, scales and float zeros of the logical part, exactly as stored.
@@ -344,7 +344,7 @@ class Int4TileTensor(Tensor):
                 weight = weight.unsqueeze(position)
         return weight.contiguous()
 
-    # --- what it is ------------------------------------------------------------------------------
+    # --- properties ------------------------------------------------------------------------------
 
     @property
     def inner_k_tiles(self) -> int:

@@ -80,7 +80,7 @@ class PackedWeight:
         self.fault: str | None = None
         self.sqnr_db: float | None = None
 
-    def of(self, roots: Sequence[Tensor]) -> bool:
+    def is_made_from(self, roots: Sequence[Tensor]) -> bool:
         """Whether it was made from these tensor objects, on their device; values may differ."""
         return self._device == roots[0].device and all(
             ref() is root for ref, root in zip(self._roots, roots, strict=True)
@@ -238,12 +238,12 @@ class Lookup:
             tuple(storages[i] for i in self._made_from),
         )
 
-    def is_of_now(self) -> bool:
+    def is_current(self) -> bool:
         """Whether no packed weight has been folded or freed since it was made."""
         return self._epoch is PackedWeight.epoch
 
-    def holds(self, roots: Sequence[Tensor]) -> bool:
-        """Whether these roots have the same buffers, provided `is_of_now`."""
+    def matches(self, roots: Sequence[Tensor]) -> bool:
+        """Whether these roots have the same buffers, provided `is_current`."""
         return self._state == self._state_of(roots)
 
     def tensors(self) -> list[Tensor]:
@@ -304,7 +304,8 @@ class WeightCache:
         with self._lock:
             family = self._packed.setdefault(key, {})
             for made_as, old in list(family.items()):
-                if not old.of(roots):  # a model that moved keeps its parameters, not their device
+                # A model that moved to another device keeps its parameters.
+                if not old.is_made_from(roots):
                     old.clear()
                     del family[made_as]
             if not family:

@@ -17,6 +17,7 @@ __all__ = [
     "Format",
     "activation_dtype",
     "aten_op",
+    "choose_format",
     "device_fault",
     "format_specs",
     "fuses",
@@ -128,7 +129,7 @@ def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:
     return UNBOUNDED
 
 
-def choose(
+def choose_format(
     format: Format, fallback: Format | None, most_rows: int, rows: int | None
 ) -> Format | None:
     """The format for one matmul; None if it is left alone.

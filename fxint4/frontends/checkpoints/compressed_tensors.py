@@ -98,9 +98,9 @@ class CompressedWeight(GroupedWeight):
         elif self.asymmetric:
             raise self.error("there is no weight_zero_point, and the config says asymmetric")
         if "weight_shape" in self.parts:
-            given = self.read("weight_shape", torch.device("cpu")).tolist()
-            if given != [n, k]:
-                raise self.error(f"weight_shape is {given}; the model's weight is {[n, k]}")
+            stored = self.read("weight_shape", torch.device("cpu")).tolist()
+            if stored != [n, k]:
+                raise self.error(f"weight_shape is {stored}; the model's weight is {[n, k]}")
         if "weight_g_idx" in self.parts:
             self.expect("weight_g_idx", (k,), torch.int32, torch.int64)
             index = self.read("weight_g_idx", torch.device("cpu"))

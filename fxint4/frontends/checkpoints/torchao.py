@@ -75,9 +75,9 @@ class TiledWeight(Weight):
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError if the buffers do not fit each other or the shape."""
         if _PRE_SCALE in self.parts:
-            given = self.checkpoint.shape(self.parts[_PRE_SCALE])
-            one_for_all = given in ((), (1,))
-            self.expect(_PRE_SCALE, given if one_for_all else shape[-1:], *SCALES)
+            stored = self.checkpoint.shape(self.parts[_PRE_SCALE])
+            one_for_all = stored in ((), (1,))
+            self.expect(_PRE_SCALE, stored if one_for_all else shape[-1:], *SCALES)
         meta = torch.device("meta")
         names = (self.parts[_TILES], self.parts[_PARAMETERS])
         dtypes = [self.checkpoint.dtype(name) for name in names]

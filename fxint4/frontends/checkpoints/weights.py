@@ -69,11 +69,11 @@ class Weight(ABC):
     def expect(self, part: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
         """Raise CheckpointError unless a tensor has this shape and one of these dtypes."""
         name = self.parts[part]
-        given, dtype = self.checkpoint.shape(name), self.checkpoint.dtype(name)
-        if given != shape or dtype not in dtypes:
+        stored, dtype = self.checkpoint.shape(name), self.checkpoint.dtype(name)
+        if stored != shape or dtype not in dtypes:
             raise self.error(
-                f"{part} is {dtype} {given}; here it must be {_either(dtypes)} {shape}. Either the "
-                "model has another shape, or this is no int4 weight of that format"
+                f"{part} is {dtype} {stored}; here it must be {_either(dtypes)} {shape}. Either "
+                "the model has another shape, or this is no int4 weight of that format"
             )
 
     def error(self, message: str) -> CheckpointError:

@@ -71,7 +71,7 @@ class Gptq:
 
         Args:
             second_moments: H, ``[K, K]``, any float dtype, symmetric: the sum or the mean of
-                ``x x^T`` over the input's rows x. Its scale does not matter.
+                ``x x^T`` over the input's rows x. The scale of H does not matter.
             group_size: Neighbouring k that share a scale and a zero.
             k_padded: Columns to store, a multiple of group_size; the fewest possible if None.
             parameters: Chooses scale and zero of a group. The importance is the diagonal of the
