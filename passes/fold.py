@@ -18,7 +18,7 @@ from fxint4.passes.plan import packing_fault
 from fxint4.passes.site import Site
 from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight, WeightCache, weight_cache
-from fxint4.weights.formats import Dense, Format, choose
+from fxint4.weights.formats import Dense, Format, choose_format
 
 __all__ = ["fold", "folded_record"]
 
@@ -60,7 +60,7 @@ def fold(
             if isinstance(entry, Record):
                 records.append(entry)
                 continue
-            format = choose(entry.int4, entry.fallback, entry.most_rows, rows(entry))
+            format = choose_format(entry.int4, entry.fallback, entry.most_rows, rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
             packed = weights.find(entry.weight, roots, entry.shape, entry.recipe)
             if not packed.formats:

@@ -13,9 +13,10 @@ from fxint4.graph.names import layer_name, weight_names
 from fxint4.passes.rewrite import Slot
 from fxint4.passes.site import Site
 from fxint4.quant.recipe import WITHOUT_DATA, Recipe
+from fxint4.quant.tile_layout import DTYPES
 from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight
-from fxint4.weights.formats import DTYPES, device_fault
+from fxint4.weights.formats import device_fault
 
 __all__ = ["outgrown", "packing_fault", "recipe_at_run_time", "recipe_of", "refusal", "sqnr_fault"]
 

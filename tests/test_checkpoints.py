@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries: written here from the definitions of their formats, and loaded.
+"""Checkpoints of other libraries, written here by the definitions of their formats, and loaded.
 
 A writer takes codes, scales and zero points, and packs them as its format says, in numpy and
 without anything of the reader. What comes out is held to `(code - zero_point) * scale` in float64.
@@ -25,7 +25,7 @@ from fxint4 import CheckpointError, Int4TileTensor
 pytest.importorskip("safetensors")
 
 BF16 = 2.0**-8
-"""Most that rounding to bf16 changes a number, as a share of it."""
+"""The largest relative change of a number that is rounded to bf16."""
 FP32 = 2.0**-24
 
 Tensors = dict[str, Tensor]
@@ -64,7 +64,7 @@ class Quantized:
 
     @property
     def bound(self) -> Tensor:
-        """Most that rounding to bf16 moves each weight.
+        """The largest change of each weight when scale and zero are rounded to bf16.
 
         What is stored is s' = s (1 + a) and z' = (8 - zp) s' (1 + b), |a| and |b| <= 2^-8. So
         (code - 8) s' + z' is off by (code - zp) s a + (8 - zp) s' b.
@@ -167,7 +167,7 @@ def compressed_config(**weights: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to write a layer, and what its config says."""
+    """One format to write a layer in, and its config."""
 
     write: Callable[[Quantized], Tensors]
     config: Mapping[str, Any]
@@ -241,7 +241,7 @@ def under(prefix: str, tensors: Tensors) -> Tensors:
 
 
 class Layer(nn.Module):
-    """One layer to be quantized and one that stays, a parameter and a buffer."""
+    """One layer to be quantized, one that is not, a parameter and a buffer."""
 
     def __init__(self, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -423,7 +423,7 @@ def tiled(weight: Int4TileTensor, kind: str = "Int4TilePackedTo4dTensor") -> tup
 
 
 def padded_to_1024(n: int, k: int) -> Int4TileTensor:
-    """What torchao makes of a weight: K is padded to 1024, and the pad quantized with the rest."""
+    """A weight as torchao packs it: K is padded to 1024, and the padding is quantized, too."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (n, 1024), generator=generator).to(torch.uint8)
     scale = torch.rand(n, 8, generator=generator) + 0.5
@@ -548,7 +548,7 @@ def test_what_torchao_writes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Models quantized with version 1:UserWarning")
 def test_what_torchao_unwraps(tmp_path: Path) -> None:
-    """A TensorCoreTiledLayout, which torchao 0.15 has and 0.18 has not."""
+    """A TensorCoreTiledLayout, which is in torchao 0.15 but not in 0.18."""
     layouts = pytest.importorskip("torchao.dtypes.uintx.tensor_core_tiled_layout")
     from torchao.dtypes import AffineQuantizedTensor
     from torchao.utils import unwrap_tensor_subclass
@@ -572,7 +572,7 @@ def test_what_torchao_unwraps(tmp_path: Path) -> None:
 
 
 def changed(tensors: Tensors, **changes: Tensor | None) -> Tensors:
-    """The tensors with others in their place, and without those that are None."""
+    """The tensors, some replaced, and without those replaced by None."""
     return {name: value for name, value in {**tensors, **changes}.items() if value is not None}
 
 
@@ -969,7 +969,7 @@ def test_a_head_that_is_quantized_is_no_longer_tied(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Llama:
-    """A tiny model of transformers that was loaded, and what it is compared with.
+    """A tiny loaded model of transformers, and the model to compare it with.
 
     model: the loaded one, in bf16.
     ids: what goes in.

@@ -1,4 +1,4 @@
-"""What in a graph is constant, and what its computation is."""
+"""Which nodes of a graph are constant, and how they are computed."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def capture(function: Callable[..., Any], *examples: Any, mode: str = "real") ->
 
 
 def judged(gm: fx.GraphModule, *roles: Role) -> tuple[Constants, fx.Node]:
-    """The roles in a graph whose placeholders stand as given, and the node it returns."""
+    """The constants of a graph whose placeholders have these roles, and its result."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     [result] = gm.graph.output_node().all_input_nodes
     return Constants(gm, dict(zip(placeholders, roles, strict=True))), result
 
 
 def role(function: Callable[..., Any], *inputs: tuple[Any, Role]) -> Role:
-    """What becomes of inputs of these roles."""
+    """The role of a result whose inputs have these roles."""
     examples, roles = zip(*inputs, strict=True)
     constants, result = judged(capture(function, *examples), *roles)
     return constants._role[result]

@@ -1,4 +1,4 @@
-"""Which device takes packed weights, and in which form for how many rows."""
+"""Which device has which packing format, and for how many rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fxint4.weights import formats as forms
+from fxint4.quant.tile_layout import DTYPES
+from fxint4.weights import formats
 from fxint4.weights.formats import (
     Dense,
     activation_dtype,
     aten_op,
-    choose,
+    choose_format,
     device_fault,
     fuses,
     int4_format,
@@ -26,7 +27,7 @@ DENSE = Dense(torch.bfloat16, (128, 64), (64, 1), "NK")
 
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
-    """What is known of a device is remembered, but not from one test to the next."""
+    """Clears the cached facts of devices, so that no test sees those of another."""
     device_fault.cache_clear()
     yield
     device_fault.cache_clear()
@@ -85,7 +86,7 @@ def test_weights_that_share_an_activation_are_multiplied_in_one_matmul_on_a_gpu(
         ("tiles", torch.bfloat16, torch.bfloat16, "_weight_int4pack_mm"),
         ("tiles", torch.float16, torch.float16, None),
         ("tiles", torch.float32, torch.bfloat16, "_weight_int4pack_mm"),
-        *(("cpu", dtype, torch.bfloat16, "_weight_int4pack_mm_for_cpu") for dtype in forms.DTYPES),
+        *(("cpu", dtype, torch.bfloat16, "_weight_int4pack_mm_for_cpu") for dtype in DTYPES),
     ],
 )
 def test_atens_ops_take_one_weight_and_bf16(
@@ -100,37 +101,37 @@ def test_atens_ops_take_one_weight_and_bf16(
 # --- how many rows -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", forms.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_uses_the_int4_op_for_any_number_of_rows(dtype: torch.dtype) -> None:
-    assert choose("tiles", DENSE, most_int4_rows(CUDA, dtype), 10**9) == "tiles"
+    assert choose_format("tiles", DENSE, most_int4_rows(CUDA, dtype), 10**9) == "tiles"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cpu_without_16_bit_matmuls_uses_the_int4_op_for_any_number_of_rows(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: asked is not dtype)
+    monkeypatch.setattr(formats, "mkldnn_supports", lambda asked: asked is not dtype)
     most = most_int4_rows(CPU, dtype)
-    assert choose("cpu", DENSE, most, 10**9) == "cpu"
+    assert choose_format("cpu", DENSE, most, 10**9) == "cpu"
 
 
-@pytest.mark.parametrize("dtype", forms.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cpu_with_fast_dense_matmuls_has_a_limit_for_every_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: True)
+    monkeypatch.setattr(formats, "mkldnn_supports", lambda asked: True)
     most = most_int4_rows(CPU, dtype)
-    assert choose("cpu", DENSE, most, 1) == "cpu"  # decoding
-    assert choose("cpu", DENSE, most, 4096) == DENSE  # a prompt
+    assert choose_format("cpu", DENSE, most, 1) == "cpu"  # decoding
+    assert choose_format("cpu", DENSE, most, 4096) == DENSE  # a prompt
 
 
 def test_fp32_does_not_ask_for_16_bit_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     before = most_int4_rows(CPU, torch.float32)
-    monkeypatch.setattr(forms, "mkldnn_supports", lambda asked: pytest.fail("asked"))
+    monkeypatch.setattr(formats, "mkldnn_supports", lambda asked: pytest.fail("asked"))
     assert most_int4_rows(CPU, torch.float32) == before
 
 
 @pytest.mark.parametrize("form", ["cpu", "tiles"])
 def test_the_form_is_chosen_by_rows(form: str) -> None:
-    chosen = {rows: choose(form, DENSE, 8, rows) for rows in (None, 0, 1, 8, 9)}
+    chosen = {rows: choose_format(form, DENSE, 8, rows) for rows in (None, 0, 1, 8, 9)}
     assert chosen == {None: DENSE, 0: None, 1: form, 8: form, 9: DENSE}

@@ -24,14 +24,14 @@ def outliers(rows: int, k: int, seed: int = 0) -> Tensor:
 def scaled(
     weight: Tensor, s: Tensor, group: int, parameters: GroupParameters, sizes: Tensor | None = None
 ) -> Tensor:
-    """What the weight becomes: quantized times s, divided by s again; sizes are H's diagonal."""
+    """The weight multiplied by s, quantized, and divided by s; sizes are H's diagonal."""
     importance = None if sizes is None else (sizes / s.square()).float()
     q = quantize(weight.float() * s, group, None, parameters, importance)
     return dequantize(q.codes, q.scale, q.zero, group, torch.float32, weight.shape[1]) / s
 
 
 def total_error(x: Tensor, weights: list[Tensor], s: Tensor, group: int) -> float:
-    """Squared error of all outputs, of the inputs themselves and in fp64."""
+    """Squared error of all outputs in fp64, computed from the inputs."""
     made = (scaled(weight, s, group, nearest_parameters) for weight in weights)
     return sum(
         float((x @ (new.double() - old.double()).T).square().sum())

@@ -24,7 +24,7 @@ gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 def group_errors(
     weight: Tensor, group: int, parameters: GroupParameters, importance: Tensor | None = None
 ) -> Tensor:
-    """Squared error of every group as it comes back, fp64 [N, groups]; importance is [K]."""
+    """Squared error of every dequantized group, fp64 [N, groups]; importance is [K]."""
     n, k = weight.shape
     q = quantize(weight, group, None, parameters, importance)
     back = dequantize(q.codes, q.scale, q.zero, group, torch.float32, k)
@@ -37,7 +37,7 @@ def group_errors(
 
 
 def special(kind: str, n: int, k: int, seed: int) -> Tensor:
-    """fp32 weights; beside those of make() some that leave arithmetic little room."""
+    """fp32 weights: those of make(), and some at the limits of fp32 and bf16."""
     if kind in KINDS:
         return make(kind, n, k, seed).float()
     random = make("gaussian", n, k, seed)

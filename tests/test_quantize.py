@@ -423,7 +423,7 @@ def test_sqnr_of_gaussian_weights() -> None:
 
 
 def torchao_error(weight: Tensor, group: int) -> float:
-    """Mean squared error of torchao's int4 tinygemm parameters and codes, its steps in its order.
+    """Mean squared error of torchao's int4 tinygemm parameters and codes, by its own steps.
 
     All of it happens in the weight's dtype: the scale, at least the smallest normal number; the
     zero; and the codes, counted from zero - 8 * scale. The op then reads scale and zero as bf16.

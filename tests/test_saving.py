@@ -45,7 +45,7 @@ def inputs() -> Tensor:
 
 
 def pack(model: nn.Module, inputs: Tensor, pre_scaled: bool) -> nn.Module:
-    """In place; where asked for, with a pre-scale for each weight that is new with each call."""
+    """Pack in place; if asked for, with a pre-scale for each weight that differs in each call."""
     fxint4.pack_(model, (inputs,))
     packed = {n: p for n, p in model.named_parameters() if isinstance(p, Int4TileTensor)}
     assert len(packed) == 3
@@ -172,7 +172,7 @@ def test_names_that_collide(tmp_path: Path) -> None:
 
 
 def test_releases_without_pre_scales_read_files_without_them(tmp_path: Path) -> None:
-    """And refuse others, which they would read as if x were multiplied by nothing."""
+    """They refuse files with a pre-scale, which they would ignore."""
     from safetensors import safe_open
 
     plain = Int4TileTensor.from_float(torch.randn(64, 256))
@@ -188,7 +188,7 @@ def test_releases_without_pre_scales_read_files_without_them(tmp_path: Path) -> 
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the header that fxint4 wrote, and nothing else."""
+    """Change only the header that fxint4 wrote."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])

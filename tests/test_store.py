@@ -1,4 +1,4 @@
-"""Packed weights by the identity of the parameters behind them, without compiling anything."""
+"""The cache of packed weights, keyed by the identity of parameters; compiles nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPE = choose_shape(N, K, GROUP, n_multiple=16)
 def weight_of(
     function: Callable[..., Tensor], *shapes: tuple[int, ...], axes: str = "NK"
 ) -> Weight:
-    """The computation `function` of parameters of these shapes, as a captured graph has it."""
+    """The weight that a captured graph computes by `function` of parameters of these shapes."""
     gm = make_fx(function)(*map(torch.randn, shapes))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     [result] = gm.graph.output_node().all_input_nodes
@@ -52,13 +52,13 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 
 def dense_values(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """What int4 leaves of a weight [N, K]."""
+    """A weight ``[N, K]`` quantized and dequantized."""
     made = quantize(w.detach(), GROUP)
     return dequantize(made.codes, made.scale, made.zero, GROUP, dtype, w.shape[1])
 
 
 def assert_holds(packed: PackedWeight, w: Tensor) -> None:
-    """Every form of `packed`, dense copies and tiles, holds the weight [N, K]."""
+    """Every format of `packed`, dense copies and tiles, holds the weight ``[N, K]``."""
     made = quantize(w.detach(), GROUP)
     n = len(w)
     assert packed.formats
@@ -150,7 +150,7 @@ def test_tiles_unpack_to_the_codes(weight_cache: WeightCache) -> None:
 
 
 def test_the_cpu_form_multiplies_as_the_dequantized_weight(weight_cache: WeightCache) -> None:
-    """x is bf16 already; w may be rounded to bf16, and y is: see `rounding`."""
+    """x is bf16; w may be rounded to bf16, and y is; see `rounding`."""
     w = parameter()
     codes, scale_and_zero = folded(weight_cache, plain(), w, forms=("cpu",)).formats["cpu"]
     x = torch.randn(7, K, dtype=torch.bfloat16)
@@ -268,19 +268,19 @@ def test_given_tiles_that_change_are_packed_again(weight_cache: WeightCache) -> 
 
 
 def test_a_look_up_of_given_tiles_asks_only_where_they_are() -> None:
-    """They are what it found, so that a write to them changes nothing; a copy it would outdate."""
+    """A write to roots that are the buffers keeps the lookup valid; it outdates copies."""
     _, _, roots = given()
     aliases, copies = Lookup(roots), Lookup(roots)
     aliases.add([root.detach() for root in roots], roots)
     copies.add([root.clone() for root in roots], roots)
     for lookup in (aliases, copies):
         lookup.finish(roots)
-        assert lookup.holds(roots)
+        assert lookup.matches(roots)
     roots[0].add_(1)
-    assert aliases.holds(roots)
-    assert not copies.holds(roots)
+    assert aliases.matches(roots)
+    assert not copies.matches(roots)
     roots[0].data = roots[0].clone()
-    assert not aliases.holds(roots)
+    assert not aliases.matches(roots)
 
 
 def test_a_look_up_misses_no_write_while_it_looks() -> None:
@@ -289,7 +289,7 @@ def test_a_look_up_misses_no_write_while_it_looks() -> None:
     lookup.add([root.clone() for root in roots], roots)
     roots[1].mul_(2)
     lookup.finish(roots)
-    assert not lookup.holds(roots)
+    assert not lookup.matches(roots)
 
 
 def test_a_look_up_of_tiles_and_of_a_copy_of_them_sees_a_write() -> None:
@@ -299,7 +299,7 @@ def test_a_look_up_of_tiles_and_of_a_copy_of_them_sees_a_write() -> None:
     lookup.add([roots[0].float()], roots)
     lookup.finish(roots)
     roots[0].add_(1)
-    assert not lookup.holds(roots)
+    assert not lookup.matches(roots)
 
 
 def test_given_tiles_are_not_kept_alive(weight_cache: WeightCache) -> None:
@@ -356,7 +356,7 @@ def test_forms_are_added_as_they_are_asked_for(
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, seconds: float = 0) -> list[TileShape]:
-    """Grows by one whenever a weight is quantized, which takes so long."""
+    """A list that grows whenever a weight is quantized; that takes `seconds` longer."""
     calls: list[Any] = []
 
     def counting(*args: Any) -> Any:
@@ -585,7 +585,7 @@ def test_threads_that_fold_one_weight_at_once_make_it_once(
 
 
 def test_gptq_takes_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes column by column, each for as long whatever the rows."""
+    """GPTQ takes columns one by one, so its time hardly depends on the number of rows."""
     blocks = fxint4.quant.blockwise.quantized_blocks
     x = torch.randn(300, K)
     statistics = Statistics(x.T @ x, x.abs().mean(0), torch.tensor(len(x)))

@@ -1,4 +1,4 @@
-"""What an `Int4TileTensor` is made from and into, and what it refuses."""
+"""Making, unpacking and dequantizing an `Int4TileTensor`, and the errors that it raises."""
 
 from __future__ import annotations
 

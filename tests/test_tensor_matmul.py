@@ -1,4 +1,4 @@
-"""Operators that multiply by a packed weight, against the same on the dequantized one."""
+"""Operators that multiply by a packed weight, compared with the dequantized weight."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Model(nn.Module):
 
 
 def packed_model(seed: int | None = None) -> Model:
-    """With a seed, that of a pre-scale which the first layer has."""
+    """A seed gives the first layer a random pre-scale."""
     model = Model().eval()
     linear = model.inner[0]
     assert isinstance(linear, nn.Linear)

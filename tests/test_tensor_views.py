@@ -1,4 +1,4 @@
-"""Parts, axes and joins of packed weights: bitwise what they are of the dequantized weight."""
+"""Slices, axes and joins of packed weights are bitwise those of the dequantized weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError
-from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES, PAD_CODE, unpack
+from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES, MIDDLE_CODE, unpack
 
 
 def weight(
@@ -54,7 +54,7 @@ def flips(k: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(made: Any, expected: Tensor) -> None:
-    """Packed, of the right shape and value; and multiplied it is what it says it is.
+    """Check that a result is packed, has the right shape and value, and multiplies like it.
 
     x holds at most 8 numbers in -1..1, so that no sum goes beyond 8 * 17, and bf16 holds every
     integer up to 256: matmuls of these integers are exact.
@@ -474,7 +474,7 @@ def test_reshape_of_batch_axes_that_are_stored_in_another_order() -> None:
 
 def test_rows_of_pad_are_zeros() -> None:
     picked = weight(20, 128)[torch.tensor([3, 1, 19])]
-    assert (unpack(picked.tiles)[3:] == PAD_CODE).all()
+    assert (unpack(picked.tiles)[3:] == MIDDLE_CODE).all()
     assert not picked.scale_and_zero[:, 3:].any()
 
 

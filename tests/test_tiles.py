@@ -413,14 +413,14 @@ def test_pack_for_cpu_refuses() -> None:
 
 
 def dequantized(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
-    """The weight in fp64, written down anew."""
+    """The dequantized weight in fp64, by its formula."""
     scale = scale.double().repeat_interleave(group, 1)
     zero = zero.double().repeat_interleave(group, 1)
     return (codes.double() - 8) * scale + zero
 
 
 def magnitude(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
-    """The same with nothing cancelling: what rounding errors are relative to."""
+    """The same with absolute values, the scale of rounding errors."""
     scale = scale.double().abs().repeat_interleave(group, 1)
     zero = zero.double().abs().repeat_interleave(group, 1)
     return (codes.double() - 8).abs() * scale + zero

@@ -12,13 +12,10 @@ from typing import Any
 from fxint4.config.layer_patterns import checked_patterns, first_match
 from fxint4.errors import OptionError
 from fxint4.quant.statistics import Calibration, Choice
+from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES
 
-__all__ = ["GROUP_SIZES", "INNER_K_TILES", "METHODS", "REPORT_SUFFIXES", "Int4Config"]
+__all__ = ["METHODS", "REPORT_SUFFIXES", "Int4Config"]
 
-#: Group sizes that `aten._weight_int4pack_mm` takes.
-GROUP_SIZES = (32, 64, 128, 256)
-#: Values of inner_k_tiles that `aten._weight_int4pack_mm` takes.
-INNER_K_TILES = (2, 4, 8)
 #: Ways to choose codes; those after "hqq" need statistics of activations.
 METHODS = ("rtn", "mse", "hqq", "gptq", "awq", "gptq+awq")
 _CALIBRATED = METHODS[3:]

@@ -406,7 +406,9 @@ def packed_candidate(
             fault = nonfinite_fault(moved)
             if fault:
                 return None, dataclasses.replace(record, reason=fault)
-            packed, sqnr_db = Int4TileTensor.quantized(moved, config, recipe)
+            *batch, n, k = moved.shape
+            shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
+            packed, sqnr_db = Int4TileTensor.quantized(moved, shape, recipe)
             del moved
     except Exception as error:
         raise FoldError(

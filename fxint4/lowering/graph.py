@@ -21,7 +21,7 @@ from fxint4.passes.rewrite import Rewritten, Slot, rewrite
 from fxint4.passes.site import Site
 from fxint4.quant.recipe import Recipe
 from fxint4.weights.cache import Lookup, PackedWeight, picker, weight_cache
-from fxint4.weights.formats import Dense, Format, choose
+from fxint4.weights.formats import Dense, Format, choose_format
 
 __all__ = ["Int4Graph", "LateUse", "expected_rows"]
 
@@ -158,7 +158,8 @@ class Int4Graph:
 
     def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Format | None, ...]:
         return tuple(
-            choose(site.int4, site.fallback, site.most_rows, rows(site)) for site in self._sites
+            choose_format(site.int4, site.fallback, site.most_rows, rows(site))
+            for site in self._sites
         )
 
     def _without(self, slot: Slot, formats: tuple[Format | None, ...]) -> tuple[Format | None, ...]:
@@ -234,7 +235,7 @@ class _Variant:
         roots = self._roots(args)
         identity = tuple(map(id, roots))
         lookup = self._lookups.get(identity)
-        if lookup is None or not lookup.is_of_now() or not lookup.holds(roots):
+        if lookup is None or not lookup.is_current() or not lookup.matches(roots):
             lookup = Lookup(roots)
             pre_scales: dict[Slot, Tensor] = {}
             for slot in self.slots:
@@ -247,7 +248,7 @@ class _Variant:
             lookup.finish(roots)
             for alike in self.rewritten.alike:
                 _check_equal(alike, pre_scales)
-            kept = {key: old for key, old in self._lookups.items() if old.is_of_now()}
+            kept = {key: old for key, old in self._lookups.items() if old.is_current()}
             self._lookups = {**kept, identity: lookup}
         return lookup.tensors()
 

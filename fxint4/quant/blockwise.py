@@ -1,4 +1,4 @@
-"""Quantize and pack a weight a block at a time, so that beside it only blocks are held."""
+"""Quantize and pack a weight block by block: only one block is held beside the weight."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fxint4.quant.primitives import Quantized, dequantize
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack_scale_and_zero, pad_codes, pad_parameters
 
-__all__ = ["Block", "dequantized", "quantized_blocks", "values_of", "write"]
+__all__ = ["Block", "dequantize_block", "fake_quantized", "pack_block", "quantized_blocks"]
 
-#: Blocks of rows that can be packed by themselves: the CPU op packs 64 rows together.
+#: Rows of a block are a multiple of this, because the CPU op packs 64 rows together.
 _ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some rows of one matrix, or some whole matrices of a batch.
+    """Some quantized rows of one matrix, or some quantized matrices of a batch.
 
     Attributes:
-        start: the first row, or the first matrix.
-        codes: uint8 ``[..., rows, k_padded]``.
-        scale: bfloat16 ``[..., rows, groups]``.
-        zero: like scale.
-        signal: sum of squares of the weight there.
-        noise: sum of squares of what quantizing changed.
+        start: The first row, or the first matrix.
+        codes: uint8 ``[rows, k_padded]``, or ``[matrices, N, k_padded]``.
+        scale: bfloat16 ``[rows, groups]``, or ``[matrices, N, groups]``.
+        zero: Shape and dtype of scale.
+        signal: Sum of squares of these weights.
+        noise: Sum of squares of the quantization errors of these weights.
     """
 
     start: int
@@ -41,10 +41,18 @@ class Block:
 
 
 def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> Iterator[Block]:
-    """Quantize a weight ``[N, K]`` or ``[E, N, K]``, any float dtype and strides.
+    """Quantize a weight block by block.
 
-    shape: its group_size and k_padded are those of the blocks.
-    recipe: how codes are chosen.
+    Args:
+        weight: ``[N, K]`` or ``[E, N, K]``, any float dtype and strides, finite.
+        shape: The packed shape; group_size and k_padded are read.
+        recipe: How codes are chosen.
+
+    Yields:
+        The blocks, in order of their start.
+
+    Raises:
+        ValueError: The weight holds inf or NaN.
     """
     if recipe.statistics is None or weight.ndim == 2:
         quantizer = recipe.quantizer(shape.group_size, shape.k_padded, weight.device)
@@ -58,23 +66,31 @@ def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> 
             yield _block(start, quantizer(part), (1, *part.shape[:-1]))
 
 
-def dequantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
-    """What a weight becomes once it is quantized, ``[..., N, K]`` of dtype, contiguous.
+def fake_quantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """Quantize a weight and dequantize it again.
 
     Args:
-        weight: see `quantized_blocks`.
-        shape: see `quantized_blocks`.
-        recipe: see `quantized_blocks`.
-        dtype: of the result.
+        weight: ``[N, K]`` or ``[E, N, K]``, any float dtype and strides, finite.
+        shape: The packed shape; group_size and k_padded are read.
+        recipe: How codes are chosen.
+        dtype: The dtype of the result.
+
+    Returns:
+        The dequantized weight, with the shape of the weight, contiguous.
+
+    Raises:
+        ValueError: The weight holds inf or NaN.
     """
     made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for block in quantized_blocks(weight, shape, recipe):
-        made[block.start : block.start + len(block.codes)] = values_of(block, shape, recipe, dtype)
+        made[block.start : block.start + len(block.codes)] = dequantize_block(
+            block, shape, recipe, dtype
+        )
     return made
 
 
-def values_of(block: Block, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
-    """What the codes of a block stand for, ``[..., rows, K]`` of dtype."""
+def dequantize_block(block: Block, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """Dequantize a block: ``[rows, K]`` or ``[matrices, N, K]`` of dtype."""
     pre_scale = recipe.pre_scale
     values = dequantize(
         block.codes.reshape(-1, shape.k_padded),
@@ -95,7 +111,7 @@ def _block(start: int, made: Quantized, rows: Sequence[int]) -> Block:
     return Block(start, codes, scale, zero, made.signal, made.noise)
 
 
-def write(
+def pack_block(
     tiles: Tensor,
     scale_and_zero: Tensor,
     block: Block,
@@ -103,12 +119,17 @@ def write(
     pack_rows: Callable[[Tensor], Tensor],
     rows_per_tile: int,
 ) -> None:
-    """Pack a block into its place, with the pad that belongs to it.
+    """Pack a block, with its padding, into its place in the buffers of the whole weight.
 
-    tiles: where packed codes go, its first axis the rows (or matrices) of `shape`.
-    scale_and_zero: bfloat16 ``[..., groups, n_padded, 2]``.
-    pack_rows: packs codes whose rows are padded.
-    rows_per_tile: rows that one entry of the first axis of `tiles` holds, without a batch.
+    Args:
+        tiles: Packed codes of the whole weight, written to. The first axis holds the matrices of
+            a batch, or the rows of one matrix.
+        scale_and_zero: bfloat16 ``[groups, n_padded, 2]`` or ``[E, groups, n_padded, 2]``, written
+            to.
+        block: The block.
+        shape: The packed shape of the whole weight.
+        pack_rows: Packs padded codes, uint8 ``[..., rows, k_padded]``.
+        rows_per_tile: Rows that one entry of the first axis of `tiles` holds, for one matrix.
     """
     start, stop = block.start, block.start + len(block.codes)
     if block.codes.ndim > 2:

@@ -1,4 +1,4 @@
-"""Large tensors, a part at a time."""
+"""Split large tensors into parts that bound the scratch memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from torch import Tensor
 
 __all__ = ["CPU_CHUNK", "GPU_CHUNK", "row_blocks", "row_chunks"]
 
-CPU_CHUNK = 2**19  # its scratch stays in the caches: three times as fast as 2**22
-
-
+#: Elements of a weight in one part; each takes about 16 bytes of scratch. On the CPU the scratch of
+#: 2**19 stays in the caches, which is three times as fast as 2**22.
+CPU_CHUNK = 2**19
 GPU_CHUNK = 2**24
-"""Elements of the weight worked on at a time, each with some 16 bytes of scratch."""
 
 
 def row_blocks(tensor: Tensor, multiple: int, chunks: int = 1) -> Iterator[tuple[int, int]]:
-    """(start, stop) of successive blocks of rows, to bound scratch memory.
+    """Split a tensor into blocks of rows.
 
-    tensor: at least one axis; the first one is split.
-    multiple: every block but the last has a multiple of so many rows.
-    chunks: of `CPU_CHUNK` or `GPU_CHUNK` elements, in a block.
+    Args:
+        tensor: At least one axis; the first one is split.
+        multiple: Every block but the last has a multiple of this many rows.
+        chunks: The size of a block, in chunks of `CPU_CHUNK` or `GPU_CHUNK` elements.
+
+    Yields:
+        (start, stop) of each block.
     """
     chunk = chunks * (CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK)
     count = tensor.shape[0]
@@ -30,5 +33,5 @@ def row_blocks(tensor: Tensor, multiple: int, chunks: int = 1) -> Iterator[tuple
 
 
 def row_chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Blocks of any number of rows."""
+    """`row_blocks` of one chunk each, with any number of rows."""
     return row_blocks(tensor, 1)

@@ -20,14 +20,15 @@ __all__ = [
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Signal over noise in decibels, of two sums of squares; infinite where nothing was lost."""
+    """Signal-to-noise ratio in dB of two sums of squares; inf if the noise is 0."""
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def nonfinite_count(weight: Tensor) -> int:
-    """How many values are inf or NaN, or beyond fp32, where all arithmetic here happens.
+    """Count the values that are inf or NaN in fp32, the dtype in which weights are quantized.
 
-    weight: at least one axis, any float dtype and strides.
+    Args:
+        weight: At least one axis, any float dtype and strides.
     """
     count = torch.zeros((), dtype=torch.int64, device=weight.device)
     for start, stop in row_chunks(weight):
@@ -37,7 +38,7 @@ def nonfinite_count(weight: Tensor) -> int:
 
 
 def nonfinite_fault(weight: Tensor) -> str | None:
-    """Why the values of a weight keep it from being quantized, or None; see `nonfinite_count`."""
+    """Why a weight cannot be quantized: how many values are inf or NaN in fp32; else None."""
     bad = nonfinite_count(weight)
     return f"{bad} of the weight's {weight.numel()} values are inf or NaN" if bad else None
 
@@ -45,16 +46,16 @@ def nonfinite_fault(weight: Tensor) -> str | None:
 def squared_error(
     w: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None = None
 ) -> Tensor:
-    """Sum over each group of importance * (w - dequantized w)^2.
+    """Sum over each group of ``importance * (w - dequantized w)^2``.
 
-    The codes and what they stand for are computed in fp32 against the stored numbers, as
-    `fxint4.quant.primitives.quantize` and `dequantize` do; the sum is fp64.
+    Codes and dequantized weights are computed in fp32 from the stored bf16 numbers, as in
+    `fxint4.quant.primitives`; the sum is fp64.
 
     Args:
         w: fp32 ``[rows, groups, columns]``.
         scale: bf16 ``[rows, groups]``.
-        zero: like scale.
-        importance: fp32 ``[groups, columns]``, or None: 1.
+        zero: bf16 ``[rows, groups]``.
+        importance: fp32 ``[groups, columns]``; 1 everywhere if None.
 
     Returns:
         fp64 ``[rows, groups]``.
@@ -71,16 +72,16 @@ def better(
     other: tuple[Tensor, Tensor],
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each group: the other ones where their error is smaller, else the usual.
+    """Choose for each group the pair of scale and zero with the smaller `squared_error`.
 
     Args:
-        w: see `squared_error`.
-        usual: scale and zero, bf16 ``[rows, groups]``.
-        other: likewise. Numbers that are not finite never win.
-        importance: see `squared_error`.
+        w: fp32 ``[rows, groups, columns]``.
+        usual: Scale and zero, bf16 ``[rows, groups]`` each. They win a tie.
+        other: Scale and zero, bf16 ``[rows, groups]`` each. Numbers that are not finite never win.
+        importance: fp32 ``[groups, columns]``; 1 everywhere if None.
 
     Returns:
-        bf16 ``[rows, groups]`` each.
+        Scale and zero, bf16 ``[rows, groups]`` each.
     """
     wins = squared_error(w, *other, importance) < squared_error(w, *usual, importance)
     scale, zero = (torch.where(wins, new, old) for new, old in zip(other, usual, strict=True))
@@ -90,16 +91,16 @@ def better(
 def output_error(weight: Tensor, quantized: Tensor, second_moments: Tensor) -> float:
     """Relative error of a layer's output, ``sqrt(tr(D H D^T) / tr(W H W^T))``, D = quantized - W.
 
-    Over the inputs that H is of, this is exactly ``|X D^T| / |X W^T|`` in the Frobenius norm.
+    For the inputs X from which H was computed, this is ``|X D^T| / |X W^T|`` in the Frobenius norm.
     Computed in fp64, a block of rows at a time.
 
     Args:
         weight: W, ``[N, K]``, any float dtype and strides.
-        quantized: what the codes stand for, likewise.
+        quantized: The dequantized weight, ``[N, K]``, any float dtype and strides.
         second_moments: H, ``[K, K]``, the sum or the mean of ``x x^T`` over the input's rows x.
 
     Returns:
-        0 or more; 0 where nothing changed, inf where the output was 0 and is not any more.
+        The error, at least 0; inf if only the output of W is 0.
     """
     h = second_moments.double()
     change, output = (torch.zeros((), dtype=h.dtype, device=h.device) for _ in range(2))

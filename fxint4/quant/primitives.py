@@ -1,11 +1,11 @@
 """Round-to-nearest int4 with a scale and a float zero per group, and the way back.
 
 Plain tensor code for any device. A code q in 0..15 stands for ``w = (q - 8) * scale + zero``; a
-group is ``group_size`` neighbouring k of one row. Scale and zero are rounded to the bf16 numbers
-that will be stored before any code is chosen, so the codes make up for that rounding. How they are
-chosen is up to a `GroupParameters`: by default they span the group's range.
+group is ``group_size`` neighbouring k of one row. A `GroupParameters` chooses scale and zero; the
+default makes them span the group's range. They are rounded to bf16, as they are stored, before the
+codes are chosen, so the codes compensate for that rounding.
 
-Scratch memory is bounded by a few chunks of rows in fp32; no whole weight is ever copied.
+Scratch memory is a few chunks of rows in fp32; a whole weight is never copied.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from fxint4.quant.chunks import row_chunks
 from fxint4.quant.metrics import nonfinite_count, sqnr_db
-
-_MIDDLE = 8
-"""The code that stands for zero alone."""
+from fxint4.quant.tile_layout import MIDDLE_CODE
 
 # A little inside bf16's range, and itself a bf16 number: with scales and zeros made from numbers no
 # larger than this, no step between weight and code overflows fp32, nor does any op that reads them.
@@ -30,29 +28,35 @@ _LARGEST_SCALE = torch.finfo(torch.bfloat16).max / 8
 
 
 class GroupParameters(Protocol):
-    """Chooses scale and zero of groups of weights."""
+    """Chooses the scale and zero of groups of weights."""
 
     def __call__(self, w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
-        """Scale and zero, bf16 ``[rows, groups]``, such that ``w ~ (q - 8) * scale + zero``.
+        """Choose scale and zero such that ``w ~ (q - 8) * scale + zero`` with q in 0..15.
 
-        Must not fail where a weight is inf or NaN: `quantize` counts those once it is done.
+        Must not fail if a weight is inf or NaN: `quantize` raises for those afterwards.
 
-        w: fp32 ``[rows, groups, columns]``, any strides, not to be written to. There are
-        ``group_size`` columns, fewer where the weight ends within a group; never padding.
-        importance: fp32 ``[groups, columns]``, at least 0: how much the squared error of a weight
-        in that column counts. None: all alike. May be ignored.
+        Args:
+            w: fp32 ``[rows, groups, columns]``, any strides, not written to. There are
+                ``group_size`` columns, or fewer if the weight ends within a group; no padding.
+            importance: fp32 ``[groups, columns]``, at least 0: the weight of each column's squared
+                error; all columns are equal if None. May be ignored.
+
+        Returns:
+            Scale and zero, bf16 ``[rows, groups]`` each.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantized weight ``[N, K]`` and what that cost.
+    """A quantized weight ``[N, K]`` and its error.
 
-    codes: uint8 ``[N, k_padded]``, contiguous, values 0..15; 8 behind column K.
-    scale, zero: bf16 ``[N, groups]``, contiguous; 0 in groups that are all pad.
-    signal: sum of w^2 over the logical weight.
-    noise: sum of (w - dequantized w)^2 over the logical weight.
+    Attributes:
+        codes: uint8 ``[N, k_padded]``, contiguous, values 0..15; 8 in the padding from column K on.
+        scale: bf16 ``[N, groups]``, contiguous; 0 in groups that are all padding.
+        zero: bf16 ``[N, groups]``, contiguous; 0 in groups that are all padding.
+        signal: Sum of w^2, without padding.
+        noise: Sum of (w - dequantized w)^2, without padding.
     """
 
     codes: Tensor
@@ -63,21 +67,26 @@ class Quantized:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal over noise in decibels; infinite where nothing was lost."""
+        """Signal-to-quantization-noise ratio in dB; inf if the noise is 0."""
         return sqnr_db(self.signal, self.noise)
 
 
 def nearest_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
-    """Scale and zero that span the range of each group; a `GroupParameters`.
+    """Make scale and zero span the range of each group; a `GroupParameters`.
 
-    A group whose weights all equal one number keeps that number as exactly as two bf16 numbers
-    can hold it. A group so far from zero that rounding its zero to bf16 moves it by more than a
-    step gets a step wide enough to reach all its weights again. Weights beyond 3.35e38, a hair
-    below bf16's largest number, count as that.
+    If all weights of a group are equal, two bf16 numbers hold their value as exactly as they can.
+    If a group is so far from 0 that rounding its zero to bf16 moves it by more than a step, the
+    step is widened until it reaches all weights again. Weights are clamped to 3.35e38, slightly
+    below bf16's largest number.
 
-    importance: ignored.
+    Args:
+        w: fp32 ``[rows, groups, columns]``.
+        importance: Ignored.
+
+    Returns:
+        Scale and zero, bf16 ``[rows, groups]`` each.
     """
-    # fp64 because high - low may be beyond fp32, and because low and high may be nearly equal.
+    # fp64 because high - low may overflow fp32, and because low and high may be nearly equal.
     low, high = (end.double().clamp_(-_LARGEST, _LARGEST) for end in (w.amin(-1), w.amax(-1)))
     constant = low == high
     step = (high - low).div_(15).clamp_(max=_LARGEST_SCALE)
@@ -92,9 +101,11 @@ def nearest_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[
 
 
 def padded_columns(k: int, group_size: int, k_padded: int | None = None) -> int:
-    """Columns to store for a weight of k: k_padded, or by default as few as there can be.
+    """Columns to store for a weight of k columns: k_padded, or the fewest possible if None.
 
-    Raises ValueError where k_padded is less than k, or no multiple of group_size.
+    Raises:
+        ValueError: group_size is not positive, or k_padded is less than k or not a multiple of
+            group_size.
     """
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}, it must be positive")
@@ -114,12 +125,16 @@ def choose_parameters(
     parameters: GroupParameters = nearest_parameters,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero of every group of some rows.
+    """Choose scale and zero of every group of some rows.
 
-    w: fp32 ``[rows, K]``.
-    importance: fp32 ``[K]``, see `GroupParameters`.
-    Returns bf16 ``[rows, groups]`` each; the last group is shorter where group_size does not
-    divide K.
+    Args:
+        w: fp32 ``[rows, K]``. The last group is shorter if group_size does not divide K.
+        group_size: Neighbouring k that share a scale and a zero.
+        parameters: Chooses scale and zero.
+        importance: fp32 ``[K]``, the weight of each column's squared error; equal if None.
+
+    Returns:
+        Scale and zero, bf16 ``[rows, groups]`` each.
     """
     rows, k = w.shape
     full, rest = divmod(k, group_size)
@@ -140,15 +155,21 @@ def quantize(
     parameters: GroupParameters = nearest_parameters,
     importance: Tensor | None = None,
 ) -> Quantized:
-    """Quantizes a weight group by group, each weight to the nearest of its group's 16 values.
+    """Quantize a weight: round each value to the nearest of its group's 16 values.
 
-    weight: ``[N, K]``, any float dtype and strides, finite.
-    group_size: neighbouring k that share a scale and a zero.
-    k_padded: columns to store, at least K and a multiple of group_size; by default the least.
-    parameters: chooses each group's scale and zero.
-    importance: fp32 ``[K]``, see `GroupParameters`.
+    Args:
+        weight: ``[N, K]``, any float dtype and strides, finite.
+        group_size: Neighbouring k that share a scale and a zero.
+        k_padded: Columns to store, a multiple of group_size; the fewest possible if None.
+        parameters: Chooses each group's scale and zero.
+        importance: fp32 ``[K]``, the weight of each column's squared error; equal if None.
 
-    Raises ValueError where the weight holds inf or NaN, see `nonfinite_count`.
+    Returns:
+        Codes, scales and zeros, and the error.
+
+    Raises:
+        ValueError: The weight is no float ``[N, K]`` or holds values that are inf or NaN in fp32,
+            or an argument does not fit its shape.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or weight.shape[1] == 0:
         raise ValueError(
@@ -184,29 +205,37 @@ def quantize(
         z = zero[start:stop].float().unsqueeze(-1)
         q = q_scratch[: stop - start].view_as(w)
         torch.sub(w, z, out=q)
-        # Where the scale is 0 the weights are within one bf16 denormal of zero: code 8.
-        q.div_(s.masked_fill(s == 0, math.inf)).round_().clamp_(-_MIDDLE, 15 - _MIDDLE)
+        # If the scale is 0, the weights are within one bf16 denormal of zero: code 8.
+        q.div_(s.masked_fill(s == 0, math.inf)).round_().clamp_(-8, 7)
         signed = codes[start:stop].view(torch.int8).view_as(q)
-        signed.copy_(q).add_(_MIDDLE)
+        signed.copy_(q).add_(MIDDLE_CODE)
 
         q.mul_(s).add_(z)
         torch.sub(w, q, out=q)
         signal += _sum_of_squares(w.view(-1, k_padded)[:, :k])
         noise += _sum_of_squares(q.view(-1, k_padded)[:, :k])
 
-    codes[:, k:] = _MIDDLE
+    codes[:, k:] = MIDDLE_CODE
     return _quantized(weight, codes, scale, zero, signal, noise)
 
 
 def measured(
     weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int
 ) -> Quantized:
-    """Codes that were chosen elsewhere, with what they cost.
+    """Measure the error of codes that were chosen elsewhere.
 
-    weight: ``[N, K]``, any float dtype and strides, finite.
-    codes: uint8 ``[N, k_padded]``; scale, zero: bf16 ``[N, k_padded / group_size]``.
+    Args:
+        weight: ``[N, K]``, any float dtype and strides, finite.
+        codes: uint8 ``[N, k_padded]``, values 0..15.
+        scale: bf16 ``[N, k_padded / group_size]``.
+        zero: bf16 ``[N, k_padded / group_size]``.
+        group_size: Neighbouring k that share a scale and a zero.
 
-    Raises ValueError where the weight holds inf or NaN, see `nonfinite_count`.
+    Returns:
+        These codes, scales and zeros, and their error.
+
+    Raises:
+        ValueError: The weight holds values that are inf or NaN in fp32.
     """
     k = weight.shape[1]
     signal = torch.zeros((), dtype=torch.float64, device=weight.device)
@@ -223,7 +252,7 @@ def measured(
 def _quantized(
     weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, signal: Tensor, noise: Tensor
 ) -> Quantized:
-    """The result, unless its sums say that the weight is not finite."""
+    """Build the result; ValueError if the sums show that the weight is not finite."""
     total_signal, total_noise = torch.stack((signal, noise)).tolist()
     if not math.isfinite(total_signal):  # finite fp32 squares cannot overflow in fp64
         raise ValueError(
@@ -241,14 +270,23 @@ def dequantize(
     dtype: torch.dtype,
     k: int | None = None,
 ) -> Tensor:
-    """The weight that the codes stand for: ``(code - 8) * scale + zero``.
+    """Dequantize codes: ``(code - 8) * scale + zero``.
 
-    Computed in fp32 and rounded once to dtype; a value beyond dtype's range becomes its largest.
+    Computed in fp32 and rounded once to dtype; values are clamped to dtype's range.
 
-    codes: uint8 ``[N, k_padded]``, values 0..15.
-    scale, zero: ``[N, k_padded / group_size]``, any float dtype.
-    k: columns to return, by default all.
-    Returns ``[N, k]`` of dtype, contiguous.
+    Args:
+        codes: uint8 ``[N, k_padded]``, values 0..15.
+        scale: ``[N, k_padded / group_size]``, any float dtype.
+        zero: ``[N, k_padded / group_size]``, any float dtype.
+        group_size: Neighbouring k that share a scale and a zero.
+        dtype: The dtype of the result.
+        k: Columns to return; all if None.
+
+    Returns:
+        ``[N, k]`` of dtype, contiguous.
+
+    Raises:
+        ValueError: The shapes do not fit together, or k is not in 0..k_padded.
     """
     n, k_padded = codes.shape
     k = k_padded if k is None else k
@@ -267,7 +305,7 @@ def dequantize(
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     for start, stop in row_chunks(codes):
         w = codes[start:stop].to(torch.float32, memory_format=torch.contiguous_format)
-        w = w.view(stop - start, -1, group_size).sub_(_MIDDLE)
+        w = w.view(stop - start, -1, group_size).sub_(MIDDLE_CODE)
         w.mul_(scale[start:stop].float().unsqueeze(-1))
         w.add_(zero[start:stop].float().unsqueeze(-1))
         w.clamp_(-largest, largest)

@@ -1,4 +1,4 @@
-"""Which method and which statistics choose the codes of one weight."""
+"""Recipe: the method and the calibration statistics that choose the codes of one weight."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fxint4.quant.statistics import Statistics
 __all__ = ["RTN", "WITHOUT_DATA", "Recipe"]
 
 
-#: How methods that look at no activations, or at magnitudes alone, choose groups' parameters.
+#: How methods without second moments choose the scale and zero of a group.
 _PARAMETERS: dict[str, GroupParameters] = {
     "rtn": nearest_parameters,
     "mse": mse_parameters,
     "hqq": hqq_parameters,
 }
-#: What takes the place of a method that needs activations where there are none.
+#: The method used instead of one that needs statistics, if there are none.
 WITHOUT_DATA = "mse"
 
 #: Quantizes rows ``[rows, K]`` of a weight.
@@ -40,13 +40,12 @@ Quantizer = Callable[[Tensor], Quantized]
 class Recipe:
     """How the codes of one weight are chosen.
 
-    Scales and zeros are chosen by the squared error of the weight, but for "rtn"; where there are
-    statistics, every channel counts by its second moment.
+    With statistics, the squared error of each channel is weighted by the channel's second moment.
 
     Attributes:
-        method: one of `fxint4.config.int4_config.METHODS`.
-        statistics: of its activations; None for a method that needs none.
-        remark: why the method is not the one that was asked for, or nothing.
+        method: One of `fxint4.config.int4_config.METHODS`.
+        statistics: Calibration statistics of its activations; None for a method that needs none.
+        remark: Why the method is not the one that the user asked for; empty if it is.
     """
 
     method: str = "rtn"
@@ -55,20 +54,20 @@ class Recipe:
 
     @property
     def pre_scale(self) -> Tensor | None:
-        """fp32 ``[K]``: what the activation is multiplied by; None for nothing."""
+        """Factors of the activation's channels, fp32 ``[K]``; None if it is not scaled."""
         statistics = self.statistics if "awq" in self.method else None
         return None if statistics is None else statistics.pre_scale
 
     @property
     def chunks(self) -> int:
-        """How much of a weight to quantize at a time, see `fxint4.quant.primitives.row_blocks`.
+        """Size of a block to quantize, see `fxint4.quant.chunks.row_blocks`.
 
-        GPTQ takes a block's columns one after another, for as long whatever its rows.
+        Larger for GPTQ: it takes a block's columns one by one, so its time hardly depends on rows.
         """
         return 4 if "gptq" in self.method else 1
 
     def without_pre_scale(self) -> Recipe:
-        """The method nearest to it that multiplies the activation by nothing."""
+        """The most similar recipe that does not scale the activation."""
         if self.pre_scale is None:
             return self
         method = "gptq" if "gptq" in self.method else WITHOUT_DATA
@@ -77,13 +76,13 @@ class Recipe:
     def quantizer(
         self, group_size: int, k_padded: int, device: torch.device, matrix: int | None = None
     ) -> Quantizer:
-        """What quantizes the rows of the weight, or of one of several.
+        """A function that quantizes rows ``[rows, K]`` of a weight.
 
         Args:
-            group_size: neighbouring k that share a scale and a zero.
-            k_padded: columns to store.
-            device: where the weight is.
-            matrix: which of several weights, None where there is but one.
+            group_size: Neighbouring k that share a scale and a zero.
+            k_padded: Columns to store.
+            device: The weight's device.
+            matrix: The index of the matrix in a weight ``[E, N, K]``; None for a weight ``[N, K]``.
         """
         base = self._unscaled(group_size, k_padded, device, matrix)
         if self.pre_scale is None:
@@ -106,7 +105,7 @@ class Recipe:
     def _unscaled(
         self, group_size: int, k_padded: int, device: torch.device, matrix: int | None
     ) -> Quantizer:
-        """What quantizes rows that are divided by the pre-scale already."""
+        """A function that quantizes rows already divided by the pre-scale."""
         moments = self._second_moments(matrix)
         if moments is None:
             parameters = _PARAMETERS.get(self.method, mse_parameters)
@@ -121,7 +120,7 @@ class Recipe:
         return lambda rows: quantize(rows, group_size, k_padded, mse_parameters, importance)
 
     def _second_moments(self, matrix: int | None) -> Tensor | None:
-        """Those of one weight; None where no row reached it."""
+        """H of one matrix, ``[K, K]``; None if calibration sent no row to it."""
         if self.statistics is None:
             return None
         moments, rows = self.statistics.second_moments, self.statistics.rows

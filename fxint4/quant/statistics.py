@@ -1,4 +1,4 @@
-"""What a calibration learned of the activations that each weight multiplies."""
+"""Calibration: statistics of the activations that each weight multiplies."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of the activations x ``[rows, K]`` that one weight multiplies; equal by identity alone.
+    """Statistics of the activations x ``[rows, K]`` of one weight; compared by identity.
 
-    With several weights ``[E, N, K]`` there is one of each, and the rows are those that it sees.
+    A weight ``[E, N, K]`` has separate statistics for each of its E matrices, of the rows that this
+    matrix multiplies.
 
     Attributes:
         second_moments: fp32 ``[K, K]`` or ``[E, K, K]``, the sum of x^T x over the rows.
         magnitudes: fp32 ``[K]`` or ``[E, K]``, the mean of abs(x) over the rows.
-        rows: int64 ``[]`` or ``[E]``, how many there were.
-        pre_scale: fp32 ``[K]``: what to multiply x by, and to divide the weight by, so that the
-            weight loses less; None for nothing. Weights that multiply the same x, and several
-            weights of one tensor, have the same.
+        rows: int64 ``[]`` or ``[E]``, the number of rows.
+        pre_scale: fp32 ``[K]``, factors that x is multiplied by and the weight is divided by to
+            reduce its error; None for no factors. Weights that multiply the same x share them, and
+            so do the E matrices of one weight.
     """
 
     second_moments: Tensor
@@ -49,8 +50,8 @@ class Choice:
     """What a budget chose for a weight.
 
     Attributes:
-        group_size: neighbouring k that share a scale and a zero; None where it stays as it is.
-        method: see `fxint4.Int4Config`; empty where it stays as it is.
+        group_size: Neighbouring k that share a scale and a zero; None if the weight is not packed.
+        method: See `fxint4.Int4Config`; empty if the weight is not packed.
     """
 
     group_size: int | None
@@ -65,10 +66,10 @@ class Trade:
     """What a budget bought.
 
     Attributes:
-        budget: the option, such as "target_error=0.01".
-        error: the relative error of the model's output on the batches, as measured.
-        nbytes: of all weights that were chosen for, packed ones as packed.
-        next_step: what the next smaller error would cost, or nothing where there is none.
+        budget: The option, such as "target_error=0.01".
+        error: The relative error of the model's output, measured on the batches.
+        nbytes: Bytes of all weights that the budget covers, after packing.
+        next_step: What the next smaller error would cost; empty if there is none.
     """
 
     budget: str
@@ -82,12 +83,12 @@ class Trade:
 
 
 class Calibration:
-    """Statistics of the weights of a model, as `fxint4.calibrate` gathers them.
+    """The calibration statistics of a model, as `fxint4.calibrate` returns them.
 
     Args:
-        statistics: of each weight, by name, see `fxint4.graph.constants.Weight.key`.
-        choices: what a budget chose for each weight.
-        trade: what the budget bought; None without one.
+        statistics: The statistics of each weight, by `fxint4.weights.expression.Weight.key`.
+        choices: What a budget chose for each weight, by the same key.
+        trade: What the budget bought; None without one.
     """
 
     def __init__(
@@ -118,14 +119,14 @@ class Calibration:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all statistics; what weights share counts once."""
+        """Bytes of all statistics; shared tensors count once."""
         return sum(tensor.nbytes for tensor in self._parts()[0].values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; what weights share is written once.
+        """Write a safetensors file; shared tensors are written once.
 
         Args:
-            path: of the file.
+            path: The path of the file.
         """
         from safetensors.torch import save_file
 
@@ -147,11 +148,11 @@ class Calibration:
         """Read what `save` wrote.
 
         Args:
-            path: of the file.
-            device: where the statistics go.
+            path: The path of the file.
+            device: The device of the statistics.
 
         Raises:
-            PackedFormatError: another file, or a damaged one.
+            PackedFormatError: The file does not exist, is damaged, or `save` did not write it.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -180,7 +181,7 @@ class Calibration:
             ) from error
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
-        """All tensors by name, and for each weight what its parts are called."""
+        """All tensors by name; and for each weight the names of its statistics' tensors."""
         names: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         weights: dict[str, dict[str, str]] = {}
@@ -197,16 +198,16 @@ class Calibration:
 
 
 def computed_key(parameters: Sequence[str], signature: str) -> str:
-    """The name of a weight that is computed of parameters, the same in every process.
+    """The key of a weight that is computed from parameters, the same in every process.
 
     Args:
-        parameters: their full names, the largest first.
-        signature: of the computation, see `fxint4.graph.constants.Weight`.
+        parameters: The full names of the parameters, the largest first.
+        signature: The signature of the computation, see `fxint4.weights.expression.Weight`.
     """
     steps = re.sub(r"literal \d+", "literal", signature)
     return f"{'+'.join(parameters)}#{hashlib.sha256(steps.encode()).hexdigest()[:8]}"
 
 
 def transposed_key(parameter: str) -> str:
-    """The name of a weight that is a parameter ``[..., K, N]``; else it is the parameter's own."""
+    """The key of a parameter ``[..., K, N]``; that of ``[..., N, K]`` is the parameter's name."""
     return f"{parameter}.T"

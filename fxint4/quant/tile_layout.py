@@ -19,25 +19,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Group sizes that ``aten._weight_int4pack_mm`` takes.
 GROUP_SIZES = (32, 64, 128, 256)
+#: Values of inner_k_tiles that ``aten._weight_int4pack_mm`` takes.
 INNER_K_TILES = (2, 4, 8)
-PAD_CODE = 8
-"""The code that stands for ``zero`` alone: with a zero of 0 it dequantizes to 0."""
+#: Dtypes of weights that are packed, and of the activations that multiply them.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: The code q at which ``(q - 8) * scale + zero`` is ``zero``. It is also the code of all padding,
+#: which dequantizes to 0 because its zero is 0.
+MIDDLE_CODE = 8
 
+#: Codes that `pack_for_cpu` widens to int32 at a time.
 _CPU_CHUNK = 2**19
-"""Codes widened to int32 at a time by `pack_for_cpu`."""
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """What one weight looks like once packed.
+    """The logical and the packed shape of one weight.
 
-    n, k: the logical out and in features.
-    group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
-    inner_k_tiles: 2, 4 or 8; one tile spans ``16 * inner_k_tiles`` values of k.
-    n_padded, k_padded: the out and in features that are stored.
-    batch: axes in front, such as the experts of a ``[E, N, K]`` weight.
-    pre_scaled: whether the weight is divided by a factor for each k, and its activation multiplied.
+    Attributes:
+        n: Out features.
+        k: In features.
+        group_size: Neighbouring k that share a scale and a zero: 32, 64, 128 or 256.
+        inner_k_tiles: 2, 4 or 8; one tile spans ``16 * inner_k_tiles`` values of k.
+        n_padded: Out features that are stored.
+        k_padded: In features that are stored.
+        batch: Sizes of the axes in front, such as the experts of a ``[E, N, K]`` weight.
+        pre_scaled: Whether the activation is multiplied, and the weight divided, by a factor for
+            each k.
     """
 
     n: int
@@ -51,7 +60,7 @@ class TileShape:
 
     @property
     def groups(self) -> int:
-        """Groups in one row, pad included."""
+        """Groups in one row, padding included."""
         return self.k_padded // self.group_size
 
     @property
@@ -67,7 +76,7 @@ class TileShape:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the int32 tiles, a bf16 scale_and_zero and an fp32 pre-scale together."""
+        """Bytes of int32 tiles, bf16 scale_and_zero and fp32 pre-scale together."""
         matrix = self.n_padded * self.k_padded // 2 + 4 * self.groups * self.n_padded
         return math.prod(self.batch) * matrix + 4 * self.k * self.pre_scaled
 
@@ -80,12 +89,20 @@ def choose_shape(
     n_multiple: int = 8,
     batch: tuple[int, ...] = (),
 ) -> TileShape:
-    """The smallest legal packed shape for a weight ``[n, k]``.
+    """Choose the smallest valid packed shape for a weight ``[*batch, n, k]``.
 
-    group_size and inner_k_tiles are upper bounds. The group is the largest one, not above the
-    asked one, that divides k; where none divides k, the one whose packed row takes the fewest
-    bytes. Then inner_k_tiles is the largest one, not above the asked one, whose tiles divide the
-    padded k. n is padded to a multiple of n_multiple (8, or 16 where the CPU op is to read it too).
+    Args:
+        n: Out features.
+        k: In features.
+        group_size: An upper bound. The group is the largest one up to it that divides k; if none
+            does, the one whose packed row takes the fewest bytes.
+        inner_k_tiles: An upper bound. The result has the largest one up to it whose tiles divide
+            the padded k.
+        n_multiple: n is padded to a multiple of this: 8, or 16 for the CPU op.
+        batch: Sizes of the axes in front.
+
+    Raises:
+        ValueError: An argument is not one of the valid numbers.
     """
     if n < 1 or k < 1:
         raise ValueError(f"a weight needs at least one row and one column, got n={n}, k={k}")
@@ -104,16 +121,29 @@ def choose_shape(
 
     group = next((g for g in allowed if k % g == 0), None) or min(allowed, key=row_bytes)
     k_padded = _round_up(k, group)
-    inner = max(i for i in INNER_K_TILES if i <= inner_k_tiles and k_padded % (16 * i) == 0)
+    inner = largest_inner_k_tiles(k_padded, inner_k_tiles)
     return TileShape(n, k, group, inner, _round_up(n, n_multiple), k_padded, batch)
 
 
-def pack(codes: Tensor, inner_k_tiles: int) -> Tensor:
-    """Packs codes into tiles.
+def largest_inner_k_tiles(k_padded: int, most: int) -> int:
+    """The largest inner_k_tiles, not above `most`, whose tiles divide k_padded."""
+    return max(i for i in INNER_K_TILES if i <= most and k_padded % (16 * i) == 0)
 
-    codes: uint8 ``[..., N, K]``, every value in 0..15 (not checked: that would wait for the
-        device), N a multiple of 8, K a multiple of ``16 * inner_k_tiles``, any strides.
-    Returns int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
+
+def pack(codes: Tensor, inner_k_tiles: int) -> Tensor:
+    """Pack codes into tiles.
+
+    Args:
+        codes: uint8 ``[..., N, K]``, any strides, N a multiple of 8, K a multiple of
+            ``16 * inner_k_tiles``. Values must be in 0..15; checking that would wait for the
+            device.
+        inner_k_tiles: 2, 4 or 8.
+
+    Returns:
+        int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
+
+    Raises:
+        ValueError: The dtype, the shape or inner_k_tiles is another.
     """
     if inner_k_tiles not in INNER_K_TILES:
         raise ValueError(f"inner_k_tiles is {inner_k_tiles}, it must be one of {INNER_K_TILES}")
@@ -130,18 +160,21 @@ def pack(codes: Tensor, inner_k_tiles: int) -> Tensor:
     even, odd = split.unbind(-3)
     octets = (odd << 4).bitwise_or_(even)  # nt, row, ko, j, high, lane, pair
     octets = _permute_last(octets, (0, 2, 1, 5, 3, 6, 4))  # nt, ko, row, lane, j, pair, high
-    if sys.byteorder == "big":
-        octets = octets.flip((-2, -1))
     words = octets.reshape(*batch, n // 8, k // span, 32, inner_k_tiles // 2, 4)
-    return words.contiguous().view(torch.int32).squeeze(-1)
+    return _little_endian(words).contiguous().view(torch.int32).squeeze(-1)
 
 
 def unpack(tiles: Tensor) -> Tensor:
-    """The exact inverse of `pack`.
+    """Unpack tiles: the inverse of `pack`.
 
-    tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, any strides;
-        inner_k_tiles is read off the shape.
-    Returns uint8 codes ``[..., N, K]``, contiguous.
+    Args:
+        tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, any strides.
+
+    Returns:
+        Codes, uint8 ``[..., N, K]``, contiguous.
+
+    Raises:
+        ValueError: The dtype or the shape is another.
     """
     if tiles.dtype != torch.int32:
         raise ValueError(f"tiles have dtype {tiles.dtype}, they must be torch.int32")
@@ -151,10 +184,7 @@ def unpack(tiles: Tensor) -> Tensor:
             "it must be [..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]"
         )
     *batch, n_tiles, k_tiles, _, words = tiles.shape
-    octets = tiles.contiguous().view(torch.uint8)
-    octets = octets.reshape(*batch, n_tiles, k_tiles, 8, 4, words, 2, 2)
-    if sys.byteorder == "big":
-        octets = octets.flip((-2, -1))
+    octets = _octets(tiles).reshape(*batch, n_tiles, k_tiles, 8, 4, words, 2, 2)
     # nt, ko, row, lane, j, pair, high -> nt, row, ko, j, high, lane, pair
     octets = _permute_last(octets, (0, 2, 1, 4, 6, 3, 5))
     codes = octets.new_empty((*batch, n_tiles, 8, k_tiles, words, 2, 2, 4, 2))
@@ -164,12 +194,32 @@ def unpack(tiles: Tensor) -> Tensor:
     return codes.view(*batch, n_tiles * 8, k_tiles * words * 32)
 
 
-def pack_scale_and_zero(scale: Tensor, zero: Tensor) -> Tensor:
-    """Joins scales and zeros into the one tensor that the ops read.
+def nibbles(words: Tensor) -> Tensor:
+    """The eight 4-bit numbers of each word, least significant first.
 
-    scale, zero: ``[..., N, groups]``, one dtype, any strides. The CUDA op reads bf16 and does not
-        check; the CPU op wants the activation's dtype.
-    Returns ``[..., groups, N, 2]`` of that dtype, contiguous: scale first, then zero.
+    Args:
+        words: int32, any shape and strides.
+
+    Returns:
+        uint8 ``[..., 8]``, contiguous.
+    """
+    octets = _octets(words)
+    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+
+
+def pack_scale_and_zero(scale: Tensor, zero: Tensor) -> Tensor:
+    """Join scales and zeros into the one tensor that the ops read.
+
+    Args:
+        scale: ``[..., N, groups]``, any strides. The CUDA op reads bf16 and does not check; the CPU
+            op needs the activation's dtype.
+        zero: Shape and dtype of scale, any strides.
+
+    Returns:
+        ``[..., groups, N, 2]`` of that dtype, contiguous: scale first, then zero.
+
+    Raises:
+        ValueError: scale and zero differ in shape or dtype.
     """
     if scale.shape != zero.shape or scale.dtype != zero.dtype or scale.ndim < 2:
         raise ValueError(
@@ -184,10 +234,16 @@ def pack_scale_and_zero(scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def unpack_scale_and_zero(scale_and_zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The exact inverse of `pack_scale_and_zero`.
+    """Split scales and zeros: the inverse of `pack_scale_and_zero`.
 
-    scale_and_zero: ``[..., groups, N, 2]``.
-    Returns scale and zero, each ``[..., N, groups]``, contiguous, of the same dtype.
+    Args:
+        scale_and_zero: ``[..., groups, N, 2]``, any dtype and strides.
+
+    Returns:
+        scale and zero, each ``[..., N, groups]``, contiguous, of the same dtype.
+
+    Raises:
+        ValueError: The shape is another.
     """
     if scale_and_zero.ndim < 3 or scale_and_zero.shape[-1] != 2:
         raise ValueError(
@@ -199,14 +255,20 @@ def unpack_scale_and_zero(scale_and_zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_for_cpu(codes: Tensor) -> Tensor:
-    """Packs codes the way ``aten._weight_int4pack_mm_for_cpu`` reads them on this machine.
+    """Pack codes the way ``aten._weight_int4pack_mm_for_cpu`` reads them on this machine.
 
     The order of the bytes depends on the instruction set of the processor that runs this (AVX-512,
     AVX2 and others differ), and a wrong pairing gives wrong numbers without an error. So the
     result is a cache for this machine and this process: never write it to a file.
 
-    codes: uint8 ``[..., N, K]`` on the CPU, every value in 0..15, N a multiple of 16, K even.
-    Returns uint8 ``[..., N, K/2]``; the op reads one ``[N, K/2]`` of it at a time.
+    Args:
+        codes: uint8 ``[..., N, K]`` on the CPU, values in 0..15, N a multiple of 16, K even.
+
+    Returns:
+        uint8 ``[..., N, K/2]``; the op reads one ``[N, K/2]`` of it at a time.
+
+    Raises:
+        ValueError: The dtype, the shape or the device is another.
     """
     _check_codes(codes)
     if codes.shape[-2] % 16 or codes.shape[-1] % 2:
@@ -230,10 +292,17 @@ def pack_for_cpu(codes: Tensor) -> Tensor:
 
 
 def pad_codes(codes: Tensor, shape: TileShape) -> Tensor:
-    """Pads codes to the stored shape with code 8.
+    """Pad codes to the stored shape with code 8.
 
-    codes: uint8 ``[..., N, K]``, at most ``[..., shape.n_padded, shape.k_padded]``.
-    Returns uint8 ``[..., shape.n_padded, shape.k_padded]``; codes itself if it has that shape.
+    Args:
+        codes: uint8 ``[..., N, K]``, at most ``[..., shape.n_padded, shape.k_padded]``.
+        shape: The packed shape.
+
+    Returns:
+        uint8 ``[..., shape.n_padded, shape.k_padded]``; codes itself if it has that shape.
+
+    Raises:
+        ValueError: codes are larger, or not uint8.
     """
     _check_codes(codes)
     *batch, n, k = codes.shape
@@ -245,16 +314,24 @@ def pad_codes(codes: Tensor, shape: TileShape) -> Tensor:
         return codes
     padded = codes.new_empty((*batch, shape.n_padded, shape.k_padded))
     padded[..., :n, :k] = codes
-    padded[..., n:, :] = PAD_CODE
-    padded[..., :n, k:] = PAD_CODE
+    padded[..., n:, :] = MIDDLE_CODE
+    padded[..., :n, k:] = MIDDLE_CODE
     return padded
 
 
 def pad_parameters(scale: Tensor, zero: Tensor, n_padded: int) -> tuple[Tensor, Tensor]:
-    """Appends rows of zeros, so that the rows that are not there dequantize to 0.
+    """Append rows of zeros, so that padded rows dequantize to 0.
 
-    scale, zero: ``[..., N, groups]`` with N at most n_padded.
-    Returns both as ``[..., n_padded, groups]``; scale and zero themselves if N is n_padded.
+    Args:
+        scale: ``[..., N, groups]`` with N at most n_padded.
+        zero: ``[..., N, groups]``.
+        n_padded: Rows to store.
+
+    Returns:
+        scale and zero, ``[..., n_padded, groups]``; the arguments themselves if N is n_padded.
+
+    Raises:
+        ValueError: The shapes differ, or N is above n_padded.
     """
     n = scale.shape[-2]
     if scale.shape != zero.shape or n > n_padded:
@@ -269,9 +346,19 @@ def pad_parameters(scale: Tensor, zero: Tensor, n_padded: int) -> tuple[Tensor, 
 
 
 def _permute_last(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Permutes the last axes and leaves the batch axes in front of them alone."""
+    """Permute the last axes and leave the batch axes in front of them."""
     batch = tensor.ndim - len(order)
     return tensor.permute(*range(batch), *(batch + axis for axis in order))
+
+
+def _octets(words: Tensor) -> Tensor:
+    """The four bytes of each int32 word, least significant first: uint8 ``[..., 4]``."""
+    return _little_endian(words.contiguous().unsqueeze(-1).view(torch.uint8))
+
+
+def _little_endian(octets: Tensor) -> Tensor:
+    """Bytes of words ``[..., 4]`` in this machine's order, least significant first; and back."""
+    return octets.flip(-1) if sys.byteorder == "big" else octets
 
 
 def _check_codes(codes: Tensor) -> None:

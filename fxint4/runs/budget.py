@@ -15,13 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxint4._pytorch.tensors import real_tensors
-from fxint4.config.int4_config import GROUP_SIZES
 from fxint4.passes.plan import recipe_of
 from fxint4.passes.site import Site
-from fxint4.quant.blockwise import dequantized
+from fxint4.quant.blockwise import fake_quantized
 from fxint4.quant.metrics import nonfinite_fault, output_error
 from fxint4.quant.statistics import Calibration, Choice, Statistics, Trade
-from fxint4.quant.tile_layout import choose_shape
+from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape
 from fxint4.runs.errors_of import differences, float_tensors, ratio
 from fxint4.runs.observers import ObservedGraph, Observer, Weights
 from fxint4.runs.state_guard import StateGuard
@@ -226,7 +225,7 @@ class _Laboratory:
             site.shape.n, site.shape.k, choice.group_size or _BASE_GROUP, batch=site.shape.batch
         )
         recipe = recipe_of(self._config.with_choice(choice), key, weight.shape)
-        return dequantized(weight, shape, recipe, weight.dtype)
+        return fake_quantized(weight, shape, recipe, weight.dtype)
 
     def _as_output_errors(self, key: str, offers: Sequence[_Offer]) -> list[_Offer]:
         """Offers whose errors are of the model's output, by measuring one of them."""

@@ -23,7 +23,7 @@ from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.plan import recipe_at_run_time, sqnr_fault
 from fxint4.passes.site import Site
-from fxint4.quant.blockwise import quantized_blocks, values_of
+from fxint4.quant.blockwise import dequantize_block, quantized_blocks
 from fxint4.quant.metrics import nonfinite_fault, sqnr_db
 from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
 from fxint4.runs.state_guard import StateGuard, forked_random_state
@@ -77,7 +77,7 @@ def _quantized_by(config: Int4Config) -> QuantizedOf:
         made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         signal = noise = 0.0
         for block in quantized_blocks(weight, site.shape, recipe):
-            values = values_of(block, site.shape, recipe, dtype)
+            values = dequantize_block(block, site.shape, recipe, dtype)
             made[block.start : block.start + len(values)] = values
             signal += block.signal
             noise += block.noise

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.passes.plan import recipe_of
 from fxint4.passes.site import Site
-from fxint4.quant.blockwise import dequantized
+from fxint4.quant.blockwise import fake_quantized
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import Calibration
 from fxint4.runs.interpreter import Activation, own_matrix
@@ -88,7 +88,7 @@ class _Flow:
                 self._matrices[key] = (
                     own_matrix(site, roots, activations)
                     if nonfinite_fault(weight)
-                    else dequantized(weight, site.shape, recipe, dtype)
+                    else fake_quantized(weight, site.shape, recipe, dtype)
                 )
             return self._matrices[key]
 

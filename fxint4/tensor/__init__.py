@@ -1,8 +1,8 @@
 """`Int4TileTensor`: a packed weight that behaves like the weight it was made from.
 
-`core` is the class and what it is made from and into; `views` the operators that say which part of
-a weight is meant and how its axes lie; `matmul` those that multiply by it, and `layers` those that
-do more than that.
+`core` holds the class; `views` the operators that keep a weight packed, such as slicing; `matmul`
+those that multiply by it; `layers` those that are a whole layer; `files` reads and writes
+safetensors.
 """
 
 from __future__ import annotations

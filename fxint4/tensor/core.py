@@ -1,4 +1,4 @@
-"""The class, and the ways into it and out of it."""
+"""`Int4TileTensor`, the class of packed weights, and how it is made and dequantized."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ from fxint4._pytorch.tensors import (
 )
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
-from fxint4.quant.blockwise import quantized_blocks, write
+from fxint4.quant.blockwise import pack_block, quantized_blocks
 from fxint4.quant.metrics import sqnr_db
 from fxint4.quant.primitives import dequantize
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import (
+    DTYPES,
     GROUP_SIZES,
     INNER_K_TILES,
+    MIDDLE_CODE,
     TileShape,
     choose_shape,
+    largest_inner_k_tiles,
     pack,
     pack_scale_and_zero,
     pad_codes,
@@ -43,19 +46,18 @@ from fxint4.quant.tile_layout import (
 
 __all__ = ["NEW_AXIS", "Int4TileTensor", "checked", "dequantizing", "implements"]
 
-#: Stands in `Int4TileTensor.axes` for an axis of size 1 that the stored weight does not have.
+#: In `Int4TileTensor.axes`: an axis of size 1 that the stored weight does not have.
 NEW_AXIS = -1
 
 #: (start, stop) of runs of stored columns.
 Columns = tuple[tuple[int, int], ...]
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 _dequantizing: ContextVar[bool] = ContextVar("fxint4_dequantizing", default=False)
 
 
 def implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function what `Int4TileTensor` does for these aten ops."""
+    """Register a function as the implementation of aten ops for `Int4TileTensor`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _IMPLEMENTATIONS.update(dict.fromkeys(ops, function))
@@ -66,9 +68,9 @@ def implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @contextlib.contextmanager
 def dequantizing() -> Iterator[None]:
-    """Within it, an operator that packed weights don't support gets them dequantized instead.
+    """Dequantize packed weights for operators that do not support them.
 
-    Each such call makes a whole weight in its logical dtype. Holds for the current thread.
+    Each such call makes a whole weight in its logical dtype. Applies to the current thread.
     """
     token = _dequantizing.set(True)
     try:
@@ -80,10 +82,10 @@ def dequantizing() -> Iterator[None]:
 class Int4TileTensor(Tensor):
     """An int4 weight in tensor-core tiles, with the shape and dtype of the weight it stands for.
 
-    The stored weight is ``[N, K]``, or ``[E, N, K]`` with further axes in front; the logical one
-    may be a part of it, and its axes may lie in another order, without anything being copied.
-    Its value is ``(code - 8) * scale + zero``, see docs/layout.md; with a pre-scale (AWQ, Lin et
-    al. 2023; torchao's act_pre_scale) each column of that times a factor of its own. A product
+    The stored weight is ``[N, K]``, or ``[E, N, K]`` with any number of axes in front. The logical
+    weight may be a part of it and may have its axes in another order; neither copies anything.
+    The value is ``(code - 8) * scale + zero``, see docs/layout.md. With a pre-scale (AWQ, Lin et
+    al. 2023; torchao's act_pre_scale) each column of that is multiplied by its own factor; a matmul
     multiplies x by the factors instead.
 
     Make one with `from_float`, `from_plain` or `from_tiles`. Inference only: it never requires
@@ -92,17 +94,17 @@ class Int4TileTensor(Tensor):
     Args:
         tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
         scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
-        n: rows, counted from the first stored one.
-        columns: (start, stop) of the runs of stored columns that are the logical ones, in order.
-        group_size: neighbouring stored columns that share a scale and a zero.
-        dtype: what it dequantizes to: bfloat16, float16 or float32.
-        axes: for each logical axis the stored axis that it is, or `NEW_AXIS`.
-        is_part: whether what is stored beside the logical part belongs to another tensor.
-        pre_scale: float32 ``[K]``, the factor of each stored column, the same for all rows and
-            matrices, 1 behind the logical ones; None where x is multiplied by nothing.
+        n: The number of logical rows; they are the first stored ones.
+        columns: (start, stop) of each run of stored columns that is logical, in order.
+        group_size: Neighbouring stored columns that share a scale and a zero.
+        dtype: The logical dtype: bfloat16, float16 or float32.
+        axes: The stored axis of each logical axis, or `NEW_AXIS`.
+        is_part: Whether stored values outside the logical part belong to another tensor.
+        pre_scale: float32 ``[K]``, a factor for each stored column, the same for all rows and
+            matrices, 1 in the padding; None for no factors.
 
     Attributes:
-        metadata: what it is beside its buffers: dtype, n, columns, group_size, axes, is_part.
+        metadata: All but the buffers: dtype, n, columns, group_size, axes, is_part.
     """
 
     tiles: Tensor
@@ -128,7 +130,7 @@ class Int4TileTensor(Tensor):
         is_part: bool = False,
         pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
-        """Wrap buffers that are known to be right; `from_tiles` checks them."""
+        """Wrap buffers without checking them; `from_tiles` checks."""
         stored = (*tiles.shape[:-4], n, sum(stop - start for start, stop in columns))
         strides = [math.prod(stored[axis + 1 :]) for axis in range(len(stored))]
         size = [1 if axis == NEW_AXIS else stored[axis] for axis in axes]
@@ -156,10 +158,10 @@ class Int4TileTensor(Tensor):
         self.axes = axes
         self.is_part = is_part
         self.metadata = (self.dtype, n, columns, group_size, axes, is_part)
-        # Made once: Dynamo's guards ask for it twice in every call of compiled code.
+        # Cached: Dynamo's guards read it twice in every call of compiled code.
         self._flattened = (list(self.buffers), self.metadata)
 
-    # --- ways in ---------------------------------------------------------------------------------
+    # --- constructors ----------------------------------------------------------------------------
 
     @classmethod
     def from_float(cls, weight: Tensor, config: Int4Config | None = None) -> Int4TileTensor:
@@ -167,15 +169,18 @@ class Int4TileTensor(Tensor):
 
         Args:
             weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides, finite.
-            config: group_size, inner_k_tiles and method; the defaults where None.
+            config: Its group_size, inner_k_tiles and method are read; the defaults if None.
 
         Raises:
-            TypeError: what is no tensor, or no config.
-            ValueError: the weight has another dtype or fewer than two axes, is packed already, or
-                has no values or holds inf or NaN.
+            TypeError: weight is no tensor, or config no `Int4Config`.
+            ValueError: The weight has another dtype or fewer than two axes, is packed already, has
+                no values, or holds inf or NaN.
         """
         _check_float(weight, config)
-        return cls.quantized(weight, config)[0]
+        config = config or Int4Config()
+        *batch, n, k = weight.shape
+        shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
+        return cls.quantized(weight, shape, Recipe(config.method))[0]
 
     @classmethod
     def from_plain(
@@ -190,33 +195,34 @@ class Int4TileTensor(Tensor):
         inner_k_tiles: int = 8,
         pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
-        """Pack codes and group parameters that were chosen elsewhere, as they are.
+        """Pack codes, scales and zeros that were chosen elsewhere.
 
         Args:
             codes: uint8 ``[..., N, K]``, values 0..15.
             scale: ``[..., N, groups]``, any float dtype; stored rounded to bfloat16.
-            zero: like scale. Of a float dtype, the float zero of ``(code - 8) * scale + zero``;
-                of an integer dtype, the zero point of ``(code - zero_point) * scale``.
-            group_size: 32, 64, 128 or 256; where None, K / groups.
-            shape: logical shape, where codes, scale and zero are padded beyond it.
-            dtype: logical dtype.
+            zero: ``[..., N, groups]``. A float dtype means the float zero of
+                ``(code - 8) * scale + zero``; an integer dtype means the zero point of
+                ``(code - zero_point) * scale``.
+            group_size: 32, 64, 128 or 256; K / groups if None.
+            shape: The logical shape, if codes, scale and zero are padded.
+            dtype: The logical dtype.
             inner_k_tiles: 2, 4 or 8, an upper bound.
-            pre_scale: ``[K]``, any float dtype, stored as float32: what to multiply each column of
-                codes, scale and zero by.
+            pre_scale: ``[K]``, any float dtype, stored as float32: the factor of each dequantized
+                column.
 
         Raises:
-            ValueError: shapes, dtypes or values that do not fit together.
+            ValueError: Shapes, dtypes or values do not fit together.
         """
         _check_plain(codes, scale, zero)
         _check_dtype(dtype)
         if inner_k_tiles not in INNER_K_TILES:
             raise ValueError(f"inner_k_tiles is {inner_k_tiles}; it must be one of {INNER_K_TILES}")
-        k_given, groups = codes.shape[-1], scale.shape[-1]
+        columns, groups = codes.shape[-1], scale.shape[-1]
         if group_size is None:
-            group_size = k_given // max(groups, 1)
-        if group_size not in GROUP_SIZES or -(-k_given // group_size) != groups:
+            group_size = columns // max(groups, 1)
+        if group_size not in GROUP_SIZES or -(-columns // group_size) != groups:
             raise ValueError(
-                f"codes have {k_given} columns and scale has {groups} groups: with group_size="
+                f"codes have {columns} columns and scale has {groups} groups: with group_size="
                 f"{group_size} (one of {GROUP_SIZES}) there must be columns / group_size of them"
             )
         logical = tuple(codes.shape if shape is None else shape)
@@ -227,7 +233,7 @@ class Int4TileTensor(Tensor):
         if not all(0 < want <= have for want, have in zip(logical, codes.shape, strict=True)):
             raise ValueError(f"shape is {logical}, codes {tuple(codes.shape)} cannot hold it")
         if not zero.is_floating_point():
-            zero = (8 - zero.to(torch.float32)) * scale.to(torch.float32)
+            zero = (MIDDLE_CODE - zero.to(torch.float32)) * scale.to(torch.float32)
         scale, zero = scale.to(torch.bfloat16), zero.to(torch.bfloat16)
         if not bool((scale.isfinite() & zero.isfinite()).all()):
             raise ValueError("scale or zero holds inf or NaN, or numbers beyond bfloat16")
@@ -246,19 +252,19 @@ class Int4TileTensor(Tensor):
         dtype: torch.dtype = torch.bfloat16,
         pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
-        """Take buffers in the layout of ``aten._weight_int4pack_mm``, without a copy.
+        """Wrap buffers in the layout of ``aten._weight_int4pack_mm``, without a copy.
 
         Args:
             tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
             scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``, contiguous, on the same device.
-            shape: logical shape ``[..., N, K]``.
-            dtype: logical dtype.
-            pre_scale: ``[K]``, any float dtype, on the same device: what to multiply each column of
-                the tiles by; copied.
+            shape: The logical shape ``[..., N, K]``.
+            dtype: The logical dtype.
+            pre_scale: ``[K]``, any float dtype, on the same device: the factor of each dequantized
+                column; copied.
 
         Raises:
-            PackedFormatError: buffers of another dtype or layout, or that disagree with each other
-                or with the shape. The op itself would return garbage.
+            PackedFormatError: The buffers have another dtype or layout, or do not fit each other or
+                the shape. The op does not check; it would return garbage.
         """
         shape = tuple(shape)
         if len(shape) < 2 or tiles.ndim < 4 or tiles.shape[:-4] != shape[:-2]:
@@ -285,46 +291,41 @@ class Int4TileTensor(Tensor):
             pre_scale = padded_pre_scale(pre_scale, k_padded)
         return checked(tiles, scale_and_zero, metadata, pre_scale)
 
-    # --- ways out --------------------------------------------------------------------------------
+    # --- back to plain tensors -------------------------------------------------------------------
 
     def get_plain(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The codes and group parameters, exactly as stored, of the logical part.
+        """The codes, scales and float zeros of the logical part, exactly as stored.
 
-        The inverse of `from_plain`, with a float zero; what they stand for is still to be
-        multiplied by `plain_pre_scale`.
+        The inverse of `from_plain`. They do not include `plain_pre_scale`.
 
         Returns:
-            codes: uint8 ``[..., N, K]`` in the order of the stored axes (not transposed).
-            scale, zero: bfloat16 ``[..., N, ceil(K/g)]``. g is `group_size`, except where the
-            logical columns start or are joined in the middle of a group: there it is the largest
-            number that divides every such place, and parameters are repeated.
+            codes, uint8 ``[..., N, K]``, and scale and zero, bfloat16 ``[..., N, ceil(K/g)]``, with
+            the axes in stored order (not transposed). g is `plain_group`: `group_size`, or a
+            divisor of it if the logical columns start or are joined in the middle of a group;
+            then scales and zeros are repeated.
         """
-        codes = unpack(self.tiles)[..., : self.n, :]
+        codes = self._logical_columns(unpack(self.tiles)[..., : self.n, :])
         scale, zero = unpack_scale_and_zero(self.scale_and_zero[..., : self.n, :])
         group = self.plain_group
-        picked = []
-        for part, step, width in ((codes, 1, 1), (scale, group, None), (zero, group, None)):
-            if width is None and group != self.group_size:
-                part = part.repeat_interleave(self.group_size // group, -1)
-            runs = [part[..., start // step : -(-stop // step)] for start, stop in self.columns]
-            picked.append(runs[0].contiguous() if len(runs) == 1 else torch.cat(runs, -1))
-        return picked[0], picked[1], picked[2]
+        if group != self.group_size:
+            times = self.group_size // group
+            scale, zero = (part.repeat_interleave(times, -1) for part in (scale, zero))
+        scale, zero = (self._logical_columns(part, group) for part in (scale, zero))
+        return codes.contiguous(), scale.contiguous(), zero.contiguous()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight it stands for, as an ordinary tensor.
-
-        Computed in fp32 and rounded once.
+        """The weight as an ordinary tensor, computed in fp32 and rounded once.
 
         Args:
-            dtype: of the result; the logical dtype where None.
+            dtype: The dtype of the result; the logical dtype if None.
 
         Returns:
-            A tensor of the logical shape.
+            A contiguous tensor of the logical shape.
         """
         scale, zero = unpack_scale_and_zero(self.scale_and_zero)
         codes = unpack(self.tiles)
         dtype = dtype or self.dtype
-        # All rows below each other: blocks of them bound the scratch memory.
+        # One matrix of all rows: `dequantize` takes a few at a time, to bound scratch memory.
         weight = dequantize(
             codes.flatten(0, -2),
             scale.flatten(0, -2),
@@ -335,9 +336,7 @@ class Int4TileTensor(Tensor):
         ).view(*codes.shape[:-1], -1)
         if self.pre_scale is not None:
             weight = weight.mul_(self.pre_scale[: weight.shape[-1]]).to(dtype)
-        weight = weight[..., : self.n, :]
-        runs = [weight[..., start:stop] for start, stop in self.columns]
-        weight = runs[0] if len(runs) == 1 else torch.cat(runs, -1)
+        weight = self._logical_columns(weight[..., : self.n, :])
         kept = [axis for axis in self.axes if axis != NEW_AXIS]
         weight = weight.permute(kept)
         for position, axis in enumerate(self.axes):
@@ -345,21 +344,21 @@ class Int4TileTensor(Tensor):
                 weight = weight.unsqueeze(position)
         return weight.contiguous()
 
-    # --- what it is ------------------------------------------------------------------------------
+    # --- properties ------------------------------------------------------------------------------
 
     @property
     def inner_k_tiles(self) -> int:
-        """16-wide k tiles that one thread's words hold: 2, 4 or 8."""
+        """The number of 16-wide k tiles that one thread's words hold: 2, 4 or 8."""
         return 2 * self.tiles.shape[-1]
 
     @property
     def batch_axes(self) -> int:
-        """Stored axes in front of N and K."""
+        """The number of stored axes in front of N and K."""
         return self.tiles.ndim - 4
 
     @property
     def stored(self) -> TileShape:
-        """The stored shape; its k is the logical number of columns."""
+        """The packed shape; its n and k are the logical numbers of rows and columns."""
         *batch, n_tiles, k_tiles, _, words = self.tiles.shape
         k = sum(stop - start for start, stop in self.columns)
         padded = (n_tiles * 8, k_tiles * words * 32)
@@ -368,7 +367,7 @@ class Int4TileTensor(Tensor):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the logical columns are one run from the first stored one."""
+        """Whether the logical columns are one run that starts at stored column 0."""
         return len(self.columns) == 1 and self.columns[0][0] == 0
 
     @property
@@ -378,10 +377,10 @@ class Int4TileTensor(Tensor):
 
     @property
     def plain_pre_scale(self) -> Tensor | None:
-        """Float32 ``[K]``: the factor of each logical column; None where there are none."""
+        """The factor of each logical column, float32 ``[K]``; None without a pre-scale."""
         if self.pre_scale is None:
             return None
-        return torch.cat([self.pre_scale[start:stop] for start, stop in self.columns])
+        return self._logical_columns(self.pre_scale).clone()
 
     @property
     def block_size(self) -> tuple[int, ...]:
@@ -390,7 +389,7 @@ class Int4TileTensor(Tensor):
         return tuple(self.group_size if axis == k_axis else 1 for axis in self.axes)
 
     def check(self) -> None:
-        """Raise PackedFormatError where the buffers are not what the ops read."""
+        """Raise PackedFormatError if the ops cannot read the buffers."""
         tiles, parameters, stored = self.tiles, self.scale_and_zero, self.stored
         pre_scale = self.pre_scale
         if tiles.dtype is not torch.int32 or parameters.dtype is not torch.bfloat16:
@@ -443,11 +442,11 @@ class Int4TileTensor(Tensor):
             )
         if sorted(axis for axis in self.axes if axis != NEW_AXIS) != list(range(tiles.ndim - 2)):
             raise PackedFormatError(f"axes {self.axes} are no order of {tiles.ndim - 2} axes")
-        if self.dtype not in _DTYPES:
-            raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {_DTYPES}")
+        if self.dtype not in DTYPES:
+            raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {DTYPES}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Shape, group, bytes, and whether there is a pre-scale."""
+        """Shape, dtype, device, packing format, bytes, and whether there is a pre-scale."""
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"device='{self.device}', group_size={self.group_size}, "
@@ -459,14 +458,14 @@ class Int4TileTensor(Tensor):
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """What it is made of, by name: tiles, scale_and_zero, and pre_scale where there is one."""
+        """The buffers by name: tiles, scale_and_zero, and pre_scale if there is one."""
         buffers = {"tiles": self.tiles, "scale_and_zero": self.scale_and_zero}
         if self.pre_scale is not None:
             buffers["pre_scale"] = self.pre_scale
         return buffers
 
     def like(self, **changes: Any) -> Int4TileTensor:
-        """One that differs in the arguments named."""
+        """A copy with other values for the named constructor arguments; buffers are shared."""
         values = {
             "tiles": self.tiles,
             "scale_and_zero": self.scale_and_zero,
@@ -481,36 +480,33 @@ class Int4TileTensor(Tensor):
         return Int4TileTensor(**{**values, **changes})
 
     def on_buffers(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Int4TileTensor:
-        """One with a function of each buffer in its place."""
+        """`like` this one, with a function applied to each buffer."""
         made = {name: function(buffer) for name, buffer in self.buffers.items()}
         return self.like(**made, **changes)
 
     def on_batch(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Int4TileTensor:
-        """One with a function of each buffer that has the batch axes in its place."""
+        """`like` this one, with a function applied to tiles and scale_and_zero (not pre_scale)."""
         return self.like(
             tiles=function(self.tiles), scale_and_zero=function(self.scale_and_zero), **changes
         )
 
     @classmethod
     def quantized(
-        cls, weight: Tensor, config: Int4Config | None = None, recipe: Recipe | None = None
+        cls, weight: Tensor, shape: TileShape, recipe: Recipe
     ) -> tuple[Int4TileTensor, float]:
-        """`from_float`, and the signal-to-quantization-noise ratio in dB.
+        """Quantize a weight without checking it; `from_float` checks.
 
         Args:
-            weight: see `from_float`.
-            config: see `from_float`.
-            recipe: how codes are chosen; the config's method where None.
+            weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides.
+            shape: The packed shape.
+            recipe: How codes are chosen, and the pre-scale.
+
+        Returns:
+            The packed weight, and its signal-to-quantization-noise ratio in dB.
+
+        Raises:
+            ValueError: The weight holds inf or NaN.
         """
-        config = config or Int4Config()
-        recipe = recipe or Recipe(config.method)
-        _check_dtype(weight.dtype)
-        if weight.ndim < 2 or not weight.numel():
-            raise ValueError(
-                f"the weight is {tuple(weight.shape)}; it must be [..., N, K], no axis of it empty"
-            )
-        *batch, n, k = weight.shape
-        shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
         made = cls.empty(shape, weight.dtype, weight.device)
         if recipe.pre_scale is not None:
             factors = recipe.pre_scale.to(weight.device)
@@ -519,17 +515,24 @@ class Int4TileTensor(Tensor):
 
     @classmethod
     def empty(cls, shape: TileShape, dtype: torch.dtype, device: torch.device) -> Int4TileTensor:
-        """One whose buffers hold anything, and that has no pre-scale."""
+        """A weight with uninitialized buffers and without a pre-scale."""
         tiles = torch.empty(shape.tiles_shape, dtype=torch.int32, device=device)
         parameters = torch.empty(shape.scale_and_zero_shape, dtype=torch.bfloat16, device=device)
         axes = tuple(range(len(shape.batch) + 2))
         return cls(tiles, parameters, shape.n, ((0, shape.k),), shape.group_size, dtype, axes)
 
     def _quantize(self, weight: Tensor, recipe: Recipe = RTN) -> float:
-        """Write over contiguous tiles and parameters; the signal-to-quantization-noise ratio in dB.
+        """Quantize a weight into the buffers, which must be contiguous.
 
-        weight: float ``[..., N, K]`` in the order of the stored axes.
-        recipe: its pre-scale is what the tiles' is to be.
+        Args:
+            weight: ``[..., N, K]`` in the order of the stored axes, any float dtype and strides.
+            recipe: How codes are chosen; its pre-scale must be that of this tensor.
+
+        Returns:
+            The signal-to-quantization-noise ratio in dB.
+
+        Raises:
+            ValueError: The weight holds inf or NaN. The buffers may be written in part.
         """
         shape = self.stored
         tiles, parameters, weight = self.tiles, self.scale_and_zero, weight.detach()
@@ -539,7 +542,7 @@ class Int4TileTensor(Tensor):
             parameters = parameters.view(-1, *parameters.shape[-3:])
         signal = noise = 0.0
         for block in quantized_blocks(weight, shape, recipe):
-            write(
+            pack_block(
                 tiles, parameters, block, shape, partial(pack, inner_k_tiles=shape.inner_k_tiles), 8
             )
             signal += block.signal
@@ -557,10 +560,10 @@ class Int4TileTensor(Tensor):
         dtype: torch.dtype,
         pre_scale: Tensor | None = None,
     ) -> Int4TileTensor:
-        """`from_plain` with a float zero, of arguments that are known to be right."""
+        """`from_plain` with a float zero and without checks."""
         *batch, n, k = codes.shape
         k_padded = scale.shape[-1] * group_size
-        inner = max(i for i in INNER_K_TILES if i <= inner_k_tiles and k_padded % (16 * i) == 0)
+        inner = largest_inner_k_tiles(k_padded, inner_k_tiles)
         shape = TileShape(n, k, group_size, inner, -(-n // 8) * 8, k_padded, tuple(batch))
         return cls(
             pack(pad_codes(codes, shape), inner),
@@ -574,12 +577,15 @@ class Int4TileTensor(Tensor):
         )
 
     def copy_from(self, other: Tensor) -> None:
-        """`copy_`: the same values in the same buffers; a float tensor is quantized again.
+        """Implement `copy_`: write into the same buffers; a float tensor is quantized to nearest.
 
-        That keeps the pre-scale, if there is one.
+        Quantizing keeps the pre-scale, if there is one.
+
+        Args:
+            other: A packed weight or a float tensor of the same shape.
 
         Raises:
-            ValueError: shapes differ, both are packed but differently, or `other` holds inf or NaN
+            ValueError: Shapes differ, both are packed but differently, or `other` holds inf or NaN
                 or no floats. Then nothing is changed.
         """
         if other.shape != self.shape:
@@ -622,14 +628,14 @@ class Int4TileTensor(Tensor):
         other = other.permute([kept.index(axis) for axis in range(len(kept))])
         if self.pre_scale is not None:
             other = other.float() / self.pre_scale[: stored.k].to(other.device)
-        # Made in full before anything is written: the last block may hold the only NaN.
+        # Quantized in full before anything is written: the last block may hold the only NaN.
         made = Int4TileTensor.empty(stored, self.dtype, other.device)
         made._quantize(other)
         self.tiles.copy_(made.tiles)
         self.scale_and_zero.copy_(made.scale_and_zero)
 
     def multiplies_alike(self, other: Int4TileTensor) -> bool:
-        """Whether both multiply x by the same; False where values can't be told, as on meta."""
+        """Whether both have the same pre-scale; False if values are unknown, as on meta."""
         if self.pre_scale is other.pre_scale and self.columns == other.columns:
             return True
         ours, theirs = self.plain_pre_scale, other.plain_pre_scale
@@ -638,13 +644,23 @@ class Int4TileTensor(Tensor):
         return torch.equal(ours, theirs.to(ours.device))
 
     def _shares_pre_scale(self) -> bool:
-        """Whether other parts of a weight may have the same pre-scale: rows, or matrices."""
+        """Whether other parts (rows or matrices) of the stored weight may use this pre-scale."""
         whole = self.tiles.untyped_storage().nbytes() == self.tiles.nbytes
         return self.pre_scale is not None and not whole
 
+    def _logical_columns(self, tensor: Tensor, step: int = 1) -> Tensor:
+        """Pick the logical columns of a tensor whose last axis is the stored columns.
+
+        Args:
+            tensor: ``[..., K / step]``.
+            step: Columns for each entry of the last axis; it divides `plain_group`.
+        """
+        runs = [tensor[..., start // step : -(-stop // step)] for start, stop in self.columns]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, -1)
+
     @property
     def plain_group(self) -> int:
-        """Columns that share parameters in `get_plain`, which see."""
+        """The group size of `get_plain`: it divides the places where runs start or are joined."""
         places = [start for start, _ in self.columns]
         places += [stop for _, stop in self.columns[:-1]]
         return math.gcd(self.group_size, *places)
@@ -672,28 +688,28 @@ class Int4TileTensor(Tensor):
         )
 
     def _stable_hash_for_caching(self) -> str:
-        """What compiled code may depend on, for AOTAutograd's cache."""
+        """A hash of all that compiled code may depend on, for AOTAutograd's cache."""
         described = (*self.__tensor_flatten__(), tuple(self.tiles.shape), str(self.device))
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For torch.save and pickle."""
         is_parameter = isinstance(self, nn.Parameter)
-        # Contiguous, as `check` wants them of a file; a part of a weight may not be.
+        # `check` needs contiguous buffers when the file is loaded; those of a part may not be.
         tiles, scale_and_zero, *further = (b.contiguous() for b in self.buffers.values())
         return _rebuild, (tiles, scale_and_zero, self.metadata, is_parameter, *further)
 
     def requires_grad_(self, mode: bool = True) -> Int4TileTensor:
-        """Do nothing: there is no gradient for an int4 weight.
+        """Do nothing: an int4 weight has no gradient.
 
-        Not an error, as `nn.Parameter(weight)` and ``load_state_dict(..., assign=True)`` ask for
-        one without meaning it.
+        It is no error because `nn.Parameter(weight)` and ``load_state_dict(..., assign=True)`` call
+        it by default.
         """
         return self
 
     @property
     def data(self) -> Tensor:
-        """As of any tensor; not to be assigned, as the buffers would stay those of the old data."""
+        """As for any tensor; it cannot be assigned, because the buffers would not change."""
         return super().data
 
     @data.setter
@@ -704,7 +720,7 @@ class Int4TileTensor(Tensor):
         )
 
     def __setitem__(self, place: Any, value: Any) -> None:
-        """Write to a part that is a view; to a copy, such as a row, the write would be lost."""
+        """Write to a part if it is a view; a write to a copy, such as a row, would be lost."""
         part = self[place]
         if not isinstance(part, Int4TileTensor) or not share_storage(part.tiles, self.tiles):
             raise UnsupportedOpError(
@@ -714,7 +730,7 @@ class Int4TileTensor(Tensor):
         super().__setitem__(place, value)
 
     def share_memory_(self) -> Int4TileTensor:
-        """Move its buffers to shared memory; the tensor itself has no storage that could go."""
+        """Move the buffers to shared memory; the tensor itself has no storage."""
         for buffer in self.buffers.values():
             buffer.share_memory_()  # type: ignore[no-untyped-call]
         return self
@@ -725,10 +741,10 @@ class Int4TileTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an aten op: see `implements`."""
+        """Run an aten op by the function that `implements` registered."""
         kwargs = kwargs or {}
         function = _IMPLEMENTATIONS.get(func)
-        # In inference mode composite functions come here whole.
+        # In inference mode composite functions arrive here without being decomposed.
         for attempt in (function, func.decompose):
             if attempt is not None:
                 with _views_of_normal_tensors(func):
@@ -746,7 +762,7 @@ class Int4TileTensor(Tensor):
 
 @contextlib.contextmanager
 def _views_of_normal_tensors(func: Any) -> Iterator[None]:
-    """Leave inference mode for a view op: a view of a normal tensor has to be one, too."""
+    """Leave inference mode for a view op: a view of a normal tensor must be a normal tensor."""
     if not (torch.is_inference_mode_enabled() and func.is_view):
         yield
         return
@@ -757,7 +773,7 @@ def _views_of_normal_tensors(func: Any) -> Iterator[None]:
 def checked(
     tiles: Tensor, scale_and_zero: Tensor, metadata: Any, pre_scale: Tensor | None = None
 ) -> Int4TileTensor:
-    """One of buffers and metadata that may be anything; PackedFormatError where they are wrong."""
+    """Build a weight from untrusted buffers and metadata; PackedFormatError if they are wrong."""
     try:
         dtype, n, columns, group_size, axes, is_part = metadata
         made = Int4TileTensor(
@@ -788,7 +804,7 @@ def _rebuild(
     is_parameter: bool,
     pre_scale: Tensor | None = None,
 ) -> Int4TileTensor:
-    """What `torch.load` calls; it trusts nothing in the file."""
+    """Called by `torch.load`; it checks all that the file holds."""
     made = checked(tiles, scale_and_zero, metadata, pre_scale)
     return nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
 
@@ -797,8 +813,8 @@ torch.serialization.add_safe_globals([_rebuild])
 
 
 def _writes_packed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an op writes to a packed weight: into a dequantized copy, that would be lost."""
-    # By name: Dynamo, which may look into this, cannot read an op's schema.
+    """Whether an op writes to a packed weight; in a dequantized copy the write would be lost."""
+    # By name, because Dynamo may trace this and cannot read an op's schema.
     written = [value for name, value in kwargs.items() if name.startswith("out")]
     if func.overloadpacket.__name__.endswith("_"):
         written.append(args[0])
@@ -838,15 +854,14 @@ def _kind(value: Tensor) -> str:
     return "packed " if value.pre_scale is None else "packed, pre-scaled "
 
 
-def _check_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}; it must be one of {_DTYPES}")
-    return dtype
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; it must be one of {DTYPES}")
 
 
 def padded_pre_scale(pre_scale: Tensor, k_padded: int) -> Tensor:
-    """Float32 ``[k_padded]``: a copy of the factors, and ones behind them."""
-    # A copy always: weights of one x have the same factors, and `copy_` may change those of one.
+    """A copy of the factors, padded with ones: float32 ``[k_padded]``."""
+    # Always a copy: weights that share x share factors, and `copy_` may change those of one.
     return F.pad(pre_scale.to(torch.float32), (0, k_padded - len(pre_scale)), value=1.0)
 
 
@@ -871,6 +886,11 @@ def _check_float(weight: object, config: object) -> None:
         kind = "packed already" if packed else f"{weight.layout} on {weight.device}"
         raise ValueError(
             f"the weight {tuple(weight.shape)} is {kind}; it must be a dense tensor with values"
+        )
+    _check_dtype(weight.dtype)
+    if weight.ndim < 2 or not weight.numel():
+        raise ValueError(
+            f"the weight is {tuple(weight.shape)}; it must be [..., N, K], no axis of it empty"
         )
 
 

@@ -31,12 +31,12 @@ def encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """`aten._transformer_encoder_layer_fwd` in plain ops; arguments as there.
+    """`aten._transformer_encoder_layer_fwd` in plain ops, with the same arguments.
 
-    src is [batch, length, embed_dim]. Where a bool `mask` is True, attention does not look; a float
-    one is added to the scores, as the documentation has it (the op itself takes every number but 0
-    for True). It is [length, length] for mask_type 0, [batch, length] for 1, [batch, heads, length,
-    length] for 2.
+    src is ``[batch, length, embed_dim]``. A bool `mask` is True where attention does not look; a
+    float mask is added to the scores, as documented (the op itself treats all but 0 as True). It is
+    ``[length, length]`` for mask_type 0, ``[batch, length]`` for 1,
+    ``[batch, heads, length, length]`` for 2.
     """
 
     def attention(x: Tensor) -> Tensor:
@@ -76,13 +76,14 @@ def attention_layer(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`aten._native_multi_head_attention` in plain ops; arguments as there.
+    """`aten._native_multi_head_attention` in plain ops, with the same arguments.
 
-    query, key and value are one tensor [batch, length, embed_dim]; `mask` as for `encoder_layer`.
+    query, key and value are one tensor ``[batch, length, embed_dim]``; `mask` is that of
+    `encoder_layer`.
 
     Returns:
-        The result, and the attention weights [batch, length, length], or [batch, heads, length,
-        length] where they are not averaged; None where they are not needed.
+        The result, and the attention weights: ``[batch, length, length]`` if averaged, else
+        ``[batch, heads, length, length]``; None if they are not needed.
     """
     q, k, v = _heads(query, num_heads, qkv_weight, qkv_bias)
     seen = _seen(mask, mask_type, q.dtype)
@@ -99,14 +100,14 @@ def attention_layer(
 
 
 def _heads(x: Tensor, heads: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v, each [batch, heads, length, head size]."""
+    """q, k and v, each ``[batch, heads, length, head size]``."""
     batch, length, size = x.shape
     parts = F.linear(x, weight, bias).view(batch, length, 3, heads, size // heads)
     return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _seen(mask: Tensor | None, mask_type: int | None, dtype: torch.dtype) -> Tensor | None:
-    """The mask as attention takes it: True where it looks, or what is added to the scores."""
+    """The mask for attention: bool, True where it looks, or float, added to the scores."""
     if mask is None:
         return None
     seen = mask.logical_not() if mask.dtype is torch.bool else mask.to(dtype)

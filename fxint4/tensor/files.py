@@ -1,4 +1,4 @@
-"""Packed weights in safetensors files: no pickle, and nothing of a file is believed unchecked."""
+"""Packed weights in safetensors files: no pickle, and all that is read is checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["load_file", "save_file"]
 
 #: The entry of a file's header that says which tensors are packed, and how.
 _HEADER = "fxint4"
-#: Of the header. Files without a pre-scale are of the first, which earlier releases read.
+#: Versions of the header. Files without a pre-scale have the first, which older releases read.
 _PLAIN, _PRE_SCALED = 1, 2
 _PARTS = ("tiles", "scale_and_zero")
 
@@ -33,18 +33,18 @@ def save_file(
 ) -> None:
     """Write a state dict that may hold packed weights.
 
-    A packed weight `name` becomes ordinary tensors, `name.tiles`, `name.scale_and_zero` and, where
-    it has one, `name.pre_scale`, and an entry of the header. Weights that share memory (tied ones)
+    A packed weight `name` becomes ordinary tensors, `name.tiles`, `name.scale_and_zero` and, if it
+    has one, `name.pre_scale`, and an entry of the header. Weights that share memory (tied ones)
     are written once.
 
     Args:
-        state_dict: what `model.state_dict()` returns.
-        path: of the file, which holds what it held, or all of the state dict.
-        metadata: further entries of the header.
+        state_dict: What `model.state_dict()` returns.
+        path: The path of the file. It is replaced only once all is written.
+        metadata: Additional entries of the header.
 
     Raises:
-        TypeError: what is no state dict.
-        ValueError: an entry that is no tensor, is sparse or on the meta device, or is named like a
+        TypeError: state_dict is no state dict.
+        ValueError: An entry is no tensor, is sparse or on the meta device, or is named like a
             part of a packed weight.
     """
     from safetensors.torch import save_file as save
@@ -77,7 +77,7 @@ def save_file(
         if taken:
             raise ValueError(f"{taken[0]} is both a tensor and a part of a packed weight")
         plain.update({key: part.contiguous() for key, part in parts.items()})
-    # Views of one storage are no tied weights: each is written by itself.
+    # Different views of one storage are not tied weights: each is written separately.
     storages = Counter(value.untyped_storage().data_ptr() for value in plain.values())
     for name, value in plain.items():
         if storages[value.untyped_storage().data_ptr()] > 1 or _is_part(value):
@@ -95,16 +95,19 @@ def load_file(
 ) -> dict[str, Tensor]:
     """Read a state dict that `save_file` wrote, or any other safetensors file.
 
-    Give it to `model.load_state_dict(..., assign=True)`, or without `assign` to a model that is
-    packed alike. On the CPU the file is memory-mapped.
+    Pass the result to `model.load_state_dict(..., assign=True)`, or without `assign` if the model
+    has the same packed shapes. On the CPU the file is memory-mapped.
 
     Args:
-        path: of the file.
-        device: where the tensors go.
+        path: The path of the file.
+        device: The device of the tensors.
+
+    Returns:
+        The state dict, with an `Int4TileTensor` for every packed weight.
 
     Raises:
-        PackedFormatError: what the header says does not fit the tensors of the file, or the file
-            is no safetensors file, or was cut short.
+        PackedFormatError: The header does not fit the tensors of the file, or the file is truncated
+            or no safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -132,7 +135,7 @@ def _check_state_dict(given: object) -> None:
 
 
 def _entries(path: object, header: Any) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """What a header says of packed weights, of shared memory, and of pre-scales."""
+    """The header's packed weights, names that share memory, and names with a pre-scale."""
     if header == {}:
         return {}, {}, []
     if not isinstance(header, dict):
@@ -176,7 +179,7 @@ def _assembled(
 
 
 def _identity(value: Tensor) -> object:
-    """Equal for tensors that are the same view of the same memory."""
+    """A key that is equal for equal views of the same memory."""
     if isinstance(value, Int4TileTensor):
         return (*map(_identity, value.buffers.values()), value.metadata)
     if value.numel() == 0:

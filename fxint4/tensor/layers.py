@@ -1,4 +1,4 @@
-"""Operators that are a whole layer: they become matmuls and plain ops."""
+"""Operators that are a whole layer: they are decomposed into matmuls and plain ops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> Any:
-    """A kernel of size 1, which multiplies every position's channels by one matrix."""
+    """A convolution with kernels of size 1, which is a matmul of every position's channels."""
     if not isinstance(weight, Int4TileTensor):
         return NotImplemented
     pointwise = weight.axes[:2] == (0, 1) and set(weight.axes[2:]) <= {NEW_AXIS}

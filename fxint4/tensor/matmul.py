@@ -1,9 +1,8 @@
 """Operators that multiply by a packed weight.
 
-All of them become `fxint4::linear`, `fxint4::bmm` or `fxint4::grouped_mm` (see
-`fxint4.weights.ops`), which
-sum over the stored K. A product that would sum over N is not supported. A pre-scale multiplies x in
-fp32 before, rounded once to x's dtype; compiled, that is part of whatever makes x.
+They call `fxint4::linear`, `fxint4::bmm` or `fxint4::grouped_mm` (see `fxint4.weights.ops`), which
+sum over the stored K. A product that sums over N is not supported. A pre-scale first multiplies x,
+in fp32, rounded once to x's dtype; torch.compile can fuse that into the op that makes x.
 """
 
 from __future__ import annotations
@@ -94,9 +93,9 @@ def _grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
-    """Rows of a 2-D x, in groups that end at `offs`, each times its own ``[K, N]`` of 3-D weights.
+    """Multiply groups of rows of x ``[M, K]`` by the matrices of a weight ``[E, K, N]``.
 
-    Rows behind the last group are 0.
+    Group e ends at row ``offs[e]`` and is multiplied by matrix e. Rows behind the last group are 0.
     """
     if (
         isinstance(left, Int4TileTensor)
@@ -119,7 +118,7 @@ def _grouped_mm(
 
 
 def _times(x: Tensor, weight: Int4TileTensor) -> Tensor:
-    """``[..., K]`` times a 2-D weight: ``[..., N]``."""
+    """Multiply x ``[..., K]`` by a stored weight ``[N, K]``: ``[..., N]``."""
     x, tiles, parameters = _operands(x, weight)
     return torch.ops.fxint4.linear(x, tiles, parameters, weight.group_size, weight.n)  # type: ignore[no-any-return]
 
@@ -143,7 +142,7 @@ def _operands(x: Tensor, weight: Int4TileTensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _spread(x: Tensor, columns: Sequence[tuple[int, int]]) -> Tensor:
-    """X with zeros where its columns meet stored columns that are not meant."""
+    """Insert zeros into x ``[..., K]`` for stored columns that are not logical."""
     if len(columns) == 1 and columns[0][0] == 0:
         return x
     parts: list[Tensor] = []

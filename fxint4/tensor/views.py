@@ -1,4 +1,4 @@
-"""Operators that keep a weight packed: parts of it, its axes, its dtype and its device."""
+"""Operators that keep a weight packed: slicing, joining, axes, dtype and device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
-from fxint4.quant.tile_layout import PAD_CODE, pack, unpack
+from fxint4.quant.tile_layout import DTYPES, MIDDLE_CODE, pack, unpack
 from fxint4.tensor.core import (
     NEW_AXIS,
-    Columns,
     Int4TileTensor,
     implements,
     padded_pre_scale,
@@ -24,12 +23,12 @@ from fxint4.tensor.core import (
 
 __all__: list[str] = []
 
-#: A word of tiles that holds eight `PAD_CODE`s, as a signed number.
-_PAD_WORD = sum(PAD_CODE << 4 * place for place in range(8)) - 2**32
+#: A word of tiles that holds eight `MIDDLE_CODE`s, as a signed number.
+_PAD_WORD = sum(MIDDLE_CODE << 4 * place for place in range(8)) - 2**32
 
 
 def _wrapped(dim: int, ndim: int) -> int:
-    """An axis counted from the front; IndexError where there is none."""
+    """The non-negative number of an axis; IndexError if there is no such axis."""
     if not -ndim <= dim < ndim:
         raise IndexError(f"axis {dim} is none of the weight's {ndim}")
     return dim % ndim
@@ -65,7 +64,7 @@ def _empty_like(
     made = weight.on_batch(lambda buffer: torch.empty_like(buffer, device=device), is_part=False)
     if weight.pre_scale is None:
         return made
-    # A float that is copied into it is divided by these.
+    # `copy_` of a float tensor into it divides by these.
     return made.like(pre_scale=torch.ones_like(weight.pre_scale, device=device))
 
 
@@ -74,8 +73,8 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(target, Int4TileTensor):
         return NotImplemented
     target.copy_from(source)
-    # Below autograd, where this runs, in-place ops leave the version as it is; what is made of
-    # these buffers (the CPU op's bytes) is known by it.
+    # This runs below autograd, where in-place ops do not change the version. Caches made from the
+    # buffers (the CPU op's bytes) are keyed by it.
     buffers = target.buffers.values()
     increment_version([buffer for buffer in buffers if not buffer.is_inference()])
     return target
@@ -98,9 +97,9 @@ def _to_copy(
     memory_format: Any = None,
 ) -> Any:
     dtype = dtype or weight.dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in DTYPES:
         return NotImplemented
-    # The tiles are the same on every device; only what a CPU op reads is made on the machine.
+    # Tiles are the same on every device; what the CPU op reads is made from them on the machine.
     return weight.on_buffers(
         lambda buffer: buffer.to(device, non_blocking=non_blocking, copy=True),
         dtype=dtype,
@@ -161,9 +160,9 @@ def _squeeze(weight: Int4TileTensor, dims: int | Sequence[int]) -> Any:
 
 @implements(aten.view.default, aten._unsafe_view.default)
 def _view(weight: Int4TileTensor, size: Sequence[int]) -> Any:
-    """Axes of size 1 come and go, axes in front of N and K are split and joined.
+    """Add and drop axes of size 1; split and join axes in front of N and K.
 
-    Where these are joined with N, the rows of all matrices are put below each other, a copy.
+    Joining such an axis with N concatenates the rows of all matrices, which copies.
     """
     wanted = list(size)
     if wanted.count(-1) == 1:
@@ -171,7 +170,7 @@ def _view(weight: Int4TileTensor, size: Sequence[int]) -> Any:
     if math.prod(wanted) != weight.numel():
         raise ValueError(f"shape {list(size)} is invalid for a weight of {tuple(weight.shape)}")
     weight = _with_batch_in_order(weight)
-    # Between N and K, which stay as they are, lie runs of other axes: match run by run.
+    # N and K stay as they are. Match the runs of other axes before, between and behind them.
     batch: dict[int, Sequence[int]] = dict.fromkeys(range(weight.batch_axes), ())
     axes: list[int] = []
     at = 0
@@ -189,7 +188,7 @@ def _view(weight: Int4TileTensor, size: Sequence[int]) -> Any:
         stored = [weight.axes[dim] for dim in run if weight.axes[dim] != NEW_AXIS]
         if stored:
             batch[stored[0]] = wanted[start:at]
-        # Numbered below, once it is known how many stored axes there are.
+        # `_with_batch` renumbers them, once the number of stored axes is known.
         axes += [stored[0] if stored else NEW_AXIS] * (at - start)
         if matrix_axis is not None:
             axes.append(weight.axes[matrix_axis])
@@ -198,7 +197,7 @@ def _view(weight: Int4TileTensor, size: Sequence[int]) -> Any:
 
 
 def _runs(weight: Int4TileTensor) -> list[tuple[list[int], int | None]]:
-    """Logical axes other than N and K up to each of these two, and those behind the last."""
+    """Runs of logical axes, each with the N or K axis that ends it; None for the last run."""
     runs: list[tuple[list[int], int | None]] = []
     run: list[int] = []
     for dim, axis in enumerate(weight.axes):
@@ -211,7 +210,7 @@ def _runs(weight: Int4TileTensor) -> list[tuple[list[int], int | None]]:
 
 
 def _with_batch_in_order(weight: Int4TileTensor) -> Int4TileTensor:
-    """The same with the batch axes stored in the order that they have in the logical shape."""
+    """The same weight with its batch axes stored in the order of the logical shape."""
     order = [axis for axis in weight.axes if 0 <= axis < weight.batch_axes]
     axes = [order.index(axis) if axis in order else axis for axis in weight.axes]
     return weight.on_batch(
@@ -222,12 +221,12 @@ def _with_batch_in_order(weight: Int4TileTensor) -> Int4TileTensor:
 def _with_batch(
     weight: Int4TileTensor, sizes: Sequence[Sequence[int]], axes: Sequence[int]
 ) -> Int4TileTensor:
-    """Stored batch axes split or joined.
+    """Split or join stored batch axes.
 
     Args:
-        weight: what has them.
-        sizes: for each stored batch axis what it becomes; nothing where it joins the one before.
-        axes: for each logical axis the old number of its stored one, repeated where that is split.
+        weight: The weight.
+        sizes: The new sizes for each stored batch axis; empty if it joins the one before.
+        axes: The old stored axis of each logical axis, repeated if that is split.
     """
     new = [n for axis in sizes for n in axis]
     firsts = [sum(map(len, sizes[:axis])) for axis in range(len(sizes) + 1)]
@@ -249,7 +248,7 @@ def _with_batch(
 
 
 def _view_of_joined_rows(weight: Int4TileTensor, size: Sequence[int]) -> Any:
-    """A view of ``[E*N, K]`` for that of ``[E, N, K]``, where N follows E."""
+    """View ``[E, N, K]`` as ``[E*N, K]``, and that as `size`; N must follow E."""
     stored = [axis for axis in weight.axes if axis != NEW_AXIS]
     if weight.batch_axes != 1 or stored.index(0) + 1 != stored.index(1):
         return NotImplemented
@@ -260,7 +259,7 @@ def _view_of_joined_rows(weight: Int4TileTensor, size: Sequence[int]) -> Any:
 
 @implements(aten.expand.default)
 def _expand(weight: Int4TileTensor, size: Sequence[int], *, implicit: bool = False) -> Any:
-    """Repeat along axes of size 1 that are not N or K; they are stored with stride 0."""
+    """Repeat axes of size 1 other than N and K; they are stored with stride 0."""
     while weight.ndim < len(size):
         weight = _unsqueeze(weight, 0)
     for dim, n in reversed(list(enumerate(size))):
@@ -280,7 +279,7 @@ def _expand(weight: Int4TileTensor, size: Sequence[int], *, implicit: bool = Fal
 
 
 def _with_new_axis_stored(weight: Int4TileTensor, dim: int) -> Int4TileTensor:
-    """The same with a `NEW_AXIS` as the first stored one."""
+    """The same weight with a `NEW_AXIS` turned into the first stored axis."""
     axes = [axis if axis == NEW_AXIS else axis + 1 for axis in weight.axes]
     axes[dim] = 0
     return weight.on_batch(lambda buffer: buffer.unsqueeze(0), axes=tuple(axes))
@@ -321,7 +320,7 @@ def _is_n(weight: Int4TileTensor, dim: int) -> bool:
 
 
 def _slice_rows(weight: Int4TileTensor, start: int, end: int) -> Int4TileTensor:
-    """A view of the tiles that hold the rows; start is a multiple of 8."""
+    """A view of the tiles that hold the rows from start, a multiple of 8, to end."""
     stop = -(-end // 8) * 8
     return weight.like(
         tiles=weight.tiles[..., start // 8 : stop // 8, :, :, :],
@@ -332,21 +331,26 @@ def _slice_rows(weight: Int4TileTensor, start: int, end: int) -> Int4TileTensor:
 
 
 def _rows(weight: Int4TileTensor, rows: Tensor) -> Any:
-    """Rows in any order, a copy. Only theirs of the words are read.
+    """Copy rows in any order; only the words of these rows are read.
 
-    rows: int32 or int64 ``[R]``, none negative; one beyond the end raises, as in index_select.
+    Args:
+        weight: The weight.
+        rows: int32 or int64 ``[R]``, at least 0.
+
+    Raises:
+        IndexError: A row is N or more, as for index_select.
     """
     if not len(rows):
         return NotImplemented
     rows = rows.to(weight.device)
-    # First, as it looks whether there are such rows.
+    # First, because index_select checks the rows.
     parameters = weight.scale_and_zero[..., : weight.n, :].index_select(-2, rows)
     tile = rows // 8
     return _of_words(weight, _words(weight)[..., tile, rows - 8 * tile, :, :, :], parameters)
 
 
 def _words(weight: Int4TileTensor) -> Tensor:
-    """A view of the tiles by row: ``[..., N/8, 8, K/(16*inner_k_tiles), 4, inner_k_tiles/2]``.
+    """View the tiles by row: int32 ``[..., N/8, 8, K/(16*inner_k_tiles), 4, inner_k_tiles/2]``.
 
     Word t of a tile belongs to row t // 4, see `fxint4.quant.tile_layout`.
     """
@@ -355,10 +359,12 @@ def _words(weight: Int4TileTensor) -> Tensor:
 
 
 def _of_words(weight: Int4TileTensor, words: Tensor, scale_and_zero: Tensor) -> Int4TileTensor:
-    """A weight like this one with other rows: the inverse of `_words`, any number of rows.
+    """Build a weight like this one from other rows, of any number; the inverse of `_words`.
 
-    words: int32 ``[..., N, K/(16*inner_k_tiles), 4, inner_k_tiles/2]``.
-    scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
+    Args:
+        weight: The weight.
+        words: int32 ``[..., N, K/(16*inner_k_tiles), 4, inner_k_tiles/2]``.
+        scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
     """
     n = words.shape[-4]
     more = -n % 8
@@ -372,7 +378,7 @@ def _of_words(weight: Int4TileTensor, words: Tensor, scale_and_zero: Tensor) -> 
 
 
 def _slice_columns(weight: Int4TileTensor, start: int, end: int) -> Int4TileTensor:
-    """A view of the tiles and groups that hold the columns."""
+    """A view of the tiles and groups that hold the logical columns from start to end."""
     columns: list[tuple[int, int]] = []
     seen = 0
     for first, last in weight.columns:
@@ -380,11 +386,6 @@ def _slice_columns(weight: Int4TileTensor, start: int, end: int) -> Int4TileTens
         if low < high:
             columns.append((first + low, first + high))
         seen += last - first
-    return _trimmed(weight, tuple(columns))
-
-
-def _trimmed(weight: Int4TileTensor, columns: Columns) -> Int4TileTensor:
-    """Only the tiles and groups that hold these columns."""
     span = 16 * weight.inner_k_tiles
     unit = math.lcm(span, weight.group_size)
     low = columns[0][0] // unit * unit
@@ -468,7 +469,7 @@ def _index(weight: Int4TileTensor, indices: Sequence[Tensor | None]) -> Any:
         picked = _index(weight, [*[None] * dim, index.reshape(1)])
         return picked if picked is NotImplemented else _select(picked, dim, 0)
     if axis < weight.batch_axes:
-        # One gather of each buffer: an index beyond the end raises as it does for any tensor.
+        # Indexing each buffer raises for an index out of range, as for any tensor.
         where = [None] * axis + [index.flatten()]
         picked = weight.on_batch(lambda buffer: aten.index.Tensor(buffer, where))
         shape = (*weight.shape[:dim], *index.shape, *weight.shape[dim + 1 :])
@@ -486,7 +487,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """The rows looked up, dequantized: no others are."""
+    """Look up rows and dequantize only these."""
     if weight.axes != (0, 1):
         return NotImplemented
     if not indices.numel():
@@ -519,7 +520,7 @@ def _cat(weights: Sequence[Tensor], dim: int = 0) -> Any:
     if first.axes[dim] == NEW_AXIS:
         packed = [_with_new_axis_stored(weight, dim) for weight in packed]
     axis = packed[0].axes[dim]
-    # More rows of pad than tiles need would differ from one weight to the next.
+    # Drop padded rows that tiles do not need: their number may differ between the weights.
     packed = [_slice_rows(weight, 0, weight.n) for weight in packed]
     if axis == packed[0].batch_axes + 1:
         return _cat_columns(packed)
@@ -537,7 +538,7 @@ def _stack(weights: Sequence[Tensor], dim: int = 0) -> Any:
 
 
 def _cat_columns(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
-    """Stored columns side by side, pads included: which of them are meant, `columns` says."""
+    """Join stored columns, padding included; `columns` tells which ones are logical."""
     packed = _with_equal_units(packed)
     columns: list[tuple[int, int]] = []
     before = 0
@@ -561,14 +562,14 @@ def _cat_columns(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
 
 
 def _factors(weight: Int4TileTensor) -> Tensor:
-    """The pre-scale; ones where there is none."""
+    """The pre-scale, float32 ``[K]``; ones if there is none."""
     if weight.pre_scale is not None:
         return weight.pre_scale
     return torch.ones(weight.stored.k_padded, device=weight.device)
 
 
 def _cat_rows(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
-    """Rows below each other, of weights whose columns are stored at the same places."""
+    """Join the rows of weights whose columns are stored at the same places."""
     parts = [weight.scale_and_zero[..., : weight.n, :] for weight in packed]
     words = [_words(weight).flatten(-5, -4)[..., : weight.n, :, :, :] for weight in packed]
     return _of_words(packed[0], torch.cat(words, -4), torch.cat(parts, -2))
@@ -583,7 +584,7 @@ def _cat_batch(packed: Sequence[Int4TileTensor], axis: int) -> Int4TileTensor:
 
 
 def _with_equal_units(packed: Sequence[Int4TileTensor]) -> list[Int4TileTensor]:
-    """The same values with one group_size and inner_k_tiles for all: the largest that serves."""
+    """The same weights with the largest group_size and inner_k_tiles that all can have."""
     group = math.gcd(*(weight.group_size for weight in packed))
     inner = min(weight.inner_k_tiles for weight in packed)
     made = []
@@ -599,7 +600,7 @@ def _with_equal_units(packed: Sequence[Int4TileTensor]) -> list[Int4TileTensor]:
 
 
 def _with_equal_columns(packed: Sequence[Int4TileTensor]) -> list[Int4TileTensor]:
-    """The same values, their columns stored at the same places; empty where no group allows it."""
+    """The same weights with columns stored at the same places; empty if no group size allows."""
     packed = _with_equal_units(packed)
     stored = {(weight.columns, weight.stored.k_padded) for weight in packed}
     if len(stored) == 1:
@@ -613,7 +614,7 @@ def _with_equal_columns(packed: Sequence[Int4TileTensor]) -> list[Int4TileTensor
 
 
 def _compacted(weight: Int4TileTensor) -> Int4TileTensor | None:
-    """The same values with the logical columns stored as one run from 0, where groups allow it."""
+    """The same weight with its columns stored as one run from 0; None if no group size allows."""
     if weight.is_whole:
         return weight
     group = weight.plain_group
@@ -627,11 +628,11 @@ def _compacted(weight: Int4TileTensor) -> Int4TileTensor | None:
 
 
 def _widened(weight: Int4TileTensor, k_padded: int) -> Int4TileTensor:
-    """The same values with more stored columns, all of them pad."""
+    """The same weight with columns of padding up to k_padded."""
     more = k_padded - weight.stored.k_padded
     if not more:
         return weight
-    codes = F.pad(unpack(weight.tiles), (0, more), value=PAD_CODE)
+    codes = F.pad(unpack(weight.tiles), (0, more), value=MIDDLE_CODE)
     groups = more // weight.group_size
     return weight.like(
         tiles=pack(codes, weight.inner_k_tiles),

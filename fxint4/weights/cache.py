@@ -1,8 +1,8 @@
-"""Packed weights, kept by the identity of the parameters they were made from.
+"""A cache of packed weights, keyed by the identity of the parameters they were made from.
 
-One packed copy serves every graph that uses the same computation of the same parameters: tied
-weights, recompiles, graph breaks, dynamic shapes. A copy lives as long as its parameters, and is
-made again, in the same memory, when their data changes.
+All graphs that use the same computation of the same parameters share one packed weight: tied
+weights, recompiles, graph breaks, dynamic shapes. It lives as long as its parameters, and is
+packed again, into the same memory, when their data changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import TensorState
-from fxint4.quant.blockwise import Block, quantized_blocks, values_of, write
+from fxint4.quant.blockwise import Block, dequantize_block, pack_block, quantized_blocks
 from fxint4.quant.metrics import nonfinite_fault, sqnr_db
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
@@ -31,36 +31,34 @@ __all__ = ["Computation", "Lookup", "PackedWeight", "WeightCache", "picker", "we
 
 
 class Computation(Protocol):
-    """How a weight is made from its roots.
+    """How a weight is computed from its roots.
 
     Attributes:
-        signature: equal for equal computations.
+        signature: Text that is equal for equal computations.
     """
 
     @property
     def signature(self) -> str: ...  # noqa: D102
 
     def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
-        """The weight: float ``[..., N, K]``, or an `Int4TileTensor` that is taken as it is."""
+        """Compute the weight: float ``[..., N, K]``, or an `Int4TileTensor` if it is prepacked."""
 
 
 class PackedWeight:
-    """What was made of one weight: its formats, its error, or why it has none.
+    """One weight in all formats that graphs read.
 
     Args:
-        weight: the computation behind the weight.
-        roots: the real tensors it is computed from; held weakly.
-        shape: the packed shape.
-        recipe: how its codes are chosen.
+        weight: The computation of the weight.
+        roots: The real tensors it is computed from; held weakly.
+        shape: The packed shape.
+        recipe: How its codes are chosen.
 
     Attributes:
-        formats: the tensors of each format that was asked for; what they hold is current after
-            `fold`.
-        fault: why the weight cannot be packed, or None.
-        sqnr_db: signal-to-quantization-noise ratio of the weight, in dB; None for one that came
-            packed.
-        recipe: how its codes are chosen.
-        epoch: of all packed weights: another object whenever one of them is folded or freed.
+        formats: The tensors of each format; their values are current after `fold`.
+        fault: Why the weight cannot be packed, or None.
+        sqnr_db: Signal-to-quantization-noise ratio of the weight, in dB; None if it came prepacked.
+        recipe: How its codes are chosen.
+        epoch: Shared by all packed weights; a new object whenever one of them is folded or freed.
     """
 
     epoch: ClassVar[object] = object()
@@ -82,18 +80,18 @@ class PackedWeight:
         self.fault: str | None = None
         self.sqnr_db: float | None = None
 
-    def of(self, roots: Sequence[Tensor]) -> bool:
-        """Whether it was made from these very tensors, on this device, whatever they hold now."""
+    def is_made_from(self, roots: Sequence[Tensor]) -> bool:
+        """Whether it was made from these tensor objects, on their device; values may differ."""
         return self._device == roots[0].device and all(
             ref() is root for ref, root in zip(self._roots, roots, strict=True)
         )
 
     def uses(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is one of those it was made from."""
+        """Whether `tensor` is one of its roots."""
         return any(ref() is tensor for ref in self._roots)
 
     def is_current(self, roots: Sequence[Tensor]) -> bool:
-        """Whether it was made from these very tensors, and from what they hold now."""
+        """Whether it was made from these tensor objects and from their current values."""
         if not self._states:
             return False
         for ref, state, root in zip(self._roots, self._states, roots):  # noqa: B905 (hot)
@@ -102,14 +100,14 @@ class PackedWeight:
         return True
 
     def fold(self, formats: Collection[Format], roots: Sequence[Tensor]) -> None:
-        """See to it that these formats are there and up to date, or else that `fault` is set."""
+        """Make these formats and bring all formats up to date, or set `fault`."""
         if not self.is_current(roots):
             self._fold(roots, {*formats, *self.formats})
         elif self.fault is None and not self.formats.keys() >= set(formats):
             self._fold(roots, {*formats} - self.formats.keys())
 
     def clear(self) -> None:
-        """Free what was made."""
+        """Free all formats."""
         PackedWeight.epoch = object()
         for made in self.formats.values():
             made.clear()  # a `Lookup` holds the list
@@ -123,10 +121,10 @@ class PackedWeight:
         with torch.inference_mode(False), torch.no_grad():
             states = tuple(TensorState(root) for root in roots)
             weight = self._weight.evaluate(roots)
-            given = isinstance(weight, Int4TileTensor)
-            self.fault = None if given else nonfinite_fault(weight)
+            prepacked = isinstance(weight, Int4TileTensor)
+            self.fault = None if prepacked else nonfinite_fault(weight)
             if self.fault is None:
-                self._states = ()  # what is there is not to be used while it is written over
+                self._states = ()  # not current while the formats are written
                 made = {format: self._memory(format, weight) for format in formats}
                 if isinstance(weight, Int4TileTensor):
                     self._take(weight, made)
@@ -136,9 +134,9 @@ class PackedWeight:
         self._states = states
 
     def _memory(self, format: Format, weight: Tensor) -> list[Tensor]:
-        """Where a format goes: over what is there already, as graphs know its address."""
+        """The tensors of a format: existing ones, whose addresses graphs know, or new ones."""
         if isinstance(weight, Int4TileTensor) and format == "tiles":
-            # Aliases: holding the roots themselves would keep them alive.
+            # Detached, because holding the roots themselves would keep them alive.
             buffers = (weight.tiles, weight.scale_and_zero)
             return [buffer.detach().contiguous() for buffer in buffers]
         return self.formats.get(format) or [
@@ -149,7 +147,7 @@ class PackedWeight:
         ]
 
     def _quantize(self, weight: Tensor, made: Mapping[Format, Sequence[Tensor]]) -> None:
-        """Fill formats a block at a time."""
+        """Quantize the weight and fill the formats block by block."""
         signal = noise = 0.0
         for block in quantized_blocks(weight, self._shape, self.recipe):
             signal += block.signal
@@ -162,7 +160,7 @@ class PackedWeight:
                 tensors[2].copy_(torch.ones(()) if pre_scale is None else pre_scale)
 
     def _take(self, weight: Int4TileTensor, made: Mapping[Format, Sequence[Tensor]]) -> None:
-        """Fill formats from a weight that is packed already; "tiles" is the weight itself."""
+        """Fill the formats from a prepacked weight; "tiles" is that weight itself."""
         others = {format: tensors for format, tensors in made.items() if format != "tiles"}
         if others:
             codes = unpack(weight.tiles)[..., : weight.n, :]
@@ -170,21 +168,21 @@ class PackedWeight:
             self._fill(others, Block(0, codes, *unpack_scale_and_zero(parameters)))
 
     def _fill(self, made: Mapping[Format, Sequence[Tensor]], block: Block) -> None:
-        """Write one block into formats."""
+        """Write one block into each format."""
         shape = self._shape
         for format, tensors in made.items():
             if isinstance(format, Dense):
-                values = values_of(block, shape, self.recipe, format.dtype)
+                values = dequantize_block(block, shape, self.recipe, format.dtype)
                 AXES[format.axes](tensors[0])[block.start : block.start + len(values)] = values
             elif format == "cpu":
-                write(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
+                pack_block(tensors[0], tensors[1], block, shape, pack_for_cpu, 1)
             else:
                 pack_rows = partial(pack, inner_k_tiles=shape.inner_k_tiles)
-                write(tensors[0], tensors[1], block, shape, pack_rows, 8)
+                pack_block(tensors[0], tensors[1], block, shape, pack_rows, 8)
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """A function that picks the items at these positions, faster than a loop where it is hot."""
+    """A function that picks the items at these positions; faster than a loop, for hot code."""
     if len(positions) > 1:
         return itemgetter(*positions)
     return lambda items: [items[position] for position in positions]
@@ -195,15 +193,15 @@ _version = attrgetter("_version")
 
 
 class Lookup:
-    """What a look-up of many packed weights found, and whether it would find the same again.
+    """Caches the buffers of all weights of one graph.
 
-    As exact as asking each of them, at a quarter of the time. While the epoch is the same, every
-    packed weight holds what it held and keeps the identity of its roots, and of their storages,
-    from being reused; so what is left to compare are the roots. Where a root is itself what was
-    found, as are the buffers of a weight that came packed, only its address counts.
+    Valid while no packed weight changed (`epoch`) and every root has the same address, version and
+    storage. That is as exact as asking each packed weight, in a quarter of the time: while the
+    epoch is the same, packed weights keep the identities of their roots and storages from being
+    reused. If a root is itself a buffer, as for a prepacked weight, only its address is compared.
 
     Args:
-        roots: of all the weights, just before they are looked up.
+        roots: The roots of all weights, before the weights are looked up.
     """
 
     def __init__(self, roots: Sequence[Tensor]) -> None:
@@ -217,18 +215,18 @@ class Lookup:
         self._copied: set[int] = set()
 
     def add(self, found: Sequence[Tensor], roots: Sequence[Tensor]) -> None:
-        """Take one more packed weight.
+        """Add one packed weight.
 
         Args:
-            found: its tensors: the very list that it keeps them in.
-            roots: those that it is made of.
+            found: The list of its tensors; `PackedWeight.clear` empties that list.
+            roots: The roots of this weight.
         """
         self._found.append(found)
         if not all(any(_same_memory(tensor, root) for root in roots) for tensor in found):
             self._copied.update(map(id, roots))
 
     def finish(self, roots: Sequence[Tensor]) -> None:
-        """Compare no more than has to be from now on, as all weights are there."""
+        """Drop comparisons that are not needed, once all weights are added."""
         addresses, versions, storages = self._state
         version_of = dict(zip(self._versioned, versions, strict=True))
         self._made_from = tuple(i for i, root in enumerate(roots) if id(root) in self._copied)
@@ -240,16 +238,16 @@ class Lookup:
             tuple(storages[i] for i in self._made_from),
         )
 
-    def is_of_now(self) -> bool:
-        """Whether no weight has been folded or freed since it was begun."""
+    def is_current(self) -> bool:
+        """Whether no packed weight has been folded or freed since it was made."""
         return self._epoch is PackedWeight.epoch
 
-    def holds(self, roots: Sequence[Tensor]) -> bool:
-        """Whether it would find the same, if it is of now, for these very tensors."""
+    def matches(self, roots: Sequence[Tensor]) -> bool:
+        """Whether these roots have the same buffers, provided `is_current`."""
         return self._state == self._state_of(roots)
 
     def tensors(self) -> list[Tensor]:
-        """What it found."""
+        """The buffers of all weights."""
         return list(chain.from_iterable(self._found))
 
     def _pick(self) -> None:
@@ -283,7 +281,7 @@ class WeightCache:
         return sum(map(len, self._packed.values()))
 
     def of(self, tensor: Tensor) -> list[PackedWeight]:
-        """What was made of a parameter, alone or with others."""
+        """The packed weights that have a parameter among their roots."""
         made = (packed for family in self._packed.values() for packed in family.values())
         return [packed for packed in made if packed.uses(tensor)]
 
@@ -294,19 +292,20 @@ class WeightCache:
         shape: TileShape,
         recipe: Recipe = RTN,
     ) -> PackedWeight:
-        """The packed weight of `weight` computed from `roots`; a new, empty one where none is.
+        """Find the packed weight of a computation of these roots, or add an empty one.
 
         Args:
-            weight: the computation.
-            roots: the real tensors for `weight.roots`.
-            shape: the packed shape, part of the identity.
-            recipe: how its codes are chosen, likewise.
+            weight: The computation.
+            roots: The real tensors for `weight.roots`.
+            shape: The packed shape, part of the key.
+            recipe: How its codes are chosen, part of the key.
         """
         key = (*map(id, roots), weight.signature)
         with self._lock:
             family = self._packed.setdefault(key, {})
             for made_as, old in list(family.items()):
-                if not old.of(roots):  # a model that moved keeps its parameters, not their device
+                # A model that moved to another device keeps its parameters.
+                if not old.is_made_from(roots):
                     old.clear()
                     del family[made_as]
             if not family:
@@ -318,13 +317,13 @@ class WeightCache:
     def fold(
         self, packed: PackedWeight, formats: Collection[Format], roots: Sequence[Tensor]
     ) -> None:
-        """`packed.fold(formats, roots)`, one thread at a time."""
+        """Call `packed.fold(formats, roots)`, one thread at a time."""
         with self._lock:
             packed.fold(formats, roots)
 
     def _forget(self, key: tuple[object, ...]) -> None:
-        # Runs in whichever thread drops the last reference, perhaps inside our own lock: no lock,
-        # as popping from a dict is atomic.
+        # Runs in the thread that drops the last reference, which may hold the lock. It takes none,
+        # because popping from a dict is atomic.
         for packed in self._packed.pop(key, {}).values():
             packed.clear()
 

@@ -1,23 +1,26 @@
-"""What a weight is made of: the computation behind a constant operand, and its evaluation."""
+"""Weights in a graph: the computation behind a constant operand, and its evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
 
-from fxint4._pytorch.tensors import call_into, is_elementwise, real_tensors
+from fxint4._pytorch.tensors import call_into, flat, is_elementwise, real_tensors
 from fxint4.quant.statistics import computed_key, transposed_key
 from fxint4.quant.tile_layout import TileShape
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["AXES", "Prepacked", "PrepackedWeight", "Weight"]
 
-#: How a weight's axes lie in the graph, and the view of it as [N, K] that everything else uses;
-#: [E, N, K] where each of E experts has a matrix of its own.
+#: Views a weight of the graph as ``[N, K]``, or ``[E, N, K]`` if it holds a matrix for each of E
+#: experts; by the order of the weight's axes in the graph ("*" stands for expanded axes, "1" for
+#: the kernel of a convolution).
 AXES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "NK": lambda weight: weight,
     "KN": lambda weight: weight.t(),
@@ -31,14 +34,14 @@ AXES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A constant operand: how to compute it from its root placeholders.
+    """A constant operand of a matmul, computed from placeholders of the graph, its roots.
 
     Attributes:
-        node: the constant node, after leading transposes were moved into `axes`.
-        axes: how the node's axes lie, a key of `AXES`.
-        roots: the placeholders it is made of.
-        steps: the nodes to evaluate, in order, placeholders included.
-        literals: values of the graph's own constant tensors among the steps.
+        node: The constant node; transposes right before the matmul are in `axes` instead.
+        axes: The order of the node's axes, a key of `AXES`.
+        roots: The placeholders that the weight is computed from.
+        steps: The nodes to evaluate, in order, placeholders included.
+        literals: The values of the graph's own constant tensors among the steps.
     """
 
     node: fx.Node
@@ -49,7 +52,7 @@ class Weight:
 
     @cached_property
     def signature(self) -> str:
-        """The computation as text: equal for equal computations of equal roots."""
+        """The computation as text, equal for equal computations."""
         return f"{self.axes}\n{self._steps_text()}"
 
     def _steps_text(self) -> str:
@@ -66,26 +69,29 @@ class Weight:
         return "\n".join(lines)
 
     def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
-        """The weight as [N, K], a view of the root where the computation allows.
+        """Compute the weight.
 
-        What a step no longer needs is freed at once, and an elementwise step writes over an operand
-        that it is the last to read: a chain of them holds one weight, not two.
+        Values are freed after their last use. An elementwise step writes its result over an operand
+        that no later step reads, so a chain of such steps holds one weight in memory, not two.
 
         Args:
-            roots: real tensors for `self.roots`, in that order. None of them is changed.
+            roots: Real tensors for `self.roots`, in that order; they are not changed.
+
+        Returns:
+            ``[N, K]`` or ``[E, N, K]``; a view of the root if all steps are views.
         """
         (value,) = self._values((self.node,), roots)
         return AXES[self.axes](value.detach())
 
     def key(self, parameters: Sequence[str], roots: Sequence[Tensor]) -> str:
-        """The weight's name in every process, for a `fxint4.quant.statistics.Calibration`.
+        """The weight's key in a `fxint4.quant.statistics.Calibration`, the same in every process.
 
-        The name of the parameter, where the weight holds a whole one as it stands or transposed,
-        whatever views the graph takes of it; else the names and a digest of the computation.
+        It is made from the parameter's name if the weight is a view of one whole parameter, as
+        stored or transposed; else from the parameters' names and a digest of the computation.
 
         Args:
-            parameters: full names of the parameters it is made of, the largest first.
-            roots: as in `evaluate`.
+            parameters: The full names of the parameters it is made of, the largest first.
+            roots: Real tensors for `self.roots`, in that order.
         """
         views = all(getattr(step.target, "is_view", False) for step in self.steps[1:])
         if len(self.roots) == 1 and views and roots[0].is_contiguous():
@@ -97,10 +103,10 @@ class Weight:
         return computed_key(parameters, self.signature)
 
     def _values(self, wanted: Sequence[fx.Node], roots: Sequence[Tensor]) -> list[Any]:
-        """The values of some of the steps."""
+        """Evaluate the steps; return the values of the wanted nodes."""
         values: dict[fx.Node, Any] = dict(zip(self.roots, roots, strict=True))
         values.update(self.literals)
-        lasting = {_address(value) for value in values.values()}
+        kept = tuple(values.values())
         last_use = {operand: step for step in self.steps for operand in step.all_input_nodes}
         for step in self.steps:
             ending = [
@@ -109,7 +115,7 @@ class Weight:
                 if last_use[node] is step and node not in wanted
             ]
             if step not in values:
-                memory = _reusable(step, ending, values, lasting)
+                memory = _reusable(step, ending, values, kept)
                 args, kwargs = fx.map_arg((step.args, step.kwargs), lambda node: values[node])
                 values[step] = call_into(memory, step.target, *args, **kwargs)
                 del memory, args, kwargs
@@ -120,11 +126,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Prepacked:
-    """A weight that is packed already; its roots are its tiles and its scale_and_zero.
+    """A prepacked weight; its roots are its tiles and its scale_and_zero.
 
     Attributes:
-        n: rows that are meant, at most those stored.
-        group_size: neighbouring k that share a scale and a zero.
+        n: The number of logical rows, at most those stored.
+        group_size: Neighbouring k that share a scale and a zero.
     """
 
     n: int
@@ -132,11 +138,11 @@ class Prepacked:
 
     @property
     def signature(self) -> str:
-        """Equal for weights packed alike."""
-        return f"given {self.n} {self.group_size}"
+        """The packing format as text, equal for equal formats."""
+        return f"prepacked {self.n} {self.group_size}"
 
     def evaluate(self, roots: Sequence[Tensor]) -> Int4TileTensor:
-        """The buffers as one tensor."""
+        """Wrap the buffers, int32 tiles and bfloat16 scale_and_zero, as one tensor."""
         tiles, scale_and_zero = roots
         k_padded = scale_and_zero.shape[-3] * self.group_size
         axes = tuple(range(tiles.ndim - 2))
@@ -145,7 +151,7 @@ class Prepacked:
         return Int4TileTensor(tiles, scale_and_zero, self.n, columns, self.group_size, dtype, axes)
 
     def shape_of(self, roots: Sequence[Tensor], rows_multiple: int) -> TileShape:
-        """The packed shape, with rows for a form that wants a multiple of them."""
+        """The packed shape, with rows padded to a multiple; `roots` as in `evaluate`."""
         stored = self.evaluate(roots).stored
         n_padded = -(-stored.n_padded // rows_multiple) * rows_multiple
         return replace(stored, n_padded=n_padded)
@@ -153,11 +159,11 @@ class Prepacked:
 
 @dataclass(frozen=True, eq=False)
 class PrepackedWeight(Weight):
-    """A packed weight in a graph: `node` makes its tiles.
+    """A prepacked weight in a graph: `node` computes its tiles.
 
     Attributes:
-        scale_and_zero: the node that makes its scale_and_zero.
-        prepacked: what the buffers are.
+        scale_and_zero: The node that computes its scale_and_zero.
+        prepacked: The packing format of the buffers.
     """
 
     scale_and_zero: fx.Node
@@ -165,41 +171,48 @@ class PrepackedWeight(Weight):
 
     @cached_property
     def signature(self) -> str:
-        """Like that of the same buffers outside any graph, where no more is computed."""
+        """The computation as text; that of `prepacked` if the buffers are placeholders."""
         if len(self.steps) == len(self.roots) == 2:
             return self.prepacked.signature
         return f"{self._steps_text()}\n{self.prepacked.signature}"
 
     def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
-        """The packed weight; `roots` as in `Weight.evaluate`."""
+        """Compute the buffers and wrap them; `roots` as in `Weight.evaluate`."""
         return self.prepacked.evaluate(self._values((self.node, self.scale_and_zero), roots))
 
 
 def _reusable(
-    step: fx.Node, ending: Sequence[fx.Node], values: Mapping[fx.Node, Any], lasting: Set[int]
+    step: fx.Node,
+    ending: Sequence[fx.Node],
+    values: Mapping[fx.Node, Any],
+    kept: Sequence[Tensor],
 ) -> Tensor | None:
-    """An operand whose memory can take the step's result: like it, and nobody else's."""
+    """An operand whose memory can hold the step's result: same layout, and no other user.
+
+    Without it, evaluating a weight such as ``(w - zero) * scale`` would hold the weight twice.
+
+    Args:
+        step: The node to evaluate.
+        ending: Its operands that no later step reads.
+        values: All values that are still needed.
+        kept: Roots and literals, which are never written to.
+    """
     result = step.meta.get("val")
     if not is_elementwise(step.target) or not isinstance(result, Tensor):
         return None
-    addresses = [
-        _address(part)
-        for value in values.values()
-        for part in (value if isinstance(value, (list, tuple)) else (value,))
-        if isinstance(part, Tensor)
-    ]
+    users = Counter(
+        _address(value) for value in flat([kept, *values.values()]) if isinstance(value, Tensor)
+    )
     for node in ending:
         operand = values[node]
-        alike = (operand.dtype, operand.shape, operand.stride()) == (
-            result.dtype,
-            result.shape,
-            result.stride(),
-        )
-        address = _address(operand)
-        if alike and address not in lasting and addresses.count(address) == 1:
+        if users[_address(operand)] == 1 and _layout(operand) == _layout(result):
             return cast("Tensor", operand)
     return None
 
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]:
+    return tensor.dtype, tensor.shape, tensor.stride()

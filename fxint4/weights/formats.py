@@ -1,4 +1,4 @@
-"""On which devices packed weights run, and in which format for how many rows of activation."""
+"""Packing formats: which devices have one, and how many rows of activation they serve."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fxint4._pytorch.tensors import aten, mkldnn_supports
 from fxint4.quant.tile_layout import TileShape
 
 __all__ = [
-    "DTYPES",
     "UNBOUNDED",
     "Dense",
     "Format",
     "activation_dtype",
     "aten_op",
+    "choose_format",
     "device_fault",
     "format_specs",
     "fuses",
@@ -26,25 +26,22 @@ __all__ = [
     "rows_multiple",
 ]
 
-#: dtypes of weight and activation that are packed.
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-#: Rows up to which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the model:
-#: measured by benchmarks/cpu_matmul.py. Beyond, a dequantized copy is multiplied.
+#: The most rows for which the CPU int4 op is faster than Inductor's dense matmul, by dtype of the
+#: model, measured by benchmarks/cpu_matmul.py. Above, a dequantized copy is multiplied.
 _CPU_ROWS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 64}
-#: A number of rows that none is above.
+#: A limit of rows that is never reached.
 UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A dequantized copy that stands where the original constant stood.
+    """The format of a dequantized copy that replaces the original constant.
 
     Attributes:
-        dtype: its dtype.
-        size: its size, as the matmul reads it.
-        stride: its strides, as the matmul reads it.
-        axes: how its axes lie, a key of `fxint4.graph.constants.AXES`.
+        dtype: The dtype of the copy.
+        size: Its size, as the matmul reads it.
+        stride: Its strides, as the matmul reads it.
+        axes: The order of its axes, a key of `fxint4.weights.expression.AXES`.
     """
 
     dtype: torch.dtype
@@ -53,15 +50,14 @@ class Dense:
     axes: str
 
 
-#: What a graph asks of a packed weight: "tiles" (int32 tiles and bf16 scale_and_zero, for
-#: `aten._weight_int4pack_mm`), "cpu" (uint8 bytes and bf16 scale_and_zero, for
-#: `aten._weight_int4pack_mm_for_cpu`), or a dense copy.
+#: A packing format: "tiles" (int32 tiles and bf16 scale_and_zero, for `aten._weight_int4pack_mm`),
+#: "cpu" (uint8 bytes and bf16 scale_and_zero, for `aten._weight_int4pack_mm_for_cpu`), or `Dense`.
 Format = str | Dense
 
 
 @cache
 def device_fault(device: torch.device) -> str | None:
-    """Why packed weights do not run on a device, or None where they do."""
+    """Why packed weights do not run on a device, or None if they do."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -76,7 +72,7 @@ def device_fault(device: torch.device) -> str | None:
 
 
 def rows_multiple(device: torch.device) -> int:
-    """What N is padded to: the CUDA op reads tiles of 8 rows, the CPU op blocks of 16."""
+    """The number that N is padded to a multiple of: 8 for tiles, 16 for the CPU op's blocks."""
     return 16 if device.type == "cpu" else 8
 
 
@@ -86,23 +82,23 @@ def int4_format(device: torch.device) -> Format:
 
 
 def activation_dtype(format: Format, dtype: torch.dtype) -> torch.dtype:
-    """What activations are cast to for the int4 op of a format, and back from.
+    """The dtype that activations are cast to for the int4 op; the result is cast back.
 
     Args:
-        format: a packed format.
-        dtype: of the activation.
+        format: "tiles" or "cpu".
+        dtype: The dtype of the activation.
     """
     native = format == "tiles" and dtype is torch.float16
     return dtype if native else torch.bfloat16
 
 
 def aten_op(format: Format, dtype: torch.dtype, weights: int) -> Any | None:
-    """ATen's op for a packed format, or None where `fxint4.linears` takes its place.
+    """ATen's op for a packed format, or None if `fxint4::linears` is called instead.
 
     Args:
-        format: a packed format.
-        dtype: of the activation, cast as `activation_dtype` says.
-        weights: how many weights the matmul has.
+        format: "tiles" or "cpu".
+        dtype: The dtype of the activation, after the cast to `activation_dtype`.
+        weights: The number of weights of the matmul.
     """
     if weights > 1 or dtype is not torch.bfloat16:
         return None  # ATen's ops take one weight, and bf16
@@ -111,19 +107,19 @@ def aten_op(format: Format, dtype: torch.dtype, weights: int) -> Any | None:
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether one matmul by several weights is faster than one by each.
+    """Whether one matmul by several weights is faster than one matmul by each.
 
-    On a GPU it is: fewer launches, and more programs at a time to keep the memory busy.
+    It is on a GPU: fewer launches, and more programs at a time keep the memory busy.
     """
     return device.type == "cuda"
 
 
 def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """The largest M for which the int4 op is used; a `Dense` copy serves fallback it.
+    """The largest M for which the int4 op is used; above, the fallback is a `Dense` copy.
 
     Args:
-        device: where the matmul runs.
-        dtype: dtype of its activation.
+        device: The device of the matmul.
+        dtype: The dtype of its activation.
     """
     if device.type == "cuda":
         return UNBOUNDED  # its lowering has a kernel for every M
@@ -133,16 +129,16 @@ def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:
     return UNBOUNDED
 
 
-def choose(
+def choose_format(
     format: Format, fallback: Format | None, most_rows: int, rows: int | None
 ) -> Format | None:
-    """The format for one matmul; None where it stays as it is.
+    """The format for one matmul; None if it is left alone.
 
     Args:
-        format: the packed format of the device.
-        fallback: what serves more rows than that; None where the matmul itself does.
-        most_rows: the largest M for the packed format.
-        rows: M; None where it is not known before the graph runs.
+        format: The packed format of the device.
+        fallback: The format above `most_rows`; None to leave the matmul alone there.
+        most_rows: The largest M for the packed format.
+        rows: M; None if it is not known before the graph runs.
     """
     if rows == 0:  # the ops take no empty input
         return None
@@ -152,7 +148,7 @@ def choose(
 def format_specs(
     shape: TileShape, format: Format
 ) -> tuple[tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype], ...]:
-    """Size, stride (None: contiguous) and dtype of each tensor of a format."""
+    """Size, stride (None: contiguous) and dtype of each tensor of a weight in a format."""
     if isinstance(format, Dense):
         return ((format.size, format.stride, format.dtype),)
     further: list[tuple[tuple[int, ...], None, torch.dtype]]

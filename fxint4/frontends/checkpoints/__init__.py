@@ -1,4 +1,4 @@
-"""Checkpoints that other libraries quantized to int4, read straight into tiles."""
+"""Read checkpoints that other libraries quantized to int4 into tiles."""
 
 from fxint4.frontends.checkpoints.load import load_
 

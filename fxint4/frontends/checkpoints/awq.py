@@ -1,8 +1,8 @@
 """AWQ checkpoints in AutoAWQ's version "gemm".
 
-A layer is qweight, int32 ``[K, N/8]``, and qzeros, int32 ``[groups, N/8]``: in the word of eight
-neighbouring n the nibbles, least significant first, are those of n = 0, 2, 4, 6, 1, 3, 5, 7; and
-scales, float ``[groups, N]``. A weight is ``(code - zero_point) * scale``.
+A layer holds qweight, int32 ``[K, N/8]``; qzeros, int32 ``[groups, N/8]``; and scales, float
+``[groups, N]``. A word holds eight neighbouring n; its nibbles, least significant first, are those
+of n = 0, 2, 4, 6, 1, 3, 5, 7. A weight is ``(code - zero_point) * scale``.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from fxint4.frontends.checkpoints.weights import (
     Config,
     GroupedWeight,
     Weight,
-    nibbles,
     whole_numbers,
 )
+from fxint4.quant.tile_layout import nibbles
 
 __all__ = ["find", "is_awq"]
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantized weights of a checkpoint.
+    """Find the quantized weights of a checkpoint.
+
+    Args:
+        checkpoint: The open checkpoint.
+        config: The quantizer's options.
 
     Raises:
-        CheckpointError: the config says something that is not supported.
+        CheckpointError: An option is not supported, or a layer lacks a tensor.
     """
     bits = config.get("bits") or config.get("w_bit") or 4
     layout = config.get("version") or config.get("checkpoint_format") or config.get("format")
@@ -46,19 +50,19 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
 
 
 def is_awq(checkpoint: Checkpoint) -> bool:
-    """Whether the shapes are those of AWQ and not of GPTQ, which uses the same names."""
+    """Tell AWQ by its shapes from GPTQ, which uses the same names."""
     for _, parts in checkpoint.layers("qweight", ("qzeros", "scales")):
         return checkpoint.shape(parts["qweight"])[1:] == checkpoint.shape(parts["qzeros"])[1:]
     return False
 
 
 class AwqWeight(GroupedWeight):
-    """One layer's."""
+    """The AWQ weight of one layer."""
 
     title = "AWQ"
 
     def groups(self, n: int, k: int) -> Tensor:
-        """All of one size."""
+        """int64 ``[K]``; all groups have one size."""
         count = self.checkpoint.shape(self.parts["scales"])[0]
         self.expect("qweight", (k, -(-n // 8)), torch.int32)
         self.expect("qzeros", (count, -(-n // 8)), torch.int32)
@@ -66,19 +70,19 @@ class AwqWeight(GroupedWeight):
         return self.even_groups(k, count)
 
     def codes(self, n: int, k: int, device: torch.device) -> Tensor:
-        """Transposed."""
+        """uint8 ``[N, K]``, transposed from the stored order."""
         return _in_order(self.read("qweight", device))[:, :n].T
 
     def scale(self, n: int, device: torch.device) -> Tensor:
-        """Transposed."""
+        """Float ``[N, groups]``, transposed from the stored order."""
         return self.read("scales", device).T
 
     def zero_point(self, n: int, device: torch.device) -> Tensor:
-        """Transposed."""
+        """uint8 ``[N, groups]``, transposed from the stored order."""
         return _in_order(self.read("qzeros", device))[:, :n].T
 
 
 def _in_order(words: Tensor) -> Tensor:
-    """The numbers of ``[rows, N/8]`` words by n: uint8 ``[rows, N]``."""
-    # n = 2 * pair + odd is in nibble 4 * odd + pair.
+    """The nibbles of words ``[rows, N/8]`` in the order of n: uint8 ``[rows, N]``."""
+    # Nibble 4 * odd + pair is that of n = 2 * pair + odd.
     return nibbles(words).view(*words.shape, 2, 4).mT.flatten(1)

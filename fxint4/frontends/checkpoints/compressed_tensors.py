@@ -1,11 +1,14 @@
 """compressed-tensors checkpoints in the format "pack-quantized".
 
-A layer is weight_packed, int32 ``[N, ceil(K/8)]``: eight neighbouring k in a word, least
-significant first, each number plus 8; weight_scale, float ``[N, groups]``; weight_shape,
-``(N, K)``; for an asymmetric weight weight_zero_point, packed alike along N as int32
-``[ceil(N/8), groups]``, or int8 ``[N, groups]`` in early files; and weight_g_idx, int32 ``[K]``, of
-those that were quantized in the order of activations (-1 where it is not in use). A weight is
-``(number - zero_point) * scale``.
+A layer holds
+- weight_packed, int32 ``[N, ceil(K/8)]``: eight neighbouring k in a word, least significant first,
+  each number plus 8;
+- weight_scale, float ``[N, groups]``;
+- weight_shape, ``(N, K)``;
+- weight_zero_point if it is asymmetric: int32 ``[ceil(N/8), groups]``, packed like the weight but
+  along N, or int8 ``[N, groups]`` in early files;
+- weight_g_idx, int32 ``[K]``, if it was quantized in the order of activations (-1 if not used).
+A weight is ``(number - zero_point) * scale``.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from fxint4.frontends.checkpoints.weights import (
     Config,
     GroupedWeight,
     Weight,
-    nibbles,
     whole_numbers,
 )
+from fxint4.quant.tile_layout import nibbles
 
 __all__ = ["find"]
 
@@ -32,10 +35,14 @@ _FORMAT = "pack-quantized"
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantized weights of a checkpoint.
+    """Find the quantized weights of a checkpoint.
+
+    Args:
+        checkpoint: The open checkpoint.
+        config: The quantizer's options.
 
     Raises:
-        CheckpointError: the config says something that is not supported.
+        CheckpointError: An option is not supported, or a layer lacks a tensor.
     """
     schemes = list((config.get("config_groups") or {}).values())
     weights = [scheme.get("weights") or {} for scheme in schemes]
@@ -66,10 +73,10 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
 
 @dataclass(frozen=True)
 class CompressedWeight(GroupedWeight):
-    """One layer's.
+    """The compressed-tensors weight of one layer.
 
     Attributes:
-        asymmetric: whether it must have zero points.
+        asymmetric: Whether it must have zero points.
     """
 
     title = "compressed-tensors"
@@ -77,7 +84,7 @@ class CompressedWeight(GroupedWeight):
     asymmetric: bool
 
     def groups(self, n: int, k: int) -> Tensor:
-        """By weight_g_idx, where it is in use."""
+        """int64 ``[K]``, from weight_g_idx if it is used."""
         count = self._count()
         self.expect("weight_packed", (n, -(-k // 8)), torch.int32)
         self.expect("weight_scale", (n, count), *SCALES)
@@ -91,9 +98,9 @@ class CompressedWeight(GroupedWeight):
         elif self.asymmetric:
             raise self.error("there is no weight_zero_point, and the config says asymmetric")
         if "weight_shape" in self.parts:
-            given = self.read("weight_shape", torch.device("cpu")).tolist()
-            if given != [n, k]:
-                raise self.error(f"weight_shape is {given}; the model's weight is {[n, k]}")
+            stored = self.read("weight_shape", torch.device("cpu")).tolist()
+            if stored != [n, k]:
+                raise self.error(f"weight_shape is {stored}; the model's weight is {[n, k]}")
         if "weight_g_idx" in self.parts:
             self.expect("weight_g_idx", (k,), torch.int32, torch.int64)
             index = self.read("weight_g_idx", torch.device("cpu"))
@@ -102,15 +109,15 @@ class CompressedWeight(GroupedWeight):
         return self.even_groups(k, count)
 
     def codes(self, n: int, k: int, device: torch.device) -> Tensor:
-        """A word's numbers lie along K."""
+        """uint8 ``[N, K]``; words are packed along K."""
         return nibbles(self.read("weight_packed", device)).flatten(1)[:, :k]
 
     def scale(self, n: int, device: torch.device) -> Tensor:
-        """As it is."""
+        """Float ``[N, groups]``, as stored."""
         return self.read("weight_scale", device)
 
     def zero_point(self, n: int, device: torch.device) -> Tensor:
-        """A word's numbers lie along N; without any, all are the middle."""
+        """Integers ``[N, groups]``; words are packed along N. All 8 if the weight has none."""
         if "weight_zero_point" not in self.parts:
             return torch.full((n, self._count()), 8, dtype=torch.uint8, device=device)
         stored = self.read("weight_zero_point", device)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: its tensors one at a time, and what its config says of them."""
+"""The files of a checkpoint: its tensors, read one at a time, and the quantizer's options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-#: Where the options of the quantizer are, and under which key; the whole file where None.
+#: Files with the options of the quantizer, and their key in it; the whole file if None.
 _CONFIGS = (
     ("config.json", "quantization_config"),  # transformers
     ("config.json", "compression_config"),  # the same in early files of compressed-tensors
@@ -47,23 +47,23 @@ _DTYPES = {
 class Checkpoint:
     """The tensors of a safetensors file, or of all those of a folder.
 
-    A context manager: the files are open, and memory-mapped, within it. Only headers are read until
-    `read` is called.
+    A context manager that closes the memory-mapped files. Only headers are read until `read` is
+    called.
 
     Attributes:
-        path: as given.
-        metadata: the free-form headers of the files.
-        config: what the quantizer left beside them, empty where it left nothing.
+        path: The file or the folder.
+        metadata: The free-form headers of the files, merged.
+        config: The quantizer's options, from a file beside them; empty if there is none.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         """Open the files.
 
         Args:
-            path: a .safetensors file; or a folder that holds one, or several and their index.
+            path: A .safetensors file, or a folder that holds one, or several and their index.
 
         Raises:
-            CheckpointError: there are none, there are only pickles, or one is damaged.
+            CheckpointError: There is no such file, there are only pickles, or a file is damaged.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -107,18 +107,18 @@ class Checkpoint:
     def layers(
         self, main: str, required: Sequence[str], optional: Sequence[str] = ()
     ) -> Iterator[tuple[str, dict[str, str]]]:
-        """Layers that hold a tensor of some name.
+        """Find the layers that hold a tensor of a certain name.
 
         Args:
-            main: its name within the layer.
-            required: other tensors that each such layer must have.
-            optional: others that it may have.
+            main: The tensor's name within the layer.
+            required: Names of other tensors that each such layer must have.
+            optional: Names of other tensors that it may have.
 
         Yields:
-            The full name of the layer's weight, and of each of these tensors.
+            The full name of the layer's weight, and the full name of each of these tensors.
 
         Raises:
-            CheckpointError: a required one is not there.
+            CheckpointError: A required tensor is missing.
         """
         for name in sorted(self.names):
             prefix = name.removesuffix(main)
@@ -136,12 +136,12 @@ class Checkpoint:
         return tuple(self._owners[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype | str:
-        """The dtype of a tensor, by its name where it is not one of PyTorch's common ones."""
+        """The dtype of a tensor; its name in the file if it is not in `_DTYPES`."""
         stored: str = self._owners[name].get_slice(name).get_dtype()
         return _DTYPES.get(stored, stored)
 
     def read(self, name: str) -> Tensor:
-        """A tensor, on the CPU; it may be a view of the mapped file."""
+        """Read a tensor to the CPU; it may be a view of the mapped file."""
         tensor: Tensor = self._owners[name].get_tensor(name)
         return tensor
 
@@ -176,7 +176,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, all of them beside it."""
+    """The files that an index names; all must be in its folder."""
     places = _json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")

@@ -1,13 +1,13 @@
 """GPTQ checkpoints, as AutoGPTQ and GPTQModel write them.
 
-A layer is qweight, int32 ``[K/8, N]``: eight neighbouring k of one n in a word, least significant
-first; qzeros, int32 ``[groups, N/8]``: the zero points of eight neighbouring n; scales, float
-``[groups, N]``; and g_idx, int32 ``[K]``: the group of each column. A weight is
+A layer holds qweight, int32 ``[K/8, N]``: eight neighbouring k in a word, least significant first;
+qzeros, int32 ``[groups, N/8]``: the zero points of eight neighbouring n in a word; scales,
+float ``[groups, N]``; and g_idx, int32 ``[K]``: the group of each column. A weight is
 ``(code - zero_point) * scale``.
 
-In the checkpoint format "gptq" zero points are stored less one, in "gptq_v2" as they are. GPTQModel
-subtracts the ones from whole words, so that a zero point of 0 borrows from its neighbour, and adds
-them to whole words again (`convert_gptq_v1_to_v2_format`): so does this.
+The checkpoint format "gptq" stores zero points minus one, "gptq_v2" stores zero points. GPTQModel
+subtracts and adds the ones on whole words (`convert_gptq_v1_to_v2_format`), so that a zero point of
+0 borrows from its neighbour; this reader does the same.
 """
 
 from __future__ import annotations
@@ -24,21 +24,27 @@ from fxint4.frontends.checkpoints.weights import (
     Config,
     GroupedWeight,
     Weight,
-    nibbles,
     whole_numbers,
 )
+from fxint4.quant.tile_layout import nibbles
 
 __all__ = ["find"]
 
+#: A word whose eight nibbles are 1.
 _ONES = 0x11111111
+#: What was subtracted from words of zero points, by format.
 _FORMATS = {"gptq": _ONES, "gptq_v2": 0}
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantized weights of a checkpoint.
+    """Find the quantized weights of a checkpoint.
+
+    Args:
+        checkpoint: The open checkpoint.
+        config: The quantizer's options.
 
     Raises:
-        CheckpointError: the config says something that is not supported.
+        CheckpointError: An option is not supported, or a layer lacks a tensor.
     """
     bits = config.get("bits", 4)
     layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
@@ -57,11 +63,11 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
 
 @dataclass(frozen=True)
 class GptqWeight(GroupedWeight):
-    """One layer's.
+    """The GPTQ weight of one layer.
 
     Attributes:
-        offset: what was subtracted from each word of zero points.
-        symmetric: whether all zero points are 8.
+        offset: What was subtracted from each word of zero points.
+        symmetric: Whether all zero points must be 8.
     """
 
     title = "GPTQ"
@@ -70,7 +76,7 @@ class GptqWeight(GroupedWeight):
     symmetric: bool
 
     def groups(self, n: int, k: int) -> Tensor:
-        """By g_idx, where there is one; the order in which weights were quantized is in it."""
+        """int64 ``[K]``, from g_idx if there is one."""
         count = self.checkpoint.shape(self.parts["scales"])[0]
         self.expect("qweight", (-(-k // 8), n), torch.int32)
         self.expect("qzeros", (count, -(-n // 8)), torch.int32)
@@ -81,15 +87,15 @@ class GptqWeight(GroupedWeight):
         return self.checked_groups(self.read("g_idx", torch.device("cpu")), count)
 
     def codes(self, n: int, k: int, device: torch.device) -> Tensor:
-        """A word's numbers lie along K."""
+        """uint8 ``[N, K]``; words are packed along K."""
         return nibbles(self.read("qweight", device).T).flatten(1)[:, :k]
 
     def scale(self, n: int, device: torch.device) -> Tensor:
-        """Transposed."""
+        """Float ``[N, groups]``, transposed from the stored order."""
         return self.read("scales", device).T
 
     def zero_point(self, n: int, device: torch.device) -> Tensor:
-        """A word's numbers lie along N."""
+        """uint8 ``[N, groups]``; words are packed along N."""
         stored = nibbles(self.read("qzeros", device) + self.offset).flatten(1)[:, :n].T
         if self.symmetric and not bool((stored == 8).all()):
             raise self.error(

@@ -1,4 +1,4 @@
-"""`fxint4.load_`: a quantized checkpoint into an ordinary model."""
+"""`fxint4.load_`: load a quantized checkpoint into an ordinary model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
 from fxint4.frontends.parameters import Candidate, record_of, use_of
 from fxint4.graph.names import layer_name, parameters_of
+from fxint4.quant.tile_layout import DTYPES
 from fxint4.report import GraphReport, Record, Report
 from fxint4.tensor import Int4TileTensor
 
@@ -30,8 +31,6 @@ _FINDERS: dict[str, Callable[[Checkpoint, Config], list[Weight]]] = {
     "compressed-tensors": compressed_tensors.find,
     "torchao": torchao.find,
 }
-#: Logical dtypes of packed weights.
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NAMES_SHOWN = 5
 _CPU = torch.device("cpu")
 
@@ -49,34 +48,34 @@ def load_(
     """Load a checkpoint that was quantized to int4 into an ordinary model.
 
     Reads GPTQ, AWQ, compressed-tensors (pack-quantized) and torchao's tiled tensors from
-    safetensors files, never a pickle. Codes go into tiles as they are; scales and zeros are rounded
-    to bfloat16. All that is not quantized is loaded as it is, in the dtype that the model has.
+    safetensors files, never a pickle. Codes are unchanged; scales and zeros are rounded to
+    bfloat16. Tensors that are not quantized are converted to the dtype of the model's.
 
-    The model keeps its modules: the parameter of each quantized layer becomes an `Int4TileTensor`.
-    It is best made on the meta device, so that its own weights take no memory. Beside what the
-    model holds afterwards, one layer's tensors are in memory while it is packed, and what it held
-    before until all is loaded.
+    The modules stay; the parameter of each quantized layer becomes an `Int4TileTensor`. Build the
+    model on the meta device, so that its own weights take no memory. At the peak, memory holds the
+    loaded model, the model's previous tensors, and the checkpoint's tensors of one layer.
 
     Args:
-        model: changed in place, once everything has been read and found right.
-        path: a .safetensors file, or a folder with one, or with several and their index. What the
-            quantizer left beside it (config.json, quantize_config.json, quant_config.json) is read.
-        quantization_config: that in place of what is found there, as in transformers' config.json:
-            `{"quant_method": "gptq", "checkpoint_format": "gptq_v2", "group_size": 128}`, say.
-            Without either the format goes by the names and shapes of the tensors.
-        device: where the model goes. If None, each tensor where the model's is, and to the CPU
-            where that is meta.
-        ignore: patterns, as in `Int4Config.skip`, of the checkpoint's tensors to leave out.
-        rename: makes a name in the model of one in the checkpoint, such as that of a weight.
-        progress: show a tqdm bar.
+        model: The model, changed in place once everything has been read and checked.
+        path: A .safetensors file, or a folder with one, or with several and their index. The
+            quantizer's options are read from config.json, quantize_config.json or
+            quant_config.json beside it.
+        quantization_config: Options that replace those, as in transformers' config.json, such as
+            `{"quant_method": "gptq", "checkpoint_format": "gptq_v2", "group_size": 128}`. Without
+            either, the names and shapes of the tensors determine the format.
+        device: The device of the loaded tensors. If None, each goes to the device of the model's
+            tensor, or to the CPU if that is meta.
+        ignore: Patterns, as in `Int4Config.skip`, of the checkpoint's tensors to leave out.
+        rename: Maps a name in the checkpoint, such as that of a weight, to a name in the model.
+        progress: Whether to show a tqdm bar.
 
     Returns:
-        The report: a record for every quantized layer, and for every other one that could be.
+        The report, with a record for every quantized layer and every other layer that could be.
 
     Raises:
-        CheckpointError: files that are no checkpoint, or damaged; a format, or a detail of one,
-            that tiles can't hold; names or shapes that are not those of the model. It names the
-            layer, and the model is as it was.
+        CheckpointError: The files are no checkpoint or damaged, tiles cannot hold their format, or
+            names or shapes differ from the model's. The error names the layer; the model is
+            unchanged.
     """
     target = None if device is None else torch.device(device)
     with Checkpoint(path) as checkpoint, torch.no_grad():
@@ -102,15 +101,15 @@ class _Plain:
     """A tensor of the checkpoint that is not quantized.
 
     Attributes:
-        name: in the checkpoint.
-        checkpoint: where it is.
+        name: Its name in the checkpoint.
+        checkpoint: The open checkpoint.
     """
 
     name: str
     checkpoint: Checkpoint
 
     def check(self, current: Tensor) -> None:
-        """Raise CheckpointError where it can't take the place of a tensor."""
+        """Raise CheckpointError if it cannot replace a tensor of the model."""
         shape, dtype = self.checkpoint.shape(self.name), self.checkpoint.dtype(self.name)
         floats = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         if shape != current.shape or not (
@@ -122,7 +121,7 @@ class _Plain:
             )
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A copy, so that nothing holds on to the mapped file."""
+        """Read a copy, so that nothing refers to the mapped file."""
         return self.checkpoint.read(self.name).to(device, dtype, copy=True)
 
 
@@ -132,7 +131,7 @@ def _items(
     ignore: str | Sequence[str],
     rename: Callable[[str], str] | None,
 ) -> dict[str, Weight | _Plain]:
-    """What is to be loaded, by its name in the model."""
+    """The weights and tensors to load, by their names in the model."""
     config = checkpoint.config if config is None else config
     try:
         method = _method(checkpoint, config)
@@ -159,7 +158,7 @@ def _items(
 
 
 def _method(checkpoint: Checkpoint, config: Config) -> str | None:
-    """The format of a checkpoint; None where nothing in it is quantized."""
+    """The format of a checkpoint, a key of `_FINDERS`; None if nothing in it is quantized."""
     method = config.get("quant_method", config.get("method"))
     if method is not None:
         if method not in _FINDERS:
@@ -184,10 +183,10 @@ class _Place(NamedTuple):
     """A parameter or buffer of the model.
 
     Attributes:
-        name: its full name.
-        module: the module that holds it.
-        attribute: its name there.
-        tensor: what is there.
+        name: Its full name.
+        module: The module that holds it.
+        attribute: Its name in the module.
+        tensor: Its current value.
     """
 
     name: str
@@ -197,13 +196,13 @@ class _Place(NamedTuple):
 
 
 class _Slot:
-    """A place of the model, and what goes there.
+    """A parameter or buffer of the model, and what is loaded into it.
 
     Attributes:
-        place: the place.
-        item: what goes there.
-        new: that, once it is read.
-        use: for a parameter of a known module, what multiplies by it and which of its axes is K.
+        place: The parameter or buffer.
+        item: The weight or tensor of the checkpoint.
+        new: The new value, once it is read.
+        use: The op that multiplies by a parameter, and which of its axes is K; None if unknown.
     """
 
     def __init__(self, place: _Place, item: Weight | _Plain) -> None:
@@ -215,7 +214,7 @@ class _Slot:
             self.use = use_of(place.module, place.tensor)
 
     def check(self) -> None:
-        """Raise CheckpointError where the item does not fit."""
+        """Raise CheckpointError if the item does not fit the place."""
         if isinstance(self.item, _Plain):
             self.item.check(self.place.tensor)
         elif self.use is None:
@@ -223,15 +222,15 @@ class _Slot:
                 f"{self.place.name} is a parameter of {type(self.place.module).__name__}; int4 "
                 "weights go into nn.Linear and modules like it"
             )
-        elif self.place.tensor.dtype not in _DTYPES:
+        elif self.place.tensor.dtype not in DTYPES:
             raise self.item.error(
-                f"the model's is {self.place.tensor.dtype}; it must be one of {_DTYPES}"
+                f"the model's is {self.place.tensor.dtype}; it must be one of {DTYPES}"
             )
         else:
             self.item.check(self._stored_shape(self.use))
 
     def read(self, device: torch.device) -> Tensor:
-        """The item as the tensor that goes there."""
+        """Read the item as a tensor for the place."""
         current = self.place.tensor
         if isinstance(self.item, _Plain):
             value = self.item.read(current.dtype, device)
@@ -247,7 +246,7 @@ class _Slot:
         return nn.Parameter(self._candidate(self.use).logical(packed), requires_grad=False)
 
     def record(self) -> Record | None:
-        """What became of a matmul's weight."""
+        """The record of a matmul's weight; None for other tensors."""
         if self.use is None or self.new is None:
             return None
         stored = self._candidate(self.use).as_stored
@@ -279,7 +278,7 @@ class _Slot:
 def _slots(
     model: nn.Module, items: dict[str, Weight | _Plain], checkpoint: Checkpoint
 ) -> list[_Slot]:
-    """A slot for every parameter and persistent buffer, checked."""
+    """Make and check a slot for every parameter and persistent buffer."""
     places = {place.name: place for place in _places(model, persistent=True)}
     tied: dict[int, list[str]] = {}
     for place in places.values():
@@ -305,7 +304,7 @@ def _slots(
 
 
 def _places(model: nn.Module, *, persistent: bool) -> Iterator[_Place]:
-    """The parameters and buffers that are in the state dict, or those that are not."""
+    """The parameters and buffers in the state dict, or those that are not in it."""
     saved = model.state_dict(keep_vars=True).keys()
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor in (
@@ -318,7 +317,7 @@ def _places(model: nn.Module, *, persistent: bool) -> Iterator[_Place]:
 
 
 def _adds_nothing(name: str, item: Weight | _Plain, items: Mapping[str, Weight | _Plain]) -> bool:
-    """Whether it is the bias of zeros that AutoGPTQ writes for layers that have none."""
+    """Whether an item is the bias of zeros that AutoGPTQ writes for layers without a bias."""
     layer, _, attribute = name.rpartition(".")
     if attribute != "bias" or not isinstance(items.get(f"{layer}.weight"), Weight):
         return False
@@ -344,7 +343,7 @@ def _some(names: Sequence[str]) -> str:
 def _computed_buffers(
     model: nn.Module, device: torch.device | None
 ) -> list[tuple[nn.Module, str, Tensor]]:
-    """Buffers that no checkpoint holds, where `device` is another than theirs, moved there."""
+    """Buffers that no checkpoint holds, moved to `device` if they are on another one."""
     found = []
     for name, module, attribute, tensor in _places(model, persistent=False):
         if tensor.is_meta:
@@ -358,7 +357,7 @@ def _computed_buffers(
 
 
 def _fill(slots: Sequence[_Slot], device: torch.device | None, progress: bool) -> None:
-    """Read what goes into the slots; tied ones get one tensor, where they are equal."""
+    """Read the items of all slots; tied slots share one tensor if their items are equal."""
     made: dict[int, Tensor] = {}
     first: dict[int, Tensor] = {}
     with tqdm(

@@ -1,10 +1,10 @@
-"""torchao checkpoints whose weights are in tensor-core tiles already; no number is touched.
+"""torchao checkpoints whose weights are tensor-core tiles; buffers are loaded unchanged.
 
-`torchao.prototype.safetensors`, and with it transformers, writes an Int4TilePackedTo4dTensor
-`a.weight` as `a._weight_qdata`, the tiles, and `a._weight_scale_and_zero`, with an entry `a.weight`
-in the file's header that names its class; plain tensors have entries, too. AWQ adds
-`a._weight_act_pre_scale`, which x is multiplied by before the product. A TensorCoreTiledLayout
-has no such form; `torchao.utils.unwrap_tensor_subclass` makes of it
+`torchao.prototype.safetensors`, which transformers uses, writes an Int4TilePackedTo4dTensor
+`a.weight` as `a._weight_qdata`, the tiles, and `a._weight_scale_and_zero`. An entry `a.weight` in
+the file's header names its class; plain tensors have entries, too. AWQ adds
+`a._weight_act_pre_scale`, which multiplies x before the matmul. A TensorCoreTiledLayout cannot be
+written that way; `torchao.utils.unwrap_tensor_subclass` turns it into
 `a.parametrizations.weight.original0`, the tiles, and `original1`, scale_and_zero.
 """
 
@@ -34,10 +34,14 @@ def is_torchao(checkpoint: Checkpoint) -> bool:
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
-    """The quantized weights of a checkpoint.
+    """Find the quantized weights of a checkpoint.
+
+    Args:
+        checkpoint: The open checkpoint.
+        config: Not read.
 
     Raises:
-        CheckpointError: one is of another class, or the header is damaged.
+        CheckpointError: A weight has another class, or the header is damaged.
     """
     found: list[Weight] = []
     for name in _tensor_names(checkpoint):
@@ -64,16 +68,16 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
 
 @dataclass(frozen=True)
 class TiledWeight(Weight):
-    """One weight."""
+    """One weight in tiles."""
 
     title = "torchao"
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise CheckpointError where buffers don't fit each other, or not the shape."""
+        """Raise CheckpointError if the buffers do not fit each other or the shape."""
         if _PRE_SCALE in self.parts:
-            given = self.checkpoint.shape(self.parts[_PRE_SCALE])
-            one_for_all = given in ((), (1,))
-            self.expect(_PRE_SCALE, given if one_for_all else shape[-1:], *SCALES)
+            stored = self.checkpoint.shape(self.parts[_PRE_SCALE])
+            one_for_all = stored in ((), (1,))
+            self.expect(_PRE_SCALE, stored if one_for_all else shape[-1:], *SCALES)
         meta = torch.device("meta")
         names = (self.parts[_TILES], self.parts[_PARAMETERS])
         dtypes = [self.checkpoint.dtype(name) for name in names]
@@ -91,7 +95,7 @@ class TiledWeight(Weight):
     def pack(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Int4TileTensor:
-        """The same buffers; act_pre_scale, one number or one for each column, in fp32."""
+        """Wrap copies of the buffers; act_pre_scale is one number, or one for each column."""
         tiles, parameters = (
             self.read(part, device).clone(memory_format=torch.contiguous_format)
             for part in (_TILES, _PARAMETERS)
@@ -119,7 +123,7 @@ def _json(checkpoint: Checkpoint, key: str) -> Any:
 
 
 def _unwrapped(checkpoint: Checkpoint) -> list[str]:
-    """Layers whose weight is two tensors that look like tiles and scale_and_zero."""
+    """Layers whose weight is stored as two tensors that look like tiles and scale_and_zero."""
     layers = []
     for name in sorted(checkpoint.names):
         layer, found, number = name.partition(_UNWRAPPED)

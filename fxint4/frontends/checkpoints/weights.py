@@ -1,8 +1,7 @@
-"""What one quantized weight of a checkpoint becomes, whatever its format."""
+"""`Weight` and `GroupedWeight`, a quantized weight of a checkpoint in any format."""
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,23 +16,23 @@ from fxint4.graph.names import layer_name
 from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "nibbles", "whole_numbers"]
+__all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "whole_numbers"]
 
 #: Dtypes of scales.
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: What a quantizer says of all its weights, as in `quantization_config` of transformers.
+#: The quantizer's options, as in `quantization_config` of transformers.
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Weight(ABC):
-    """One quantized weight ``[N, K]`` of a checkpoint.
+    """One quantized weight of a checkpoint.
 
     Attributes:
-        name: full name of the parameter that it is for.
-        checkpoint: where it is.
-        parts: names of the tensors that it is made of, by what each one is.
+        name: The full name of the parameter.
+        checkpoint: The open checkpoint.
+        parts: Full names of the tensors that hold it, by their names within the layer.
     """
 
     #: The name of the format.
@@ -45,40 +44,40 @@ class Weight(ABC):
 
     @abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise CheckpointError where it is no weight of that shape which tiles can hold.
+        """Raise CheckpointError if it has another shape, or tiles cannot hold it.
 
         Args:
-            shape: ``[N, K]``, or with the axes of experts in front.
+            shape: ``[N, K]``, or ``[E, N, K]`` for E experts.
         """
 
     @abstractmethod
     def pack(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Int4TileTensor:
-        """The weight in tiles.
+        """Pack the weight into tiles.
 
         Args:
-            shape: as for `check`.
-            dtype: logical dtype.
-            device: where it goes, and where it is packed.
+            shape: ``[N, K]``, or ``[E, N, K]`` for E experts.
+            dtype: The logical dtype.
+            device: The device to pack on, and of the result.
         """
 
     def read(self, part: str, device: torch.device) -> Tensor:
-        """One of its tensors."""
+        """Read one of its tensors to a device."""
         return self.checkpoint.read(self.parts[part]).to(device)
 
     def expect(self, part: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-        """Raise CheckpointError where a tensor is not of this shape and one of these dtypes."""
+        """Raise CheckpointError unless a tensor has this shape and one of these dtypes."""
         name = self.parts[part]
-        given, dtype = self.checkpoint.shape(name), self.checkpoint.dtype(name)
-        if given != shape or dtype not in dtypes:
+        stored, dtype = self.checkpoint.shape(name), self.checkpoint.dtype(name)
+        if stored != shape or dtype not in dtypes:
             raise self.error(
-                f"{part} is {dtype} {given}; here it must be {_either(dtypes)} {shape}. Either the "
-                "model has another shape, or this is no int4 weight of that format"
+                f"{part} is {dtype} {stored}; here it must be {_either(dtypes)} {shape}. Either "
+                "the model has another shape, or this is no int4 weight of that format"
             )
 
     def error(self, message: str) -> CheckpointError:
-        """An error that names the layer and the format."""
+        """An error whose message names the layer and the format."""
         return CheckpointError(f"{layer_name(self.name)} ({self.title}): {message}")
 
 
@@ -89,7 +88,7 @@ class GroupedWeight(Weight):
     Its value is ``(code - zero_point) * scale``.
 
     Attributes:
-        group_sizes: those that the config speaks of.
+        group_sizes: The group sizes in the config.
     """
 
     group_sizes: tuple[int, ...]
@@ -111,18 +110,18 @@ class GroupedWeight(Weight):
         """The zero points: an integer dtype, ``[N, groups]``."""
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise CheckpointError where it is no weight of that shape which tiles can hold."""
+        """Raise CheckpointError if it is not `shape`, ``[N, K]``, or tiles cannot hold it."""
         self._groups_to_store(shape)
 
     def pack(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Int4TileTensor:
-        """The weight in tiles."""
+        """Pack the weight ``[N, K]`` into tiles."""
         n, k = shape
         group_size, picks = self._groups_to_store(shape)
         picks = picks.to(device)
-        # Rounded before the float zero is made of it, so that a weight of 0 stays as near to 0 as
-        # the zero's own rounding leaves it: (zero_point - 8) * scale + zero is 0 in exact numbers.
+        # Round the scale before the float zero is computed from it. Then a weight of 0 is off only
+        # by the rounding of zero: (zero_point - 8) * scale + zero is 0 in exact arithmetic.
         scale = self.scale(n, device)[:, picks].to(torch.bfloat16)
         zero_point = self.zero_point(n, device)[:, picks]
         codes = self.codes(n, k, device)
@@ -131,7 +130,7 @@ class GroupedWeight(Weight):
         )
 
     def _groups_to_store(self, shape: tuple[int, ...]) -> tuple[int, Tensor]:
-        """The group size of the tiles, and which of the checkpoint's groups each one there is."""
+        """The group size of the tiles, and for each group there the checkpoint's group, int64."""
         if len(shape) != 2:
             raise self.error(
                 f"the model's parameter is {shape}; this format has one matrix to a layer. Use a "
@@ -157,7 +156,7 @@ class GroupedWeight(Weight):
         return group_size, index[::group_size]
 
     def checked_groups(self, index: Tensor, groups: int) -> Tensor:
-        """A table of groups that a file gives, where it is one: int64, each group in use."""
+        """Check a g_idx ``[K]``: it must name each group. Return it as int64."""
         index = index.to(torch.int64)
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= groups or not bool(index.bincount(minlength=groups).all()):
@@ -168,7 +167,7 @@ class GroupedWeight(Weight):
         return index
 
     def even_groups(self, k: int, groups: int) -> Tensor:
-        """The group of each column where all groups are of one size, but for the last one."""
+        """The group of each column, int64 ``[K]``, if all groups but the last have one size."""
         sizes = [size for size in self.group_sizes if size > 0 and -(-k // size) == groups]
         if not sizes and groups and k % groups == 0:
             sizes = [k // groups]
@@ -180,28 +179,13 @@ class GroupedWeight(Weight):
         return torch.arange(k) // sizes[0]
 
 
-def nibbles(words: Tensor) -> Tensor:
-    """The eight 4-bit numbers of each word, least significant first.
-
-    Args:
-        words: int32, any shape.
-
-    Returns:
-        uint8 ``[..., 8]``, contiguous.
-    """
-    octets = words.contiguous().unsqueeze(-1).view(torch.uint8)
-    if sys.byteorder == "big":
-        octets = octets.flip(-1)
-    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
-
-
 def whole_numbers(*values: Any) -> tuple[int, ...]:
-    """Those of some values of a config that are whole numbers."""
+    """The values that are integers; options may be missing or strings."""
     return tuple(value for value in values if isinstance(value, int))
 
 
 def _constant_in_runs(index: Tensor, size: int) -> bool:
-    """Whether every run of `size` columns from a multiple of it on is in one group."""
+    """Whether all columns from i * size to (i + 1) * size are in one group, for every i."""
     starts = torch.arange(len(index)) // size * size
     return torch.equal(index, index[starts])
 

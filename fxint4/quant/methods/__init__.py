@@ -1,1 +1,1 @@
-"""How scales, zeros and codes are chosen: from the weight alone, or from its inputs too."""
+"""Methods that choose scales, zeros and codes, from the weight or from its inputs too."""

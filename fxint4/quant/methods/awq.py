@@ -17,14 +17,12 @@ from fxint4.quant.primitives import GroupParameters, dequantize, quantize
 
 __all__ = ["awq_scale"]
 
+#: Number of exponents tried: 0, 1/20, ... 19/20.
 _STEPS = 20
-"""Exponents tried: 0, 1/20, ... 19/20."""
-
+#: The exponent is chosen on at most this many rows of each weight, evenly spaced.
 _ROWS = 512
-"""Rows of each weight, evenly spaced, that the exponent is chosen by."""
-
+#: Magnitudes are clamped to at least this share of the largest one.
 _LEAST = 1e-4
-"""Share of the largest magnitude that every other one counts as at least."""
 
 
 def awq_scale(
@@ -34,30 +32,31 @@ def awq_scale(
     group_size: int,
     parameters: GroupParameters = mse_parameters,
 ) -> Tensor:
-    """Factors s for the channels of the weights: quantize ``W * s``, multiply by ``x / s``.
+    """Choose factors s for the channels of weights: quantize ``W * s``, multiply by ``x / s``.
 
-    Of ``s = magnitudes^a``, divided by the geometric mean of its largest and smallest, with a in 20
-    steps from 0 (ones) to 0.95, the one of the least squared error of the outputs, ``tr(D H D^T)``
-    with ``D = dequantized (W * s) / s - W``, over up to 512 rows of each W; ones, if its error
-    over all rows is not less than theirs. Channels of magnitude 0 get 1; where magnitudes or H hold
-    inf or NaN, all do.
+    Candidates are ``s = magnitudes^a``, divided by the geometric mean of its largest and smallest
+    value, for 20 exponents a from 0 (all ones) to 0.95. The best one has the least squared error
+    of the outputs, ``tr(D H D^T)`` with ``D = dequantized (W * s) / s - W``, over up to 512 rows of
+    each W. If it is not better than ones over all rows, s is ones. Channels of magnitude 0 get 1;
+    all channels do if magnitudes or H hold inf or NaN.
 
-    Takes 20 quantizations and ``20 rows K^2`` multiplications in fp64 for those rows, 2 more for
-    all.
+    Cost: 20 quantizations and ``20 rows K^2`` multiplications in fp64 of those rows, and 2 of all
+    rows.
 
     Args:
-        weights: that share the input, each ``[N, K]``, any float dtype and strides, finite.
-        second_moments: H, ``[K, K]``, see `fxint4.quant.methods.gptq.Gptq`.
-        magnitudes: ``[K]``, the mean (or sum) of ``|x|`` over the input's rows.
-        group_size: neighbouring k that share a scale and a zero.
-        parameters: chooses their scale and zero, with the diagonal of H, divided by s^2, as
-            importance.
+        weights: Weights that share the input, each ``[N, K]``, any float dtype and strides, finite.
+        second_moments: H, ``[K, K]``, any float dtype, the sum (or mean) of ``x x^T`` over
+            the input's rows x.
+        magnitudes: ``[K]``, any float dtype, the mean (or sum) of ``|x|`` over the input's rows.
+        group_size: Neighbouring k that share a scale and a zero.
+        parameters: Chooses their scale and zero. The importance is the diagonal of H, divided by
+            s^2.
 
     Returns:
-        fp32 ``[K]``, finite, greater than 0.
+        s, fp32 ``[K]``, finite, greater than 0.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: Shapes do not match.
     """
     k = len(second_moments)
     if second_moments.shape != (k, k) or magnitudes.shape != (k,):
@@ -89,7 +88,7 @@ def awq_scale(
 
 
 def _power(magnitudes: Tensor, exponent: float) -> Tensor:
-    """A candidate, fp32 ``[K]``."""
+    """The candidate s of an exponent, fp32 ``[K]``."""
     m = magnitudes.double()
     s = m.clamp(min=_LEAST * m.max()).pow(exponent)
     s = s / (s.max() * s.min()).sqrt()
@@ -99,7 +98,7 @@ def _power(magnitudes: Tensor, exponent: float) -> Tensor:
 def _error(
     weight: Tensor, s: Tensor, h: Tensor, group_size: int, parameters: GroupParameters
 ) -> Tensor:
-    """tr(D H D^T) of one weight, a fp64 scalar."""
+    """``tr(D H D^T)`` of one weight, an fp64 scalar."""
     importance = (h.diagonal() / s.double().square()).float()
     total = h.new_zeros(())
     for start, stop in row_blocks(weight, 1):

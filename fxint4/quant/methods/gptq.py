@@ -1,4 +1,4 @@
-"""GPTQ: codes chosen column by column, each column's error made up for by the columns after it.
+"""GPTQ: choose codes column by column; later columns compensate for the errors of earlier ones.
 
 E. Frantar, S. Ashkboos, T. Hoefler and D. Alistarh, "GPTQ: Accurate Post-Training Quantization for
 Generative Pre-trained Transformers", 2022, https://arxiv.org/abs/2210.17323
@@ -22,40 +22,40 @@ from fxint4.quant.primitives import (
     padded_columns,
     quantize,
 )
+from fxint4.quant.tile_layout import MIDDLE_CODE
 
 __all__ = ["Gptq"]
 
 _log = logging.getLogger(__name__)
 
-#: Columns after which the rest of the weight is updated, at least; whole groups.
+#: Columns of a block, rounded up to whole groups; the rest of the weight is updated after each.
 _BLOCK = 128
 
-#: Times that the damping is raised tenfold before the second moments are given up.
+#: How often the damping is raised tenfold before GPTQ gives up.
 _RAISES = 4
 
 
 class Gptq:
     """Quantizes rows of weights whose inputs have known second moments.
 
-    Makes the squared error of the layer's output small, ``tr(D H D^T)`` with D the weight's error
-    and H the second moments of its inputs, column after column: with ``U^T U`` the inverse of the
-    damped H, U upper triangular, the error e of column j changes every later column k by
-    ``-e * U[j, k] / U[j, j]``. Rows do not depend on each other, so a weight may come in blocks of
-    rows, and several weights of one input (q, k, v) in one.
+    It reduces the squared error of the layer's output, ``tr(D H D^T)``, where D is the weight's
+    error and H the second moments of its inputs, one column after another. With ``U^T U`` the
+    inverse of the damped H, U upper triangular, the error e of column j changes every later column
+    k by ``-e * U[j, k] / U[j, j]``. Rows are independent, so a weight may be passed in blocks of
+    rows, and several weights with one input (q, k, v) as one.
 
-    A channel that no input reached (``H[k, k] == 0``) counts as one of average size that goes with
-    no other: its weights are rounded to nearest and change no others.
+    A channel that is 0 in all inputs (``H[k, k] == 0``) counts as one of average size without
+    correlation to others: its weights are rounded to nearest and change no others.
 
-    Cost: U is made once, in fp64, with ``2/3 K^3`` multiplications and at most 4 matrices
-    ``[K, K]`` at a time, of which U stays. A call on ``[rows, K]`` takes 7 kernel launches a
-    column whatever the rows, so the more rows at a time the better; ``rows * K^2 / 2``
-    multiplications in fp64, which no TF32 setting touches; and some 12 bytes a weight beside the
-    result.
+    Cost: U is computed once, in fp64, with ``2/3 K^3`` multiplications and at most 4 matrices
+    ``[K, K]`` at a time, of which U is kept. A call on ``[rows, K]`` takes 7 kernel launches a
+    column for any number of rows, so more rows at a time are better; ``rows * K^2 / 2``
+    multiplications in fp64, independent of TF32 settings; and about 12 bytes a weight of scratch.
 
     Attributes:
-        damping: what was added to H's diagonal, as a share of its mean: what was asked for, or ten,
-            a hundred... times as much where H was singular with less.
-        fallback: why weights are quantized without H, each for itself; None where they are not.
+        damping: What was added to H's diagonal, as a share of its mean. It is raised tenfold,
+            several times if need be, while H is singular.
+        fallback: Why weights are rounded without H, each on its own; None if H is used.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Gptq:
         """Prepare for weights of one input.
 
         Args:
-            second_moments: H, ``[K, K]``, any float dtype: the sum or the mean of ``x x^T`` over
-                the input's rows x; symmetric, its scale is of no matter.
-            group_size: neighbouring k that share a scale and a zero.
-            k_padded: columns to weight_cache, see `fxint4.quant.primitives.quantize`.
-            parameters: chooses scale and zero of a group, with the diagonal of the damped H as
-                importance.
-            damping: what is added to H's diagonal, as a share of its mean.
-            activation_order: whether columns go by H's diagonal, the largest first. Every group's
-                scale and zero are then chosen beforehand from the weight as it is, so groups
-                remain neighbours in memory and nothing is permuted at run time. Otherwise columns
-                go from first to last, and a group's scale and zero are chosen from its weights as
-                earlier errors have changed them.
+            second_moments: H, ``[K, K]``, any float dtype, symmetric: the sum or the mean of
+                ``x x^T`` over the input's rows x. The scale of H does not matter.
+            group_size: Neighbouring k that share a scale and a zero.
+            k_padded: Columns to store, a multiple of group_size; the fewest possible if None.
+            parameters: Chooses scale and zero of a group. The importance is the diagonal of the
+                damped H.
+            damping: What to add to H's diagonal, as a share of its mean.
+            activation_order: Whether columns are taken in the order of H's diagonal, the largest
+                first. Then every group's scale and zero are chosen beforehand from the original
+                weight, so that groups stay neighbouring columns and nothing is permuted at run
+                time. Otherwise columns are taken from first to last, and a group's scale and zero
+                are chosen from its compensated weights.
 
         Raises:
             ValueError: H is not square, or k_padded does not fit.
@@ -101,7 +101,7 @@ class Gptq:
             _log.warning("weights are quantized without GPTQ: %s", self.fallback)
 
     def _prepare(self, h: Tensor) -> str | None:
-        """Make what a call needs of H, which is overwritten. Returns why it cannot, or None."""
+        """Compute what a call needs from H, which is overwritten; why it can't be, or None."""
         diagonal = h.diagonal()
         dead = diagonal == 0
         mean = diagonal.sum() / (~dead).sum()
@@ -148,10 +148,10 @@ class Gptq:
             weight: ``[rows, K]``, any float dtype and strides, on the device of the moments.
 
         Returns:
-            Codes, scales and zeros; signal and noise are of the weight, not of the output.
+            Codes, scales and zeros; signal and noise of the weight, not of the output.
 
         Raises:
-            ValueError: the weight is not ``[rows, K]``, or holds inf or NaN.
+            ValueError: The weight is not ``[rows, K]``, or holds inf or NaN.
         """
         if weight.ndim != 2 or weight.shape[1] != self._k:
             raise ValueError(
@@ -162,14 +162,16 @@ class Gptq:
         weight = weight.detach()
         rows = len(weight)
         padded_groups = self._k_padded // self._group_size
-        codes = torch.full((rows, self._k_padded), 8, dtype=torch.uint8, device=weight.device)
+        codes = torch.full(
+            (rows, self._k_padded), MIDDLE_CODE, dtype=torch.uint8, device=weight.device
+        )
         scale = torch.zeros(rows, padded_groups, dtype=torch.bfloat16, device=weight.device)
         zero = torch.zeros_like(scale)
         if self._activation_order:
             for start, stop in row_blocks(weight, 1):
                 self._choose(weight[start:stop], 0, scale[start:stop], zero[start:stop])
 
-        # One row for each column of the weight, so that a column lies in one piece.
+        # Transposed, so that a column of the weight is contiguous.
         left = weight.t()[self._order].to(torch.float64)
         width = -(-_BLOCK // self._group_size) * self._group_size
         for start in range(0, self._k, width):
@@ -183,7 +185,7 @@ class Gptq:
         return measured(weight, codes, scale, zero, self._group_size)
 
     def _choose(self, w: Tensor, first: int, scale: Tensor, zero: Tensor) -> None:
-        """Choose scale and zero of the groups that start with column `first`: those of w."""
+        """Choose scale and zero of the groups of w, ``[rows, columns]`` from column `first` on."""
         importance = self._importance[first : first + w.shape[1]]
         made = choose_parameters(w.float(), self._group_size, self._parameters, importance)
         groups = slice(first // self._group_size, first // self._group_size + made[0].shape[1])
@@ -195,12 +197,12 @@ class Gptq:
         """Choose the codes of a block of columns.
 
         Args:
-            w: fp32 ``[columns, rows]``, updated for all columns before; overwritten.
-            first: where the block starts in the order of columns.
+            w: fp32 ``[columns, rows]``, compensated for all columns before it; overwritten.
+            first: The start of the block in the order of columns.
             updates: fp32 ``[columns, columns]``, U with its rows divided by the diagonal.
-            scale: bf16 ``[rows, groups]`` of the whole weight; without activation order those of
-                this block are written here.
-            zero: likewise.
+            scale: bf16 ``[rows, groups]`` of the whole weight; without activation order this
+                block's groups are written here.
+            zero: bf16 ``[rows, groups]``, like scale.
 
         Returns:
             Codes and errors, fp32 ``[columns, rows]`` each.
@@ -220,4 +222,4 @@ class Gptq:
                 torch.addcmul(z[i], q, s[i], out=value)
                 torch.sub(w[j], value, out=errors[j])
                 w[j + 1 :].addr_(updates[j, j + 1 :], errors[j], alpha=-1)
-        return codes.add_(8), errors
+        return codes.add_(MIDDLE_CODE), errors

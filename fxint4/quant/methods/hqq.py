@@ -1,4 +1,4 @@
-"""Half-quadratic quantization: the zero that minimizes a norm which forgives outliers.
+"""Half-quadratic quantization (HQQ): choose zeros by a norm that is robust to outliers.
 
 H. Badri and A. Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023,
 https://mobiusml.github.io/hqq_blog/
@@ -24,27 +24,27 @@ _ROUNDS = 20
 
 
 def hqq_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
-    """Zero by half-quadratic splitting; a `fxint4.quant.primitives.GroupParameters`.
+    """Choose zeros by half-quadratic splitting; a `fxint4.quant.primitives.GroupParameters`.
 
-    Minimises ``sum |w - dequantized w|^p``, p = 0.7, over the zero, with the scale left at that of
-    the range. With codes q, split error e and beta, which grows from 10 by 1.01 a round, the two
-    steps of a round are
+    Minimizes ``sum |w - dequantized w|^p``, p = 0.7, over the zero; the scale is that of
+    `nearest_parameters`. With codes q, split error e, and beta that starts at 10 and grows by a
+    factor of 1.01 a round, the two steps of a round are
 
         e    <- sign(r) * max(|r| - |r|^(p-1) / beta, 0)   where r = w - ((q - 8) * scale + zero)
         zero <- mean(w - e - (q - 8) * scale)
 
-    and the codes follow the zero. As with the authors, the loop ends after 20 rounds or once the
-    mean absolute error no longer falls; here each group ends for itself and keeps its best zero,
-    and every error is that of the stored bf16 numbers.
+    and the codes are computed again. As in the authors' code, the loop ends after 20 rounds or once
+    the mean absolute error no longer falls. Here each group ends separately and keeps its best
+    zero, and every error is computed with the stored bf16 numbers.
 
-    A smaller norm of that kind can come with a larger squared error: a group whose squared error
-    is not smaller than with `nearest_parameters` has those instead, so none is worse by it.
+    A smaller norm can have a larger squared error, so a group keeps `nearest_parameters` unless its
+    squared error falls.
 
-    Takes up to 20 rounds of a dozen elementwise passes over w in fp32.
+    Cost: up to 20 rounds of a dozen elementwise passes over w in fp32.
 
     Args:
         w: fp32 ``[rows, groups, columns]``.
-        importance: ignored.
+        importance: Ignored.
 
     Returns:
         Scale and zero, bf16 ``[rows, groups]`` each.

@@ -1,4 +1,4 @@
-"""Scale and zero of least squared error: both ends of the range clipped, then fitted."""
+"""Scale and zero of small squared error: clip both ends of the range, then fit."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from fxint4.quant.primitives import nearest_parameters
 
 __all__ = ["mse_parameters"]
 
-#: Shares of a group's range that are cut off at either end, each with each. The error jumps about
-#: between neighbours, so that a finer grid finds a little more (0.2% of the squared error with
-#: eight by eight, 1% with 28 by 28 and no fit), and fewer points much less.
+#: Shares of a group's range that are clipped at either end; all pairs are tried. The error is not
+#: smooth in them: a finer grid finds a little more (0.2% of the squared error with eight by eight,
+#: 1% with 28 by 28 and no fit), a coarser one much less.
 _CUTS = (0.0, 0.015, 0.035, 0.06, 0.1, 0.15)
-
+#: Rounds of fitting after the search.
 _FITS = 4
 
 
 def mse_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[Tensor, Tensor]:
-    """Scale and zero of small squared error; a `fxint4.quant.primitives.GroupParameters`.
+    """Choose scale and zero of small squared error; a `fxint4.quant.primitives.GroupParameters`.
 
-    A search of 36 pairs of cuts at the two ends of the group's range, and from the best of them
-    four rounds of fitting: scale and zero by least squares to the codes, codes to scale and zero.
-    Every error is that of the bf16 numbers that would be stored. No group has a larger sum of
-    importance * error^2 than with `nearest_parameters`, which it falls back to.
+    It tries 36 pairs of cuts at the two ends of the group's range. From the best one it fits for
+    four rounds: scale and zero to the codes by least squares, then the codes to scale and zero.
+    Every error is computed with the bf16 numbers that would be stored. A group falls back to
+    `nearest_parameters` unless its sum of importance * error^2 is smaller.
 
-    Takes 46 evaluations of the error, each of six or so elementwise passes over w in fp32, and
-    some 24 bytes of scratch for each weight in w.
+    Cost: 46 evaluations of the error, each of about six elementwise passes over w in fp32, and
+    about 24 bytes of scratch for each weight in w.
 
     Args:
         w: fp32 ``[rows, groups, columns]``.
-        importance: fp32 ``[groups, columns]``, how much each column's squared error counts; only
-            ratios within a group matter.
+        importance: fp32 ``[groups, columns]``, the weight of each column's squared error; equal if
+            None. Only ratios within a group matter.
 
     Returns:
         Scale and zero, bf16 ``[rows, groups]`` each.
@@ -56,15 +56,15 @@ def mse_parameters(w: Tensor, importance: Tensor | None = None, /) -> tuple[Tens
 
 
 class _Search:
-    """The best scale and zero so far.
+    """Keeps the best scale and zero so far.
 
-    Errors are in units of the group's scale until they are compared, so that no square over- or
-    underflows; what is left of it (a group of denormals, say) makes a number that is not finite,
-    or a choice that `better` undoes.
+    Errors are in units of the group's scale until they are compared, so that squares do not over-
+    or underflow. Where they do after all (a group of denormals, say), the result is not finite, or
+    `better` rejects it.
 
     Attributes:
-        scale: fp32 ``[rows, groups]``, a bf16 number.
-        zero: likewise.
+        scale: fp32 ``[rows, groups]``, values of bf16.
+        zero: fp32 ``[rows, groups]``, values of bf16.
     """
 
     def __init__(self, w: Tensor, share: Tensor | None) -> None:
@@ -77,7 +77,7 @@ class _Search:
         self.scale = self.zero = w.new_empty(())
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
-        """Take scale and zero where they are better than what there is."""
+        """Keep scale and zero for the groups where they are better than the best so far."""
         off, codes = self._quantize(scale, zero)
         off.sub_(codes)
         if self._root is not None:
@@ -92,7 +92,7 @@ class _Search:
         self._error = torch.where(wins, error, self._error)
 
     def fitted(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero of least squared error to the codes of the best ones so far."""
+        """Fit scale and zero by least squares to the codes of the best ones so far."""
         off, codes = self._quantize(self.scale, self.zero)
         code, value = self._mean(codes), self._mean(off)
         codes.sub_(code.unsqueeze(-1))
@@ -101,17 +101,17 @@ class _Search:
         return scale, _stored(self.zero + self.scale * value - scale * code)
 
     def _quantize(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """(w - zero) / scale and the codes, -8 to 7, in the two scratch tensors."""
+        """(w - zero) / scale, and the codes in -8..7; both are scratch tensors."""
         off = torch.sub(self._w, zero.unsqueeze(-1), out=self._off)
         off.mul_(scale.reciprocal().unsqueeze(-1))
         codes = torch.round(off, out=self._codes)
         return off, codes.clamp_(-8, 7)
 
     def _mean(self, values: Tensor) -> Tensor:
-        """Over each group, by importance."""
+        """The mean over each group, weighted by importance."""
         return values.mean(-1) if self._share is None else (values * self._share).sum(-1)
 
 
 def _stored(values: Tensor) -> Tensor:
-    """Rounded to bf16, in fp32."""
+    """Round to bf16, in fp32."""
     return values.bfloat16().float()
