@@ -14,7 +14,7 @@ from torch import fx
 from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
-from fxint4.graph.symbolic import value_of
+from fxint4.graph.symbolic import known, value_of
 from fxint4.passes.pattern import Kept, Match, Multiply, Pattern, kept_pick
 
 
@@ -111,7 +111,7 @@ def _unexpanded(operand: Any) -> Any:
     while isinstance(source, fx.Node) and source.target in _BATCH_ONLY and _same_matrix(source):
         source = source.args[0]
     batch = value_of(source).shape[:-2] if isinstance(source, fx.Node) else ()
-    return source if all(str(size) == "1" for size in batch) else operand
+    return source if all(known(size == 1) for size in batch) else operand
 
 
 _BATCH_ONLY = (aten.expand.default, aten.view.default)
@@ -121,5 +121,5 @@ def _same_matrix(node: fx.Node) -> bool:
     """Whether a node differs from its operand in nothing but the axes before the last two."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    last = [value_of(each).shape[-2:] for each in (source, node)]
-    return str(last[0]) == str(last[1])  # as text: comparing dynamic sizes would set a guard
+    before, after = value_of(source), value_of(node)
+    return before.ndim > 1 and all(known(before.shape[i] == after.shape[i]) for i in (-2, -1))

@@ -286,6 +286,12 @@ def test_refused_by_name() -> None:
     assert kept(model, x, skip=["w"]) == [("w", "skip='w'")]
 
 
+def test_a_vector_repeated_over_rows_and_batch_is_no_matrix_to_pack() -> None:
+    model = module(lambda m, x: torch.bmm(x, m.w.expand(B, K, K)), w=(K,)).bfloat16()
+    [(name, reason)] = kept(model, torch.randn(B, M, K).bfloat16())
+    assert (name, reason.partition(":")[0]) == ("w", "computed")
+
+
 def test_two_constant_operands_are_no_matmul_to_pack() -> None:
     model = module(lambda m, x: x * torch.bmm(m.a, m.b).sum(), a=(2, 64, 64), b=(2, 64, 64))
     assert kept(model.bfloat16(), torch.randn(4).bfloat16()) == []
