@@ -72,8 +72,8 @@ def rounding(k: int, roundings: int = 4) -> float:
     of its magnitude, whatever the order of the sum.
 
     Args:
-        k: terms.
-        roundings: to bf16, one after another: 3 for x, w and y, one more for each sum or factor
+        k: Terms.
+        roundings: To bf16, one after another: 3 for x, w and y, one more for each sum or factor
             that follows.
     """
     return float((1 + BF16) ** roundings * (1 + FP32) ** (k + 3) - 1)
@@ -84,8 +84,8 @@ def rounding_bound(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., K].
-        w: the dequantized weight [N, K].
-        bias: broadcast against [..., N].
+        w: The dequantized weight [N, K].
+        bias: Broadcast against [..., N].
 
     Returns:
         float64 [..., N].
@@ -168,8 +168,8 @@ def module(function: Callable[..., Any], **members: Any) -> nn.Module:
     """A module in eval mode with the given parameters, buffers and modules.
 
     Args:
-        function: its forward, which takes the module and the inputs.
-        **members: a tuple is the shape of a random parameter; a tensor becomes a buffer.
+        function: Its forward, which takes the module and the inputs.
+        **members: A tuple is the shape of a random parameter; a tensor becomes a buffer.
     """
     made = Calls(function)
     for name, value in members.items():
@@ -196,13 +196,13 @@ class Case:
     """A model made of matmuls and sums alone, all of whose matmuls become int4 ones.
 
     Attributes:
-        name: also of its golden graph diff.
-        model: makes it, fp32 and in eval mode.
-        inputs: makes its inputs, fp32.
-        weights: for each packed parameter how its axes lie, a key of `fxint4.graph.constants.AXES`.
-        ops: the ops that go, in the order they run.
-        roundings: see `rounding`.
-        exact: whether `check_exact` holds for it: no matmul reads another one's result.
+        name: Also of its golden graph diff.
+        model: Makes it, fp32 and in eval mode.
+        inputs: Makes its inputs, fp32.
+        weights: For each packed parameter how its axes lie, a key of `fxint4.graph.constants.AXES`.
+        ops: The ops that go, in the order they run.
+        roundings: See `rounding`.
+        exact: Whether `check_exact` holds for it: no matmul reads another one's result.
     """
 
     name: str
@@ -221,9 +221,9 @@ def check_rewritten(case: Case, dtype: torch.dtype = torch.float32, **kwargs: An
     """Compile a case; hold its ops, records, numbers and strides to what they must be.
 
     Args:
-        case: what to compile.
-        dtype: of model and inputs.
-        **kwargs: for torch.compile.
+        case: What to compile.
+        dtype: Of model and inputs.
+        **kwargs: For torch.compile.
     """
     torch.manual_seed(0)
     model = case.model().to(dtype)
@@ -437,8 +437,8 @@ def propagated(
     roundings of everything between the layers.
 
     Args:
-        model: in float64, packed weights dequantized; its slow path is taken.
-        inputs: in float64.
+        model: In float64, packed weights dequantized; its slow path is taken.
+        inputs: In float64.
         monkeypatch: pytest's.
     """
     plain = F.linear
