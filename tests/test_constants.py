@@ -1,4 +1,4 @@
-"""What in a graph is constant, and what its computation is."""
+"""Which nodes of a graph are constant, and the computation behind a constant weight."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def capture(function: Callable[..., Any], *examples: Any, mode: str = "real") ->
 
 
 def judged(gm: fx.GraphModule, *roles: Role) -> tuple[Constants, fx.Node]:
-    """The roles in a graph whose placeholders stand as given, and the node it returns."""
+    """The roles in a graph with these roles of its placeholders, and the node that it returns."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     [result] = gm.graph.output_node().all_input_nodes
     return Constants(gm, dict(zip(placeholders, roles, strict=True))), result
 
 
 def role(function: Callable[..., Any], *inputs: tuple[Any, Role]) -> Role:
-    """What becomes of inputs of these roles."""
+    """The role of the result of `function` for inputs of these roles."""
     examples, roles = zip(*inputs, strict=True)
     constants, result = judged(capture(function, *examples), *roles)
     return constants._role[result]

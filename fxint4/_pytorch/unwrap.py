@@ -19,8 +19,8 @@ class UnwrappedInputs:
     - A graph that writes to a packed weight leaves the in-place version of its inner tensors as it
       was, so that what was made of the old values is used again (torch 2.13).
     - On torch 2.11 it is slower by about 1 ms in a step with 225 packed parameters (decode.py in
-      benchmarks/README.md). Later it is faster: 1.5 us a call and parameter, against 2.0 with this
-      class, on torch 2.13.0; 1.6 against 2.7 us on 2.15.0 (benchmarks/unwrap.py, 2026-11-30).
+      benchmarks/README.md). Later it is a little faster: 2.0 us a call and parameter, against 2.3
+      with this class, on torch 2.13.0; 2.9 against 3.4 us on 2.15.0 (unwrap.py there, 2026-11-30).
 
     A graph that returns a tensor of the subclass stays as it is. The result may be one of the
     inputs, or a view of one, and AOTAutograd then returns that very input, or a view of it.
