@@ -1,4 +1,1 @@
-"""The graph passes.
-
-Their order stands in `fxint4.passes.pipeline`, the forms of a matmul in `fxint4.passes.patterns`.
-"""
+"""The graph passes: `pipeline` has their order, `patterns` the kinds of matmul they look for."""

@@ -1,4 +1,4 @@
-"""Which matmuls multiply the same activation, and whether scaling it costs nothing."""
+"""Which matmuls share an activation, and whether an activation can be scaled at no cost."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["activation_of", "same_activation", "scales_freely", "value_numbers"]
 
 
 def same_activation(sites: Sequence[Site]) -> list[Hashable]:
-    """Equal values for sites of a graph whose weights multiply the same rows."""
+    """A key for each site of one graph; sites with equal keys multiply the same rows."""
     values = value_numbers(sites[0].node.graph) if sites else {}
     return [activation_of(site, values) for site in sites]
 
 
 def scales_freely(site: Site) -> bool:
-    """Whether its activation is computed element by element, so that one more factor costs nothing.
+    """Whether an elementwise op computes the site's activation, so that scaling it costs nothing.
 
-    Inductor fuses the multiplication into the kernel that makes the activation. What comes out of
-    a matmul, of attention or of the caller's hands would take a kernel of its own.
+    Inductor fuses the scaling into the kernel of that op. The result of a matmul or of attention,
+    or an input of the graph, would need a kernel of its own.
     """
     node = site.match.x
     while node.op == "call_function":
@@ -45,24 +45,30 @@ _COPIES = (
 
 
 def activation_of(site: Site, values: dict[fx.Node, int]) -> Hashable:
-    """What a site multiplies by its weight.
+    """A key for what a site multiplies by its weight.
 
-    A pattern makes the same rows of the same operand where that stands in the same place.
+    Args:
+        site: The site.
+        values: `value_numbers` of its graph.
     """
     match = site.match
+    # On the other side of the matmul a pattern transposes its operand.
     place = len(site.node.args) - site.node.args.index(match.x) if match.ids is None else 0
     operands = (match.x, match.offs, match.ids)
     return (type(site.pattern), place, *(node and values[node] for node in operands))
 
 
 def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Equal numbers for nodes of equal values, such as the view that each linear makes of its x."""
+    """A number for each node; nodes that compute the same value have the same number.
+
+    Each linear layer, for example, makes its own view of one x.
+    """
     numbers: dict[fx.Node, int] = {}
     known: dict[Hashable, int] = {}
     for node in graph.nodes:
         key: Hashable = node
         if node.op == "call_function" and is_pure(node.target):
-            # As text: as numbers, 1 and 1.0 would be equal.
+            # Text, because the numbers 1 and 1.0 are equal.
             key = str(fx.map_arg((node.args, node.kwargs), lambda arg: f"%{numbers[arg]}"))
             key = (node.target, key)
         numbers[node] = known.setdefault(key, len(known))

@@ -1,7 +1,6 @@
-"""Take nn.TransformerEncoderLayer's fast path apart.
+"""Decompose the fast path of nn.TransformerEncoderLayer.
 
-In eval mode the layer is one opaque op, chosen before the backend is asked, in which no pattern
-could find the four matmuls.
+In eval mode PyTorch runs the layer as one opaque op, and no pattern would find its four matmuls.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 from fxint4._pytorch.tensors import aten
 from fxint4.tensor.fast_paths import encoder_layer
 
-#: What AOTAutograd takes apart for us while it traces.
+#: Decompositions that AOTAutograd applies while it traces.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten._transformer_encoder_layer_fwd.default: encoder_layer,
 }

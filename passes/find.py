@@ -1,4 +1,4 @@
-"""Find every matmul with a constant weight, and decide from its format alone whether to pack it."""
+"""Find every matmul with a constant weight, and decide without its values whether to pack it."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def find(
     names: Mapping[fx.Node, str],
     config: Int4Config,
 ) -> list[Site | Record]:
-    """Every matmul with a constant weight: a site to pack, or the record of one that is kept.
+    """Find every matmul with a constant weight.
 
     Args:
-        gm: the graph.
-        patterns: what to look for.
-        constants: the role of the graph's nodes.
-        tensors: the real tensor behind each constant placeholder.
-        names: full parameter names of those placeholders.
-        config: what the user asked for.
+        gm: The graph.
+        patterns: What to look for.
+        constants: The role of each node.
+        tensors: The real tensor of each constant placeholder.
+        names: Full name of the parameter of each constant placeholder.
+        config: What the user asked for.
 
     Returns:
-        One entry a matmul, in the order they run.
+        For each matmul, in the order they run, a site to pack, or the record of one that is kept.
     """
     by_op = {op: pattern for pattern in patterns for op in pattern.ops}
     found: list[Site | Record] = []
@@ -137,20 +137,20 @@ def _site(
     shape = match.shape(config, rows_multiple(value.device))
     int4 = int4_format(value.device)
     on_gpu = value.device.type == "cuda"
-    given = isinstance(match, PrepackedMatch)
+    prepacked = isinstance(match, PrepackedMatch)
     recipe = RTN
-    if not given:
+    if not prepacked:
         with real_tensors():
             recipe = recipe_of(config, key, (*shape.batch, shape.n, shape.k))
         shape = replace(shape, pre_scaled=recipe.pre_scale is not None)
     fallback: Format | None
-    if on_gpu or (given and shape.batch):
+    if on_gpu or (prepacked and shape.batch):
         fallback = int4  # its op takes any number of rows
-    elif given:
+    elif prepacked:
         fallback = None
     else:
         fallback = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
-    most_rows = UNBOUNDED if given else most_int4_rows(value.device, value.dtype)
+    most_rows = UNBOUNDED if prepacked else most_int4_rows(value.device, value.dtype)
     return Site(
         node, pattern, match, weight, shape, int4, fallback, most_rows, record, config, recipe
     )

@@ -1,4 +1,4 @@
-"""Fold the weight of each site into packed tiles, or learn from its values why not to."""
+"""Fold the weight of each site into packed tiles, unless its values forbid it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def fold(
     """Pack the weights of all sites, one at a time.
 
     Args:
-        found: what `find` returned.
-        tensors: the real tensor behind each constant placeholder; none of them is changed.
-        rows: the M that a site is expected to run with, None where it is not known.
-        config: what the user asked for.
-        weights: where what is made is kept.
+        found: What `find` returned.
+        tensors: The real tensor of each constant placeholder; not changed.
+        rows: Returns the M that a site is expected to run with, None if it is not known.
+        config: What the user asked for.
+        weights: The cache for the packed weights.
 
     Returns:
-        The sites that stay, and a record for every entry of `found`.
+        The sites that are packed, and a record for each entry of `found`.
 
     Raises:
-        FoldError: a weight could not be folded (out of memory, say); it names the layer.
+        FoldError: A weight could not be folded, for example for lack of memory.
     """
     sites: list[Site] = []
     records: list[Record] = []
@@ -66,7 +66,7 @@ def fold(
             if not packed.formats:
                 new.append(packed)
             try:
-                # The tiles are made even where a dense copy runs: they are what is kept.
+                # Tiles are made even if a dense copy runs, because they are what is kept.
                 weights.fold(packed, {entry.int4, format or entry.int4}, roots)
             except Exception as error:
                 for packed in new:
@@ -80,12 +80,12 @@ def fold(
 
 
 def folded_record(site: Site, packed: PackedWeight, format: Format | None) -> Record:
-    """What the report says of a site once its weight was looked at.
+    """The record of a site after folding.
 
     Args:
-        site: the site.
-        packed: what was made of its weight.
-        format: what it runs with.
+        site: The site.
+        packed: Its weight, folded.
+        format: The format that it runs with.
     """
     sqnr_db = None if packed.fault else packed.sqnr_db
     fault = packing_fault(packed, site.config)
@@ -105,6 +105,7 @@ def folded_record(site: Site, packed: PackedWeight, format: Format | None) -> Re
 
 
 def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[str]:
+    """What a user may want to know of a packed matmul."""
     dtype = value_of(site.match.x).dtype
     if isinstance(site.match, PrepackedMatch):
         yield "packed before"
@@ -117,6 +118,7 @@ def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[
 
 
 def _failure(site: Site, error: Exception) -> str:
+    """The message of a `FoldError`."""
     record = site.record
     return (
         f"could not fold the weight of {record.name} ({record.n}x{record.k}, made of "

@@ -1,4 +1,4 @@
-"""Fused projections: weights that multiply the same activation (q, k, v), in one matmul."""
+"""Fused projections: one matmul for weights that multiply the same activation (q, k, v)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["matmuls", "with_matmuls"]
 def matmuls(
     sites: Sequence[Site], formats: Sequence[Format | None], config: Int4Config
 ) -> list[tuple[int, ...]]:
-    """Which sites of a graph become one int4 matmul together.
+    """Group the sites of a graph that become one int4 matmul.
 
     Args:
-        sites: of one graph, in the order they run.
-        formats: for each of them the format it reads.
-        config: what the user asked for.
+        sites: The sites of one graph, in the order they run.
+        formats: The format that each of them reads.
+        config: What the user asked for.
 
     Returns:
-        Positions in `sites`: each one that reads a packed format is in one group, alone where it
-        shares its activation with no other.
+        Groups of positions in `sites`. Each site that reads a packed format is in one group, by
+        itself if it shares its activation with no other.
     """
     values = value_numbers(sites[0].node.graph) if sites else {}
     groups: dict[Hashable, list[int]] = {}
@@ -59,14 +59,17 @@ def with_matmuls(
     config: Int4Config,
     policy: Policy,
 ) -> list[Record]:
-    """Records with what all sites of a graph together decide: `fused_with` and `kernels`.
+    """Fill in the fields of records that depend on all sites: `fused_with` and `kernels`.
 
     Args:
-        records: one for each site.
-        sites: see `matmuls`.
-        formats: see `matmuls`.
-        config: see `matmuls`.
-        policy: which kernels the graph's compile chooses.
+        records: The record of each site.
+        sites: The sites of one graph, in the order they run.
+        formats: The format that each of them reads.
+        config: What the user asked for.
+        policy: Which kernels the compile of the graph may choose.
+
+    Returns:
+        New records, in the same order.
     """
     made = list(records)
     for group in matmuls(sites, formats, config):
@@ -79,7 +82,7 @@ def with_matmuls(
 
 
 def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tuple[str, ...]:
-    """`Record.kernels` of one matmul."""
+    """`Record.kernels` of the matmul of these sites."""
     match = sites[0].match
     weights = {(site.weight.roots, site.weight.signature): site.shape for site in sites}
     shape, *_ = shapes = list(weights.values())
@@ -87,7 +90,7 @@ def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tu
         return ()
     n, k = sum(shape.n for shape in shapes), match.k
     if aten_op(format, sites[0].activation_dtype, len(shapes)) is not None:
-        n, k = shape.n_padded, shape.k_padded  # as the op sees them
+        n, k = shape.n_padded, shape.k_padded  # the op's operands are padded
     dtype, device = sites[0].activation_dtype, value_of(match.weight).device
     if isinstance(match.m, int):
         group, half_inner = shape.group_size, shape.inner_k_tiles // 2
@@ -105,7 +108,7 @@ def _kernels_by_m(
 
 
 def _shared(site: Site, format: Format, values: dict[fx.Node, int]) -> Hashable:
-    """Equal for sites whose weights one matmul can multiply."""
+    """A key for a site; one matmul can serve all sites with equal keys."""
     shape = site.shape
     layout = (format, shape.k_padded, shape.group_size, shape.inner_k_tiles)
     return (activation_of(site, values), *layout, id(site.recipe.pre_scale))

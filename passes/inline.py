@@ -1,4 +1,4 @@
-"""Inline the bodies of nested_compile_region, so that the other passes see one flat graph."""
+"""Inline the bodies of nested_compile_region, so that the other passes see a flat graph."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fxint4.graph.build import Build
 
 
 def inline_regions(gm: fx.GraphModule, fake_mode: Any) -> None:
-    """Replace every `invoke_subgraph` by a copy of what it calls, in place.
+    """Replace each `invoke_subgraph` with a copy of the graph that it calls.
 
     Args:
-        gm: the graph; changed in place.
-        fake_mode: the FakeTensorMode of the graph's values.
+        gm: The graph; changed in place.
+        fake_mode: The FakeTensorMode of the graph's values.
     """
     region = torch.ops.higher_order.invoke_subgraph
     for call in [node for node in gm.graph.nodes if node.target is region]:
@@ -49,7 +49,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, fake_mode: 
 
 
 def _adopt(gm: fx.GraphModule, call: fx.Node, value: Any, fake_mode: Any) -> fx.Node:
-    """Make an attribute of the body one of the outer graph."""
+    """Make an attribute of the body an attribute of the outer graph, and a node that reads it."""
     name = f"_{call.name}_attr"
     while hasattr(gm, name):
         name += "_"

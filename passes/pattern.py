@@ -1,4 +1,4 @@
-"""What a pattern is, and the tools that its rewrite builds with."""
+"""The interface of a pattern: what it matches, and how it rewrites a match."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["Kept", "Match", "Multiply", "Pattern", "PrepackedMatch", "kept_pick"
 
 @dataclass(frozen=True)
 class Kept:
-    """A matmul with a constant weight that a pattern leaves alone.
+    """A matmul with a constant weight that a pattern does not rewrite.
 
     Attributes:
-        weight: the constant operand.
-        reason: why, with the offending value.
-        n: out features, 0 where the op has no such thing.
-        k: in features, likewise.
-        batch: how many matrices of n x k it holds.
+        weight: The constant operand.
+        reason: Why it is not rewritten, with the offending value.
+        n: Out features N; 0 if the op has none.
+        k: In features K; 0 if the op has none.
+        batch: Number of ``[N, K]`` matrices in the weight.
     """
 
     weight: fx.Node
@@ -44,18 +44,18 @@ class Kept:
 
 @dataclass(frozen=True)
 class Match:
-    """A matmul that a pattern can rewrite: Y[M, N] = X[M, K] @ W[N, K]^T.
+    """A matmul that a pattern can rewrite: Y ``[M, N]`` = X ``[M, K]`` @ W ``[N, K]``^T.
 
-    Or one of E weights [E, N, K], with the rows of X told apart by `offs` or `ids`, or by a batch
-    axis of X where both are None.
+    With E weights W is ``[E, N, K]``. Then `offs` or `ids` say which weight multiplies which rows
+    of X; if both are None, X is ``[E, M, K]``.
 
     Attributes:
-        weight: the constant operand.
-        axes: how its axes lie, a key of `fxint4.graph.constants.AXES`.
-        x: the other operand.
-        bias: the node added to the product, or None.
-        offs: where the rows of each weight end, [E].
-        ids: which weight each row takes, [S].
+        weight: The constant operand.
+        axes: Meaning of its axes, such as "NK"; a key of `fxint4.weights.expression.AXES`.
+        x: The other operand.
+        bias: The node added to the product, or None.
+        offs: For each weight the end of its rows, integers ``[E]``; or None.
+        ids: For each member of the batch its weight, int32 or int64 ``[B]``; or None.
     """
 
     weight: fx.Node
@@ -67,12 +67,12 @@ class Match:
 
     @property
     def n(self) -> int:
-        """Out features."""
+        """Out features N."""
         return int(self._matrix.shape[-2])
 
     @property
     def k(self) -> int:
-        """In features."""
+        """In features K."""
         return int(self._matrix.shape[-1])
 
     @property
@@ -82,7 +82,7 @@ class Match:
 
     @property
     def m(self) -> int | torch.SymInt:
-        """Rows of the activation; with several weights, how many each has on average."""
+        """Rows M of the activation; with E weights the average rows of each, rounded up."""
         count = self.batch[0] if self.batch else 1
         rows = value_of(self.x).numel() // self.k
         return (rows + count - 1) // count
@@ -92,7 +92,7 @@ class Match:
         return constants.weight(self.weight, self.axes)
 
     def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
-        """The packed shape; rows are padded to a multiple of `rows_multiple`."""
+        """The packed shape, with N padded to a multiple of `rows_multiple`."""
         return choose_shape(
             self.n, self.k, config.group_size, config.inner_k_tiles, rows_multiple, self.batch
         )
@@ -112,11 +112,11 @@ class Match:
 
 @dataclass(frozen=True)
 class PrepackedMatch(Match):
-    """A matmul by a weight that is packed already: `weight` is the node of its tiles.
+    """A matmul by a prepacked weight: `weight` is the node of its tiles.
 
     Attributes:
-        scale_and_zero: the node of its scale_and_zero.
-        prepacked: what the two are.
+        scale_and_zero: The node of its scale_and_zero ``[K/group, N, 2]``.
+        prepacked: Logical sizes of the weight.
     """
 
     scale_and_zero: fx.Node = field(kw_only=True)
@@ -124,12 +124,12 @@ class PrepackedMatch(Match):
 
     @property
     def n(self) -> int:
-        """Out features."""
+        """Out features N."""
         return self.prepacked.n
 
     @property
     def k(self) -> int:
-        """In features: what x has, which may be fewer than are stored."""
+        """In features K: those of x, which may be fewer than the stored ones."""
         return int(value_of(self.x).shape[-1])
 
     @property
@@ -142,7 +142,7 @@ class PrepackedMatch(Match):
         return constants.prepacked_weight(self.weight, self.scale_and_zero, self.prepacked)
 
     def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
-        """The packed shape, whatever the config asks for."""
+        """The packed shape; the config has no say in it."""
         buffers = (value_of(self.weight), value_of(self.scale_and_zero))
         return self.prepacked.shape_of(buffers, rows_multiple)
 
@@ -153,36 +153,46 @@ class Multiply(Protocol):
     def __call__(
         self, x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None
     ) -> fx.Node:
-        """X [M, K] to Y [M, N], in X's dtype.
+        """Return Y ``[M, N]`` for X ``[M, K]``, in X's dtype.
 
-        With E weights X is [S, K] and comes with `offs` or `ids`, or is [E, M, K].
+        Args:
+            x: X ``[M, K]``; with E weights ``[S, K]``, or ``[E, M, K]`` without `offs` and `ids`.
+            offs: For each weight the end of its rows of X, integers ``[E]``.
+            ids: For each row of X its weight, integers ``[S]``.
         """
 
 
 class Pattern(ABC):
-    """One form in which a matmul with a constant weight appears in a graph."""
+    """One kind of matmul with a constant weight.
 
-    #: The ops a match starts from.
+    Attributes:
+        ops: The ops that a match starts from.
+    """
+
     ops: tuple[Any, ...]
 
     @abstractmethod
     def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
-        """Look at one node, changing nothing.
+        """Match one node; changes nothing.
+
+        Args:
+            node: A call of one of `ops`.
+            constants: The role of each node.
 
         Returns:
-            A Match; or Kept, where the weight is constant but the form can't be rewritten; or
-            None, where there is no constant weight.
+            A `Match`; `Kept` if the weight is constant but the matmul can't be rewritten; None if
+            there is no constant weight.
         """
 
     @abstractmethod
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
-        """Build what replaces `node`.
+        """Build the replacement of `node`.
 
         Args:
-            node: the matched node; it still stands in the graph.
-            match: what `match` returned, with nodes of this graph.
-            multiply: takes X, returns Y; see `Multiply`.
-            build: makes nodes.
+            node: The matched node, still in the graph.
+            match: What `match` returned, with nodes of this graph.
+            multiply: Multiplies by the packed weight.
+            build: Inserts nodes before `node`.
 
         Returns:
             A node of the same shape and dtype as `node`.
@@ -208,7 +218,7 @@ _PICKS = (
 
 
 def kept_pick(operands: Iterable[Any], constants: Constants) -> Kept | None:
-    """A constant weight of several matrices of which an operand is a part that varies."""
+    """`Kept` if an operand picks varying matrices out of a constant weight, else None."""
     for operand in operands:
         node = operand
         while isinstance(node, fx.Node) and node.target in _PICKS:

@@ -1,16 +1,16 @@
-"""What the passes find in one captured graph."""
+"""The passes that find what to pack in a captured graph, in order.
+
+What follows them needs the weights' values: `fold`, then `rewrite` once for each choice of formats.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from fxint4._pytorch.aot import CompileState
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.constants import Constants
-from fxint4.graph.names import Inputs
 from fxint4.graph.placeholders import GraphWeights
 from fxint4.passes.find import find
 from fxint4.passes.inline import inline_regions
@@ -20,28 +20,31 @@ __all__ = ["Analysis"]
 
 
 class Analysis:
-    """What the passes found in one captured graph.
+    """What the passes found in one captured graph, of torch.compile or torch.export.
+
+    Args:
+        captured: The graph, of ATen ops, its weights among its inputs; regions are inlined in it.
+        weights: Its constant placeholders.
+        config: What the user asked for.
+        fake_mode: The FakeTensorMode of the graph's values.
 
     Attributes:
-        captured: the graph, of ATen ops, its weights among its inputs.
-        weights: its inputs that are constant.
-        found: see `fxint4.passes.find`.
-        fake_mode: the FakeTensorMode of the graph's values.
+        captured: The graph.
+        weights: Its constant placeholders.
+        fake_mode: The FakeTensorMode of the graph's values.
+        constants: The role of each node.
+        found: A `Site` for each matmul to pack and a `Record` for each that stays, as `find`
+            returns them.
     """
 
     def __init__(
-        self,
-        captured: fx.GraphModule,
-        dynamo_gm: fx.GraphModule,
-        inputs: Inputs,
-        example_inputs: Sequence[Any],
-        config: Int4Config,
-        state: CompileState,
+        self, captured: fx.GraphModule, weights: GraphWeights, config: Int4Config, fake_mode: Any
     ) -> None:
         self.captured = captured
-        self.fake_mode = state.fake_mode
-        self.weights = GraphWeights(captured, dynamo_gm, inputs, example_inputs)
-        inline_regions(captured, self.fake_mode)
-        self.constants = Constants(captured, self.weights.roles)
-        tensors, names = self.weights.tensors, self.weights.names
-        self.found = find(captured, PATTERNS, self.constants, tensors, names, config)
+        self.weights = weights
+        self.fake_mode = fake_mode
+        inline_regions(captured, fake_mode)
+        self.constants = Constants(captured, weights.roles)
+        self.found = find(
+            captured, PATTERNS, self.constants, weights.tensors, weights.names, config
+        )

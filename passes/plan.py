@@ -1,8 +1,9 @@
-"""What becomes of a weight: whether it is packed, why not, and how its codes are chosen."""
+"""The decisions about a weight: whether to pack it, why not, and how to choose its codes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.layer_patterns import first_match
 from fxint4.graph.names import layer_name, weight_names
-from fxint4.passes.rewrite import Slot
 from fxint4.passes.site import Site
 from fxint4.quant.recipe import WITHOUT_DATA, Recipe
 from fxint4.quant.tile_layout import DTYPES
@@ -18,19 +18,22 @@ from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight
 from fxint4.weights.formats import device_fault
 
+if TYPE_CHECKING:
+    from fxint4.passes.rewrite import Slot
+
 __all__ = ["outgrown", "packing_fault", "recipe_at_run_time", "recipe_of", "refusal", "sqnr_fault"]
 
 
 def refusal(
     record: Record, dtype: torch.dtype, device: torch.device, config: Int4Config
 ) -> str | None:
-    """Why the config, the device or the dtype keeps a weight as it is, or None.
+    """Why the config, the device or the dtype forbids packing a weight, or None.
 
     Args:
-        record: names and sizes.
-        dtype: of the weight.
-        device: where it is to run.
-        config: what the user asked for.
+        record: Names and sizes of the weight.
+        dtype: Its dtype.
+        device: Where it is to run.
+        config: What the user asked for.
     """
     skipped = first_match(record.name, record.parameters, config.skip)
     if skipped is not None:
@@ -50,9 +53,13 @@ def refusal(
 
 
 def outgrown(record: Record) -> str | None:
-    """Why a computed batch of weights (one repeated for each, say) is not worth packing, or None.
+    """Why a batch of weights would take more memory packed than the parameters it is made of.
 
-    A single weight is, also one made of fewer bits: int4 is what can be multiplied by.
+    An example is one matrix that the model repeats for each member of a batch. A single matrix is
+    always packed, even if its parameters are smaller (int2), because only int4 can be multiplied.
+
+    Returns:
+        The reason not to pack the weight, or None.
     """
     codes = record.batch * record.n * record.k // 2  # bytes
     if record.batch == 1 or codes <= record.held_bytes:
@@ -61,12 +68,12 @@ def outgrown(record: Record) -> str | None:
 
 
 def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
-    """Why the values of a weight keep it from being packed, or None."""
+    """Why the values of a weight forbid packing it, or None."""
     return packed.fault or sqnr_fault(packed.sqnr_db, config)
 
 
 def sqnr_fault(sqnr_db: float | None, config: Int4Config) -> str | None:
-    """Why a weight of this SQNR (None: not measured) is not packed, or None."""
+    """Why the SQNR of a weight, in dB or None if not measured, forbids packing it, or None."""
     least = config.min_sqnr_db
     if least is not None and sqnr_db is not None and sqnr_db < least:
         return f"SQNR {sqnr_db:.1f} dB is below min_sqnr_db={least:g}"
@@ -74,12 +81,12 @@ def sqnr_fault(sqnr_db: float | None, config: Int4Config) -> str | None:
 
 
 def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
-    """The recipe of a weight.
+    """How to choose the codes of a weight.
 
     Args:
-        config: what was asked for it, overrides included.
-        key: its name, see `fxint4.graph.constants.Weight.key`.
-        shape: the logical ``[..., N, K]``.
+        config: What the user asked for the weight, overrides included.
+        key: Its key in the calibration statistics, see `fxint4.weights.expression.Weight.key`.
+        shape: Its logical shape ``[N, K]`` or ``[E, N, K]``.
     """
     if config.calibration is None or not config.needs_calibration:
         return Recipe(config.method)
@@ -90,7 +97,7 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
     if statistics.magnitudes.shape != (*batch, k):
         found = tuple(statistics.magnitudes.shape)
         return Recipe(WITHOUT_DATA, remark=f"{WITHOUT_DATA}: calibrated with channels {found}")
-    # The diagonal says it of all: |sum x_i x_j| is at most the larger of two sums of squares.
+    # Testing the diagonal suffices: |sum x_i x_j| is at most the larger of two sums of squares.
     if not bool(statistics.second_moments.diagonal(dim1=-2, dim2=-1).isfinite().all()):
         remark = f"{WITHOUT_DATA}: activations of the calibration hold inf or NaN, or overflow"
         return Recipe(WITHOUT_DATA, remark=remark)
@@ -108,17 +115,17 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
 def recipe_at_run_time(
     slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config
 ) -> Recipe | None:
-    """How the codes of a weight are chosen that a graph meets when it runs.
+    """How to choose the codes of a weight that compiled code is called with for the first time.
 
-    Its group size is that of the compiled code, whatever was asked for it.
+    Its group size is that of the compiled code, whatever the config asks for this weight.
 
     Args:
-        slot: of the weight that the graph was captured with.
-        roots: the real tensors that the other one is made of.
-        config: what the user asked for.
+        slot: The slot or site of the weight that the graph was captured with.
+        roots: The real tensors that the new weight is computed from.
+        config: What the user asked for.
 
     Returns:
-        The recipe; None where a budget keeps the weight as it is.
+        The recipe; None if a budget keeps the weight unpacked.
     """
     if not (config.overrides or config.needs_calibration or config.budget):
         return slot.recipe

@@ -1,4 +1,4 @@
-"""Rewrite the sites of a graph into int4 matmuls, and clean up what that leaves."""
+"""Rewrite the sites of a graph into int4 matmuls, and remove what is no longer read."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Slot:
     """The inputs of a rewritten graph that hold one format of one packed weight.
 
     Attributes:
-        weight: the computation behind the weight, with the placeholders of the graph as captured.
-        shape: the packed shape.
-        format: which format the inputs hold; a `Dense` takes one input, the others two, and one
-            more for the pre-scale of the activation where the shape says so.
-        config: what the user asked for the weight.
-        recipe: how its codes are chosen.
-        name: full name of the parameter that the weight is made of, the largest where of several.
+        weight: The computation behind the weight, in terms of the captured graph's placeholders.
+        shape: The packed shape.
+        format: The format that the inputs hold. `Dense` has one input, the others have tiles and
+            scale_and_zero, and with `shape.pre_scaled` the pre-scale of the activation ``[K]``.
+        config: What the user asked for the weight.
+        recipe: How to choose the weight's codes.
+        name: Full name of the largest parameter that the weight is computed from.
     """
 
     weight: Weight
@@ -52,13 +52,13 @@ class Rewritten:
     """A graph whose sites read packed weights.
 
     Attributes:
-        gm: the graph. Its placeholders are `kept_inputs`, then those of each slot in order.
-        kept_inputs: which placeholders of the captured graph it still has, by position.
-        slots: where its other inputs come from.
-        labels: what to call these inputs, such as "fc.weight.tiles", by node name.
-        alike: slots whose pre-scales must be equal, as one of them serves all that share a matmul.
-        copies: for each node of the captured graph what stands for it now; some are in no graph any
-            more.
+        gm: The graph. Its placeholders are `kept_inputs`, then those of each slot in order.
+        kept_inputs: Positions of the captured graph's placeholders that it still has.
+        slots: The slots that its other placeholders belong to.
+        labels: What to call these placeholders, such as "fc.weight.tiles", by node name.
+        alike: Groups of slots that share a matmul, so that their pre-scales must be equal.
+        copies: For each node of the captured graph its copy or replacement, which may have been
+            erased.
     """
 
     gm: fx.GraphModule
@@ -80,12 +80,12 @@ def rewrite(
     """Make a rewritten copy of a graph.
 
     Args:
-        captured: the graph as captured; not changed.
-        sites: its matmuls that can be packed.
-        formats: for each of them the format to read; None leaves the matmul as it is.
-        config: what the user asked for.
-        droppable: placeholders that go where nothing reads them any more.
-        fake_mode: the FakeTensorMode of the graph's values.
+        captured: The graph as captured; not changed.
+        sites: Its matmuls that can be packed.
+        formats: The format that each of them reads; None leaves the matmul as it is.
+        config: What the user asked for.
+        droppable: Placeholders to remove if nothing reads them after the rewrite.
+        fake_mode: The FakeTensorMode of the graph's values.
     """
     gm, copies = copy_graph(captured)
     inputs = _PackedInputs(gm.graph, fake_mode)
@@ -94,7 +94,7 @@ def rewrite(
     for position, (site, format) in enumerate(zip(sites, formats, strict=True)):
         if format is None:
             continue
-        group = group_of.get(position)  # None of a dense copy
+        group = group_of.get(position)  # None for a dense copy
         if group and group not in made:
             made[group] = _Int4Matmul([sites[i] for i in group], format, inputs)
         matmul = made[group] if group else None
@@ -104,54 +104,53 @@ def rewrite(
     gm.graph.lint()
     gm.recompile()
     alike = tuple(
-        tuple(inputs.slot(sites[i], formats[i]) for i in group)
-        for group in made
-        if len(group) > 1 and sites[group[0]].shape.pre_scaled
+        matmul.slots
+        for matmul in made.values()
+        if len(matmul.slots) > 1 and matmul.slots[0].shape.pre_scaled
     )
     return Rewritten(gm, kept, tuple(inputs.nodes), inputs.labels, alike, copies)
 
 
 class _PackedInputs:
-    """Placeholders for packed weights, one set for all sites that share a weight and a format."""
+    """Placeholders for packed weights; sites of one weight and format share them.
+
+    Attributes:
+        nodes: The placeholders of each slot.
+        labels: See `Rewritten`.
+    """
 
     def __init__(self, graph: fx.Graph, fake_mode: Any) -> None:
         self._graph = graph
         self._fake_mode = fake_mode
         self._last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        self._by_key: dict[tuple[object, ...], tuple[fx.Node, ...]] = {}
+        self._slots: dict[tuple[object, ...], Slot] = {}
         self.nodes: dict[Slot, tuple[fx.Node, ...]] = {}
         self.labels: dict[str, str] = {}
-        self._made_of = Counter[str]()
+        self._slots_named = Counter[str]()
 
     def of(self, site: Site, format: Format) -> tuple[fx.Node, ...]:
         """The placeholders that hold one format of a site's weight."""
-        device = value_of(site.match.weight).device
+        return self.nodes[self.slot(site, format)]
+
+    def slot(self, site: Site, format: Format) -> Slot:
+        """The slot of one format of a site's weight; the first site to ask adds placeholders."""
         key = (site.weight.roots, site.weight.signature, site.shape, format)
-        if key not in self._by_key:
-            name = site.record.parameters[0]
+        if key not in self._slots:
+            name, device = site.record.parameters[0], value_of(site.match.weight).device
             slot = Slot(site.weight, site.shape, format, site.config, site.recipe, name)
-            number, again = len(self._by_key), self._made_of[slot.name]
-            self._made_of[slot.name] += 1
-            nodes = tuple(
+            number, again = len(self._slots), self._slots_named[name]
+            self._slots_named[name] += 1
+            self.nodes[slot] = tuple(
                 self._placeholder(
                     f"{part}_{number}",
-                    f"{slot.name}.{part}" + f"_{again}" * bool(again),
+                    f"{name}.{part}" + f"_{again}" * bool(again),
                     *spec,
                     device,
                 )
                 for part, spec in zip(_parts(format), format_specs(site.shape, format))  # noqa: B905
             )
-            self._by_key[key] = self.nodes[slot] = nodes
-        return self._by_key[key]
-
-    def slot(self, site: Site, format: Format | None) -> Slot:
-        """The slot of a site's weight, which has been asked for."""
-        same = (site.weight.roots, site.weight.signature, site.shape, format)
-        return next(
-            slot
-            for slot in self.nodes
-            if (slot.weight.roots, slot.weight.signature, slot.shape, slot.format) == same
-        )
+            self._slots[key] = slot
+        return self._slots[key]
 
     def _placeholder(
         self,
@@ -175,7 +174,7 @@ class _PackedInputs:
 
 
 def _parts(format: Format) -> tuple[str, ...]:
-    """What the tensors of a format are called."""
+    """Names for the tensors of a format."""
     if isinstance(format, Dense):
         return ("dequantized",)
     return ("cpu_tiles" if format == "cpu" else "tiles", "scale_and_zero", "pre_scale")
@@ -189,6 +188,7 @@ def _rewrite_site(
     inputs: _PackedInputs,
     fake_mode: Any,
 ) -> None:
+    """Replace the copy of a site's node; `matmul` is None for a dense copy."""
     node = copies[site.node]
     build = Build(node, fake_mode)
     packed = inputs.of(site, format)
@@ -217,24 +217,28 @@ class _Int4Matmul:
     """One int4 matmul by the weights of one or several sites that share X.
 
     Args:
-        sites: the sites.
-        format: what all of them read.
-        inputs: of the graph.
+        sites: The sites.
+        format: The format that all of them read.
+        inputs: The placeholders of the graph's packed weights.
+
+    Attributes:
+        slots: The slot of each site.
     """
 
     def __init__(self, sites: Sequence[Site], format: Format, inputs: _PackedInputs) -> None:
         self._format = format
         self._dtype = sites[0].activation_dtype
-        self._shapes = {inputs.of(site, format): site.shape for site in sites}
+        self.slots = tuple(inputs.slot(site, format) for site in sites)
+        self._shapes = {inputs.nodes[slot]: slot.shape for slot in self.slots}
         self._product: fx.Node | None = None
 
     def columns(self, packed: tuple[fx.Node, ...], x: fx.Node, build: Build) -> fx.Node:
-        """Y[M, N] = X[M, K] @ W^T for one of the weights, in X's dtype.
+        """Y ``[M, N]`` = X ``[M, K]`` @ W^T for one of the weights, in X's dtype.
 
         Args:
-            packed: the inputs that hold the weight.
-            x: the same rows whichever site asks; the first to do so has them multiplied by all.
-            build: makes nodes in front of the site's node.
+            packed: The placeholders of the weight.
+            x: X, which is the same for each site. The first call multiplies it by all weights.
+            build: Inserts nodes before the site's node.
         """
         if self._product is None:
             self._product = self._multiply(x, build)
@@ -248,7 +252,7 @@ class _Int4Matmul:
         return y if value_of(y).dtype is dtype else build(_CAST, y, dtype)
 
     def _multiply(self, x: fx.Node, build: Build) -> fx.Node:
-        """X times all weights, side by side."""
+        """X times all weights, ``[M, sum of N]``."""
         op = aten_op(self._format, self._dtype, len(self._shapes))
         x = build.contiguous(_pre_scaled(x, next(iter(self._shapes)), build))
         if value_of(x).dtype is not self._dtype:
@@ -268,22 +272,22 @@ _CAST = torch.ops.prims.convert_element_type.default
 
 
 def _pre_scaled(x: fx.Node, packed: Sequence[fx.Node], build: Build) -> fx.Node:
-    """X times the pre-scale among the inputs of a weight, in fp32; X itself where there is none."""
+    """X times the pre-scale of a packed weight, in fp32; X itself if the weight has none."""
     return build(aten.mul.Tensor, x, packed[2]) if len(packed) > 2 else x
 
 
 def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Tensor] | None:
-    """What the views of a node become when it holds the columns of a wider tensor.
+    """New values for the views of a node that becomes a slice of a wider tensor's columns.
 
     Args:
-        node: the node.
-        value: what it will hold, like what it holds but for its strides.
-        fake_mode: the FakeTensorMode of the graph's values.
+        node: The node.
+        value: Its new value, which differs from the old one in strides only.
+        fake_mode: The FakeTensorMode of the graph's values.
 
     Returns:
-        The value of each view; None where one of them can't be made, or where something may tell
-        the difference: an output of the graph, an op that is not ATen's, or a kernel (attention)
-        that loads 16 bytes at a time.
+        The value of each view. None if one of them is impossible, or if a user may depend on the
+        strides: an output of the graph, an op that is not ATen's, or a kernel that loads 16 bytes
+        at a time (attention).
     """
     if same_strides(value, value_of(node)):
         return {}
@@ -305,7 +309,7 @@ def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Ten
         try:
             with fake_mode:
                 values[user] = target(*args, **kwargs)
-        except (RuntimeError, ValueError):  # a view of rows and columns as one
+        except (RuntimeError, ValueError):  # such as a view that merges rows and columns
             return None
         if not isinstance(values[user], Tensor):
             return None
@@ -322,7 +326,7 @@ def _experts(
     ids: fx.Node | None,
     build: Build,
 ) -> fx.Node:
-    """One of several weights for each row of X, or for each member of its batch; see `Multiply`."""
+    """Multiply by E packed weights; for x, offs and ids see `Multiply`."""
     ours, dtype = torch.ops.fxint4, value_of(x).dtype
     scaled = _pre_scaled(x, packed, build)
     x = scaled if scaled is x else build(_CAST, scaled, dtype)
@@ -335,7 +339,7 @@ def _experts(
 
 
 def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> None:
-    """Let a matmul read the dequantized copy where it read the weight."""
+    """Make a matmul read the dequantized copy in place of the weight."""
     if match.weight in node.all_input_nodes:
         node.replace_input_with(match.weight, dense)
         return
@@ -356,6 +360,7 @@ def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> Non
 def _drop_unread(
     captured: fx.GraphModule, copies: Mapping[fx.Node, fx.Node], droppable: Sequence[fx.Node]
 ) -> tuple[int, ...]:
+    """Erase the droppable placeholders that nothing reads; return the positions of the others."""
     kept = []
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
     for index, placeholder in enumerate(placeholders):

@@ -1,4 +1,4 @@
-"""A matmul that can be packed."""
+"""`Site`: a matmul that can be packed, with all that is known of it before folding."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Site:
     """A matmul that can be packed.
 
     Attributes:
-        node: the matmul.
-        pattern: the pattern that matched it.
-        match: what it matched.
-        weight: the computation behind the weight.
-        shape: the packed shape.
-        int4: the packed format that the device's int4 op reads.
-        fallback: what serves numbers of rows that the int4 op does not: a dequantized copy, int4
-            again where its op takes any, or None where the matmul stays as it is.
-        most_rows: the largest M for the int4 op.
-        record: what the report says of it, before its weight was looked at.
-        config: what the user asked for it.
-        recipe: how the weight's codes are chosen.
-        only_aten: whether it becomes ATen's ops alone, which run where fxint4 is not installed.
+        node: The matmul.
+        pattern: The pattern that matched it.
+        match: Its operands.
+        weight: The computation behind the weight.
+        shape: The packed shape.
+        int4: The packed format that the device's int4 op reads.
+        fallback: The format for more than `most_rows` rows: a dequantized copy, int4 if its op
+            takes any number of rows, or None if the matmul then stays as it is.
+        most_rows: The largest M for the int4 op.
+        record: Its record as long as the weight is not folded.
+        config: What the user asked for the weight.
+        recipe: How to choose the weight's codes.
+        only_aten: Whether its rewrite uses ATen ops only, which run without fxint4.
     """
 
     node: fx.Node
@@ -54,7 +54,7 @@ class Site:
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What its activation is cast to for the int4 op."""
+        """The dtype that the activation is cast to for the int4 op."""
         if self.only_aten or self.shape.batch:
-            return torch.bfloat16  # the ops for several weights take any dtype, but cast to it
+            return torch.bfloat16  # the ops for experts take any dtype and cast to bf16
         return activation_dtype(self.int4, value_of(self.match.x).dtype)

@@ -1,4 +1,4 @@
-"""What tests of the patterns share: derived bounds, one form for cases, counting ops and bytes."""
+"""Shared by tests of the patterns: derived error bounds, `Case`, counts of ops and of bytes."""
 
 from __future__ import annotations
 
@@ -52,43 +52,45 @@ __all__ = [
 BF16 = 2.0**-8
 """Unit roundoff of bf16: half the distance from 1 to the next number."""
 FP32 = 2.0**-24
+"""Unit roundoff of fp32."""
 FP16_HALF_DENORMAL = 2.0**-25
+"""Half the smallest positive fp16 number: the largest error of rounding a small number."""
 
 
 # --- bounds --------------------------------------------------------------------------------------
 
 
 def rounding(k: int, roundings: int = 4) -> float:
-    """Most that roundings move a sum of k products, as a share of the sum of their magnitudes.
+    """Largest rounding error of a sum of k products, relative to the sum of their magnitudes.
 
-    The int4 op rounds x to bf16 (where it is not already), may round each dequantized w to bf16,
+    The int4 op rounds x to bf16 (unless it is bf16), may round each dequantized w to bf16,
     multiplies exactly or with one fp32 rounding, adds in fp32 and rounds y to bf16; adding a bias
-    rounds a fourth time. Each rounding multiplies a term by some 1 + d: |d| <= 2^-8 for bf16 (fp16
-    and fp32 round less), |d| <= 2^-24 for each of the k fp32 additions, the product, and the two
-    steps from code to w. So every term of the sum is off by at most
+    rounds a fourth time. Each rounding multiplies a term by some 1 + d. For bf16 |d| <= 2^-8 (fp16
+    and fp32 round less); |d| <= 2^-24 for each of the k fp32 additions, the product, and the two
+    steps from code to w. So the error of every term is at most
 
         (1 + 2^-8)^roundings * (1 + 2^-24)^(k + 3) - 1
 
-    of its magnitude, whatever the order of the sum.
+    times its magnitude, for any order of the sum.
 
     Args:
-        k: terms.
-        roundings: to bf16, one after another: 3 for x, w and y, one more for each sum or factor
-            that follows.
+        k: Number of terms.
+        roundings: Number of successive roundings to bf16: 3 for x, w and y, and one for each later
+            sum or factor.
     """
     return float((1 + BF16) ** roundings * (1 + FP32) ** (k + 3) - 1)
 
 
 def rounding_bound(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Bound on |y - (x @ w.T + bias)| for the y that int4 gives, by element; see `rounding`.
+    """Bound on |y - (x @ w.T + bias)| for the y of an int4 matmul; see `rounding`.
 
     Args:
-        x: [..., K].
-        w: the dequantized weight [N, K].
-        bias: broadcast against [..., N].
+        x: The activation ``[..., K]``.
+        w: The dequantized weight ``[N, K]``.
+        bias: Broadcastable to ``[..., N]``.
 
     Returns:
-        float64 [..., N].
+        The bound for each element, float64 ``[..., N]``.
     """
     magnitude = x.double().abs() @ w.double().abs().T
     if bias is not None:
@@ -97,23 +99,23 @@ def rounding_bound(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _denormal(dtype: torch.dtype, x_sum: Tensor | float) -> Tensor | float:
-    """What fp16 adds where w or y is so small that its roundings are absolute ones."""
+    """Absolute rounding error of fp16 for w or y too small for a relative bound; else 0."""
     return FP16_HALF_DENORMAL * (x_sum + 2) if dtype is torch.float16 else 0.0
 
 
 def assert_within(y: Tensor, expected: Tensor, bound: Tensor | float) -> None:
-    """|y - expected| <= bound for every element; NaN is never within."""
+    """Assert |y - expected| <= bound for every element; fails for NaN."""
     assert y.shape == expected.shape
     excess = (y.double() - expected).abs() - bound
     assert bool((excess <= 0).all()), f"beyond the bound by {float(excess.max()):g}"
 
 
 def assert_nearer(y: Tensor, expected: Tensor, other: Tensor) -> None:
-    """`y` is nearer to `expected` than to `other`.
+    """Assert that `y` is nearer to `expected` than to `other`.
 
-    For models of several layers, whose worst-case bounds add up to more than int4 moves the result:
-    bf16 rounds far more finely than int4, so the compiled model is nearer to the one
-    with dequantized weights than to the original.
+    For models of several layers, where the worst-case bounds exceed the effect of int4. bf16 rounds
+    far more finely than int4, so the compiled model must be nearer to the model with dequantized
+    weights than to the original.
     """
     assert (y.double() - expected).norm() < (y.double() - other).norm()
 
@@ -127,7 +129,7 @@ def compile_and_report(
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Report]:
-    """What `fn`, compiled to int4, gives on the arguments, and the report."""
+    """Compile `fn` with backend int4tile and call it; return the result and the report."""
     with torch.no_grad():
         y = torch.compile(fn, backend="int4tile", options=options)(*args, **kwargs)
     report = fxint4.last_report()
@@ -139,13 +141,13 @@ _CALL = r" = aten\.(\w+)[.(]"
 
 
 def int4_matmuls(report: Report) -> int:
-    """Int4 matmuls in the rewritten graphs."""
+    """Number of int4 matmuls in the rewritten graphs."""
     added = re.findall(rf"^\+%\w+{_CALL}", report.graph_diff, re.MULTILINE)
     return sum(op.startswith("_weight_int4pack_mm") for op in added)
 
 
 def ops_gone(report: Report) -> list[str]:
-    """Matmul-like ops of the captured graphs that the rewritten ones no longer have."""
+    """Matmuls and convolutions that the rewrite removed from the captured graphs, by name."""
     gone = re.findall(rf"^-%\w+{_CALL}", report.graph_diff, re.MULTILINE)
     return [op for op in gone if op in ("mm", "addmm", "bmm", "baddbmm", "convolution")]
 
@@ -154,7 +156,7 @@ def ops_gone(report: Report) -> list[str]:
 
 
 class Calls(nn.Module):
-    """A module whose forward is a function of itself and the inputs."""
+    """A module whose forward calls a function of the module and the inputs."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -165,11 +167,12 @@ class Calls(nn.Module):
 
 
 def module(function: Callable[..., Any], **members: Any) -> nn.Module:
-    """A module in eval mode with the given parameters, buffers and modules.
+    """Make a module in eval mode.
 
     Args:
-        function: its forward, which takes the module and the inputs.
-        **members: a tuple is the shape of a random parameter; a tensor becomes a buffer.
+        function: Its forward, a function of the module and the inputs.
+        **members: Its members: a tuple makes a random parameter of that shape, a tensor a buffer;
+            parameters and modules are taken as they are.
     """
     made = Calls(function)
     for name, value in members.items():
@@ -183,7 +186,7 @@ def module(function: Callable[..., Any], **members: Any) -> nn.Module:
 
 
 def correlated(*shape: int, seed: int = 0) -> Tensor:
-    """Activations with a few large channels, the rest of them correlated."""
+    """Correlated activations, a few channels of which are large."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(shape[-1] // 4, shape[-1], generator=torch.Generator().manual_seed(99))
     mix[:, ::16] *= 8
@@ -193,16 +196,17 @@ def correlated(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model made of matmuls and sums alone, all of whose matmuls become int4 ones.
+    """A model of matmuls and sums only, all of whose matmuls become int4 matmuls.
 
     Attributes:
-        name: also of its golden graph diff.
-        model: makes it, fp32 and in eval mode.
-        inputs: makes its inputs, fp32.
-        weights: for each packed parameter how its axes lie, a key of `fxint4.graph.constants.AXES`.
-        ops: the ops that go, in the order they run.
-        roundings: see `rounding`.
-        exact: whether `check_exact` holds for it: no matmul reads another one's result.
+        name: Its name, also that of its golden graph diff.
+        model: Makes the model, fp32 and in eval mode.
+        inputs: Makes the inputs, fp32.
+        weights: For each packed parameter the meaning of its axes, a key of
+            `fxint4.weights.expression.AXES`.
+        ops: The ops that are removed, in the order they run.
+        roundings: See `rounding`.
+        exact: Whether `check_exact` applies, which needs that no matmul reads another's result.
     """
 
     name: str
@@ -218,12 +222,12 @@ class Case:
 
 
 def check_rewritten(case: Case, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Report:
-    """Compile a case; hold its ops, records, numbers and strides to what they must be.
+    """Compile a case and check its ops, records, numbers and strides.
 
     Args:
-        case: what to compile.
-        dtype: of model and inputs.
-        **kwargs: for torch.compile.
+        case: The case.
+        dtype: Dtype of model and inputs.
+        **kwargs: Further arguments of torch.compile.
     """
     torch.manual_seed(0)
     model = case.model().to(dtype)
@@ -254,10 +258,10 @@ def assert_rounded(
     weights: Mapping[str, str],
     roundings: int = 4,
 ) -> None:
-    """`y` is what the model gives in float64 with dequantized weights, but for rounding.
+    """Assert that `y` is the float64 output with dequantized weights, up to rounding.
 
-    A model of matmuls and sums alone, run on the magnitudes of its parameters and inputs, gives
-    the sum of magnitudes that `rounding` asks for.
+    The model has matmuls and sums only. Run on the magnitudes of its parameters and inputs it
+    returns the sum of magnitudes that `rounding` is relative to.
     """
     exact = reference_model(model, report, weights)
     wide = [x.double() for x in inputs]
@@ -273,7 +277,7 @@ def assert_rounded(
 
 
 def reference_model(model: nn.Module, report: Report, weights: Mapping[str, str]) -> nn.Module:
-    """The model in float64, its packed weights replaced by what int4 leaves of them."""
+    """The model in float64, with its packed weights quantized and dequantized."""
     made = copy.deepcopy(model).double()
     groups = {name: r.group_size for r in report.records for name in r.parameters}
     for name, axes in weights.items():
@@ -291,9 +295,9 @@ def check_exact(
     inputs: Sequence[Tensor],
     weights: Mapping[str, str],
 ) -> None:
-    """On numbers that int4 and bf16 hold exactly, compiled and eager give the same bits.
+    """Assert equal bits, compiled and eager, for numbers that int4 and bf16 represent exactly.
 
-    Parameters and inputs get new values in place, so nothing is compiled again.
+    Parameters and inputs are changed in place, so nothing is recompiled.
     """
     make_exact(model, weights)
     with torch.no_grad():
@@ -303,10 +307,10 @@ def check_exact(
 
 
 def make_exact(model: nn.Module, weights: Mapping[str, str]) -> None:
-    """Give the weights integers in -8..7, both ends in every group, and the rest small ones.
+    """Set all parameters to integers in -8..7; each group of a weight has both -8 and 7.
 
-    The step of every group is then 1 and its zero 0, so that int4 loses nothing; and with inputs
-    in -1..1, few of them not 0, no sum goes beyond the integers that bf16 holds (256).
+    Then every group has scale 1 and zero 0, so int4 is exact. With sparse inputs in -1..1 no sum
+    exceeds 256, the largest of the consecutive integers that bf16 represents.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -325,7 +329,7 @@ def _sparse_signs(x: Tensor) -> Tensor:
 
 
 def _like(matrix: Tensor, target: Tensor, axes: str) -> Tensor:
-    """[N, K] with the axes of `target`."""
+    """A matrix ``[N, K]`` with the axes and shape of `target`."""
     return (matrix.t() if axes.endswith("KN") else matrix).reshape(target.shape)
 
 
@@ -335,7 +339,7 @@ def _keeping_strides(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def kept(model: Callable[..., Any], *args: Tensor, **options: Any) -> list[tuple[str, str]]:
-    """Layers and reasons of a model that is left as it is, and gives what it gives in eager."""
+    """Assert that a model runs as in eager, nothing packed; return its layers and the reasons."""
     y, report = compile_and_report(model, *args, options=options)
     torch.testing.assert_close(y, model(*args))
     assert report.graph_diff == ""
@@ -343,11 +347,11 @@ def kept(model: Callable[..., Any], *args: Tensor, **options: Any) -> list[tuple
     return [(record.name, record.reason) for record in report.records]
 
 
-# --- records of matmuls that there are not -------------------------------------------------------
+# --- made-up records -----------------------------------------------------------------------------
 
 
 def record(name: str = "fc", **values: Any) -> Record:
-    """A packed matmul, unless values say otherwise; a weight of its own unless given a key."""
+    """A record of a packed matmul; `values` override its fields."""
     defaults: dict[str, Any] = {
         "op": "addmm",
         "n": 64,
@@ -368,7 +372,7 @@ def record(name: str = "fc", **values: Any) -> Record:
 def kept_record(
     name: str = "fc", reason: str = "8x128 is small: min_features is 32", **values: Any
 ) -> Record:
-    """A matmul that stays as it is."""
+    """A record of a matmul that is not packed."""
     defaults = {"action": "kept", "group_size": None, "sqnr_db": None, "bytes_after": 16384}
     return record(name, reason=reason, **{**defaults, **values})
 
@@ -378,7 +382,7 @@ def kept_record(
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph whose first placeholders are weights, and what is needed to rewrite it."""
+    """A graph whose first placeholders are weights, and its sites."""
 
     gm: fx.GraphModule
     weights: dict[fx.Node, Tensor]
@@ -406,14 +410,14 @@ class Captured:
         return rewrite(self.gm, self.sites, formats, config, list(self.weights), value.fake_mode)
 
     def run(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
-        """Run a rewritten graph as the runtime does."""
+        """Run a rewritten graph."""
         result = rewritten.gm(*self.arguments(rewritten, *inputs))
         return list(result) if isinstance(result, (list, tuple)) else [result]
 
     def arguments(self, rewritten: Rewritten, *inputs: Tensor) -> list[Tensor]:
-        """What the runtime calls a rewritten graph with."""
-        given = [*self.weights.values(), *inputs]
-        arguments = [given[position] for position in rewritten.kept_inputs]
+        """The inputs of a rewritten graph: those that it kept, then the packed weights."""
+        originals = [*self.weights.values(), *inputs]
+        arguments = [originals[position] for position in rewritten.kept_inputs]
         for slot in rewritten.slots:
             roots = [self.weights[root] for root in slot.weight.roots]
             packed = weight_cache.find(slot.weight, roots, slot.shape)
@@ -422,24 +426,23 @@ class Captured:
         return arguments
 
 
-# --- models that are more than matmuls and sums --------------------------------------------------
+# --- models of other ops, too --------------------------------------------------------------------
 
 
 def propagated(
     model: nn.Module, inputs: Sequence[Tensor], monkeypatch: Any
 ) -> tuple[Tensor, Tensor]:
-    """A float64 model's output, and how far rounding inside its linear layers may move it.
+    """A float64 model's output, and a bound on its change by rounding in the linear layers.
 
-    Each F.linear gets an error term, 0 here, of which `rounding_bound` says how large it is at
-    most. The output moves by the Jacobian towards these terms times their size, to first order in
-    2^-8. Second-order terms are that much smaller again than a bound that already adds up the
-    worst case of thousands of terms; one more 2^-8 of the bound stands for them, and for the fp32
-    roundings of everything between the layers.
+    Each F.linear gets an error term, 0 in this run and bounded by `rounding_bound`. To first order
+    in 2^-8 the output changes by the Jacobian with respect to these terms times their size. The
+    bound grows by 2^-8 of itself for second-order terms, and for fp32 rounding between the layers:
+    it adds up the worst case of thousands of terms, and these are far smaller.
 
     Args:
-        model: in float64, packed weights dequantized; its slow path is taken.
-        inputs: in float64.
-        monkeypatch: pytest's.
+        model: The model in float64, its packed weights dequantized; runs on its slow path.
+        inputs: Its inputs in float64.
+        monkeypatch: pytest's fixture.
     """
     plain = F.linear
     bounds: list[Tensor] = []
@@ -475,7 +478,7 @@ def propagated(
 
 
 class slow_path:
-    """Keep nn.MultiheadAttention and nn.TransformerEncoderLayer off their fast paths."""
+    """Disable the fast paths of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
 
     def __enter__(self) -> None:
         self._enabled = torch.backends.mha.get_fastpath_enabled()
@@ -489,9 +492,9 @@ class slow_path:
 
 
 def peak_bytes(run: Callable[[], Any]) -> tuple[int, int]:
-    """Most bytes that `run` had from torch's CPU allocator at one time, and those it still has.
+    """Peak bytes that `run` allocated with torch's CPU allocator, and those not freed at its end.
 
-    What was allocated before and is freed meanwhile counts as negative.
+    Memory that was allocated before `run` and is freed in it counts as negative.
     """
     from torch.profiler import ProfilerActivity, profile
 

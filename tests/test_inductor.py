@@ -1,4 +1,4 @@
-"""Pieces of Inductor's IR, in graphs that run for real: on the CPU."""
+"""Pieces of Inductor's IR, in graphs that run on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxint4._pytorch.tensors import aten
 
 pytestmark = pytest.mark.compiles
 
-#: Rows from which a matmul is by W; with fewer rows it is by -W.
+#: With this many rows or more a matmul is by W, with fewer rows by -W.
 MANY = 5
 K = 8
 

@@ -1,4 +1,4 @@
-"""Names of layers and inputs, from the sources that Dynamo really gives."""
+"""Names of layers and inputs, from the sources that Dynamo really makes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K = 4
 
 
 def inputs_of(function: Callable[..., Any], *args: Any) -> list[tuple[Inputs, list[Any]]]:
-    """The inputs of each graph that Dynamo captures, as our backend sees them, and their values."""
+    """The `Inputs` of each graph that Dynamo captures, and their values."""
     seen = []
 
     def backend(gm: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
@@ -110,7 +110,7 @@ def test_the_names_that_torch_gives_a_changed_weight_lead_to_its_layer() -> None
 
 
 class Model(nn.Module):
-    """A module with the given members whose forward is a function of itself and the input."""
+    """A module with these members whose forward is a function of the module and the input."""
 
     def __init__(self, function: Callable[..., Any], **members: Any) -> None:
         super().__init__()
@@ -320,11 +320,11 @@ def test_an_owner_may_be_a_global_or_nobody(x: Tensor) -> None:
     assert owners[id(A_GLOBAL_MODULE.weight)] is A_GLOBAL_MODULE
 
 
-# --- the modules that are being called -----------------------------------------------------------
+# --- the modules being called --------------------------------------------------------------------
 
 
 class Looks(nn.Module):
-    """Looks around while it is called."""
+    """Records the modules being called while it is called."""
 
     def __init__(self, look: Callable[[], Any]) -> None:
         super().__init__()

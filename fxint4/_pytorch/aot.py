@@ -1,6 +1,6 @@
-"""PyTorch's private API for AOTAutograd and the pipeline around Inductor's last stage.
+"""PyTorch's private API for AOTAutograd and for the pipeline around Inductor's last stage.
 
-All of it was run on torch 2.11, 2.13 and 2.15 (see TESTED).
+All of it was run on torch 2.11, 2.13 and 2.15 (see `TESTED`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
 
 logger = logging.getLogger("fxint4")
 
-#: First and last minor release that the test suite has passed on.
+#: First and last minor release that passed the test suite.
 TESTED = ((2, 11), (2, 15))
 
 
 @functools.cache
 def warn_if_untested() -> None:
-    """Log one warning when torch is outside the tested range."""
+    """Log one warning if torch is outside the tested range."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if not TESTED[0] <= version <= TESTED[1]:
         low, high = (".".join(map(str, bound)) for bound in TESTED)
@@ -53,14 +53,13 @@ def warn_if_untested() -> None:
         )
 
 
-#: What every compile of ours sets in Inductor's config.
-#: freezing copies each weight into each recompile, after which nothing is left to pack;
-#: shape_padding pads matmuls before the passes see them.
+#: Inductor's config in every compile by fxint4. freezing would copy each weight into each
+#: recompile, and leave nothing to pack; shape_padding would pad matmuls before the passes.
 CONFIG_PATCHES: Mapping[str, Any] = {"freezing": False, "shape_padding": False}
 
 
 def decompositions(extra: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions without those of matmuls, and with `extra`."""
+    """Inductor's decompositions, except those of matmuls, and `extra`."""
     from torch._inductor.decomposition import select_decomp_table
 
     table = {op: fn for op, fn in select_decomp_table().items() if op not in MATMULS}
@@ -75,19 +74,22 @@ def compile_fx(
     extra_decompositions: Mapping[Any, Callable[..., Any]],
     subclass: type[Tensor],
 ) -> Callable[..., Any]:
-    """Inductor's whole pipeline for inference, with `inner_compile` in place of its last stage.
+    """Run Inductor's whole pipeline for inference, with `inner_compile` as its last stage.
 
-    AOTAutograd's cache is off: it would answer with what plain Inductor compiled from the same
-    graph, which is not quantized. Inductor's own FX graph cache sees the rewritten graph and
-    stays on. no_grad forces the inference path although parameters require grad.
+    AOTAutograd's cache is off, because it returns what plain Inductor compiled from the same graph,
+    unquantized. Inductor's FX graph cache stays on, because its key is the rewritten graph. no_grad
+    forces the inference path although parameters require grad.
 
     Args:
         gm: Dynamo's graph.
-        example_inputs: its inputs.
-        inner_compile: in place of `torch._inductor.compile_fx.compile_fx_inner`.
-        config_patches: of Inductor's config.
-        extra_decompositions: see `decompositions`.
-        subclass: inputs of this type are taken apart here, see `UnwrappedInputs`.
+        example_inputs: Its inputs.
+        inner_compile: Replaces `torch._inductor.compile_fx.compile_fx_inner`.
+        config_patches: Patches of Inductor's config.
+        extra_decompositions: Decompositions beside Inductor's.
+        subclass: The tensor subclass to take apart, see `UnwrappedInputs`.
+
+    Returns:
+        A function of the inputs of `gm`.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
@@ -106,11 +108,11 @@ def compile_fx(
 
 
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:
-    """Where a graph's inputs tell the value of each size symbol.
+    """Where to read the value of each size symbol from a graph's inputs.
 
     Returns:
-        For each symbol the position of an input, and the dimension of it that is that symbol, or
-        None where the input is the symbol itself.
+        For each symbol the position of an input and the dimension of it whose size the symbol is;
+        the dimension is None if the input is the symbol itself.
     """
     found: dict[Any, tuple[int, int | None]] = {}
     for position, placeholder in enumerate(placeholders):
@@ -126,7 +128,7 @@ def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | No
 
 
 def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int | None:
-    """A size for given values of its symbols; None where some of them are not among these."""
+    """A size for these values of its symbols; None if a symbol of the size has no value here."""
     if not isinstance(size, torch.SymInt):
         return size
     value = size.node.expr.subs(symbols)
@@ -134,17 +136,17 @@ def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int |
 
 
 def example_size(size: int | torch.SymInt) -> int | None:
-    """The size that the compiler saw in the example inputs; None for a data-dependent one."""
+    """A size in the example inputs; None for a data-dependent size."""
     if not isinstance(size, torch.SymInt):
         return size
     return cast("int | None", size.node.hint if size.node.has_hint() else None)
 
 
 class CompileState:
-    """What a second `compile_fx_inner` of one graph needs of the state around the first.
+    """The compiler's state during a `compile_fx_inner`, to compile the same graph again later.
 
     Args:
-        config_patches: the patches of Inductor's config in force.
+        config_patches: The current patches of Inductor's config.
     """
 
     def __init__(self, config_patches: Mapping[str, Any]) -> None:
@@ -156,7 +158,7 @@ class CompileState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Put it back while the second compile runs, and hold off Dynamo's compiles meanwhile."""
+        """Restore the state for the later compile, and block Dynamo's compiles meanwhile."""
         from torch._dynamo.convert_frame import compile_lock
         from torch._inductor import config
         from torch._inductor.virtualized import V
@@ -177,7 +179,7 @@ class CompileState:
 
 
 def mark_boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """Tell AOTAutograd that `function` takes one list of arguments and empties it."""
+    """Mark a function as taking one list of arguments, which it empties; for AOTAutograd."""
     function._boxed_call = True  # type: ignore[attr-defined]
     return function
 
@@ -189,9 +191,9 @@ def outer_input(placeholder: fx.Node) -> tuple[int | str, str | None] | None:
     """Where a placeholder of AOTAutograd's graph comes from.
 
     Returns:
-        The index of an input of Dynamo's graph, or the name of a parameter of that graph's module
-        (where Dynamo does not lift parameters); and which attribute of that tensor subclass it is,
-        None where it is all of it. None for any other placeholder.
+        The index of an input of Dynamo's graph, or, if Dynamo did not lift parameters, the name of
+        a parameter of its module; and the attribute of that input that the placeholder is, None if
+        it is the whole input. None for a placeholder that is no input.
     """
     from torch._functorch._aot_autograd.descriptors import (
         ParamAOTInput,
@@ -209,7 +211,7 @@ def outer_input(placeholder: fx.Node) -> tuple[int | str, str | None] | None:
 
 
 def inputs_mutated_by_graph() -> frozenset[int]:
-    """Placeholders of AOTAutograd's graph, by number, whose data that graph writes to."""
+    """Positions of the placeholders whose data AOTAutograd's graph writes to."""
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     if metadata is None:

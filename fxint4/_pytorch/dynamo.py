@@ -1,4 +1,4 @@
-"""PyTorch's private API for what Dynamo knows of a frame that it compiles.
+"""PyTorch's private API for what Dynamo knows about the frame that it compiles.
 
 All of it was run on torch 2.11, 2.13 and 2.15.
 """
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def source_name(placeholder: fx.Node) -> str | None:
-    """Dynamo's name of an input, such as `L['self']._modules['fc']._parameters['weight']`."""
+    """Dynamo's source of an input: `L['self']._modules['fc']._parameters['weight']`."""
     grapharg = placeholder.meta.get("grapharg")
     source = getattr(grapharg, "source", None)
     if source is None:
@@ -38,7 +38,7 @@ def source_name(placeholder: fx.Node) -> str | None:
 
 
 def frame_scope() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Local and global names of the frame that Dynamo is compiling; empty outside Dynamo."""
+    """Local and global variables of the frame being compiled; empty outside Dynamo."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -49,13 +49,13 @@ def frame_scope() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def frame_id() -> int | None:
-    """Dynamo's number of the frame being compiled; the same for its recompiles."""
+    """Dynamo's number of the frame being compiled, None outside Dynamo; recompiles keep it."""
     compile_id = torch._guards.CompileContext.current_compile_id()
     return compile_id.frame_id if compile_id is not None else None
 
 
 def graph_break_reason(gm: fx.GraphModule) -> str | None:
-    """Why Dynamo's graph ends before its function does, or None where it does not."""
+    """The reason of the graph break at the end of Dynamo's graph; None if there is none."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
@@ -63,16 +63,16 @@ def graph_break_reason(gm: fx.GraphModule) -> str | None:
 
 
 def compile_request(depth: int) -> object | None:
-    """The object that stands for one `torch.compile(...)` call, `depth` frames up; None if absent.
+    """The object of one `torch.compile(...)` call, found `depth` frames up; else None.
 
-    Graphs of one call (graph breaks, recompiles) share it, so they share a report.
+    All graphs of the call (graph breaks, recompiles) have the same object, and so share a report.
     """
     caller = sys._getframe(depth).f_locals.get("self")
     return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
 
 
 def restart_trace() -> None:
-    """Leave a backend and let Dynamo trace the frame again: what it read has changed."""
+    """Leave the backend and make Dynamo trace the frame again, because its inputs changed."""
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
     raise TensorifyScalarRestartAnalysis
@@ -80,7 +80,7 @@ def restart_trace() -> None:
 
 @contextlib.contextmanager
 def roomy_recompile_limit() -> Iterator[None]:
-    """Let one more compile of a much-compiled function happen instead of falling back to eager."""
+    """Lift Dynamo's recompile limit, beyond which a function would fall back to eager."""
     import torch._dynamo.config as dynamo_config
 
     with dynamo_config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
@@ -88,7 +88,7 @@ def roomy_recompile_limit() -> Iterator[None]:
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:
-    """Whether calling a module does more than its forward. Tried on torch 2.11, 2.13 and 2.15."""
+    """Whether calling a module also runs hooks, its own or global ones."""
     from torch.nn.modules import module as everywhere
 
     hooks = (module._forward_hooks, module._forward_pre_hooks)

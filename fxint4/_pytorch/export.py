@@ -21,7 +21,7 @@ __all__ = ["aoti_inputs", "aoti_leaves", "aoti_load", "aoti_package", "fake_mode
 
 
 def fake_mode_of(gm: fx.GraphModule) -> Any:
-    """The FakeTensorMode of a graph's `meta["val"]`s; None where it has no tensors."""
+    """The FakeTensorMode of the `meta["val"]`s of a graph; None if it has no tensors."""
     from torch._guards import detect_fake_mode
 
     return detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
@@ -29,10 +29,10 @@ def fake_mode_of(gm: fx.GraphModule) -> Any:
 
 @contextlib.contextmanager
 def faking(fake_mode: Any) -> Iterator[None]:
-    """A while in which ops work on fake tensors and leave sizes that vary as they are.
+    """Run ops on fake tensors, keeping dynamic sizes symbolic.
 
-    Without the dispatcher in Python some ops, such as `constant_pad_nd`, take the sizes of the
-    example for the only ones.
+    Without the Python dispatcher some ops, such as `constant_pad_nd`, specialize on the sizes of
+    the example.
     """
     from torch._dispatch.python import enable_python_dispatcher
 
@@ -43,12 +43,12 @@ def faking(fake_mode: Any) -> Iterator[None]:
 def aoti_package(
     program: torch.export.ExportedProgram, path: str, patches: Mapping[str, Any]
 ) -> None:
-    """Compile a program with AOTInductor, into a file that `aoti_load_package` loads.
+    """Compile a program with AOTInductor into a file that `aoti_load` loads.
 
     Args:
-        program: with example inputs.
-        path: of the file, which ends in ".pt2".
-        patches: of Inductor's config.
+        program: The program, which has example inputs.
+        path: The file to write; ends in ".pt2".
+        patches: Patches of Inductor's config.
     """
     from torch._inductor import aoti_compile_and_package
 
@@ -58,14 +58,14 @@ def aoti_package(
 
 
 def aoti_load(path: str) -> Any:
-    """What a package holds, to be called like the model that was exported."""
+    """Load a package; the result is called like the model that was exported."""
     from torch._inductor import aoti_load_package
 
     return aoti_load_package(path)
 
 
 def aoti_leaves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Inputs of what `aoti_load` returned in their flattened form; ValueError for other names."""
+    """Flatten the arguments of a loaded package; ValueError for unknown keyword names."""
     from torch.export._tree_utils import reorder_kwargs
     from torch.utils._pytree import treespec_loads
 
@@ -73,7 +73,7 @@ def aoti_leaves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
 
 
 def aoti_inputs(model: Any, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs by position and by name from their flattened form; see `aoti_leaves`."""
+    """Positional and keyword arguments of a loaded package; inverse of `aoti_leaves`."""
     from torch.utils._pytree import tree_unflatten, treespec_loads
 
     args, kwargs = tree_unflatten(leaves, treespec_loads(model.loader.get_call_spec()[0]))

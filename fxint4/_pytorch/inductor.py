@@ -1,7 +1,8 @@
 """PyTorch's private API for lowerings: Inductor's last stage, and pieces of its IR.
 
-All of it was run on torch 2.11, 2.13 and 2.15. A value is one of Inductor's TensorBoxes, a size an
-int or a sympy expression; what takes or returns values is called while Inductor lowers a graph.
+All of it was run on torch 2.11, 2.13 and 2.15. Here a *value* is one of Inductor's TensorBoxes, and
+a *size* is an int or a sympy expression. Functions that take or return values can only be called
+while Inductor lowers a graph.
 """
 
 from __future__ import annotations
@@ -49,12 +50,15 @@ __all__ = [
 def compile_fx_inner(
     gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
 ) -> Callable[[list[Any]], Sequence[Any]]:
-    """Inductor's last stage: an aten graph to code. The result takes a list that it empties.
+    """Inductor's last stage: compile an aten graph.
 
     Args:
-        gm: the graph.
-        example_inputs: its inputs.
-        **kwargs: for Inductor.
+        gm: The graph.
+        example_inputs: Its inputs.
+        **kwargs: Further arguments of Inductor's function.
+
+    Returns:
+        A function of a list of the inputs, which it empties.
     """
     from torch._inductor.compile_fx import compile_fx_inner as inductor_compile_fx_inner
 
@@ -64,20 +68,20 @@ def compile_fx_inner(
 
 @contextlib.contextmanager
 def lowerings_overridden(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[None]:
-    """Let Inductor lower some ops differently for a while.
+    """Override Inductor's lowerings of some ops.
 
     Args:
-        lowerings: for each op what lowers it, called like the op.
-        key: of the lowerings in Inductor's caches, whose own keys do not cover them.
+        lowerings: The lowering of each op, called like the op.
+        key: Identifies the lowerings in Inductor's caches, whose own keys do not cover them.
     """
     import torch.compiler.config as compiler_config
     from torch._inductor import lowering
 
-    # Inductor has no lowering of mv and addmv, which it usually takes apart.
+    # Inductor has no lowering of mv and addmv, because it usually decomposes them.
     calls = {
         op: functools.partial(call_fallback, op) for op in (aten.mv.default, aten.addmv.default)
     }
-    # The CPU's int4 op wants contiguous operands, and Inductor's lowering does not see to it.
+    # The CPU's int4 op needs contiguous operands, which Inductor's lowering does not ensure.
     contiguous_operands = {
         aten._weight_int4pack_mm_for_cpu.default: lowering.require_contiguous,
     }
@@ -88,39 +92,39 @@ def lowerings_overridden(lowerings: Mapping[Any, Callable[..., Any]], key: str) 
         compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
         warnings.catch_warnings(),
     ):
-        # A kernel that casts an fp16 activation to bf16 is what we want, and right.
+        # Kernels that cast an fp16 activation to bf16 are intended.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
         yield
 
 
 def uses_cuda_graphs() -> bool:
-    """Whether Inductor, as it is configured now, replays its kernels from CUDA graphs."""
+    """Whether Inductor is configured to replay its kernels from CUDA graphs."""
     from torch._inductor import config
 
     return bool(config.triton.cudagraphs)
 
 
 def autotunes() -> bool:
-    """Whether Inductor is asked to measure what it chooses among."""
+    """Whether Inductor is configured to autotune matmuls."""
     from torch._inductor import config
 
     return bool(config.max_autotune or config.max_autotune_gemm)
 
 
 def cache_folder() -> Path:
-    """Where Inductor keeps what it need not find out twice."""
+    """The folder of Inductor's caches."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
 
 
 def static(size: Any) -> int | None:
-    """A size as an int; None where it is known only when the graph runs."""
+    """A size as an int; None if it is dynamic."""
     return int(size) if isinstance(size, int) or size.is_Integer else None
 
 
 def is_graph_input(value: Any) -> bool:
-    """Whether a value lies in memory that the graph is given and, up to here, has not written."""
+    """Whether a value is in the memory of a graph input that the graph has not written so far."""
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
@@ -130,7 +134,7 @@ def is_graph_input(value: Any) -> bool:
 
 
 def is_aot() -> bool:
-    """Whether the graph becomes a package, which runs without this process's Python."""
+    """Whether the graph is compiled for AOTInductor, to run without Python."""
     from torch._inductor.virtualized import V
 
     return bool(V.graph.aot_mode)
@@ -149,7 +153,7 @@ def floor_div(size: Any, divisor: int) -> Any:
 
 
 def indicator(size: Any, first: int, last: int | None) -> Any:
-    """1 where a size of at least 0 is in first..last (None: any from first on), else 0."""
+    """A size that is 1 if `size` >= 0 is in first..last (None: no upper bound), else 0."""
     from torch.utils._sympy import functions
 
     least, most = cast("Any", functions.Min), cast("Any", functions.Max)
@@ -158,14 +162,14 @@ def indicator(size: Any, first: int, last: int | None) -> Any:
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """What Inductor makes of an op, fused with its neighbours where Inductor does so."""
+    """Call Inductor's lowering of an op, which Inductor may fuse with its neighbors."""
     from torch._inductor import lowering
 
     return lowering.lowerings[op](*args, **kwargs)
 
 
 def call_fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call of an op that Inductor knows nothing of."""
+    """Call an op itself, without a lowering."""
     from torch._inductor import lowering
 
     handler = lowering.fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
@@ -173,29 +177,30 @@ def call_fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def to_dtype(dtype: torch.dtype, value: Any) -> Any:
-    """The value in a dtype."""
+    """A value cast to a dtype."""
     if value.get_dtype() is dtype:
         return value
     return call(torch.ops.prims.convert_element_type.default, value, dtype)
 
 
 def contiguous(value: Any) -> Any:
-    """The value in memory, row by row; a copy where it is not."""
+    """A value in contiguous memory, copied if necessary."""
     from torch._inductor import ir
 
     return ir.ExternKernel.require_contiguous(value)
 
 
 def empty(size: Sequence[Any], like: Any, dtype: torch.dtype) -> Any:
-    """Memory on the device of another value; nothing is run to make it."""
+    """Allocate memory of a size on the device of `like`, without running a kernel."""
     device = like.get_device()
     return call(aten.empty_strided.default, list(size), None, dtype=dtype, device=device)
 
 
 def persistent_zeros(count: Any, like: Any) -> Any:
-    """int32 ``[at least count]`` of zeros on the device of another value.
+    """Zeros, int32 ``[count or more]``, on the device of `like`.
 
-    For kernels that leave zeros behind: where the count is known, all of a graph share them.
+    For kernels that restore the zeros. If the count is static, all such kernels of a graph share
+    one buffer.
     """
     from torch._inductor.virtualized import V
 
@@ -228,24 +233,24 @@ def launch_triton(
     warps: int,
     stages: int,
 ) -> None:
-    """A launch of a Triton kernel, by the wrapper that Inductor generates.
+    """Launch a Triton kernel from the wrapper code that Inductor generates.
 
     Args:
-        kernel: what `triton.jit` returned.
-        programs: the grid's size along its one axis; where it is 0, nothing is launched.
-        tensors: by the names of the kernel's arguments; contiguous, those written made by `empty`
-            or `persistent_zeros`.
-        arguments: all others: ints, sizes, floats, bools.
-        written: the names of the tensors that the kernel writes to.
+        kernel: The result of `triton.jit`.
+        programs: Size of the one-dimensional grid; 0 launches nothing.
+        tensors: The kernel's tensor arguments by name. They are contiguous, and those that the
+            kernel writes come from `empty` or `persistent_zeros`.
+        arguments: The other arguments by name: ints, sizes, floats, bools.
+        written: Names of the tensors that the kernel writes.
         warps: Triton's num_warps.
-        stages: its num_stages.
+        stages: Triton's num_stages.
     """
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._inductor import ir
 
     asked = signature(ir.UserDefinedTritonKernel).parameters
     further = {"launch_kwargs": ()} if "launch_kwargs" in asked else {}  # torch 2.15
-    with _knowing_what_is_written(written):
+    with _mutated_arguments(written):
         ir.UserDefinedTritonKernel(
             kernel_idx=kernel_side_table.add_kernel(_with_config(kernel, warps, stages)),
             grid=[(programs, 1, 1)],
@@ -256,20 +261,20 @@ def launch_triton(
 
 
 def matmul_into(y: Any, x: Any, w: Any, active: Any) -> None:
-    """Write x ``[M, K]`` times w ``[K, N]`` over y ``[M, N]``, or do nothing.
+    """Write x @ w into y if `active` is 1; do nothing if it is 0.
 
     Args:
-        y: made by `empty`.
-        x: of the dtype of y.
-        w: likewise; of any size where it is not read.
-        active: a size: where it is 1, y is written, where it is 0, not.
+        y: ``[M, N]`` in any float dtype, made by `empty`.
+        x: ``[M, K]`` in y's dtype.
+        w: ``[K, N]`` in y's dtype; may have any shape if it is not read.
+        active: A size, 0 or 1.
     """
     _matmul_into()(y, x, w, active)
 
 
 @functools.cache
 def _matmul_into() -> Callable[..., Any]:
-    """The class of IR nodes behind `matmul_into`; to import what it is made of takes seconds."""
+    """The IR node class of `matmul_into`, defined late because its imports take seconds."""
     from torch._inductor import ir
     from torch._inductor.codegen.wrapper import WrapperLine
     from torch._inductor.virtualized import V
@@ -301,8 +306,8 @@ def _matmul_into() -> Callable[..., Any]:
     class Line(WrapperLine):
         def __init__(self, node: Any, wrapper: Any) -> None:
             self.node, self.wrapper = node, wrapper
-            # The wrapper declares what views are made of where it first writes it, and goes by the
-            # writer to know whether it has. What is declared inside the braces is nowhere else.
+            # The wrapper declares a view at its first use, once for each writer. A declaration in
+            # braces is not visible outside, so this line has a writer of its own.
             self.body: list[str] = []
             self.writer = types.SimpleNamespace(writeline=self.body.append)
 
@@ -324,18 +329,18 @@ def _matmul_into() -> Callable[..., Any]:
 
 @functools.cache
 def _with_config(kernel: Any, warps: int, stages: int) -> Any:
-    """A kernel with its only choice of warps and stages, which is how Inductor takes them."""
+    """A kernel with one config; Inductor takes warps and stages only as a config."""
     triton = importlib.import_module("triton")  # not everybody has it
     config = triton.Config({}, num_warps=warps, num_stages=stages)
     return triton.autotune(configs=[config], key=[])(kernel)
 
 
 @contextlib.contextmanager
-def _knowing_what_is_written(written: Collection[str]) -> Iterator[None]:
-    """Tell Inductor which arguments a kernel writes to.
+def _mutated_arguments(written: Collection[str]) -> Iterator[None]:
+    """Tell Inductor which arguments a kernel writes.
 
-    Otherwise it compiles the kernel to find out, at each launch, and cannot tell the pointers
-    apart that a program chooses among.
+    Otherwise it compiles the kernel at each launch to find out, and fails to tell apart pointers
+    that a program chooses among.
     """
     from torch._higher_order_ops import triton_kernel_wrap
 
@@ -356,7 +361,7 @@ def _knowing_what_is_written(written: Collection[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _overlaid(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
-    """Put entries into a table for a while; the rest of it is never missing (mock.patch's is)."""
+    """Put entries into a table and restore it later; unlike mock.patch it never clears the rest."""
     before = {key: table[key] for key in entries if key in table}
     table.update(entries)
     try:

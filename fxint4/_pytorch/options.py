@@ -15,7 +15,11 @@ __all__ = ["inductor_mode_options", "inductor_option_names"]
 
 
 def inductor_mode_options(mode: str | None) -> Mapping[str, Any]:
-    """Inductor's config patches for a mode of torch.compile; OptionError for an unknown one."""
+    """Inductor's config patches for a mode of torch.compile.
+
+    Raises:
+        OptionError: The mode is unknown.
+    """
     from torch._inductor import list_mode_options
 
     from fxint4.errors import OptionError
@@ -33,7 +37,7 @@ def inductor_mode_options(mode: str | None) -> Mapping[str, Any]:
 
 @functools.cache
 def inductor_option_names() -> tuple[str, ...]:
-    """The names that torch.compile's `options` takes for Inductor."""
+    """The names of Inductor's options, as torch.compile's `options` takes them."""
     from torch._inductor import list_options
 
     return tuple(list_options())

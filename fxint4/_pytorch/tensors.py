@@ -33,8 +33,8 @@ __all__ = [
 aten = torch.ops.aten
 
 
-#: Ops that Inductor's decompositions would take apart before the passes could see them: a matmul
-#: with M = 1 becomes mul + sum on the GPU under coordinate descent tuning, for one.
+#: Matmuls that Inductor would decompose before the passes see them. For example, with coordinate
+#: descent tuning it turns a matmul with M = 1 into mul + sum on the GPU.
 MATMULS = (
     aten.mm.default,
     aten.addmm.default,
@@ -47,7 +47,7 @@ MATMULS = (
 
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
-    """Work on real tensors inside the compiler, where FakeTensorMode is active."""
+    """Run on real tensors inside the compiler, where FakeTensorMode is active; no autocast."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with torch.no_grad(), _disable_current_modes(), torch._C._DisableAutocast():
@@ -55,7 +55,7 @@ def real_tensors() -> Iterator[None]:
 
 
 def is_pure(target: Any) -> bool:
-    """Whether calling an op twice gives the same value twice, and does nothing else."""
+    """Whether an op is deterministic and writes to none of its operands."""
     if target is operator.getitem:
         return True
     return (
@@ -66,22 +66,22 @@ def is_pure(target: Any) -> bool:
 
 
 def is_elementwise(target: Any) -> bool:
-    """Whether an op's result may be written over an operand of the same layout."""
+    """Whether an op is elementwise: its result may overwrite an operand of the same layout."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
 def call_into(memory: Tensor | None, target: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call an op; its result is written to `memory`, where that is given and the op can do so."""
+    """Call an op. If possible, its result is written to `memory`."""
     if memory is not None:
         try:
             return target.overloadpacket(*args, **kwargs, out=memory)
-        except (RuntimeError, TypeError):  # no overload of it takes these arguments and `out`
+        except (RuntimeError, TypeError):  # no overload takes these arguments with `out`
             pass
     return target(*args, **kwargs)
 
 
 def mkldnn_supports(dtype: torch.dtype) -> bool:
-    """Whether dense CPU matmuls of a 16-bit dtype run on hardware made for it."""
+    """Whether the CPU has instructions for dense matmuls of a 16-bit dtype."""
     probes = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -91,7 +91,7 @@ def mkldnn_supports(dtype: torch.dtype) -> bool:
 
 
 def flat(tree: Any) -> list[Any]:
-    """The leaves of nested containers."""
+    """The leaves of nested containers (a pytree)."""
     from torch.utils._pytree import tree_leaves
 
     return tree_leaves(tree)
@@ -99,7 +99,7 @@ def flat(tree: Any) -> list[Any]:
 
 # --- Tensors ------------------------------------------------------------------------------------
 
-#: As `__torch_function__` of a subclass: composite functions are taken apart into aten ops.
+#: For `__torch_function__` of a subclass, so that composite functions decompose into aten ops.
 disabled_torch_function = torch._C._disabled_torch_function_impl
 
 
@@ -110,7 +110,7 @@ def make_wrapper(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """An instance of a tensor subclass that holds no data of its own."""
+    """Make an instance of a tensor subclass; it holds no data of its own."""
     return Tensor._make_wrapper_subclass(
         cls, size, strides=stride, dtype=dtype, device=device, requires_grad=False
     )
@@ -124,28 +124,28 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply a function to everything in nested containers."""
+    """Apply a function to every leaf of nested containers."""
     from torch.utils._pytree import tree_map
 
     return tree_map(function, tree)
 
 
 def share_storage(one: Tensor, other: Tensor) -> bool:
-    """Whether what is written to one may change the other; also of tensors without data."""
+    """Whether two tensors have the same storage; works for tensors without data, too."""
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 class TensorState:
-    """Which data a tensor holds now: its storage, address and in-place version.
+    """The data that a tensor holds now: its storage, address and in-place version.
 
-    Holding a weak reference to the storage keeps its identity from being reused, so `matches` is
-    exact: it cannot be fooled by an allocator that hands out a freed address again.
+    The weak reference to the storage keeps its identity from being reused. So `matches` is exact,
+    even if the allocator reuses a freed address.
     """
 
     __slots__ = ("_address", "_storage", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        """Note the state of `tensor`."""
+        """Record the state of `tensor`."""
         from torch.multiprocessing.reductions import StorageWeakRef
 
         self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
 from fxint4.frontends.parameters import Owners, candidates_in, from_modules, replace_parameters
 from fxint4.graph.names import Inputs, outermost_in_call, parameters_in_call
-from fxint4.graph.placeholders import inputs_of
+from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import compile_graph
 from fxint4.lowering.graph import Int4Graph, expected_rows
@@ -91,10 +91,10 @@ def compile_captured(
         captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
     ) -> Callable[..., Any]:
         state = CompileState(patches)
-        analysis = Analysis(captured, gm, inputs, example_inputs, config, state)
+        weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
+        analysis = Analysis(captured, weights, config, state.fake_mode)
         if config.free_weights and _free(analysis, inputs, config):
             restart_trace()
-        weights = analysis.weights
         sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
         key = (frame_id(), *sorted(weights.parameters))
         names, labels = weights.labels, dict[str, str]()

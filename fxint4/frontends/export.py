@@ -25,18 +25,15 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError
 from fxint4.graph.build import Build
-from fxint4.graph.constants import Constants, Role
-from fxint4.graph.placeholders import role_of
+from fxint4.graph.placeholders import GraphWeights, program_tensor
 from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.experts import package_fault
 from fxint4.lowering.graph import expected_rows
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
-from fxint4.passes.find import find
 from fxint4.passes.fold import fold
 from fxint4.passes.fuse import with_matmuls
-from fxint4.passes.inline import inline_regions
-from fxint4.passes.patterns import PATTERNS
+from fxint4.passes.pipeline import Analysis
 from fxint4.passes.rewrite import Rewritten
 from fxint4.passes.rewrite import rewrite as rewrite_graph
 from fxint4.passes.site import Site
@@ -49,8 +46,6 @@ from fxint4.weights.cache import WeightCache
 from fxint4.weights.formats import UNBOUNDED
 
 __all__ = ["is_rewritten", "placeholders", "remade", "rewrite", "rewrite_program"]
-
-_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
 def rewrite(
@@ -130,10 +125,8 @@ def rewrite_program(
     program = program.run_decompositions(decompositions(DECOMPOSITIONS))
     captured = program.graph_module
     fake_mode = fake_mode_of(captured)
-    weights = _Weights(program)
-    inline_regions(captured, fake_mode)
-    constants = Constants(captured, weights.roles)
-    found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
+    weights = GraphWeights.of_program(program)
+    found = Analysis(captured, weights, config, fake_mode).found
     wanted = [_in_a_program(entry, only_aten) for entry in found]
     # Of its own: the process's cache writes over what it holds when parameters change.
     cache = WeightCache()
@@ -145,9 +138,14 @@ def rewrite_program(
     if sites:
         if not only_aten:
             records = _with_matmuls(records, sites, config)
-        rewritten = rewrite_graph(captured, sites, formats, config, weights.unread, fake_mode)
+        constants = tuple(weights.tensors)
+        rewritten = rewrite_graph(captured, sites, formats, config, constants, fake_mode)
+        shown = {
+            spec.target: weights.labels[spec.arg.name]
+            for spec in program.graph_signature.input_specs
+            if spec.arg.name in weights.labels
+        }
         program = _Program(program, weights, rewritten, cache, fake_mode).made()
-        shown = {target: weights.labels[name] for name, target in weights.targets.items()}
         targets = {
             spec.arg.name: shown.get(spec.target, spec.target)
             for spec in program.graph_signature.input_specs
@@ -177,7 +175,7 @@ def _measured(
     signature = program.graph_signature
     given = iter(flat(program.example_inputs))
     arguments = [
-        next(given) if spec.kind is InputKind.USER_INPUT else _value(program, spec)
+        next(given) if spec.kind is InputKind.USER_INPUT else program_tensor(program, spec)
         for spec in signature.input_specs
     ]
     outputs = [
@@ -253,81 +251,9 @@ def remade(
     )
 
 
-class _Weights:
-    """The placeholders of a program that are no user inputs, and the real tensors behind them.
-
-    Attributes:
-        targets: what the program calls them, by name of the placeholder.
-        labels: their full names, likewise; a weight that is shared has one.
-        values: real tensors, of buffers and constants too.
-        roles: of the placeholders that the program does not write to.
-        tensors: the real tensors behind these.
-        names: their full names.
-        unread: the placeholders that may go where nothing reads them.
-        parameters: full name and elements of each parameter, by identity.
-    """
-
-    def __init__(self, program: ExportedProgram) -> None:
-        signature = program.graph_signature
-        written = {spec.target for spec in signature.output_specs if spec.kind in _WRITES}
-        self.targets: dict[str, str] = {}
-        self.labels: dict[str, str] = {}
-        self.roles: dict[fx.Node, Role] = {}
-        self.tensors: dict[fx.Node, Tensor] = {}
-        self.names: dict[fx.Node, str] = {}
-        self.unread: list[fx.Node] = []
-        self.parameters: dict[int, tuple[str, int]] = {}
-        first: dict[int, fx.Node] = {}
-        names = _names(program)
-        for node, spec in zip(placeholders(program.graph), signature.input_specs, strict=True):
-            value = _value(program, spec)
-            if spec.target is None or value is None:
-                continue
-            name = names.get(id(value), spec.target)
-            self.targets[node.name] = spec.target
-            self.labels[node.name] = name
-            if spec.kind is InputKind.PARAMETER:
-                self.parameters[id(value)] = (name, value.numel())
-            role = role_of(value, is_buffer=spec.kind is not InputKind.PARAMETER)
-            if spec.target in written:
-                continue
-            self.unread.append(node)
-            if role is Role.VARIES:
-                continue
-            # Tied weights come as several placeholders, and are to be one weight.
-            node.replace_all_uses_with(first.setdefault(id(value), node))
-            self.roles[node] = role
-            self.tensors[node] = value
-            self.names[node] = name
-
-
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The inputs of a graph."""
     return [node for node in graph.nodes if node.op == "placeholder"]
-
-
-def _names(program: ExportedProgram) -> dict[int, str]:
-    """Full names of parameters and buffers, by identity.
-
-    A weight that a layer shares with an embedding goes by the layer's name, as elsewhere.
-    """
-    lookups = [node for node in program.graph.nodes if node.target is aten.embedding.default]
-    stacks = [[*node.meta.get("nn_module_stack", {}).values()] for node in lookups]
-    embeddings = {stack[-1][0] for stack in stacks if stack}
-    names: dict[int, str] = {}
-    for name, value in sorted(
-        program.state_dict.items(), key=lambda named: named[0].rpartition(".")[0] in embeddings
-    ):
-        names.setdefault(id(value), name)
-    return names
-
-
-def _value(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
-    """The real tensor of an input that the program brings along, if it is one."""
-    if spec.target is None:
-        return None
-    value = program.state_dict.get(spec.target, program.constants.get(spec.target))
-    return value if isinstance(value, Tensor) else None
 
 
 class _Program:
@@ -344,7 +270,7 @@ class _Program:
     def __init__(
         self,
         program: ExportedProgram,
-        weights: _Weights,
+        weights: GraphWeights,
         rewritten: Rewritten,
         weight_cache: WeightCache,
         fake_mode: Any,
@@ -387,7 +313,7 @@ class _Program:
         graph.lint()
         self._gm.recompile()
         kept = {spec.target for spec in self._specs.values()}
-        gone = set(self._weights.targets.values()) - kept
+        gone = {spec.target for spec in program.graph_signature.input_specs} - kept
         # A compiler would ask the int4 op for the gradients that parameters want.
         state = {
             key: nn.Parameter(value, requires_grad=False) if value.requires_grad else value

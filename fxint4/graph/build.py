@@ -1,4 +1,4 @@
-"""Make nodes of a graph."""
+"""Making nodes in an FX graph."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Build", "copy_graph"]
 
 
 class Build:
-    """Makes nodes in front of a node, each with the metadata and fake value Inductor needs.
+    """Inserts nodes before a node, each with the metadata and the fake value that Inductor needs.
 
     Args:
-        node: the node in front of which the new ones stand.
-        fake_mode: the FakeTensorMode of the graph's values.
-        like: the node whose metadata the new ones copy; `node` unless given.
+        node: The node before which the new ones are inserted.
+        fake_mode: The FakeTensorMode of the graph's values.
+        like: The node whose metadata the new ones copy. The default is `node`.
     """
 
     def __init__(self, node: fx.Node, fake_mode: Any, like: fx.Node | None = None) -> None:
@@ -32,7 +32,7 @@ class Build:
         self._fake_mode = fake_mode
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """One call of `op`; nodes among the arguments stand for their values."""
+        """Insert a call of `op`, whose arguments may be nodes, and return its node."""
         with self._graph.inserting_before(self._node):
             node = self._graph.call_function(op, args, kwargs)
         node.meta = dict(self._meta)
@@ -42,34 +42,34 @@ class Build:
         return node
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
-        """One dimension of a node: a number, or a node where it is dynamic."""
+        """Size of one dimension of a node: an int, or a node if the size is dynamic."""
         size: int | torch.SymInt = value_of(node).shape[dim]
         if isinstance(size, torch.SymInt):
             return self(aten.sym_size.int, node, dim)
         return size
 
     def contiguous(self, node: fx.Node) -> fx.Node:
-        """The node itself where it is known to be contiguous, a clone elsewhere."""
+        """The node if its value is known to be contiguous, else a contiguous clone of it."""
         if is_contiguous(value_of(node)):
             return node
         return self(aten.clone.default, node, memory_format=torch.contiguous_format)
 
     def rows(self, node: fx.Node) -> fx.Node:
-        """[..., K] as [M, K]."""
+        """View a node ``[..., K]`` as ``[M, K]``, after a copy if it may not be contiguous."""
         value = value_of(node)
         if value.ndim == 2:
             return node
         return self(aten.view.default, self.contiguous(node), [-1, value.shape[-1]])
 
     def for_each_row(self, ids: fx.Node, rows: int | fx.Node) -> fx.Node:
-        """One index for each row of [B, rows, K], from one for each of B."""
+        """Repeat ids ``[B]`` to ``[B * rows]``: one index for each row of a batch."""
         if rows == 1:
             return ids
         column = self(aten.unsqueeze.default, ids, 1)
         return self(aten.reshape.default, self(aten.expand.default, column, [-1, rows]), [-1])
 
     def like(self, node: fx.Node, original: fx.Node) -> fx.Node:
-        """A node with the strides of `original`, on which views further down may rely."""
+        """The values of `node` with the strides of `original`, on which later views may rely."""
         value, wanted = value_of(node), value_of(original)
         if same_strides(value, wanted):
             return node
@@ -83,17 +83,17 @@ class Build:
     def add_scaled(
         self, product: fx.Node, bias: fx.Node | None, beta: Any = 1, alpha: Any = 1
     ) -> fx.Node:
-        """Sum of beta * bias and alpha * product, as addmm and baddbmm define it."""
+        """Return beta * bias + alpha * product, as addmm and baddbmm define it."""
         if alpha != 1:
             product = self(aten.mul.Tensor, product, alpha)
-        if bias is None or beta == 0:  # by definition a bias that beta cancels is not read
+        if bias is None or beta == 0:  # addmm does not read the bias then
             return product
         if beta != 1:
             bias = self(aten.mul.Tensor, bias, beta)
         return self(aten.add.Tensor, product, bias)
 
 
-#: Of a replaced node's metadata what says where it came from; values and layouts are made anew.
+#: Metadata that says where a node came from. Values and layouts are not copied.
 _COPIED_META = (
     "stack_trace",
     "nn_module_stack",
@@ -106,7 +106,11 @@ _COPIED_META = (
 
 
 def copy_graph(captured: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy of a graph that shares its tensors, and the copy of each node."""
+    """Copy a graph, sharing its tensors.
+
+    Returns:
+        The copy, and the copy of each node except the output.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     results = graph.graph_copy(captured.graph, copies)

@@ -1,8 +1,8 @@
-"""Which nodes of a graph are constant, and evaluating the small computation behind a weight.
+"""Which nodes of a graph are constant, and what computes each constant weight.
 
-A graph reaches the passes with its weights as placeholders, beside a table from placeholder to
-real tensor. What can be computed from constant placeholders alone (a transpose, a cast, a
-concatenation, W + B @ A) is constant, too, and is evaluated for one weight at a time.
+The weights of a captured graph are placeholders, and a table maps each of them to its real tensor.
+A node computed from constant placeholders alone (a transpose, a cast, a concatenation, W + B @ A)
+is constant, too.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Role(IntEnum):
 
     #: An activation, a shape, a random number, a cache.
     VARIES = 0
-    #: Only on float buffers and literals: may help to make a weight, is none by itself.
+    #: Only float buffers and literals: part of a weight at most, never a weight by itself.
     HELPER = 1
-    #: On parameters (or integer buffers, which hold quantized weights) and helpers alone.
+    #: Only parameters, integer buffers (which hold quantized weights) and helpers; no activation.
     WEIGHT = 2
 
 
@@ -44,27 +44,27 @@ class Constants:
     """The role of every node of one graph.
 
     Args:
-        gm: the graph; its weights are placeholders.
-        roles: the role of its placeholders; those not named vary.
+        gm: The graph, its weights among the placeholders.
+        roles: The role of its placeholders. Placeholders that are missing here vary.
     """
 
     def __init__(self, gm: fx.GraphModule, roles: Mapping[fx.Node, Role]) -> None:
-        """Carry the placeholders' roles through the graph."""
+        """Compute the role of each node from those of its operands."""
         self._gm = gm
         self._role: dict[fx.Node, Role] = {}
         for node in gm.graph.nodes:
-            self._role[node] = self._judge(node, roles)
+            self._role[node] = self._role_of(node, roles)
 
     def is_weight(self, value: object) -> bool:
-        """Whether a node's value is constant and made of at least one weight."""
+        """Whether a value is a node that is constant and computed from at least one weight."""
         return isinstance(value, fx.Node) and self._role.get(value) is Role.WEIGHT
 
     def weight(self, node: fx.Node, axes: str) -> Weight:
         """The computation behind a constant node.
 
         Args:
-            node: the constant operand of a matmul.
-            axes: how its axes lie, a key of `AXES`.
+            node: The constant operand of a matmul.
+            axes: Meaning of its axes, such as "NK"; a key of `AXES`.
         """
         while (inner := _outermost_view(node, axes)) is not None:
             node, axes = inner
@@ -73,12 +73,13 @@ class Constants:
     def prepacked_weight(
         self, tiles: fx.Node, scale_and_zero: fx.Node, prepacked: Prepacked
     ) -> PrepackedWeight:
-        """The computation behind the constant buffers of a packed weight.
+        """The computation behind the constant buffers of a prepacked weight.
 
         Args:
-            tiles: the node of its tiles.
-            scale_and_zero: the node of its scale_and_zero.
-            prepacked: what they are.
+            tiles: The node of its tiles, int32 ``[N/8, K/(16*inner_k_tiles), 32,
+                inner_k_tiles/2]``, with a leading E for experts.
+            scale_and_zero: The node of its scale_and_zero ``[K/group, N, 2]``, likewise.
+            prepacked: Logical sizes of the weight.
         """
         origin = self._origin(tiles, scale_and_zero)
         return PrepackedWeight(tiles, "", *origin, scale_and_zero, prepacked)
@@ -86,7 +87,7 @@ class Constants:
     def _origin(
         self, *nodes: fx.Node
     ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], Mapping[fx.Node, Tensor]]:
-        """Roots, steps and literals of a `Weight`."""
+        """The fields roots, steps and literals of the `Weight` that computes some nodes."""
         steps = tuple(dict.fromkeys(step for node in nodes for step in _ancestors(node)))
         roots = tuple(step for step in steps if step.op == "placeholder")
         literals = {
@@ -94,7 +95,7 @@ class Constants:
         }
         return roots, steps, literals
 
-    def _judge(self, node: fx.Node, roles: Mapping[fx.Node, Role]) -> Role:
+    def _role_of(self, node: fx.Node, roles: Mapping[fx.Node, Role]) -> Role:
         if node.op == "placeholder":
             return roles.get(node, Role.VARIES)
         if node.op == "get_attr":
@@ -104,8 +105,8 @@ class Constants:
             return Role.VARIES
         operands = [self._role[operand] for operand in node.all_input_nodes]
         if node.target in MATMULS and node.meta["val"].ndim > 1:
-            # A float buffer times a parameter is an activation (a cache, say) meeting a weight;
-            # but a vector, as spectral_norm makes one to scale a weight by, can't be one.
+            # A float buffer times a parameter is an activation (say, a cache) times a weight. A
+            # vector is not: spectral_norm computes one this way, to scale a weight by it.
             return Role.WEIGHT if min(operands) is Role.WEIGHT else Role.VARIES
         if Role.VARIES in operands:
             return Role.VARIES
@@ -113,9 +114,9 @@ class Constants:
 
 
 def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:
-    """Take a transpose or a leading axis off a node and put it into its axes.
+    """The operand and its axes if a node only transposes it or adds a leading axis, else None.
 
-    So the same weight, reached in two ways, is one weight.
+    So a weight that is used both with and without a transpose counts as one weight.
     """
     operand = node.args[0] if node.args else None
     if not isinstance(operand, fx.Node):
@@ -129,6 +130,7 @@ def _outermost_view(node: fx.Node, axes: str) -> tuple[fx.Node, str] | None:
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it is computed from, operands first."""
     found: dict[fx.Node, None] = {}
     pending = [node]
     while pending:

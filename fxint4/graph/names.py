@@ -1,4 +1,4 @@
-"""Names that people recognize for the inputs of a graph, and the modules behind them."""
+"""Names of the inputs of a graph as users know them, and the modules that own them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = [
     "weight_names",
 ]
 
-#: What the name of a user's function ends with in a copy of its code for runs of our own.
+#: Suffix of a user's function name in a copy of its code that fxint4 compiles for its own runs.
 OWN_CODE = "_for_fxint4"
 
-#: A line of a stack trace that says where it is.
+#: The line of a stack trace that names a file, a line and a function.
 _FRAME = re.compile(
     r'^\s*File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE
 )
-#: Code in these folders is not the user's.
-_NOT_USERS = tuple(
+#: Folders whose code is not the user's.
+_LIBRARY_FOLDERS = tuple(
     os.path.dirname(file) + os.sep for file in (torch.__file__, os.path.dirname(__file__))
 )
 _STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
 _LOCAL_ROOT = re.compile(r"L\['(?P<name>[^']*)'\]")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
-#: Parts of a source that say how Dynamo reached a value, not what it is called.
+#: Parts of a Dynamo source that are no part of a name.
 _PLUMBING = ("__closure__", "cell_contents", "__self__", "__wrapped__", "_orig_mod", *_REGISTRIES)
 
 
@@ -50,16 +50,21 @@ class Inputs:
     """The inputs of one Dynamo graph: their names, and the modules that own the parameters.
 
     Args:
-        placeholders: the graph's placeholders.
-        values: the real input of each.
+        placeholders: The graph's placeholders.
+        values: The real input of each.
+
+    Attributes:
+        names: A name for each input: its full name in a module, its name in the user's code, or
+            that of the placeholder.
+        outermost_modules: Modules that hold inputs and are part of no other such module, by the
+            prefix of their parameters' names.
     """
 
     def __init__(self, placeholders: Sequence[fx.Node], values: Sequence[Any]) -> None:
-        """Read names off the sources that Dynamo left on the placeholders."""
+        """Derive names from the sources that Dynamo left on the placeholders."""
         self._sources = [source_name(node) for node in placeholders]
         self._local, self._global = frame_scope()
         tensors = [value for value in values if isinstance(value, Tensor)]
-        #: Modules that hold inputs and lie in no other, by what goes before their parameters.
         self.outermost_modules = self._outermost_modules()
         by_identity = names_in_call(tensors, self.outermost_modules)
         self.names = [
@@ -68,11 +73,11 @@ class Inputs:
         ]
 
     def is_registered_buffer(self, index: int) -> bool:
-        """Whether input `index` is a buffer of a module (and not, say, a KV cache in a list)."""
+        """Whether input `index` is a module's registered buffer, not, say, a KV cache in a list."""
         return "._buffers[" in (self._sources[index] or "")
 
     def owner(self, index: int) -> nn.Module | None:
-        """The module whose parameter input `index` is, where it is one."""
+        """The module that owns input `index`; None if the input is no parameter of a module."""
         source = self._sources[index] or ""
         expression, found, _ = source.rpartition("._parameters[")
         if not found:
@@ -80,15 +85,15 @@ class Inputs:
         try:
             # Dynamo writes its sources as expressions over these two names.
             owner = eval(expression, {"L": self._local, "G": self._global})
-        except Exception:  # a source that only Dynamo's guards can evaluate
+        except Exception:  # only Dynamo's guards can evaluate some sources
             return None
         return owner if isinstance(owner, nn.Module) else None
 
     def _outermost_modules(self) -> dict[str, nn.Module]:
-        """Local modules that hold some of the inputs and lie in no other local module.
+        """Local modules that hold some of the inputs and are part of no other local module.
 
-        The keys go before the names of their parameters: the name of the local variable, or
-        nothing for `self`, and nothing where there is only one such module.
+        Each key is a prefix for parameter names: the name of the local variable, or "" for `self`
+        and for the only such module.
         """
         held = {name: _module_of(value) for name, value in self._local.items()}
         local = {name: module for name, module in held.items() if module is not None}
@@ -104,6 +109,7 @@ class Inputs:
         return {"" if name in silent else name: module for module, name in names.items()}
 
     def _readable(self, source: str | None) -> str | None:
+        """A Dynamo source as a dotted name; None if no part of it is a name."""
         if source is None:
             return None
         model, root = self.outermost_modules.get(""), _local_root(source)
@@ -114,9 +120,10 @@ class Inputs:
 
 
 def layer_name(parameter: str) -> str:
-    """The layer a parameter belongs to: `fc` for `fc.weight`, the parameter's own name elsewhere.
+    """The layer that a parameter belongs to: "fc" for "fc.weight".
 
-    `fc.parametrizations.weight.original1` (torch.nn.utils.parametrize) is `fc`, too.
+    "fc.parametrizations.weight.original1" (torch.nn.utils.parametrize) gives "fc", too. Any other
+    parameter is returned as it is.
     """
     owner, found, rest = f".{parameter}".partition(".parametrizations.")
     if found:
@@ -128,11 +135,11 @@ def layer_name(parameter: str) -> str:
 def source_line(node: fx.Node) -> str:
     """The line of the user's code that a node comes from, such as "model.py:31 in forward".
 
-    The innermost line outside of torch and fxint4; empty where there is none.
+    It is the innermost line outside torch and fxint4; "" if there is none.
     """
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     for frame in reversed(frames):
-        if not frame["file"].startswith(_NOT_USERS):
+        if not frame["file"].startswith(_LIBRARY_FOLDERS):
             function = frame["function"].removesuffix(OWN_CODE)
             return f"{os.path.basename(frame['file'])}:{frame['line']} in {function}"
     return ""
@@ -141,14 +148,14 @@ def source_line(node: fx.Node) -> str:
 def names_in_call(
     tensors: Iterable[Tensor], candidates: Mapping[str, nn.Module] = MappingProxyType({})
 ) -> Mapping[int, str]:
-    """Full names of `tensors`, by identity, within the outermost module being called.
+    """Full names of `tensors`, by `id`, within the outermost module being called.
 
     After a graph break Dynamo compiles an inner module's forward by itself and names its
-    parameters from there; the modules on the Python stack know the rest of the name.
+    parameters relative to it. The modules on the Python stack give the rest of the name.
 
     Args:
-        tensors: what to name; those that no module owns are left out.
-        candidates: modules to try beside those on the stack, by what to put before their names.
+        tensors: The tensors to name. The result lacks those that no module owns.
+        candidates: Further modules to search, by the prefix of their parameters' names.
     """
     wanted = {id(tensor) for tensor in tensors}
     names: dict[int, str] = {}
@@ -162,10 +169,10 @@ def names_in_call(
 
 
 def weight_names(roots: Sequence[Tensor]) -> tuple[str, ...]:
-    """Full names of the tensors that a weight is made of, the largest first; see `names_in_call`.
+    """Full names of the tensors that a weight is computed from, the largest first.
 
     Args:
-        roots: the tensors. One that no module being called owns has an empty name.
+        roots: The tensors. The name is "" for those that no module being called owns.
     """
     by_identity = names_in_call(roots)
     largest_first = sorted(roots, key=lambda root: -root.numel())
@@ -173,10 +180,10 @@ def weight_names(roots: Sequence[Tensor]) -> tuple[str, ...]:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's parameters and buffers, each once, by full name.
+    """A module's parameters and buffers with their full names, each tensor once.
 
-    A weight that a layer shares with an embedding goes by the layer's name: it is the layer that
-    multiplies by it, and that a user would skip.
+    A weight that a layer shares with an embedding gets the layer's name, because the layer
+    multiplies by it and is what a user would skip.
     """
     seen: set[int] = set()
     embeddings_last = sorted(
@@ -194,7 +201,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int]]:
-    """The `parameters_of` the modules being called that own `tensors`."""
+    """`parameters_of` the modules being called that own at least one of `tensors`."""
     wanted = {id(tensor) for tensor in tensors}
     found: dict[int, tuple[str, int]] = {}
     for module in _modules_in_call():
@@ -205,12 +212,12 @@ def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int
 
 
 def plain_name(name: str) -> str:
-    """A full name without the modules that torch.compile puts around others."""
+    """A full name without the wrapper modules of torch.compile."""
     return name.replace("_orig_mod.", "")
 
 
 def parameters_of(module: nn.Module) -> Mapping[int, tuple[str, int]]:
-    """Full name and elements of a module's parameters, by identity; named as `names_in_call`."""
+    """Full name, as in `names_in_call`, and number of elements of each parameter, by `id`."""
     return {
         id(tensor): (plain_name(name), tensor.numel())
         for name, tensor in _named_tensors(module)
@@ -226,13 +233,14 @@ def _modules_in_call() -> list[nn.Module]:
 
 
 def outermost_in_call(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Of these and of the modules being called around them, those that lie in no other."""
+    """Those of `modules` and of the modules being called that are part of no other of them."""
     known = list(dict.fromkeys([*modules, *_modules_in_call()]))
     inner = {part for module in known for part in module.modules() if part is not module}
     return [module for module in known if module not in inner]
 
 
 def _frames() -> Iterator[Mapping[str, Any]]:
+    """Local variables of the Python frames that have a `self`, outermost first."""
     stack = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:
@@ -244,13 +252,13 @@ def _frames() -> Iterator[Mapping[str, Any]]:
 
 
 def _module_of(value: object) -> nn.Module | None:
-    """The module that a variable holds, or whose method it holds."""
+    """The module that a variable holds, or the owner of the method that it holds; else None."""
     owner = value.__self__ if isinstance(value, MethodType) else value
     return owner if isinstance(owner, nn.Module) else None
 
 
 def _local_root(source: str | None) -> str | None:
-    """The local variable that a source starts from, if it is one."""
+    """The local variable that a source starts from; None if it starts from something else."""
     found = _LOCAL_ROOT.match(source or "")
     return found["name"] if found else None
 

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from fxint4._pytorch.aot import inputs_mutated_by_graph, outer_input
+from fxint4._pytorch.tensors import aten
 from fxint4.graph.constants import Role
 from fxint4.graph.names import Inputs
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["GraphWeights", "inputs_of", "role_of"]
+__all__ = ["GraphWeights", "inputs_of", "program_tensor", "role_of"]
 
 #: Integer buffers hold quantized weights; a float buffer by itself may be a cache.
 _QUANTIZED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
 def inputs_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
@@ -25,36 +29,50 @@ def inputs_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
 
 
 class GraphWeights:
-    """The constant placeholders of AOTAutograd's graph, and the real tensors behind them.
+    """The constant placeholders of a captured graph, and the real tensors behind them.
 
     Attributes:
-        tensors: the real tensors.
-        names: full names of the parameters and buffers that they are, or are parts of.
-        roles: see `Constants`.
-        labels: what to call placeholders, those that are not constant included, by node name.
-        parameters: full name and elements of each parameter, by identity.
-        written: the placeholders that the graph writes to, by position.
+        tensors: The real tensor of each constant placeholder.
+        names: Full name of the parameter or buffer that each constant placeholder is, or, for an
+            inner tensor of a packed parameter, is a part of.
+        roles: The role of each constant placeholder, as `Constants` takes them.
+        labels: What to call placeholders in printed graphs, by node name; has entries for those
+            that are not constant, too.
+        parameters: Full name and number of elements of each parameter, by `id`.
+        written: Positions of the placeholders that the graph writes to. They are not constant.
     """
 
-    def __init__(
-        self,
+    def __init__(self) -> None:
+        self.tensors: dict[fx.Node, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.roles: dict[fx.Node, Role] = {}
+        self.labels: dict[str, str] = {}
+        self.parameters: dict[int, tuple[str, int]] = {}
+        self.written: list[int] = []
+
+    @classmethod
+    def of_dynamo(
+        cls,
         captured: fx.GraphModule,
         dynamo_gm: fx.GraphModule,
         inputs: Inputs,
         example_inputs: Sequence[Any],
-    ) -> None:
-        self.tensors: dict[fx.Node, Tensor] = {}
-        self.names: dict[fx.Node, str] = {}
-        self.labels: dict[str, str] = {}
-        self.roles: dict[fx.Node, Role] = {}
-        self.parameters: dict[int, tuple[str, int]] = {}
-        self.written: list[int] = []
+    ) -> GraphWeights:
+        """The weights of a graph that torch.compile captured.
+
+        Args:
+            captured: AOTAutograd's graph, of ATen ops.
+            dynamo_gm: Dynamo's graph, from which AOTAutograd made it.
+            inputs: Names of the inputs of Dynamo's graph.
+            example_inputs: The real inputs of Dynamo's graph.
+        """
+        made = cls()
         mutated = inputs_mutated_by_graph()
         by_ops = _written_placeholders(captured)
         for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
             written = index in mutated or node in by_ops
             if written:
-                self.written.append(index)
+                made.written.append(index)
             source = outer_input(node)
             if source is None:
                 continue
@@ -64,12 +82,50 @@ class GraphWeights:
             else:
                 value, name = example_inputs[origin], inputs.names[origin]
                 is_buffer = inputs.is_registered_buffer(origin)
-            self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
-            if isinstance(value, nn.Parameter):
-                self.parameters[id(value)] = (name, value.numel())
-            role = role_of(value, is_buffer)
-            if role is Role.VARIES or written:
+            made._add(node, value, name, is_buffer, written, attribute)
+        return made
+
+    @classmethod
+    def of_program(cls, program: ExportedProgram) -> GraphWeights:
+        """The weights of an exported program; the readers of tied ones all read the first of them.
+
+        Args:
+            program: The program. In its graph several placeholders of one tensor become one.
+        """
+        made = cls()
+        signature = program.graph_signature
+        targets = {spec.target for spec in signature.output_specs if spec.kind in _WRITES}
+        names = _program_names(program)
+        first: dict[int, fx.Node] = {}
+        nodes = program.graph.find_nodes(op="placeholder")
+        for index, (node, spec) in enumerate(zip(nodes, signature.input_specs, strict=True)):
+            value = program_tensor(program, spec)
+            if spec.target is None or value is None:
                 continue
+            written = spec.target in targets
+            if written:
+                made.written.append(index)
+            name = names.get(id(value), spec.target)
+            made._add(node, value, name, spec.kind is not InputKind.PARAMETER, written)
+            if node in made.tensors:
+                node.replace_all_uses_with(first.setdefault(id(value), node))
+        return made
+
+    def _add(
+        self,
+        node: fx.Node,
+        value: Any,
+        name: str,
+        is_buffer: bool,
+        written: bool,
+        attribute: str | None = None,
+    ) -> None:
+        """Add a placeholder that holds `value`, or the inner tensor `attribute` of it."""
+        self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
+        if isinstance(value, nn.Parameter):
+            self.parameters[id(value)] = (name, value.numel())
+        role = role_of(value, is_buffer)
+        if role is not Role.VARIES and not written:
             self.roles[node] = role
             self.tensors[node] = value if attribute is None else getattr(value, attribute)
             self.names[node] = name
@@ -79,16 +135,41 @@ def role_of(value: object, is_buffer: bool) -> Role:
     """The role of an input of a graph that the graph does not write to.
 
     Args:
-        value: the input.
-        is_buffer: whether it is a buffer that a module registered.
+        value: The input.
+        is_buffer: Whether it is a buffer that a module registered.
     """
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return Role.VARIES
-    if type(value) in (nn.Parameter, Int4TileTensor):  # others have their own idea of their values
+    # Other subclasses compute their values in ways of their own.
+    if type(value) in (nn.Parameter, Int4TileTensor):
         return Role.WEIGHT
     if type(value) is Tensor and is_buffer:
         return Role.WEIGHT if value.dtype in _QUANTIZED_DTYPES else Role.HELPER
     return Role.VARIES
+
+
+def program_tensor(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
+    """The real tensor that an exported program holds for an input; None for a user's input."""
+    if spec.target is None:
+        return None
+    value = program.state_dict.get(spec.target, program.constants.get(spec.target))
+    return value if isinstance(value, Tensor) else None
+
+
+def _program_names(program: ExportedProgram) -> dict[int, str]:
+    """Full names of a program's parameters and buffers, by `id`.
+
+    A weight that a layer shares with an embedding goes by the layer's name, as in `names_in_call`.
+    """
+    lookups = [node for node in program.graph.nodes if node.target is aten.embedding.default]
+    stacks = [[*node.meta.get("nn_module_stack", {}).values()] for node in lookups]
+    embeddings = {stack[-1][0] for stack in stacks if stack}
+    names: dict[int, str] = {}
+    for name, value in sorted(
+        program.state_dict.items(), key=lambda named: named[0].rpartition(".")[0] in embeddings
+    ):
+        names.setdefault(id(value), name)
+    return names
 
 
 def _written_placeholders(captured: fx.GraphModule) -> set[Any]:

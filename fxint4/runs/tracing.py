@@ -14,7 +14,7 @@ from fxint4._pytorch.dynamo import has_forward_hooks, roomy_recompile_limit
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import Int4Error
 from fxint4.graph.names import OWN_CODE
-from fxint4.graph.placeholders import inputs_of
+from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.pipeline import Analysis
 from fxint4.tensor import Int4TileTensor
@@ -102,9 +102,9 @@ def capturing_backend(
         def inner_compile(
             captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
         ) -> Callable[..., Any]:
-            state = CompileState({})
-            analysis = Analysis(captured, gm, inputs, example_inputs, config, state)
-            return mark_boxed(run_of(analysis))
+            weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
+            fake_mode = CompileState({}).fake_mode
+            return mark_boxed(run_of(Analysis(captured, weights, config, fake_mode)))
 
         return compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS, Int4TileTensor)
 

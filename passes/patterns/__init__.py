@@ -1,4 +1,4 @@
-"""The forms in which a matmul with a constant weight appears in a graph, one form a file."""
+"""The patterns: the kinds of matmul with a constant weight, one kind a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fxint4.passes.patterns.prepacked import PrepackedMatMul
 
 __all__ = ["PATTERNS"]
 
-#: Every form in which a constant weight is looked for. No two share an op.
+#: All patterns. No two share an op.
 PATTERNS: tuple[Pattern, ...] = (
     MatMul(),
     BatchedMatMul(),

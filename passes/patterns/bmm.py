@@ -1,7 +1,7 @@
 """bmm and baddbmm: einsum, a broadcast W, non-contiguous x @ W, experts.
 
-The batch shares one weight, or each member has its own, or (transformers' batched_mm experts) takes
-one of several that it names.
+The members of the batch share one weight, or each has a weight of its own, or each picks one of
+several by an index (the batched_mm experts of transformers).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import fx
 from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
-from fxint4.graph.symbolic import value_of
+from fxint4.graph.symbolic import known, value_of
 from fxint4.passes.pattern import Kept, Match, Multiply, Pattern, kept_pick
 
 
@@ -24,7 +24,7 @@ class BatchedMatMul(Pattern):
     ops = (aten.bmm.default, aten.baddbmm.default)
 
     def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
-        """A weight on either side."""
+        """Match a weight on either side, broadcast, batched or picked by an index."""
         bias = node.args[0] if node.target is aten.baddbmm.default else None
         left, right = (_unexpanded(operand) for operand in node.args[-2:])
         found = [picked(operand, constants) for operand in (left, right)]
@@ -42,7 +42,7 @@ class BatchedMatMul(Pattern):
         return Match(weight, axes, x, bias, ids=ids)  # type: ignore[arg-type]
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
-        """Flatten the batch into the rows, multiply once, and take it apart again."""
+        """Flatten the batch into the rows, multiply once, and restore the batch."""
         weight_on_right = node.args[-2] is match.x
         x = match.x if weight_on_right else build(aten.permute.default, match.x, [0, 2, 1])
         batch, rows = build.size(x, 0), build.size(x, 1)
@@ -60,11 +60,12 @@ class BatchedMatMul(Pattern):
 
 
 def picked(operand: Any, constants: Constants) -> tuple[fx.Node, fx.Node | None, bool] | None:
-    """The constant weight behind an operand [B, rows, columns].
+    """The constant weight behind an operand ``[B, rows, columns]``.
 
     Returns:
-        The weight; which of its matrices each member of the batch takes, where it is not simply
-        its own; and whether the operand holds them transposed.
+        The weight; the index ``[B]`` of the matrix that each member of the batch takes, None if
+        there is no index; and whether the operand is the transpose of the weight. None if there is
+        no constant weight.
     """
     if constants.is_weight(operand):
         return operand, None, False
@@ -78,13 +79,14 @@ def picked(operand: Any, constants: Constants) -> tuple[fx.Node, fx.Node | None,
 
 
 def _swaps_last_axes(node: fx.Node) -> bool:
+    """Whether a node transposes the last two of three axes."""
     if node.target is aten.transpose.int:
         return {axis % 3 for axis in node.args[1:]} == {1, 2}  # type: ignore[operator]
     return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1]  # type: ignore[arg-type]
 
 
 def indexed(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The operand and the 1-D integer indices of a node that picks along the first axis."""
+    """Operand and 1-D integer indices of a node that indexes the first axis; else None."""
     source: Any
     indices: Any
     if node.target is aten.index.Tensor:
@@ -103,23 +105,23 @@ def indexed(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _unexpanded(operand: Any) -> Any:
-    """The one matrix behind an operand that repeats it over the batch, whose size may be dynamic.
+    """The single matrix that an operand repeats over a batch of any size; else the operand.
 
-    torch.matmul broadcasts with `expand`, and makes several batch axes one with `view`.
+    torch.matmul broadcasts with `expand`, and merges several batch axes with `view`.
     """
     source = operand
     while isinstance(source, fx.Node) and source.target in _BATCH_ONLY and _same_matrix(source):
         source = source.args[0]
     batch = value_of(source).shape[:-2] if isinstance(source, fx.Node) else ()
-    return source if all(str(size) == "1" for size in batch) else operand
+    return source if all(known(size == 1) for size in batch) else operand
 
 
 _BATCH_ONLY = (aten.expand.default, aten.view.default)
 
 
 def _same_matrix(node: fx.Node) -> bool:
-    """Whether a node differs from its operand in nothing but the axes before the last two."""
+    """Whether a node has the same last two sizes as its operand."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    last = [value_of(each).shape[-2:] for each in (source, node)]
-    return str(last[0]) == str(last[1])  # as text: comparing dynamic sizes would set a guard
+    before, after = value_of(source), value_of(node)
+    return before.ndim > 1 and all(known(before.shape[i] == after.shape[i]) for i in (-2, -1))

@@ -1,4 +1,4 @@
-"""1x1 convolutions, which multiply every position's channels by one matrix."""
+"""1x1 convolutions, which multiply the channels at each position by one matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Conv1x1(Pattern):
     ops = (aten.convolution.default,)
 
     def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
-        """Kernel 1, stride 1, no padding, one group; any other convolution keeps its weight."""
+        """Match kernel 1, stride 1, no padding and one group; `Kept` for any other convolution."""
         x, weight, bias, stride, padding, _, transposed, _, groups = node.args
         if not isinstance(weight, fx.Node) or not constants.is_weight(weight):
             return None
@@ -36,7 +36,7 @@ class Conv1x1(Pattern):
         return Kept(weight, reason, int(shape[0]), int(shape[1:].numel()))
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
-        """Channels last, one matmul over all positions, channels back in front."""
+        """Move the channels last, multiply all positions at once, and move the channels back."""
         dims = value_of(match.x).ndim
         channels_last = [0, *range(2, dims), 1]
         channels_first = [0, dims - 1, *range(1, dims - 1)]

@@ -1,4 +1,4 @@
-"""Grouped matmuls: the rows of x lie in groups, each of which has a weight of its own (experts)."""
+"""Grouped matmuls: each group of rows of x has a weight of its own (experts)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fxint4.passes.pattern import Kept, Match, Multiply, Pattern
 
 
 class GroupedMatMul(Pattern):
-    """`_grouped_mm(x, W, offs)` with x [S, K] and W [E, K, N], and transformers' op for it.
+    """`_grouped_mm(x, W, offs)` with x ``[S, K]``, W ``[E, K, N]`` and offs int32 ``[E]``.
 
-    transformers has an op of its own for dtypes that `_grouped_mm` is not compiled for.
+    transformers has an op of its own for dtypes that `_grouped_mm` does not support.
     """
 
     @property
     def ops(self) -> tuple[Any, ...]:  # type: ignore[override]
-        """The ops there are, now: transformers registers its own when it is imported."""
+        """The ops that are registered now; importing transformers registers its own."""
         fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
         return (aten._grouped_mm.default, *([fallback.default] if fallback else []))
 
     def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
-        """A constant W whose groups are rows of x."""
+        """Match a constant W whose groups are rows of x."""
         arguments = dict(zip(("x", "weight", "offs", "bias", "out_dtype"), node.args, strict=False))
         arguments.update({_NAMES.get(name, name): value for name, value in node.kwargs.items()})
         x, weight, offs = (arguments.get(name) for name in ("x", "weight", "offs"))
@@ -47,7 +47,7 @@ class GroupedMatMul(Pattern):
         return Kept(weight, reason, int(shape[-1]), int(shape[-2]), int(shape[:-2].numel()))
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
-        """The same groups, from packed weights."""
+        """Multiply the same groups by packed weights."""
         return multiply(match.x, offs=match.offs)
 
 

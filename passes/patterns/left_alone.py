@@ -1,4 +1,4 @@
-"""Matmuls with a constant weight that are never packed, each with the reason the report gives."""
+"""Matmuls with a constant weight that are never packed, and the reasons in the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ control_flow = torch.ops.higher_order
 
 
 class LeftAlone(Pattern):
-    """Ops that multiply by a weight in a form that int4 tiles don't serve."""
+    """Ops whose multiplication by a weight has no int4 op."""
 
     _REASONS: ClassVar[dict[Any, str]] = {
         aten.mv.default: "a matrix times a vector",
@@ -34,7 +34,7 @@ class LeftAlone(Pattern):
     ops = tuple(_REASONS)
 
     def match(self, node: fx.Node, constants: Constants) -> Kept | None:
-        """The largest constant operand with at least two axes, and its op's reason."""
+        """`Kept` for the largest constant operand with at least two axes."""
         weights = [
             operand
             for operand in node.all_input_nodes
@@ -47,5 +47,5 @@ class LeftAlone(Pattern):
         return Kept(weight, self._REASONS[node.target], int(rows), int(columns))
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
-        """Never called: nothing here matches."""
+        """Not called, because `match` never returns a `Match`."""
         raise NotImplementedError

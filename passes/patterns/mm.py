@@ -1,4 +1,4 @@
-"""mm and addmm: linear layers, x @ W, x @ W.T, W @ x, Conv1D, a bmm of one matrix."""
+"""mm and addmm: linear layers, x @ W, x @ W.T, W @ x, Conv1D, and a bmm of one matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MatMul(Pattern):
     ops = (aten.mm.default, aten.addmm.default)
 
     def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
-        """A weight on either side; both sides constant make one weight of something else."""
+        """Match a weight on either side; if both are constant, the product is itself a weight."""
         bias, left, right = _operands(node)
         if constants.is_weight(left) and constants.is_weight(right):
             return None
@@ -35,7 +35,7 @@ class MatMul(Pattern):
         return kept_pick((left, right), constants)
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
-        """X W^T, or (X^T W^T)^T where the weight stands on the left."""
+        """X W^T, or (X^T W^T)^T if the weight is the left operand."""
         weight_on_right = node.args[-2] is match.x
         x = match.x if weight_on_right else build(aten.permute.default, match.x, [1, 0])
         if match.ids is None:
@@ -48,7 +48,7 @@ class MatMul(Pattern):
 
 
 def _of_one(operand: Any) -> Any:
-    """The batch of one matrix behind an operand: on the GPU Inductor makes an mm of such a bmm."""
+    """The batch ``[1, ., .]`` behind an operand: on GPUs Inductor turns a bmm of one into an mm."""
     if isinstance(operand, fx.Node) and operand.target is aten.squeeze.dim and operand.args[1] == 0:
         return operand.args[0]
     return operand

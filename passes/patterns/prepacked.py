@@ -1,4 +1,4 @@
-"""Multiplications by weights that are packed already: the ops that `Int4TileTensor` makes."""
+"""Matmuls by prepacked weights: the ops that `Int4TileTensor` dispatches to."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fxint4.weights.expression import Prepacked
 
 
 class PrepackedMatMul(Pattern):
-    """`fxint4.linear`, `bmm` and `grouped_mm`."""
+    """`fxint4.linear`, `fxint4.bmm` and `fxint4.grouped_mm`."""
 
     @property
     def ops(self) -> tuple[Any, ...]:  # type: ignore[override]
-        """The ops, which `fxint4.weights.ops` registers."""
+        """The ops, looked up late because `fxint4.weights.ops` registers them."""
         ours = torch.ops.fxint4
         return (ours.linear.default, ours.bmm.default, ours.grouped_mm.default)
 
     def match(self, node: fx.Node, constants: Constants) -> Match | None:
-        """Constant buffers; of a bmm also some that are picked out of constant ones."""
+        """Match constant buffers, for a bmm also ones that an index picks out of constant ones."""
         x, tiles, scale_and_zero, *middle, group_size, n = node.args
         assert isinstance(x, fx.Node)
         assert isinstance(tiles, fx.Node)
@@ -52,7 +52,7 @@ class PrepackedMatMul(Pattern):
         )
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
-        """One matmul over all rows."""
+        """Flatten x ``[..., K]`` into rows, multiply once, and restore its axes."""
         if match.offs is not None:
             return multiply(match.x, offs=match.offs)
         if value_of(match.x).ndim == 2 or (match.batch and match.ids is None):

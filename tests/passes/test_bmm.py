@@ -224,6 +224,14 @@ def test_one_einsum_with_several_weights_is_one_matmul() -> None:
     assert_rounded(y, flat, [x], report, {"w": "NK"})
 
 
+def test_a_vector_that_is_broadcast_to_a_matrix_is_packed_as_one() -> None:
+    model = frozen(module(lambda m, x: torch.bmm(x, m.w.expand(B, K, N)), w=(N,)))
+    x = torch.randn(B, M, K)
+    y, report = compile_and_report(model, x)
+    assert [(r.action, r.n, r.k) for r in report.records] == [("packed", N, K)]
+    assert_nearer(y, model(x), torch.zeros_like(y))
+
+
 # --- nn.MultiheadAttention -----------------------------------------------------------------------
 
 

@@ -27,19 +27,19 @@ grouped_mm = torch._grouped_mm
 
 @dataclass(frozen=True)
 class Form:
-    """One form of multiplying by experts.
+    """One way of multiplying by experts.
 
     Attributes:
-        function: of a module with a parameter w, and the inputs.
-        transposed: whether w is [E, K, N].
-        x: shape of the first input, K last once `rows` has seen it.
-        others: inputs beside it.
-        experts: which expert each row of x goes with.
-        becomes: the op that takes its place.
-        rows: x as [S, K].
-        back: y as [S, N].
-        scale: what the products are multiplied with; a power of two, at most 1.
-        bias: what is added to them.
+        function: A function of a module with a parameter w, and of the inputs.
+        transposed: Whether w is ``[E, K, N]``; else it is ``[E, N, K]``.
+        x: Shape of the first input.
+        others: The other inputs.
+        experts: The expert of each row of x.
+        becomes: The op that replaces the matmul.
+        rows: Turns x into ``[S, K]``.
+        back: Turns y into ``[S, N]``.
+        scale: Factor of the products; a power of two, at most 1.
+        bias: Added to the products.
     """
 
     function: Callable[..., Tensor]
@@ -125,7 +125,7 @@ FORMS = {
         [e for e in CHOSEN for _ in range(2)],
         "indexed_mm",
     ),
-    # One matrix: on the GPU Inductor makes the mm of the bmm.
+    # One matrix: on GPUs Inductor turns the bmm into an mm.
     "indexed-one": Form(
         lambda m, x, ids: torch.bmm(m.w[ids], x.unsqueeze(-1)).squeeze(-1),
         False,
@@ -193,7 +193,7 @@ def n_of(model: nn.Module, form: Form) -> int:
 
 
 def assert_right(y: Tensor, x: Tensor, form: Form, experts: Sequence[Tensor]) -> None:
-    """Each row is that of its expert's linear layer, but for rounding."""
+    """Assert that each row is that of its expert's linear layer, up to rounding."""
     rows, results = form.rows(x), form.back(y)
     assert len(rows) == len(results) == len(form.experts)
     for row, result, e in zip(rows, results, form.experts, strict=True):
@@ -203,7 +203,7 @@ def assert_right(y: Tensor, x: Tensor, form: Form, experts: Sequence[Tensor]) ->
 
 
 def ours(report: Report) -> list[str]:
-    """The ops for experts in the rewritten graphs."""
+    """Names of the ops for experts in the rewritten graphs."""
     return re.findall(r"^\+%\w+ = fxint4\.(\w+)\(", report.graph_diff, re.MULTILINE)
 
 
@@ -344,7 +344,7 @@ def test_refused_by_name() -> None:
 
 
 def test_groups_of_columns_are_refused() -> None:
-    """[S, K] x [K, N] with groups along K makes a matrix a group: no weight of experts."""
+    """``[S, K] x [K, N]`` with groups along K gives one matrix a group; W is not experts'."""
     model = module(lambda m, x, offs: grouped_mm(x, m.w, offs=offs), w=(K, 64)).bfloat16()
     offs = torch.tensor([96, K], dtype=torch.int32)
     [(name, reason)] = kept(model, torch.randn(16, K).bfloat16(), offs)

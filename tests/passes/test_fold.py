@@ -1,4 +1,4 @@
-"""Weights behind a small constant computation: each folds to one packed weight, frugally."""
+"""Weights that a graph computes from constants: each folds to one packed weight, frugally."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_views_of_the_root_cost_nothing() -> None:
 
 
 def computation(function: Callable[[Tensor], Tensor], root: Tensor) -> tuple[Computation, Tensor]:
-    """What stands behind a weight that is `function` of one parameter."""
+    """The computation behind a weight that is `function` of one parameter."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     gm: fx.GraphModule = make_fx(torch.func.functionalize(function))(root)

@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 aten = torch.ops.aten
-#: What choices are made for where there is no GPU, and whether CUDA kernels may be among them.
+#: Kernels are chosen for this GPU if there is none here, without CUDA kernels.
 H200 = (*gpu_of(torch.device("cpu")), False, False)
 
 
@@ -73,7 +73,7 @@ def weights_of(model: nn.Module) -> dict[str, str]:
 
 
 def fused(report: Report) -> list[list[int]]:
-    """Out features of each weight of each matmul by several, from the rewritten graphs."""
+    """Out features of each weight of each fused matmul in the rewritten graphs."""
     calls = re.findall(r"^\+%\w+ = fxint4\.linears\(.*, \[([\d, ]+)\]\)", report.graph_diff, re.M)
     return [list(map(int, call.split(","))) for call in calls]
 
@@ -81,7 +81,7 @@ def fused(report: Report) -> list[list[int]]:
 def check(
     model: nn.Module, x: Tensor, *groups: list[int], alone: int = 0, **options: Any
 ) -> Report:
-    """Compile; hold the matmuls and the numbers to what they must be."""
+    """Compile a model and check its fused matmuls and its numbers."""
     y, report = compile_and_report(model, x, options=options)
     assert fused(report) == list(groups)
     assert int4_matmuls(report) == alone
@@ -442,7 +442,7 @@ def targets(gm: fx.GraphModule) -> list[object]:
 
 
 def two(dtype: torch.dtype, function: Callable[..., object], *inputs: Tensor) -> Captured:
-    """A graph with weights of 48 and 32 out features, its sites as a GPU has them."""
+    """A graph with weights of 48 and 32 out features, with sites as on a GPU."""
     weights = [torch.randn(48, K, dtype=dtype), torch.randn(32, K, dtype=dtype)]
     captured = Captured.of(function, weights, *inputs)
     return replace(captured, sites=[replace(site, int4="tiles") for site in captured.sites])
@@ -504,7 +504,7 @@ def attention(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
 
 
 class Strides(fx.Interpreter):
-    """Runs a graph; every value has the shape and strides that its node tells the compiler."""
+    """Runs a graph and asserts that every value has the shape and strides of its fake value."""
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -610,7 +610,7 @@ def test_results_have_the_strides_of_eager() -> None:
 
 @pytest.fixture
 def _choices_as_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels' choices tell what was asked, and change at 100 rows."""
+    """Replace the choice of kernels by names that tell the arguments and change at 100 rows."""
 
     def choice(m: int, n: int, k: int, *others: Any) -> str:
         return f"{'few' if m < 100 else 'many'} {n}x{k} {others}"

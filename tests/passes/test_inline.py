@@ -1,4 +1,4 @@
-"""torch.compiler.nested_compile_region, whose body the other passes must see."""
+"""torch.compiler.nested_compile_region, whose body is inlined for the other passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rewritten copy of a graph: inputs, forms, strides; the captured graph stays as it is."""
+"""The rewritten copy of a graph: inputs, formats, strides; the captured graph is unchanged."""
 
 from __future__ import annotations
 
