@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,8 +204,8 @@ def launch_by(call: Callable[[], Any]) -> tuple[Launch, list[torch.dtype]]:
     """The one launch that a call on tensors of the device "meta" makes; its tensors' dtypes."""
     seen: list[tuple[Launch, list[torch.dtype]]] = []
 
-    def run(launch: Launch, tensors: Sequence[Tensor]) -> None:
-        seen.append((launch, [t.dtype for t in tensors]))
+    def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
+        seen.append((launch, [tensors[name].dtype for name in launch.tensor_names()]))
 
     with contextlib.ExitStack() as stack:
         for module in (linear, experts):
@@ -231,7 +231,7 @@ def compile_for(capability: int, launch: Launch, dtypes: Sequence[torch.dtype]) 
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible = []
-    values = [*dtypes, *launch.arguments.values()]
+    values = launch.in_order(dict(zip(launch.tensor_names(), dtypes, strict=True)))
     for parameter, value in zip(launch.kernel.params, values, strict=True):
         specialized = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or (specialized and value == 1):

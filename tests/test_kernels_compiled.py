@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fxint4.kernels import triton_experts as experts
 from fxint4.kernels import triton_linear as kernels
-from fxint4.kernels.select import Choice, choose_blocks, configurations
+from fxint4.kernels.select import Choice, Gpu, MatmulShape, choose_blocks, configurations
 from fxint4.kernels.triton_common import Blocks, Launch
 from fxint4.kernels.triton_linear import dequantize, linears
 
@@ -240,7 +240,7 @@ def test_what_runs_with_little_shared_memory(
 ) -> None:
     """As on GPUs for graphics; groups of 32 need the most."""
     monkeypatch.setattr(experts, "shared_of", lambda _: LITTLE_SHARED)
-    blocks = choose_blocks(rows, 8, 128, multiprocessors=10, wgmma=False)
+    blocks = choose_blocks(MatmulShape(rows, 8, 128), Gpu(10, wgmma=False))
     assert blocks.stages == max(b.stages for b in configurations())
     for launch, dtypes in (
         linear_launch(blocks, BF16, 32, 8),

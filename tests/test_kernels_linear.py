@@ -31,7 +31,7 @@ from torch import Tensor
 from fxint4.kernels import counters
 from fxint4.kernels import triton_common as common
 from fxint4.kernels import triton_linear as kernels
-from fxint4.kernels.select import Choice, choose, configurations
+from fxint4.kernels.select import H200, Choice, Gpu, MatmulShape, choose, configurations
 from fxint4.kernels.triton_common import Blocks
 from fxint4.kernels.triton_linear import dequantize, linear, linears
 from fxint4.quant.primitives import dequantize as dequantize_plainly
@@ -188,7 +188,7 @@ def test_several_weights(ns: tuple[int, ...], choice: Choice | None) -> None:
     many = [make(max(n, 8), 200, 64, 4) for n in ns]
     x = rows(21, 200)
     y = together(x, many, choice, list(ns))
-    choice = choose(21, sum(ns), 200) if choice is None else choice
+    choice = choose(MatmulShape(21, sum(ns), 200)) if choice is None else choice
     alone = [one.times(x, choice, n) for one, n in zip(many, ns, strict=True)]
     assert torch.equal(y, torch.cat(alone, 1))
 
@@ -210,7 +210,8 @@ def partial_sums(x: Tensor, many: list[Weight], blocks: Blocks) -> Tensor:
     partial = x.new_full((blocks.splits, len(x), sum(n for n, _ in sizes)), float("nan"))
     partial = partial.float()
     buffers = kernels.buffers_of([(one.tiles, one.scale_and_zero) for one in many])
-    common.run(launch, [x, *buffers, x, partial, x])
+    results = {"y_ptr": x, "partial_ptr": partial, "counters_ptr": x}
+    common.run(launch, {"x_ptr": x, **buffers, **results})
     return partial
 
 
@@ -303,10 +304,10 @@ SIZES = list(
 
 
 @needs_triton
-@pytest.mark.parametrize("gpu", [(132, True), (108, False), (16, False)], ids=str)
-def test_choice(gpu: tuple[int, bool]) -> None:
+@pytest.mark.parametrize("gpu", [H200, Gpu(108, False), Gpu(16, False)], ids=str)
+def test_choice(gpu: Gpu) -> None:
     for m, n, k in SIZES:
-        blocks = choose(m, n, k, *gpu).blocks
+        blocks = choose(MatmulShape(m, n, k), gpu).blocks
         if blocks is None:
             assert m > 128
             continue
@@ -314,7 +315,7 @@ def test_choice(gpu: tuple[int, bool]) -> None:
         splits = max(blocks.splits, blocks.rest_splits)
         assert splits == 1 or k > splits * blocks.step
         count = -(-m // blocks.rows) * -(-n // blocks.features)
-        assert blocks.at_once in (0, 2 * gpu[0])
+        assert blocks.at_once in (0, 2 * gpu.multiprocessors)
         assert blocks.rest_splits == 1 or count > blocks.at_once > 0
         assert blocks in configurations()
 
@@ -357,7 +358,7 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
         refused("they must be on one CUDA device")
     monkeypatch.setattr("fxint4.kernels.select.triton", None)
     monkeypatch.setattr(common, "triton", None)
-    assert choose(1, 64, 64) == choose(10**6, 64, 64) == ATEN
+    assert choose(MatmulShape(1, 64, 64)) == choose(MatmulShape(10**6, 64, 64)) == ATEN
     monkeypatch.setattr(kernels, "check_devices", lambda *_: None)
     for choice in (DEQUANTIZE, triton_choice()):
         with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
@@ -505,7 +506,7 @@ def test_gpu_several_weights(ns: tuple[int, ...], dtype: torch.dtype) -> None:
     for count in (1, 33, 300):
         x = rows(count, 2048, "cuda", dtype)
         for choice in (*GPU_CHOICES, ATEN):
-            choice = choose(count, sum(ns), 2048) if choice is None else choice
+            choice = choose(MatmulShape(count, sum(ns), 2048)) if choice is None else choice
             y = together(x, many, choice, list(ns))
             if choice.blocks is None or choice.blocks.rest_splits > 1:
                 for one, part, n in zip(many, y.split(ns, 1), ns, strict=True):
@@ -607,7 +608,7 @@ def test_gpu_without_lasting_counters(lacking: str, monkeypatch: pytest.MonkeyPa
 
 _FIRST_CALL_IN_A_TREE = """
 import torch
-from fxint4.kernels.choice import Choice
+from fxint4.kernels.select import Choice
 from fxint4.kernels.triton_common import Blocks
 from fxint4.kernels.triton_linear import linear
 

@@ -214,7 +214,7 @@ def test_after_a_launch_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _FAULT = """
 import torch
-from fxint4.kernels.choice import Choice
+from fxint4.kernels.select import Choice
 from fxint4.kernels.triton_common import Blocks
 from fxint4.kernels.triton_linear import linear
 

@@ -13,13 +13,9 @@ in thousands a weight is the other neighbour there.)
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib
-import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, no_type_check
 
 import torch
@@ -46,7 +42,6 @@ __all__ = [
     "tl",
     "triton",
     "unpack",
-    "version_of",
 ]
 
 triton: Any
@@ -57,12 +52,6 @@ try:
     tl = importlib.import_module("triton.language")
 except ImportError:
     triton = tl = None
-
-
-@functools.cache
-def version_of(*modules: ModuleType) -> str:
-    """For caches on disk: another one whenever the code of these modules is another."""
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -105,12 +94,16 @@ def fast(kernel: Any) -> bool:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of a kernel, but for its tensors.
+    """A launch of a Triton kernel, without its tensors.
 
-    kernel: a Triton kernel, see `jit`.
-    programs: its grid, along one axis: the others end at 65535.
-    arguments: by name, all that are not tensors; they follow those in the kernel's signature.
-    warps, stages: Triton's num_warps and num_stages.
+    The order of a kernel's arguments is that of its signature, and is written nowhere else.
+
+    Attributes:
+        kernel: The Triton kernel, see `jit`.
+        programs: The size of its grid, along the first axis: the others end at 65535.
+        arguments: All arguments that are not tensors, by name.
+        warps: Triton's num_warps.
+        stages: Triton's num_stages.
     """
 
     kernel: Any
@@ -119,32 +112,48 @@ class Launch:
     warps: int
     stages: int
 
+    def tensor_names(self) -> list[str]:
+        """The names of the tensors that the kernel takes, in the order of its signature."""
+        return [name for name in self.kernel.arg_names if name.endswith("_ptr")]
+
+    def in_order(self, tensors: Mapping[str, Any]) -> list[Any]:
+        """All arguments of the kernel, in the order of its signature.
+
+        Args:
+            tensors: By name, one for each of `tensor_names`.
+        """
+        every = {**tensors, **self.arguments}
+        return [every[name] for name in self.kernel.arg_names]
+
 
 VARYING = ("M", "row_blocks", "whole")
-"""Arguments that change from call to call, for which kernels have no variants of their own."""
+"""Arguments that change from call to call, so that no variant of a kernel depends on them."""
 
 _compiled: dict[Hashable, Any] = {}
 
 
-def run(launch: Launch, tensors: Sequence[Tensor]) -> None:
+def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
     """Launches a kernel on the current stream of the tensors' device.
 
-    Triton looks at each argument of each launch for the variant that was compiled for its like,
-    which can cost the host more time than the GPU needs for a small matmul. So the variant is kept
-    by what it depends on: device, dtypes, and the arguments that do not vary, where all tensors are
-    aligned.
+    Triton looks at each argument of each launch to find the compiled variant, which can cost the
+    host more time than the GPU needs for a small matmul. So the variant is cached by all that it
+    depends on, if all tensors are aligned: the device, the dtypes, and the arguments that do not
+    vary.
 
-    tensors: in the order of the kernel's signature.
+    Args:
+        launch: Kernel, grid and arguments.
+        tensors: By name, one for each of `Launch.tensor_names`, in any order.
     """
-    kernel, arguments = launch.kernel, (*tensors, *launch.arguments.values())
+    kernel, arguments = launch.kernel, launch.in_order(tensors)
+    given = arguments[: len(tensors)]  # every signature begins with the tensors
     varying = [launch.arguments[name] for name in VARYING if name in launch.arguments]
-    fixed = tuple(launch.arguments.values())[len(varying) :]
-    # Triton launches on the current device; that of -1 (the CPU, interpreted) is a no-op.
-    device = tensors[0].get_device()
+    fixed = tuple(arguments[len(tensors) + len(varying) :])  # and goes on with those of VARYING
+    # Triton launches on the current device. Device -1 (the CPU, interpreted) is a no-op here.
+    device = given[0].get_device()
     with torch.cuda.device(device):
-        dtypes = tuple(t.dtype for t in tensors)
+        dtypes = tuple(t.dtype for t in given)
         key = (kernel.__name__, device, dtypes, fixed, launch.warps, launch.stages)
-        usual = all(t.data_ptr() % 16 == 0 for t in tensors) and all(v < 2**31 for v in varying)
+        usual = all(t.data_ptr() % 16 == 0 for t in given) and all(v < 2**31 for v in varying)
         variant = _compiled.get(key) if usual else None
         if variant is not None:
             variant[(launch.programs, 1, 1)](*arguments)

@@ -215,7 +215,8 @@ def _multiplied(
     if y.numel():
         shared = shared_of(x.device)
         launch = launch_of(rows, k, tiles.shape, group_size, n, by_row=by_row, shared=shared)
-        run(launch, [x, tiles, scale_and_zero, experts, y])
+        tensors = {"x_ptr": x, "tiles_ptr": tiles, "params_ptr": scale_and_zero}
+        run(launch, tensors | {"experts_ptr": experts, "y_ptr": y})
     return y
 
 

@@ -2,7 +2,7 @@
 
 `linears` multiplies x by up to MOST_WEIGHTS weights of the same K, side by side, in one launch that
 reads each where it lies; `linear` is its case of one. It does so in the way that
-`fxint4.kernels.choice.choose` names: a
+`fxint4.kernels.select.choose` names: a
 Triton or CUDA C++ kernel that unpacks W in registers; `dequantize` and then torch's matmul, where
 rows are so many that unpacking W once for each block of them costs more than writing W out; or
 ATen's op, where Triton is missing. None waits for the device, and all can be captured in CUDA
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
 from fxint4.kernels import counters, cuda
-from fxint4.kernels.select import Choice, choose, gpu_of
+from fxint4.kernels.select import Choice, MatmulShape, choose, gpu_of
 from fxint4.kernels.triton_common import (
     VARYING,
     Blocks,
@@ -116,8 +116,9 @@ def linears(
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros((m, n))
     in_cuda = choice is not None and choice.kernel == "cuda"
-    if choice is None or (in_cuda and not cuda.reads(x, buffers_of(weights))):
-        choice = choose(m, n, k, *gpu_of(x.device))
+    if choice is None or (in_cuda and not cuda.reads(x, [*buffers_of(weights).values()])):
+        shape = MatmulShape(m, n, k, group_size, 2 * tiles.shape[-1], x.dtype)
+        choice = choose(shape, gpu_of(x.device))
     if choice.kernel == "aten":
         products = [
             _aten(x.to(torch.bfloat16), *weight, group_size, n).to(x.dtype)
@@ -275,13 +276,19 @@ def _sizes_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
     }
 
 
-def buffers_of(weights: Sequence[tuple[Any, Any]]) -> list[Any]:
-    """What kernels take for weights: of each tiles and scale_and_zero, as often as they have room.
+def buffers_of(weights: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """The weights as the kernels' arguments tiles0_ptr, params0_ptr, ... params3_ptr, by name.
 
-    Those that lack are the first one's.
+    Args:
+        weights: Tiles and scale_and_zero of 1 to MOST_WEIGHTS weights. If they are fewer, the first
+            one takes the places that are left.
     """
     rest = [weights[0]] * (MOST_WEIGHTS - len(weights))
-    return [buffer for weight in (*weights, *rest) for buffer in weight]
+    return {
+        f"{kind}{i}_ptr": buffer
+        for i, weight in enumerate((*weights, *rest))
+        for kind, buffer in zip(("tiles", "params"), weight, strict=True)
+    }
 
 
 def sizes_of(
@@ -327,7 +334,8 @@ def _multiply(
     if shared:
         partial = x.new_empty(shared * blocks.rows * blocks.features, dtype=torch.float32)
         counted = counters.zeroed(shared // int(launch.arguments["SPLITS"]), x)
-    run(launch, [x, *buffers_of(weights), y, partial, counted])
+    tensors = {"x_ptr": x, "y_ptr": y, "partial_ptr": partial, "counters_ptr": counted}
+    run(launch, buffers_of(weights) | tensors)
     return y
 
 
@@ -346,7 +354,7 @@ def _multiply_in_cuda(
     kernel = cuda.kernel(blocks, group_size, half_inner, len(weights), x.dtype, x.device)
     y = x.new_empty((m, n))
     counts = list(_sizes_arguments(sizes).values())
-    arguments = blocks.arguments(x, buffers_of(weights), y, counts, k_padded)
+    arguments = blocks.arguments(x, [*buffers_of(weights).values()], y, counts, k_padded)
     kernel.launch(blocks.programs(m, ns), arguments, dependent=lasting)
     return y
 
@@ -362,7 +370,7 @@ def _dequantize(
     launch = dequantize_launch_of(k, sizes, k_padded, group_size, half_inner, dtype)
     w = weights[0][1].new_empty((sum(ns), k), dtype=dtype)
     if w.numel():
-        run(launch, [*buffers_of(weights), w])
+        run(launch, buffers_of(weights) | {"w_ptr": w})
     return w
 
 

@@ -12,7 +12,6 @@ included: each run launches the kernels of other M with no programs, and takes n
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -23,12 +22,12 @@ from torch import fx
 
 from fxint4._pytorch import inductor
 from fxint4._pytorch.tensors import aten
-from fxint4.kernels import cuda, nvrtc, select, triton_common, triton_experts, triton_linear
-from fxint4.kernels import policy as policies
+from fxint4.kernels import nvrtc, triton_common, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
 from fxint4.kernels.policy import Policy
-from fxint4.kernels.select import Choice, by_m
-from fxint4.kernels.triton_common import Blocks, Launch, version_of
+from fxint4.kernels.select import Choice, MatmulShape, by_m
+from fxint4.kernels.source_version import source_version
+from fxint4.kernels.triton_common import Blocks, Launch
 from fxint4.lowering import experts
 
 __all__ = ["compile_graph", "our_lowerings"]
@@ -55,9 +54,8 @@ def our_lowerings(policy: Policy) -> AbstractContextManager[None]:
     Args:
         policy: which kernels to choose.
     """
-    # All that has a say in what is made of a graph.
-    modules = (sys.modules[__name__], experts, inductor, policies, select)
-    version = version_of(*modules, triton_common, triton_linear, triton_experts, cuda)
+    # Whatever decides what becomes of a graph is in these packages.
+    version = source_version("fxint4.kernels", "fxint4.lowering", "fxint4._pytorch")
     return inductor.lowerings_overridden(
         _lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}"
     )
@@ -130,9 +128,11 @@ class _Matmul:
 
     def choice(self, m: int, policy: Policy) -> Choice:
         """That of the policy for a number of rows."""
-        dtype, device = self.x.get_dtype(), self.x.get_device()
         _, _, half_inner = self._sizes
-        return policy.choose(m, sum(self.n), self.k, self.group_size, half_inner, dtype, device)
+        shape = MatmulShape(
+            m, sum(self.n), self.k, self.group_size, 2 * half_inner, self.x.get_dtype()
+        )
+        return policy.choose(shape, self.x.get_device())
 
     def chosen_at_run_time(
         self, replayed: bool, kernel: str | None, sizes: Sequence[int] = ()
@@ -274,13 +274,16 @@ class _Matmul:
         return triton_linear.sizes_of([list(map(int, t.get_size())) for t in self.tiles], self.n)
 
     def _launch(self, launch: Launch, tensors: Mapping[str, Any]) -> None:
-        """Any launch; of the tensors that the kernel takes, all but x are written."""
-        names = [name for name in launch.kernel.arg_names if name.endswith("_ptr")]
+        """Launches any of the kernels.
+
+        Args:
+            launch: Of the kernel.
+            tensors: x and those that the kernel writes, named as its arguments without "_ptr".
+                Tensors that are not used may be missing.
+        """
         named = {f"{name}_ptr": value for name, value in tensors.items()}
-        weights = list(zip(self.tiles, self.scale_and_zero, strict=True))
-        of_weights = [name for name in names if name.startswith(("tiles", "params"))]
-        buffers = dict(zip(of_weights, triton_linear.buffers_of(weights), strict=True))
-        unused = dict.fromkeys(names, self.scale_and_zero[0])
+        buffers = triton_linear.buffers_of(list(zip(self.tiles, self.scale_and_zero, strict=True)))
+        unused = dict.fromkeys(launch.tensor_names(), self.scale_and_zero[0])
         inductor.launch_triton(
             launch.kernel,
             launch.programs,

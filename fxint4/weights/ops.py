@@ -14,6 +14,7 @@ n: rows of the weight that are meant, at most N.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from fxint4._pytorch.tensors import aten
 from fxint4.kernels import triton_experts, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
-from fxint4.kernels.select import Choice, at_run_time
+from fxint4.kernels.select import Choice, MatmulShape, select_kernel
 from fxint4.weights.cache import weight_cache
 from fxint4.weights.expression import Prepacked
 
@@ -73,10 +74,28 @@ def _linears_cuda(
     if kernel is not None and sizes:
         choice = Choice("cuda", CudaBlocks.of(kernel, sizes))
     else:
-        choice = at_run_time(m, sum(n), k, rows.dtype, x.device, replayed, kernel)
+        inner = 2 * tiles[0].shape[-1]
+        choice = _choice(m, sum(n), k, group_size, inner, rows.dtype, x.device, replayed, kernel)
     written = not all(tensor.is_contiguous() for tensor in (*tiles, *scale_and_zero))
     y = triton_linear.linears(rows, weights, group_size, n, choice, lasting and not written)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
+
+
+@functools.lru_cache(4096)  # to choose takes longer than the rest of a call
+def _choice(
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    inner_k_tiles: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    replayed: bool,
+    kernel: str | None,
+) -> Choice:
+    """`select_kernel` of an op. The key is numbers: to make a `MatmulShape` costs as much."""
+    shape = MatmulShape(m, n, k, group_size, inner_k_tiles, dtype)
+    return select_kernel(shape, device, "cuda_graph" if replayed else "python", kernel)
 
 
 def _linear_cpu(
