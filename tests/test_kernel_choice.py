@@ -1,4 +1,4 @@
-"""Which kernel is chosen for which M, and the ranges of M between the changes of a choice."""
+"""The kernel that is chosen for each M, and the ranges of M that have the same choice."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from fxint4.kernels.select import (
     select_kernel,
 )
 from fxint4.kernels.triton_common import Blocks
+from fxint4.weights.ops import _choice
 
 
 def test_one_choice_is_one_range() -> None:
@@ -181,6 +182,16 @@ def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_ow
     host = dtype is torch.bfloat16 and launcher == "python"
     assert str(few) == ("aten" if host else "triton 16x128")
     assert str(many) == "triton 128x128"
+
+
+@pytest.mark.usefixtures("_with_triton")
+@pytest.mark.parametrize("replayed", [True, False])
+def test_the_op_asks_for_its_launcher(replayed: bool) -> None:
+    cpu, sizes = torch.device("cpu"), (1, 4096, 14336, 64, 4)
+    chosen = _choice.__wrapped__(*sizes, torch.bfloat16, cpu, replayed, None)
+    launcher: Launcher = "cuda_graph" if replayed else "python"
+    assert chosen == select_kernel(MatmulShape(*sizes), cpu, launcher)
+    assert chosen.kernel == ("triton" if replayed else "aten")
 
 
 @pytest.mark.parametrize(

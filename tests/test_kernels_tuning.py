@@ -1,4 +1,4 @@
-"""Kernels chosen by measuring them."""
+"""Choosing kernels by measuring them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPE = MatmulShape(16, 256, 512)
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
-    """Pretends to measure; what was measured, in which the second is the fastest."""
+    """Replaces measuring; the choices that were measured, of which the second is the fastest."""
     measured: list[Choice] = []
 
     def measure(*_: Any) -> list[dict[str, Any]]:
