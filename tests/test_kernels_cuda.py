@@ -100,7 +100,7 @@ CASES = cases()
 
 
 def needs_of(name: str) -> dict[str, list[int]]:
-    """By the target registers of a thread, by 8 as they are handed out, and bytes spilled."""
+    """For each target the registers of a thread, rounded up to 8, and the bytes spilled."""
     blocks, options = CASES[name]
     group = options[0]
     found = {}
@@ -330,7 +330,7 @@ GRAPHS = {"in_cuda": True, "replayed": True}
 
 @pytest.fixture
 def _available(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as choices go, there are CUDA and Triton kernels for every device."""
+    """Lets CUDA and Triton kernels be chosen for every device."""
     monkeypatch.setattr(cuda, "available", lambda _: True)
     monkeypatch.setattr("fxint4.kernels.select.triton", object())
 
@@ -526,7 +526,7 @@ def test_code_without_cuda_graphs(kernel: str | None, package: bool) -> None:
 
 
 class PretendedDriver:
-    """Records launches; a thread has no context before one is made current."""
+    """A driver that records launches. A thread has no context before one is made current."""
 
     CUresult = SimpleNamespace(
         CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"),
@@ -813,7 +813,7 @@ def test_refused_sizes(
 
 
 class Weights:
-    """Packed weights of the same K, and all of them in float64, one below the other."""
+    """Packed weights of the same K, and their float64 values, one below the other."""
 
     def __init__(self, ns: list[int], k: int, group: int, inner: int) -> None:
         made = [make_experts(1, n, k, group, inner, "cuda") for n in ns]
@@ -831,7 +831,7 @@ class Weights:
         return linears(x, self.packed, self.group, self.ns, Choice("cuda", blocks), lasting=True)
 
     def check(self, y: Tensor, x: Tensor, blocks: CudaBlocks) -> None:
-        """y is x times the weights but for fp32 sums and rounding y."""
+        """Checks that y is x times the weights up to fp32 sums and the rounding of y."""
         if isinstance(blocks, FewRows):
             self.check_unrounded(y, x)
         else:

@@ -51,7 +51,7 @@ ATEN = Choice("aten")
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [n, k]: packed, and what it stands for in float64."""
+    """A weight ``[n, k]``: packed, and its float64 values."""
 
     shape: TileShape
     tiles: Tensor
@@ -165,7 +165,7 @@ def test_shapes(case: tuple[int, int, int, int], choice: Choice | None) -> None:
 @pytest.mark.parametrize("inner", [2, 4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_exact_numbers(group: int, inner: int, step: int, dtype: torch.dtype) -> None:
-    """Integers that bf16 holds: not one code, scale or zero may be in the wrong place."""
+    """With integers that bf16 holds, every code, scale and zero must be in the right place."""
     k, n = 512, 24
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale = (2.0 ** torch.randint(0, 3, (n, k // group))).bfloat16()
@@ -184,7 +184,7 @@ def test_exact_numbers(group: int, inner: int, step: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("choice", [None, DEQUANTIZE, *CHOICES[-2:]], ids=str)
 @pytest.mark.parametrize("ns", [(64, 72), (8, 130, 65), (24, 1, 100, 40), (0, 16, 0)], ids=str)
 def test_several_weights(ns: tuple[int, ...], choice: Choice | None) -> None:
-    """Side by side they give the bits that each gives alone with the same blocks."""
+    """Weights side by side give the bits that each gives alone with the same blocks."""
     many = [make(max(n, 8), 200, 64, 4) for n in ns]
     x = rows(21, 200)
     y = together(x, many, choice, list(ns))
@@ -194,7 +194,7 @@ def test_several_weights(ns: tuple[int, ...], choice: Choice | None) -> None:
 
 
 def partial_sums(x: Tensor, many: list[Weight], blocks: Blocks) -> Tensor:
-    """fp32 [splits, M, N], as a compiler gets them that sums them itself."""
+    """The partial sums, fp32 ``[splits, M, N]``, of a launch that does not reduce them."""
     shape, tiles = many[0].shape, many[0].tiles
     sizes = [(one.shape.n, one.shape.n_padded) for one in many]
     launch = kernels.launch_of(
@@ -223,7 +223,7 @@ def test_partial_sums(splits: int) -> None:
 
 
 def check_partial_sums(splits: int, dtype: torch.dtype, device: str) -> None:
-    """They are what the kernel would add, in its order."""
+    """Adding partial sums in order gives the bits of the kernel that adds them itself."""
     many = [make(n, 1000, 64, 4, device) for n in (72, 65)]
     x = rows(17, 1000, device, dtype)
     blocks = Blocks(rows=16, features=64, splits=splits)
@@ -366,7 +366,7 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """Of the kernel's tensors, for x of a dtype."""
+    """The dtypes of the kernel's tensors, for an x of this dtype."""
     return [dtype, *[torch.int32, torch.bfloat16] * 4, dtype, torch.float32, torch.int32]
 
 
@@ -393,7 +393,7 @@ def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
 @compiled_only
 @pytest.mark.compiles
 def test_every_variant_moves_as_many_bytes_at_once() -> None:
-    """Several weights, or fp16, take the loads and stores that one bf16 weight takes."""
+    """Several weights, or fp16, need the same loads and stores as one bf16 weight."""
 
     def ptx(launch: common.Launch, dtype: torch.dtype) -> str:
         return compile_for(90, launch, dtypes(dtype)).ptx
@@ -497,7 +497,7 @@ def test_gpu_fp16_range() -> None:
     "ns", [(4096, 1024, 1024), (1000, 8), (64, 1, 300, 130), (0, 512, 0, 24)], ids=str
 )
 def test_gpu_several_weights(ns: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Side by side they give the bits that each gives alone with the same blocks.
+    """Weights side by side give the bits that each gives alone with the same blocks.
 
     Unless the order of the sums depends on how many there are: that of cuBLAS may, and
     `Blocks.at_once` counts blocks of all of them.
@@ -692,7 +692,7 @@ def test_gpu_unaligned_x() -> None:
 @compiled_only
 @pytest.mark.gpu
 def test_gpu_plain_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other makers' GPUs run: weights rounded to fp32 first, so seldom the next bf16."""
+    """Plain Triton, which other makers' GPUs run, rounds weights to fp32 before bf16."""
     made = make(512, 2048, device="cuda")
     monkeypatch.setattr(kernels, "fast", lambda _: False)
     x = rows(33, 2048, "cuda")

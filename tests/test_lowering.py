@@ -65,7 +65,7 @@ def kernels(function: Callable[[], Any]) -> Counter[str]:
 
 
 def with_int4_weights(model: nn.Module, group: int = 128) -> nn.Module:
-    """The model in float64, with the weights that its int4 codes stand for."""
+    """The model in float64, with dequantized weights."""
     model = copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -166,7 +166,7 @@ def test_a_known_number_of_rows_decides_while_compiling() -> None:
 
 
 def launches(code: str) -> Counter[str]:
-    """How often generated code launches our kernels and Inductor's, cuBLAS, ATen's op and ours."""
+    """Counts the calls of our kernels, Inductor's, cuBLAS, ATen's op and ours in generated code."""
     run = r"^\s*(\w+?)(?:_\d+)?\.run\(|^\s*call_(\w+?)(?:_\d+)?\("  # Python, or C++
     ran = [python or cpp for python, cpp in re.findall(run, code, re.MULTILINE)]
     ours = Counter(name if name in (INT4, DEQUANTIZE) else "inductor" for name in ran)
@@ -211,7 +211,7 @@ def test_blocks_that_are_split_alone_share_zeros_in_a_graph() -> None:
 
 
 class Values(dict[str, Any]):
-    """Of names in generated code; one that is not known is that of a tensor."""
+    """The values of names in generated code. An unknown name is that of a tensor."""
 
     def __missing__(self, name: str) -> str:
         return name
@@ -320,7 +320,7 @@ def test_code_of_the_kernel_asked_for(
 
 @needs_triton
 def test_code_of_atens_op_for_fused_projections() -> None:
-    """In a package two calls; of fp16 rows narrower than what is stored a padded copy in bf16."""
+    """A package calls it twice; fp16 rows that are narrower than the weight are padded in bf16."""
 
     def both(x: Tensor, *packed: Tensor) -> Tensor:
         buffers = (list(packed[0::2]), list(packed[1::2]))
@@ -487,7 +487,7 @@ assert "fxint4" not in sys.modules
 def run_in_another_process(
     package: Path | str, inputs: list[Tensor], folder: Path
 ) -> list[tuple[Any, Counter[str], int]]:
-    """For each input what a package gives, how often kernels ran, and bytes that it took."""
+    """For each input the package's results, the counts of its kernels, and the bytes it took."""
     given, results = folder / "given.pt", folder / "results.pt"
     torch.save(inputs, given)
     # A libstdc++ that came with another package may be too old for what was compiled here.
@@ -504,7 +504,7 @@ def run_in_another_process(
 
 
 def rows_of_every_kernel(n: int, k: int) -> list[int]:
-    """Numbers of rows at both ends of all ranges, and some more."""
+    """Numbers of rows at the ends of all ranges of M, and some more."""
     gpu_at_hand = gpu_of(torch.device("cuda"))
     ranges = by_m(lambda m: choose(MatmulShape(m, n, k), gpu_at_hand))
     ends = {m for first, _, _ in ranges[1:] for m in (first - 1, first)}
@@ -545,7 +545,7 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
 def test_a_package_runs_what_the_compiled_model_runs(
     dtype: torch.dtype, n: tuple[int, int], k: int, tmp_path: Path
 ) -> None:
-    """For every M: of two layers, the first with two projections, a bias and an activation."""
+    """For every M, with two layers: the first has two projections, a bias and an activation."""
 
     def layers(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = F.relu(F.linear(x, m.q, m.bias))

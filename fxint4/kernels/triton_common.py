@@ -122,14 +122,14 @@ class Launch:
         """The names of the tensors that the kernel takes, in the order of its signature."""
         return [name for name in self.kernel.arg_names if name.endswith("_ptr")]
 
-    def in_order(self, tensors: Mapping[str, Any]) -> list[Any]:
+    def in_order(self, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
         """All arguments of the kernel, in the order of its signature.
 
         Args:
             tensors: By name, one for each of `tensor_names`.
         """
         every = {**tensors, **self.arguments}
-        return [every[name] for name in self.kernel.arg_names]
+        return tuple([every[name] for name in self.kernel.arg_names])
 
 
 VARYING = ("M", "row_blocks", "whole")
@@ -153,7 +153,7 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
     kernel, arguments = launch.kernel, launch.in_order(tensors)
     given = arguments[: len(tensors)]  # every signature begins with the tensors
     varying = [launch.arguments[name] for name in VARYING if name in launch.arguments]
-    fixed = tuple(arguments[len(tensors) + len(varying) :])  # and goes on with those of VARYING
+    fixed = arguments[len(tensors) + len(varying) :]  # and goes on with those of VARYING
     # Triton launches on the current device. Device -1 (the CPU, interpreted) is a no-op here.
     device = given[0].get_device()
     with torch.cuda.device(device):

@@ -67,6 +67,7 @@ MOST_WEIGHTS = 4
 """The most weights that one launch takes."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
+_BUFFERS = [f"{kind}{i}_ptr" for i in range(MOST_WEIGHTS) for kind in ("tiles", "params")]
 
 
 def linear(
@@ -323,11 +324,8 @@ def buffers_of(weights: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
             one takes the places that are left.
     """
     rest = [weights[0]] * (MOST_WEIGHTS - len(weights))
-    return {
-        f"{kind}{i}_ptr": buffer
-        for i, weight in enumerate((*weights, *rest))
-        for kind, buffer in zip(("tiles", "params"), weight, strict=True)
-    }
+    every = [buffer for weight in (*weights, *rest) for buffer in weight]
+    return dict(zip(_BUFFERS, every, strict=True))
 
 
 def sizes_of(
