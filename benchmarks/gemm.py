@@ -36,7 +36,7 @@ from peers import GemLite, TorchAO
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
-from fxint4.kernels.select import Choice, at_run_time
+from fxint4.kernels.select import Choice, MatmulShape, select_kernel
 from fxint4.kernels.triton_linear import linear
 
 DEVICE = torch.device("cuda")
@@ -162,7 +162,7 @@ Calls = dict[str, list[Callable[[], Tensor]]]
 
 def our_choice(m: int, n: int, k: int, kernel: str | None = None) -> Choice:
     """What a compiled model takes under CUDA graphs; kernel: the option, None for the rule."""
-    return at_run_time(m, n, k, torch.bfloat16, DEVICE, replayed=True, kernel=kernel)
+    return select_kernel(MatmulShape(m, n, k), DEVICE, "cuda_graph", kernel)
 
 
 def contenders(x: Tensor, weight: Weight, peers: Peers) -> Calls:

@@ -29,7 +29,7 @@ from measure import describe, graph_of, graph_times_us, machine, parser, write
 from torch import Tensor
 
 from fxint4.kernels import triton_linear as kernels
-from fxint4.kernels.select import Choice, choose
+from fxint4.kernels.select import Choice, MatmulShape, choose
 from fxint4.kernels.triton_common import Blocks, Launch, run
 from fxint4.kernels.triton_linear import launch_of, linear
 
@@ -121,8 +121,8 @@ class Case:
         launch = a_launch(self.m, self.n, self.k, blocks)
 
         def call(tiles: Tensor, parameters: Tensor) -> Tensor:
-            tensors = [self.x, *([tiles, parameters] * 4), self.y, self.partial, self.counters]
-            run(launch, tensors)
+            results = {"y_ptr": self.y, "partial_ptr": self.partial, "counters_ptr": self.counters}
+            run(launch, {"x_ptr": self.x, **kernels.buffers_of([(tiles, parameters)]), **results})
             return self.y
 
         return [lambda w=w: call(*w) for w in self.weights]
@@ -165,12 +165,11 @@ def compile_one(case: tuple[int, int, int, Blocks]) -> dict[str, Any]:
     """Compiles what a launch needs, in a process of its own; tells registers and spills."""
     m, n, k, blocks = case
     launch = a_launch(m, n, k, blocks)
-    weight = [torch.int32, torch.bfloat16] * 4
-    tensors = [torch.bfloat16, *weight, torch.bfloat16, torch.float32, torch.int32]
+    results = {"y_ptr": torch.bfloat16, "partial_ptr": torch.float32, "counters_ptr": torch.int32}
+    weight = kernels.buffers_of([(torch.int32, torch.bfloat16)])
     try:
         made = launch.kernel.warmup(
-            *tensors,
-            *launch.arguments.values(),
+            *launch.in_order({"x_ptr": torch.bfloat16, **weight, **results}),
             grid=(launch.programs,),
             num_warps=launch.warps,
             num_stages=launch.stages,
@@ -209,7 +208,7 @@ def main() -> None:
             if made[blocks].get("spills", MOST_SPILLS + 1) <= MOST_SPILLS
         }
         best = sorted(times, key=lambda blocks: times[blocks])[:SHOWN]
-        choice = choose(m, n, k)
+        choice = choose(MatmulShape(m, n, k))
         finals = case.finals(best[:FINALISTS], choice)
         results.append(
             {

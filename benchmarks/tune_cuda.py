@@ -4,7 +4,7 @@ For the shapes of gemm.py, groups of 128, on Hopper: every configuration that ha
 many rows, our Triton kernel, dequantizing, and bf16 `torch.mm` take turns, each in a CUDA graph
 over enough copies of the weight to overflow the L2. Each result is compared with fp32.
 
-From the times of many rows come those that `fxint4.kernels.cuda_choice` computes with: what a block
+From the times of many rows come those that `fxint4.kernels.select` computes with: what a block
 takes, and a step of 128 columns, by least squares of relative errors, neither negative. They are
 printed as `_TIMES` has them. The waves that these are multiplied by are the rule's own. The tables
 say how far from the fastest is what the rule takes ("of best"), and what it would take with the new
@@ -34,6 +34,8 @@ from fxint4.kernels import nvrtc
 from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
 from fxint4.kernels.select import (
     Choice,
+    Gpu,
+    MatmulShape,
     choose_few_rows,
     choose_many_rows,
     cuda_configurations,
@@ -117,20 +119,20 @@ def fit(work: Sequence[tuple[float, float]], times: Sequence[float]) -> tuple[fl
     return float(both[0]), float(both[1])
 
 
-def fit_all(measured: Mapping[Size, Mapping[str, float]], sms: int) -> tuple[Times, list[Any]]:
+def fit_all(measured: Mapping[Size, Mapping[str, float]], gpu: Gpu) -> tuple[Times, list[Any]]:
     """What `_TIMES` would be, and how well it says the times of each.
 
     Left out are blocks that are less than half full.
 
     Args:
         measured: microseconds by label.
-        sms: multiprocessors of the GPU.
+        gpu: Where they were measured.
     """
     points: dict[ManyRows, list[tuple[tuple[float, float], float]]] = {}
     for (m, n, k), times in measured.items():
         for blocks in configurations(m):
             if isinstance(blocks, ManyRows) and blocks.rows <= 2 * m:
-                work = waves(blocks, m, n, k, sms)
+                work = waves(blocks, MatmulShape(m, n, k), gpu)
                 point = (work, times[label(blocks)])
                 points.setdefault(replace(blocks, splits=1), []).append(point)
     found, quality = {}, []
@@ -155,7 +157,7 @@ def dot(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def source_of(times: Times) -> str:
-    """As cuda_choice.py has it."""
+    """The lines of `_TIMES` in fxint4/kernels/select.py."""
     lines = []
     for b, (fixed, step) in times.items():
         per_sm = f", blocks_per_sm={b.blocks_per_sm}" if b.blocks_per_sm > 1 else ""
@@ -164,20 +166,21 @@ def source_of(times: Times) -> str:
     return "\n".join(["_TIMES = {", *lines, "}"])
 
 
-def judge(size: Size, us: Mapping[str, float], fitted: Times, sms: int) -> dict[str, Any]:
+def judge(size: Size, us: Mapping[str, float], fitted: Times, gpu: Gpu) -> dict[str, Any]:
     """How what the rule takes stands to the fastest, and what it would take with other times."""
     m, n, k = size
+    shape = MatmulShape(m, n, k)
     found = {label(blocks): blocks for blocks in configurations(m)}
     best = min(found, key=lambda name: us[name])
     row: dict[str, Any] = {"n": n, "k": k, "m": m, "best": best}
     if m in FEW:
-        row["rule"] = label(choose_few_rows(n, sms))
+        row["rule"] = label(choose_few_rows(n, gpu))
     else:
-        row["rule"] = label(choose_many_rows(m, n, k, sms))
+        row["rule"] = label(choose_many_rows(shape, gpu))
         row["fitted"] = label(
             min(
                 (b for b in found.values() if isinstance(b, ManyRows)),
-                key=lambda b: dot(waves(b, m, n, k, sms), fitted[replace(b, splits=1)]),
+                key=lambda b: dot(waves(b, shape, gpu), fitted[replace(b, splits=1)]),
             )
         )
     row["of best"] = {kind: us[row[kind]] / us[best] for kind in ("rule", "fitted") if kind in row}
@@ -213,7 +216,7 @@ def main() -> None:
     shapes = list(SHAPES.values())[:2] if arguments.quick else list(SHAPES.values())
     every = 4 if arguments.quick else 1
     few, many = FEW[::every], MANY[::every]
-    sms, _ = gpu_of(DEVICE)
+    gpu = gpu_of(DEVICE)
     compile_first(list({b: None for m in (*few, *many) for b in configurations(m)}))
     measured: dict[Size, dict[str, float]] = {}
     for n, k in shapes:
@@ -222,8 +225,8 @@ def main() -> None:
             measured[m, n, k] = measure(weight, m)
         del weight
         torch.cuda.empty_cache()
-    fitted, quality = fit_all(measured, sms)
-    rows = [judge(size, us, fitted, sms) for size, us in measured.items()]
+    fitted, quality = fit_all(measured, gpu)
+    rows = [judge(size, us, fitted, gpu) for size, us in measured.items()]
     print(source_of(fitted))
     show(quality)
     for kernel in (FEW, MANY):

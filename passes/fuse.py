@@ -12,7 +12,7 @@ from torch import fx
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
-from fxint4.kernels.select import by_m, range_text
+from fxint4.kernels.select import MatmulShape, by_m, range_text
 from fxint4.kernels.triton_linear import MOST_WEIGHTS
 from fxint4.passes.activations import activation_of, value_numbers
 from fxint4.passes.site import Site
@@ -91,19 +91,18 @@ def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tu
     n, k = sum(shape.n for shape in shapes), match.k
     if aten_op(format, sites[0].activation_dtype, len(shapes)) is not None:
         n, k = shape.n_padded, shape.k_padded  # the op's operands are padded
+    m = match.m if isinstance(match.m, int) else None
     dtype, device = sites[0].activation_dtype, value_of(match.weight).device
-    if isinstance(match.m, int):
-        group, half_inner = shape.group_size, shape.inner_k_tiles // 2
-        choice = policy.choose(match.m, n, k, group, half_inner, dtype, device)
-        return (f"{range_text(match.m, match.m)}: {choice}",)
-    return _kernels_by_m(n, k, dtype, device, policy)
+    matmul = MatmulShape(1 if m is None else m, n, k, shape.group_size, shape.inner_k_tiles, dtype)
+    if m is None:
+        return _kernels_by_m(matmul, device, policy)
+    return (f"{range_text(m, m)}: {policy.choose(matmul, device)}",)
 
 
 @cache
-def _kernels_by_m(
-    n: int, k: int, dtype: torch.dtype, device: torch.device, policy: Policy
-) -> tuple[str, ...]:
-    ranges = by_m(lambda m: policy.choose_at_run_time(m, n, k, dtype, device))
+def _kernels_by_m(shape: MatmulShape, device: torch.device, policy: Policy) -> tuple[str, ...]:
+    """`Record.kernels` where the m of the shape does not count."""
+    ranges = by_m(lambda m: policy.choose_at_run_time(dataclasses.replace(shape, m=m), device))
     return tuple(f"{range_text(first, last)}: {chosen}" for first, last, chosen in ranges)
 
 

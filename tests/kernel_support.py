@@ -1,4 +1,4 @@
-"""What tests of the Triton kernels share: weights, the interpreter, compiling without a GPU."""
+"""Helpers of the kernels' tests: weights, the interpreter, compiling without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ quiet_triton = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is un
 
 @dataclass(frozen=True)
 class Experts:
-    """E weights [n, k]: packed, and what they stand for in float64 (fp32 numbers)."""
+    """E weights ``[n, k]``: packed, and dequantized (fp32 numbers in float64)."""
 
     shape: TileShape
     tiles: Tensor
@@ -120,7 +120,7 @@ def make_experts(
 def rows(
     count: int, k: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 1
 ) -> Tensor:
-    """x; behind its end in memory are NaN, which no result may show."""
+    """An x ``[count, k]``. Behind its end in memory are NaN, which no result may show."""
     x = torch.full((count * k + 4096,), float("nan"), dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     x[: count * k] = torch.randn(count * k, device=device, generator=generator)
@@ -186,12 +186,13 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's PTX and what ptxas and Triton say of it.
+    """A kernel's PTX and the resources that it needs.
 
-    registers: a thread.
-    spilled: bytes that a thread writes to and reads from local memory, by instructions, not by how
-        often these run.
-    shared: bytes of shared memory a program.
+    Attributes:
+        ptx: The PTX.
+        registers: Registers of a thread.
+        spilled: Bytes of the instructions that write to or read from local memory, of a thread.
+        shared: Bytes of shared memory of a program.
     """
 
     ptx: str
@@ -201,11 +202,11 @@ class Compiled:
 
 
 def launch_by(call: Callable[[], Any]) -> tuple[Launch, list[torch.dtype]]:
-    """The one launch that a call on tensors of the device "meta" makes; its tensors' dtypes."""
+    """The only launch of a call on meta tensors, and the dtypes of its tensors in order."""
     seen: list[tuple[Launch, list[torch.dtype]]] = []
 
-    def run(launch: Launch, tensors: Sequence[Tensor]) -> None:
-        seen.append((launch, [t.dtype for t in tensors]))
+    def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
+        seen.append((launch, [tensors[name].dtype for name in launch.tensor_names()]))
 
     with contextlib.ExitStack() as stack:
         for module in (linear, experts):
@@ -217,11 +218,12 @@ def launch_by(call: Callable[[], Any]) -> tuple[Launch, list[torch.dtype]]:
 
 
 def compile_for(capability: int, launch: Launch, dtypes: Sequence[torch.dtype]) -> Compiled:
-    """Compiles a launch as Triton would when it is launched on an NVIDIA GPU.
+    """Compiles a launch as Triton would on an NVIDIA GPU.
 
-    capability: 90 for sm_90.
-    launch: its arguments decide the variant, except those that its kernel does not specialize.
-    dtypes: of its tensors, which are aligned.
+    Args:
+        capability: 90 for sm_90.
+        launch: Its arguments decide the variant, except those that its kernel does not specialize.
+        dtypes: The dtypes of its tensors, which are aligned, in the order of the signature.
     """
     triton = importlib.import_module("triton")
     gpu_target = importlib.import_module("triton.backends.compiler").GPUTarget
@@ -231,7 +233,7 @@ def compile_for(capability: int, launch: Launch, dtypes: Sequence[torch.dtype]) 
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible = []
-    values = [*dtypes, *launch.arguments.values()]
+    values = launch.in_order(dict(zip(launch.tensor_names(), dtypes, strict=True)))
     for parameter, value in zip(launch.kernel.params, values, strict=True):
         specialized = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or (specialized and value == 1):
@@ -264,9 +266,12 @@ def compile_for(capability: int, launch: Launch, dtypes: Sequence[torch.dtype]) 
 def raise_record(
     record: Path, names: Iterable[str], needs_of: Callable[[str], dict[str, list[int]]]
 ) -> None:
-    """Raises what is recorded of kernels' needs to what this compiler makes; prints what changes.
+    """Raises the recorded needs of kernels to those of this compiler, and prints the changes.
 
-    needs_of: of a name, for each GPU, numbers that may be smaller.
+    Args:
+        record: The JSON file.
+        names: Names of kernels.
+        needs_of: The numbers of a kernel for each GPU; those on record may be larger.
     """
     old = json.loads(record.read_text()) if record.exists() else {}
     new = {}

@@ -45,7 +45,7 @@ _H200 = types.SimpleNamespace(
 
 
 class _Driver:
-    """What Triton asks of a GPU's driver before it compiles anything."""
+    """The parts of a GPU's driver that Triton needs before it compiles anything."""
 
     def get_current_target(self) -> Any:
         return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
@@ -56,7 +56,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """As far as generating code goes, there is an H200."""
+    """A context in which Inductor generates code as if there was an H200."""
     driver = importlib.import_module("triton.runtime").driver
     properties = DeviceProperties(
         type="cuda",
@@ -88,14 +88,14 @@ def generated(
     kernel: str | None = None,
     cuda_graphs: bool = False,
 ) -> str:
-    """The code that Inductor makes of a function with our lowerings in force.
+    """The code that Inductor generates for a function with our lowerings.
 
     Args:
-        function: of tensors on a GPU.
-        specs: size and dtype of each of them.
-        package: whether it is C++ for a package, and for any number of rows of the first.
-        kernel: see `Int4Config.kernel`.
-        cuda_graphs: whether kernels are to be replayed from CUDA graphs.
+        function: A function of tensors on a GPU.
+        specs: Size and dtype of each tensor.
+        package: Whether the code is C++ for a package, for any number of rows of the first tensor.
+        kernel: See `Int4Config.kernel`.
+        cuda_graphs: Whether kernels are replayed from CUDA graphs.
     """
     env = ShapeEnv()
     fake = FakeTensorMode(shape_env=env)
@@ -128,7 +128,7 @@ def generated(
 
 @contextlib.contextmanager
 def _without_compiled_kernels() -> Iterator[None]:
-    """A while in which C++ calls kernels that are left out of it, which a GPU would compile."""
+    """A context in which generated C++ calls kernels that are missing, as no GPU compiles them."""
     generate = "generate_and_run_autotune_block"
     with (
         config.patch({**get_cpp_wrapper_config(), "triton.autotune_at_compile_time": True}),
@@ -139,7 +139,7 @@ def _without_compiled_kernels() -> Iterator[None]:
 
 
 def packed_specs(n: int, k: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Of tiles and scale_and_zero of a weight, in groups of 128."""
+    """Sizes and dtypes of tiles and scale_and_zero of a weight ``[n, k]``, in groups of 128."""
     return [((n // 8, k // 128, 32, 4), torch.int32), ((k // 128, n, 2), torch.bfloat16)]
 
 

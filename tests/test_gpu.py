@@ -1,4 +1,4 @@
-"""The whole way on a CUDA GPU."""
+"""End to end on a CUDA GPU."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_copied_model_has_its_own_packed_weights() -> None:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of the ways of multiplying that were taken, while it is not cleared."""
+    """The names of the functions that multiplied since the set was last cleared."""
     taken: set[str] = set()
     for name in ("_aten", "_multiply", "_multiply_in_cuda", "_dequantize"):
         original = getattr(linear, name)

@@ -1,4 +1,4 @@
-"""Which kernel is chosen for which M, and the ranges of M between the changes of a choice."""
+"""The kernel that is chosen for each M, and the ranges of M that have the same choice."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import torch
 
 from fxint4.kernels.select import (
     Choice,
+    Gpu,
+    Launcher,
+    MatmulShape,
     _gpu_of,
-    at_run_time,
     by_m,
     choose,
     choose_blocks,
@@ -22,8 +24,10 @@ from fxint4.kernels.select import (
     choose_many_rows,
     gpu_of,
     range_text,
+    select_kernel,
 )
 from fxint4.kernels.triton_common import Blocks
+from fxint4.weights.ops import _choice
 
 
 def test_one_choice_is_one_range() -> None:
@@ -60,8 +64,8 @@ def _with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxint4.kernels.select.triton", object())
 
 
-GRAPHS = {"cuda": True, "replayed": True}
-AMPERE = {"multiprocessors": 108, "wgmma": False}
+GRAPHS = {"in_cuda": True, "replayed": True}
+AMPERE = {"gpu": Gpu(multiprocessors=108, wgmma=False)}
 MANY = "dequantize"
 
 
@@ -78,7 +82,7 @@ MANY = "dequantize"
         # W is written out sooner where programs of 128 rows by 128 features wait for others.
         (28672, 4096, {}, [(1, "triton"), (897, MANY)]),
         # Launched from Python a CUDA kernel has to have 2^35 products to do: M >= 2^35 / (N K).
-        (28672, 4096, {"cuda": True}, [(1, "triton"), (293, "cuda"), (2049, MANY)]),
+        (28672, 4096, {"in_cuda": True}, [(1, "triton"), (293, "cuda"), (2049, MANY)]),
         # K of no multiple of 8 elements, which is 16 bytes, is not theirs.
         (4096, 4092, GRAPHS, [(1, "triton"), (1025, MANY)]),
     ],
@@ -86,7 +90,7 @@ MANY = "dequantize"
 def test_which_kernel_serves_which_rows(
     n: int, k: int, options: dict[str, Any], ranges: list[tuple[int, str]]
 ) -> None:
-    found = by_m(lambda m: choose(m, n, k, **options).kernel)
+    found = by_m(lambda m: choose(MatmulShape(m, n, k), **options).kernel)
     assert [(first, kernel) for first, _, kernel in found] == ranges
     assert found[-1][1] is None
 
@@ -105,7 +109,7 @@ def test_which_op_serves_which_rows_where_python_launches_it(
     n: int, k: int, ranges: list[tuple[int, str]]
 ) -> None:
     cpu = torch.device("cpu")
-    found = by_m(lambda m: at_run_time(m, n, k, torch.bfloat16, cpu).kernel)
+    found = by_m(lambda m: select_kernel(MatmulShape(m, n, k), cpu, "python").kernel)
     assert [(first, kernel) for first, _, kernel in found] == ranges
 
 
@@ -113,7 +117,7 @@ def test_which_op_serves_which_rows_where_python_launches_it(
 @pytest.mark.parametrize("m", [1, 8, 16, 17, 33, 64, 65, 128, 129, 500, 1000])
 @pytest.mark.parametrize(("n", "k"), [(8, 32), (4096, 4096), (28672, 4096), (64, 65536)])
 def test_blocks_of_triton_fit_the_rows_and_the_columns(m: int, n: int, k: int) -> None:
-    blocks = choose_blocks(m, n, k)
+    blocks = choose_blocks(MatmulShape(m, n, k))
     assert blocks.rows >= min(m, 128) or (m > 64 and blocks.rows == 64)
     assert blocks.rows == 16 or blocks.rows < 2 * m  # 16 are the fewest of a tensor core
     assert blocks.splits == 1 or k >= 2 * blocks.splits * blocks.step  # two steps for each program
@@ -126,7 +130,7 @@ def test_the_rule_for_cuda_blocks_takes_what_was_measured_to_be_fastest() -> Non
     few, many = [], []
     for row in rows:
         m, n, k, times = row["m"], row["n"], row["k"], row["times_us"]
-        taken = choose_few_rows(n) if m <= 8 else choose_many_rows(m, n, k)
+        taken = choose_few_rows(n) if m <= 8 else choose_many_rows(MatmulShape(m, n, k))
         kind = type(taken).__name__
         fastest = min(us for name, us in times.items() if name.startswith(kind))
         (few if m <= 8 else many).append(times[f"{kind}{taken.sizes}"] / fastest)
@@ -142,11 +146,11 @@ def test_each_gpu_of_a_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None
     properties = [SimpleNamespace(major=major, multi_processor_count=n) for major, n in gpus]
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda gpu: properties[gpu.index])
     _gpu_of.cache_clear()
-    for current, expected in enumerate([(114, True), (142, False)]):
+    for current, expected in enumerate([Gpu(114, True), Gpu(142, False)]):
         monkeypatch.setattr("torch.cuda.current_device", lambda current=current: current)
         assert gpu_of(torch.device("cuda")) == gpu_of(torch.device("cuda", current)) == expected
     _gpu_of.cache_clear()
-    assert gpu_of(torch.device("cpu")) == (132, True)
+    assert gpu_of(torch.device("cpu")) == Gpu(132, True)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +169,29 @@ def test_a_range_as_text(first: int, last: int | None, text: str) -> None:
 
 
 @pytest.mark.usefixtures("_with_triton")
-@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("launcher", ["python", "inductor", "cuda_graph", "package"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_few_rows_go_to_atens_op_where_the_host_launches_and_the_dtype_is_its_own(
-    dtype: torch.dtype, replayed: bool
+    dtype: torch.dtype, launcher: Launcher
 ) -> None:
     n, k = 28672, 4096
-    few, many = (at_run_time(m, n, k, dtype, torch.device("cpu"), replayed) for m in (8, 100))
-    host = dtype is torch.bfloat16 and not replayed
+    few, many = (
+        select_kernel(MatmulShape(m, n, k, dtype=dtype), torch.device("cpu"), launcher)
+        for m in (8, 100)
+    )
+    host = dtype is torch.bfloat16 and launcher == "python"
     assert str(few) == ("aten" if host else "triton 16x128")
     assert str(many) == "triton 128x128"
+
+
+@pytest.mark.usefixtures("_with_triton")
+@pytest.mark.parametrize("replayed", [True, False])
+def test_the_op_asks_for_its_launcher(replayed: bool) -> None:
+    cpu, sizes = torch.device("cpu"), (1, 4096, 14336, 64, 4)
+    chosen = _choice.__wrapped__(*sizes, torch.bfloat16, cpu, replayed, None)
+    launcher: Launcher = "cuda_graph" if replayed else "python"
+    assert chosen == select_kernel(MatmulShape(*sizes), cpu, launcher)
+    assert chosen.kernel == ("triton" if replayed else "aten")
 
 
 @pytest.mark.parametrize(

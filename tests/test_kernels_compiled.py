@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fxint4.kernels import triton_experts as experts
 from fxint4.kernels import triton_linear as kernels
-from fxint4.kernels.select import Choice, choose_blocks, configurations
+from fxint4.kernels.select import Choice, Gpu, MatmulShape, choose_blocks, configurations
 from fxint4.kernels.triton_common import Blocks, Launch
 from fxint4.kernels.triton_linear import dequantize, linears
 
@@ -59,7 +59,7 @@ RAGGED_N, RAGGED_K = 4104, 4000  # no multiples of a block and of a step
 def meta(
     *batch: int, n: int = N, k: int = K, group: int = 128, inner: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """Tiles and scale_and_zero that have a shape and no numbers."""
+    """Tiles and scale_and_zero as meta tensors."""
     tiles = (*batch, n // 8, -(-k // (16 * inner)), 32, inner // 2)
     params = (*batch, tiles[-3] * 16 * inner // group, n, 2)
     return (
@@ -240,7 +240,7 @@ def test_what_runs_with_little_shared_memory(
 ) -> None:
     """As on GPUs for graphics; groups of 32 need the most."""
     monkeypatch.setattr(experts, "shared_of", lambda _: LITTLE_SHARED)
-    blocks = choose_blocks(rows, 8, 128, multiprocessors=10, wgmma=False)
+    blocks = choose_blocks(MatmulShape(rows, 8, 128), Gpu(10, wgmma=False))
     assert blocks.stages == max(b.stages for b in configurations())
     for launch, dtypes in (
         linear_launch(blocks, BF16, 32, 8),
@@ -264,14 +264,14 @@ def test_the_record_names_nothing_else() -> None:
     "name", [name for name in CASES if re.search(r"8 splits$|ped \d+x\d+$", name)]
 )
 def test_plain_triton_waits_for_each_dot(name: str) -> None:
-    """As does what other makers' GPUs run, should it be compiled for Hopper."""
+    """Also plain Triton, which other makers' GPUs run, waits if it is compiled for Hopper."""
     launch, dtypes = CASES[name]()
     launch = replace(launch, arguments={**launch.arguments, "FAST": False})
     assert_hopper_waits(compile_for(90, launch, dtypes), launch)
 
 
 def needs_of(name: str) -> dict[str, list[int]]:
-    """By the capability registers of a thread, by 8 as they are handed out, and bytes spilled."""
+    """For each capability the registers of a thread, rounded up to 8, and the bytes spilled."""
     launch, dtypes = CASES[name]()
     made = {str(c): compile_for(c, launch, dtypes) for c in CAPABILITIES}
     return {c: [-(-m.registers // 8) * 8, m.spilled] for c, m in made.items()}

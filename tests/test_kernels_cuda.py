@@ -43,12 +43,14 @@ from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import (
     Choice,
-    at_run_time,
+    Gpu,
+    MatmulShape,
     by_m,
     choose,
     choose_few_rows,
     choose_many_rows,
     cuda_configurations,
+    select_kernel,
 )
 from fxint4.kernels.tensor_map import _tensor_map
 from fxint4.kernels.triton_common import triton
@@ -80,7 +82,7 @@ USUAL = (128, 4, 1, BF16)
 OPTIONS = [(32, 1, 4, FP16), (64, 2, 2, BF16), (256, 4, 3, FP16)]
 RULE = [
     *map(choose_few_rows, (1024, 4096, 6144, 8192, 28672)),
-    *(choose_many_rows(m, n, 4096) for m in (64, 512) for n in (4096, 6144, 28672)),
+    *(choose_many_rows(MatmulShape(m, n, 4096)) for m in (64, 512) for n in (4096, 6144, 28672)),
 ]
 
 
@@ -98,7 +100,7 @@ CASES = cases()
 
 
 def needs_of(name: str) -> dict[str, list[int]]:
-    """By the target registers of a thread, by 8 as they are handed out, and bytes spilled."""
+    """For each target the registers of a thread, rounded up to 8, and the bytes spilled."""
     blocks, options = CASES[name]
     group = options[0]
     found = {}
@@ -323,9 +325,12 @@ def test_the_kernel_that_tells_is_compiled() -> None:
 # --- the choice ----------------------------------------------------------------------------------
 
 
+GRAPHS = {"in_cuda": True, "replayed": True}
+
+
 @pytest.fixture
 def _available(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as choices go, there are CUDA and Triton kernels for every device."""
+    """Lets CUDA and Triton kernels be chosen for every device."""
     monkeypatch.setattr(cuda, "available", lambda _: True)
     monkeypatch.setattr("fxint4.kernels.select.triton", object())
 
@@ -333,23 +338,23 @@ def _available(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_available")
 def test_few_rows_are_theirs_where_they_may_be() -> None:
     for m, n, k in itertools.product((1, 8), (8, 4096, 6144, 151936), (8, 4096, 28672)):
-        chosen = choose(m, n, k, cuda=True, replayed=True)
+        chosen = choose(MatmulShape(m, n, k), **GRAPHS)
         assert chosen.kernel == "cuda"
         assert isinstance(chosen.blocks, FewRows)
         assert chosen.blocks in cuda_configurations()
         assert chosen.blocks.shared(128) <= EVERYWHERE
-        assert choose(m, n, k).kernel == "triton"
+        assert choose(MatmulShape(m, n, k)).kernel == "triton"
     for m, k in ((9, 4096), (32, 4096), (1, 4092), (8, 1001)):
-        assert choose(m, 4096, k, cuda=True, replayed=True).kernel == "triton"
+        assert choose(MatmulShape(m, 4096, k), **GRAPHS).kernel == "triton"
     # Launched from Python it has to be worth that.
-    assert choose(1, 28672, 4096, cuda=True).kernel == "triton"
-    assert isinstance(choose(8, 2**18, 2**14, cuda=True).blocks, FewRows)
+    assert choose(MatmulShape(1, 28672, 4096), in_cuda=True).kernel == "triton"
+    assert isinstance(choose(MatmulShape(8, 2**18, 2**14), in_cuda=True).blocks, FewRows)
 
 
 @pytest.mark.usefixtures("_available")
 def test_many_rows_are_theirs_on_hopper() -> None:
     for m, n, k in itertools.product((33, 64, 300, 2048), (8, 4096, 151936), (128, 4096, 28672)):
-        chosen = choose(m, n, k, cuda=True, replayed=True)
+        chosen = choose(MatmulShape(m, n, k), **GRAPHS)
         assert chosen.kernel == "cuda"
         assert isinstance(chosen.blocks, ManyRows)
         assert chosen.blocks in cuda_configurations()
@@ -357,20 +362,20 @@ def test_many_rows_are_theirs_on_hopper() -> None:
         for group in (32, 64, 128, 256):
             assert chosen.blocks.stages(group) >= 3 - (group == 32)
             assert chosen.blocks.shared(group) <= TARGETS["sm_90a"]
-        assert choose(m, n, k, wgmma=False, cuda=True, replayed=True).kernel != "cuda"
+        assert choose(MatmulShape(m, n, k), Gpu(wgmma=False), **GRAPHS).kernel != "cuda"
     for m, k, kernel in ((2049, 4096, "dequantize"), (64, 4092, "triton"), (64, 120, "triton")):
-        assert choose(m, 4096, k, cuda=True, replayed=True).kernel == kernel
-    assert choose(64, 4096, 4096, cuda=True).kernel == "triton"
-    assert isinstance(choose(2048, 4096, 4096, cuda=True).blocks, ManyRows)
+        assert choose(MatmulShape(m, 4096, k), **GRAPHS).kernel == kernel
+    assert choose(MatmulShape(64, 4096, 4096), in_cuda=True).kernel == "triton"
+    assert isinstance(choose(MatmulShape(2048, 4096, 4096), in_cuda=True).blocks, ManyRows)
 
 
 def test_the_rule_for_many_rows_counts_waves() -> None:
     # A wave of 132 blocks of 128 rows by 192 features fits where one of 256 by 128 leaves a
     # quarter of the multiprocessors idle, and where it does not, sums are split.
-    assert choose_many_rows(512, 6144, 4096) == ManyRows(128, 3, 1)
-    assert choose_many_rows(1024, 4096, 14336) == ManyRows(256, 2, 1)
-    assert choose_many_rows(512, 4096, 14336) == ManyRows(256, 2, 1, splits=2)
-    assert choose_many_rows(64, 4096, 256).splits == 1  # too short to be split
+    assert choose_many_rows(MatmulShape(512, 6144, 4096)) == ManyRows(128, 3, 1)
+    assert choose_many_rows(MatmulShape(1024, 4096, 14336)) == ManyRows(256, 2, 1)
+    assert choose_many_rows(MatmulShape(512, 4096, 14336)) == ManyRows(256, 2, 1, splits=2)
+    assert choose_many_rows(MatmulShape(64, 4096, 256)).splits == 1  # too short to be split
 
 
 @pytest.mark.usefixtures("_available")
@@ -381,10 +386,9 @@ def test_they_are_chosen_where_launches_are_replayed(dtype: torch.dtype) -> None
     # the fewest of its blocks, and 96 blocks of 64 out features, split 4 times, nearly fill the
     # 396 places that three programs on each of 132 multiprocessors have.
     in_cuda, in_triton = "cuda 8x48, 8 warps along K", "triton 16x64, 4 splits"
-    sizes = (1, n, k, 128, 4, dtype, CPU)
-    asked = (1, n, k, dtype, CPU)
+    asked = (MatmulShape(1, n, k, dtype=dtype), CPU)
     host = "aten" if dtype is BF16 else in_triton
-    assert str(at_run_time(*asked)) == str(Policy().choose_at_run_time(*asked)) == host
+    assert str(select_kernel(*asked, "python")) == str(Policy().choose_at_run_time(*asked)) == host
     for policy, chosen in (
         (Policy(cuda_graphs=True), in_cuda),
         (Policy("cuda"), in_cuda),
@@ -393,28 +397,28 @@ def test_they_are_chosen_where_launches_are_replayed(dtype: torch.dtype) -> None
         (Policy("cuda", package=True), in_triton),
         (Policy("aten", cuda_graphs=True), "aten"),
     ):
-        found = (policy.choose(*sizes), policy.choose_at_run_time(*asked))
+        found = (policy.choose(*asked), policy.choose_at_run_time(*asked))
         assert list(map(str, found)) == [chosen] * 2, policy
-    assert str(Policy().choose(*sizes)) == in_triton
-    assert str(Policy("triton", cuda_graphs=True).choose(*sizes)) == in_triton
+    assert str(Policy().choose(*asked)) == in_triton
+    assert str(Policy("triton", cuda_graphs=True).choose(*asked)) == in_triton
 
 
 @pytest.mark.usefixtures("_available")
 def test_what_is_asked_for_falls_back_where_there_is_no_kernel() -> None:
     for m, k, kernel in ((17, 4096, "triton"), (2049, 4096, "dequantize"), (1, 4001, "triton")):
-        assert Policy("cuda").choose(m, 4096, k, 128, 4, BF16, CPU).kernel == kernel
+        assert Policy("cuda").choose(MatmulShape(m, 4096, k), CPU).kernel == kernel
 
 
 @pytest.mark.usefixtures("_available")
 def test_the_report_names_them_for_the_rows_that_they_serve() -> None:
     policy = Policy(cuda_graphs=True)
-    ranges = by_m(lambda m: str(policy.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
+    ranges = by_m(lambda m: str(policy.choose_at_run_time(MatmulShape(m, 6144, 4096), CPU)))
     theirs = [(first, last) for first, last, text in ranges if text.startswith("cuda ")]
     assert theirs[0] == (1, 8)
     assert theirs[1][0] == 33
     assert theirs[-1][1] == 2048
     package = Policy(package=True)
-    ranges = by_m(lambda m: str(package.choose_at_run_time(m, 6144, 4096, BF16, CPU)))
+    ranges = by_m(lambda m: str(package.choose_at_run_time(MatmulShape(m, 6144, 4096), CPU)))
     assert not [text for _, _, text in ranges if text.startswith(("cuda ", "aten"))]
 
 
@@ -436,21 +440,21 @@ def test_a_choice_as_text_and_as_json(choice: Choice, text: str) -> None:
 
 @pytest.mark.usefixtures("_available")
 def test_they_are_measured_where_they_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxint4.kernels.autotune.gpu_of", lambda _: (132, True))
+    monkeypatch.setattr("fxint4.kernels.autotune.gpu_of", lambda _: Gpu())
     monkeypatch.setattr("fxint4.kernels.autotune.triton", object())
-    first, *others = candidates(8, 4096, 4096, in_cuda=True, replayed=True)
+    first, *others = candidates(MatmulShape(8, 4096, 4096), **GRAPHS)
     assert str(first) == "cuda 8x32, 8 warps along K"  # what tune_cuda.py found to be the fastest
     kinds = {choice.kernel for choice in others}
     assert kinds == {"cuda", "triton", "aten"}
     theirs = [choice.blocks for choice in (first, *others) if choice.kernel == "cuda"]
     assert all(isinstance(blocks, FewRows) for blocks in theirs)
-    assert candidates(8, 4096, 4096)[0].kernel == "triton"
-    assert "cuda" not in {choice.kernel for choice in candidates(8, 4096, 4096)}
-    none = candidates(17, 4096, 4096, in_cuda=True, replayed=True)
+    assert candidates(MatmulShape(8, 4096, 4096))[0].kernel == "triton"
+    assert "cuda" not in {choice.kernel for choice in candidates(MatmulShape(8, 4096, 4096))}
+    none = candidates(MatmulShape(17, 4096, 4096), **GRAPHS)
     assert "cuda" not in {choice.kernel for choice in none}
-    many = [c.blocks for c in candidates(64, 4096, 4096, in_cuda=True, replayed=True)]
+    many = [c.blocks for c in candidates(MatmulShape(64, 4096, 4096), **GRAPHS)]
     assert {b.rows for b in many if isinstance(b, ManyRows)} == {64, 128, 192, 256}
-    short = [c.blocks for c in candidates(64, 256, 256, in_cuda=True, replayed=True)]
+    short = [c.blocks for c in candidates(MatmulShape(64, 256, 256), **GRAPHS)]
     assert {b.splits for b in short if isinstance(b, ManyRows)} == {1, 2}
 
 
@@ -522,7 +526,7 @@ def test_code_without_cuda_graphs(kernel: str | None, package: bool) -> None:
 
 
 class PretendedDriver:
-    """Records launches; a thread has no context before one is made current."""
+    """A driver that records launches. A thread has no context before one is made current."""
 
     CUresult = SimpleNamespace(
         CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"),
@@ -809,7 +813,7 @@ def test_refused_sizes(
 
 
 class Weights:
-    """Packed weights of the same K, and all of them in float64, one below the other."""
+    """Packed weights of the same K, and their float64 values, one below the other."""
 
     def __init__(self, ns: list[int], k: int, group: int, inner: int) -> None:
         made = [make_experts(1, n, k, group, inner, "cuda") for n in ns]
@@ -827,7 +831,7 @@ class Weights:
         return linears(x, self.packed, self.group, self.ns, Choice("cuda", blocks), lasting=True)
 
     def check(self, y: Tensor, x: Tensor, blocks: CudaBlocks) -> None:
-        """y is x times the weights but for fp32 sums and rounding y."""
+        """Checks that y is x times the weights up to fp32 sums and the rounding of y."""
         if isinstance(blocks, FewRows):
             self.check_unrounded(y, x)
         else:
@@ -947,11 +951,11 @@ def test_random_shapes_of_many_rows(
 @needs_nvrtc
 def test_streams_threads_and_graphs_at_the_same_time() -> None:
     made = Weights([1024, 520], 4096, 128, 8)
-    many = runs(choose_many_rows(500, 1544, 4096), 128)
+    many = runs(choose_many_rows(MatmulShape(500, 1544, 4096)), 128)
     jobs = []
     for number, m in enumerate((1, 5, 8, *((64, 500) if many else ()))):
         x = rows(m, 4096, "cuda", (BF16, FP16)[number % 2], seed=number)
-        blocks = choose_few_rows(1544) if m <= 8 else choose_many_rows(m, 1544, 4096)
+        blocks = choose_few_rows(1544) if m <= 8 else choose_many_rows(MatmulShape(m, 1544, 4096))
         call = partial(made.times, x, blocks)
         jobs.append((call, call()))
     graphs = [captured(20, call, expected) for call, expected in jobs]
@@ -1030,7 +1034,7 @@ def test_a_compiled_model(options: dict[str, Any], taken: bool, dynamic: bool) -
             ran = kernels(partial(compiled, x))
             few, many = (
                 taken and m <= 8,
-                taken and m > 32 and runs(choose_many_rows(m, 1, 128), 128),
+                taken and m > 32 and runs(choose_many_rows(MatmulShape(m, 1, 128)), 128),
             )
             # Gate and up are one matmul.
             assert (ran["few_rows"], ran["many_rows"]) == (2 * few, 2 * many), (m, ran)

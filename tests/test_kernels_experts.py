@@ -81,7 +81,7 @@ def test_shapes(case: tuple[int, int, int, int, int]) -> None:
 @pytest.mark.parametrize("inner", [2, 4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_exact_numbers(group: int, inner: int) -> None:
-    """Integers that bf16 holds: not one code, scale or zero may be in the wrong place."""
+    """With integers that bf16 holds, every code, scale and zero must be in the right place."""
     k, n, count = 512, 24, 2
     codes = torch.randint(0, 16, (count, n, k), dtype=torch.uint8)
     scale = (2.0 ** torch.randint(0, 3, (count, n, k // group))).bfloat16()

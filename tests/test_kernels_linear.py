@@ -31,7 +31,7 @@ from torch import Tensor
 from fxint4.kernels import counters
 from fxint4.kernels import triton_common as common
 from fxint4.kernels import triton_linear as kernels
-from fxint4.kernels.select import Choice, choose, configurations
+from fxint4.kernels.select import H200, Choice, Gpu, MatmulShape, choose, configurations
 from fxint4.kernels.triton_common import Blocks
 from fxint4.kernels.triton_linear import dequantize, linear, linears
 from fxint4.quant.primitives import dequantize as dequantize_plainly
@@ -51,7 +51,7 @@ ATEN = Choice("aten")
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [n, k]: packed, and what it stands for in float64."""
+    """A weight ``[n, k]``: packed, and its float64 values."""
 
     shape: TileShape
     tiles: Tensor
@@ -165,7 +165,7 @@ def test_shapes(case: tuple[int, int, int, int], choice: Choice | None) -> None:
 @pytest.mark.parametrize("inner", [2, 4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_exact_numbers(group: int, inner: int, step: int, dtype: torch.dtype) -> None:
-    """Integers that bf16 holds: not one code, scale or zero may be in the wrong place."""
+    """With integers that bf16 holds, every code, scale and zero must be in the right place."""
     k, n = 512, 24
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale = (2.0 ** torch.randint(0, 3, (n, k // group))).bfloat16()
@@ -184,17 +184,17 @@ def test_exact_numbers(group: int, inner: int, step: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("choice", [None, DEQUANTIZE, *CHOICES[-2:]], ids=str)
 @pytest.mark.parametrize("ns", [(64, 72), (8, 130, 65), (24, 1, 100, 40), (0, 16, 0)], ids=str)
 def test_several_weights(ns: tuple[int, ...], choice: Choice | None) -> None:
-    """Side by side they give the bits that each gives alone with the same blocks."""
+    """Weights side by side give the bits that each gives alone with the same blocks."""
     many = [make(max(n, 8), 200, 64, 4) for n in ns]
     x = rows(21, 200)
     y = together(x, many, choice, list(ns))
-    choice = choose(21, sum(ns), 200) if choice is None else choice
+    choice = choose(MatmulShape(21, sum(ns), 200)) if choice is None else choice
     alone = [one.times(x, choice, n) for one, n in zip(many, ns, strict=True)]
     assert torch.equal(y, torch.cat(alone, 1))
 
 
 def partial_sums(x: Tensor, many: list[Weight], blocks: Blocks) -> Tensor:
-    """fp32 [splits, M, N], as a compiler gets them that sums them itself."""
+    """The partial sums, fp32 ``[splits, M, N]``, of a launch that does not reduce them."""
     shape, tiles = many[0].shape, many[0].tiles
     sizes = [(one.shape.n, one.shape.n_padded) for one in many]
     launch = kernels.launch_of(
@@ -210,7 +210,8 @@ def partial_sums(x: Tensor, many: list[Weight], blocks: Blocks) -> Tensor:
     partial = x.new_full((blocks.splits, len(x), sum(n for n, _ in sizes)), float("nan"))
     partial = partial.float()
     buffers = kernels.buffers_of([(one.tiles, one.scale_and_zero) for one in many])
-    common.run(launch, [x, *buffers, x, partial, x])
+    results = {"y_ptr": x, "partial_ptr": partial, "counters_ptr": x}
+    common.run(launch, {"x_ptr": x, **buffers, **results})
     return partial
 
 
@@ -222,7 +223,7 @@ def test_partial_sums(splits: int) -> None:
 
 
 def check_partial_sums(splits: int, dtype: torch.dtype, device: str) -> None:
-    """They are what the kernel would add, in its order."""
+    """Adding partial sums in order gives the bits of the kernel that adds them itself."""
     many = [make(n, 1000, 64, 4, device) for n in (72, 65)]
     x = rows(17, 1000, device, dtype)
     blocks = Blocks(rows=16, features=64, splits=splits)
@@ -303,10 +304,10 @@ SIZES = list(
 
 
 @needs_triton
-@pytest.mark.parametrize("gpu", [(132, True), (108, False), (16, False)], ids=str)
-def test_choice(gpu: tuple[int, bool]) -> None:
+@pytest.mark.parametrize("gpu", [H200, Gpu(108, False), Gpu(16, False)], ids=str)
+def test_choice(gpu: Gpu) -> None:
     for m, n, k in SIZES:
-        blocks = choose(m, n, k, *gpu).blocks
+        blocks = choose(MatmulShape(m, n, k), gpu).blocks
         if blocks is None:
             assert m > 128
             continue
@@ -314,7 +315,7 @@ def test_choice(gpu: tuple[int, bool]) -> None:
         splits = max(blocks.splits, blocks.rest_splits)
         assert splits == 1 or k > splits * blocks.step
         count = -(-m // blocks.rows) * -(-n // blocks.features)
-        assert blocks.at_once in (0, 2 * gpu[0])
+        assert blocks.at_once in (0, 2 * gpu.multiprocessors)
         assert blocks.rest_splits == 1 or count > blocks.at_once > 0
         assert blocks in configurations()
 
@@ -357,7 +358,7 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
         refused("they must be on one CUDA device")
     monkeypatch.setattr("fxint4.kernels.select.triton", None)
     monkeypatch.setattr(common, "triton", None)
-    assert choose(1, 64, 64) == choose(10**6, 64, 64) == ATEN
+    assert choose(MatmulShape(1, 64, 64)) == choose(MatmulShape(10**6, 64, 64)) == ATEN
     monkeypatch.setattr(kernels, "check_devices", lambda *_: None)
     for choice in (DEQUANTIZE, triton_choice()):
         with pytest.raises(RuntimeError, match="needs Triton, which is not installed"):
@@ -365,7 +366,7 @@ def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """Of the kernel's tensors, for x of a dtype."""
+    """The dtypes of the kernel's tensors, for an x of this dtype."""
     return [dtype, *[torch.int32, torch.bfloat16] * 4, dtype, torch.float32, torch.int32]
 
 
@@ -392,7 +393,7 @@ def test_hopper_waits_for_each_dot(blocks: Blocks, fast: bool) -> None:
 @compiled_only
 @pytest.mark.compiles
 def test_every_variant_moves_as_many_bytes_at_once() -> None:
-    """Several weights, or fp16, take the loads and stores that one bf16 weight takes."""
+    """Several weights, or fp16, need the same loads and stores as one bf16 weight."""
 
     def ptx(launch: common.Launch, dtype: torch.dtype) -> str:
         return compile_for(90, launch, dtypes(dtype)).ptx
@@ -496,7 +497,7 @@ def test_gpu_fp16_range() -> None:
     "ns", [(4096, 1024, 1024), (1000, 8), (64, 1, 300, 130), (0, 512, 0, 24)], ids=str
 )
 def test_gpu_several_weights(ns: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Side by side they give the bits that each gives alone with the same blocks.
+    """Weights side by side give the bits that each gives alone with the same blocks.
 
     Unless the order of the sums depends on how many there are: that of cuBLAS may, and
     `Blocks.at_once` counts blocks of all of them.
@@ -505,7 +506,7 @@ def test_gpu_several_weights(ns: tuple[int, ...], dtype: torch.dtype) -> None:
     for count in (1, 33, 300):
         x = rows(count, 2048, "cuda", dtype)
         for choice in (*GPU_CHOICES, ATEN):
-            choice = choose(count, sum(ns), 2048) if choice is None else choice
+            choice = choose(MatmulShape(count, sum(ns), 2048)) if choice is None else choice
             y = together(x, many, choice, list(ns))
             if choice.blocks is None or choice.blocks.rest_splits > 1:
                 for one, part, n in zip(many, y.split(ns, 1), ns, strict=True):
@@ -607,7 +608,7 @@ def test_gpu_without_lasting_counters(lacking: str, monkeypatch: pytest.MonkeyPa
 
 _FIRST_CALL_IN_A_TREE = """
 import torch
-from fxint4.kernels.choice import Choice
+from fxint4.kernels.select import Choice
 from fxint4.kernels.triton_common import Blocks
 from fxint4.kernels.triton_linear import linear
 
@@ -691,7 +692,7 @@ def test_gpu_unaligned_x() -> None:
 @compiled_only
 @pytest.mark.gpu
 def test_gpu_plain_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other makers' GPUs run: weights rounded to fp32 first, so seldom the next bf16."""
+    """Plain Triton, which other makers' GPUs run, rounds weights to fp32 before bf16."""
     made = make(512, 2048, device="cuda")
     monkeypatch.setattr(kernels, "fast", lambda _: False)
     x = rows(33, 2048, "cuda")

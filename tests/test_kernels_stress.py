@@ -35,7 +35,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 
 def assert_right(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """y is x @ weight.T but for rounding y, and for fp32 sums.
+    """Checks that y is x @ weight.T up to fp32 sums and the rounding of y.
 
     Tensor cores cut off where fp32 additions round, so each of these counts four times.
 
@@ -51,7 +51,7 @@ def assert_right(y: Tensor, x: Tensor, weight: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """Packed weights of the same K, and all of them in float64, one below the other."""
+    """Packed weights of the same K, and their float64 values, one below the other."""
 
     packed: list[tuple[Tensor, Tensor]]
     ns: list[int]
@@ -88,7 +88,7 @@ SHAPES: list[tuple[list[int], int, int, int, torch.dtype]] = [  # n, k, group, i
 
 
 def has_room(blocks: Blocks) -> bool:
-    """Whether the GPU at hand has the shared memory for a program.
+    """Whether this GPU has the shared memory for a program.
 
     Where it is less than an A100's, `choose` takes none of those that need more than there is.
     """
@@ -97,7 +97,7 @@ def has_room(blocks: Blocks) -> bool:
 
 
 def fitted(blocks: Blocks, m: int, ns: list[int]) -> Choice:
-    """Where the blocks that are left over are split, about half of all are left over."""
+    """The choice of these blocks; if they split a partial wave, about half of all are in it."""
     count = -(-m // blocks.rows) * sum(-(-n // blocks.features) for n in ns)
     if blocks.rest_splits > 1:
         blocks = replace(blocks, at_once=count // 2 + 1)
@@ -214,7 +214,7 @@ def test_after_a_launch_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _FAULT = """
 import torch
-from fxint4.kernels.choice import Choice
+from fxint4.kernels.select import Choice
 from fxint4.kernels.triton_common import Blocks
 from fxint4.kernels.triton_linear import linear
 

@@ -1,9 +1,10 @@
-"""Kernels chosen by measuring them."""
+"""Choosing kernels by measuring them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ from fxint4._pytorch import inductor as _inductor
 from fxint4.kernels import autotune as tuning
 from fxint4.kernels.autotune import candidates, fastest
 from fxint4.kernels.policy import Policy
-from fxint4.kernels.select import Choice
+from fxint4.kernels.select import Choice, MatmulShape
 from fxint4.kernels.triton_common import Blocks
 
-SHAPE = (16, 256, 512, 128, 4, torch.bfloat16)  # m, n, k, group_size, inner_k_tiles / 2, dtype
+SHAPE = MatmulShape(16, 256, 512)
 
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
-    """Pretends to measure; what was measured, in which the second is the fastest."""
+    """Replaces measuring; the choices that were measured, of which the second is the fastest."""
     measured: list[Choice] = []
 
-    def measure(m: int, n: int, k: int, *_: Any) -> list[dict[str, Any]]:
+    def measure(*_: Any) -> list[dict[str, Any]]:
         found = [Choice("aten"), Choice("triton", Blocks(16, 64, splits=2)), Choice("dequantize")]
         measured.extend(found)
         return [tuning._entry(choice, us) for choice, us in zip(found, (3, 1, 2), strict=True)]
@@ -38,16 +39,16 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
 
 def test_the_fastest_is_measured_once(timed: list[Choice], tmp_path: Path) -> None:
     for _ in range(2):
-        assert fastest(*SHAPE, tmp_path) == Choice("triton", Blocks(16, 64, splits=2))
+        assert fastest(SHAPE, tmp_path) == Choice("triton", Blocks(16, 64, splits=2))
     assert len(timed) == 3
-    fastest(17, *SHAPE[1:], tmp_path)  # another M is another question
+    fastest(replace(SHAPE, m=17), tmp_path)  # another M is another question
     assert len(timed) == 6
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"m=16": 3}'])
 def test_a_damaged_file_is_measured_anew(timed: list[Choice], text: str, tmp_path: Path) -> None:
     (tmp_path / "fxint4-kernels-gpu.json").write_text(text)
-    assert fastest(*SHAPE, tmp_path).kernel == "triton"
+    assert fastest(SHAPE, tmp_path).kernel == "triton"
     assert len(timed) == 3
     [file] = tmp_path.iterdir()
     assert json.loads(file.read_text())
@@ -60,20 +61,20 @@ def test_where_nothing_can_be_measured_the_rule_decides(
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "_measured", lambda *_: [])
         patch.setattr(tuning, "candidates", lambda *_: by_rule)
-        assert fastest(*SHAPE, tmp_path) == by_rule[0]
+        assert fastest(SHAPE, tmp_path) == by_rule[0]
     assert not [*tmp_path.iterdir()]
-    assert fastest(*SHAPE, tmp_path).kernel == "triton"
+    assert fastest(SHAPE, tmp_path).kernel == "triton"
     assert len(timed) == 3
 
 
 def test_a_choice_can_be_edited(timed: list[Choice], tmp_path: Path) -> None:
-    fastest(*SHAPE, tmp_path)
+    fastest(SHAPE, tmp_path)
     [file] = tmp_path.iterdir()
     known = json.loads(file.read_text())
     for entries in known.values():
         entries[0]["us"] = 0
     file.write_text(json.dumps(known))
-    assert fastest(*SHAPE, tmp_path) == Choice("aten")
+    assert fastest(SHAPE, tmp_path) == Choice("aten")
 
 
 @pytest.mark.parametrize("kernel", ["triton", "dequantize", "aten"])
@@ -81,16 +82,17 @@ def test_what_was_asked_for_is_not_chosen(kernel: str) -> None:
     device = torch.device("cpu")
     for policy in (Policy(kernel), Policy(kernel, cuda_graphs=True, measured=True)):
         for m in (1, 100, 5000):
-            assert policy.choose(m, *SHAPE[1:], device).kernel == kernel
-            chosen = policy.choose_at_run_time(m, 256, 512, torch.bfloat16, device)
-            assert chosen.kernel == kernel
+            shape = replace(SHAPE, m=m)
+            assert policy.choose(shape, device).kernel == kernel
+            assert policy.choose_at_run_time(shape, device).kernel == kernel
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 512, 1024), (512, 512, 1024)])
 def test_every_candidate_runs_and_is_timed(m: int, n: int, k: int) -> None:
-    measured = tuning._measured(m, n, k, 128, 4, torch.bfloat16)
-    assert [tuning._choice(entry) for entry in measured] == candidates(m, n, k)
+    shape = MatmulShape(m, n, k)
+    measured = tuning._measured(shape)
+    assert [tuning._choice(entry) for entry in measured] == candidates(shape)
     assert all(0 < entry["us"] < 10_000 for entry in measured)
 
 

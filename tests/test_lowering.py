@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 import fxint4
 from fxint4 import Int4TileTensor
 from fxint4.kernels.policy import Policy
-from fxint4.kernels.select import at_run_time, by_m, choose, gpu_of, range_text
+from fxint4.kernels.select import MatmulShape, by_m, choose, gpu_of, range_text, select_kernel
 from fxint4.kernels.triton_common import triton
 from fxint4.kernels.triton_linear import dequantize_launch_of, launch_of
 from fxint4.lowering.dense import our_lowerings
@@ -65,7 +65,7 @@ def kernels(function: Callable[[], Any]) -> Counter[str]:
 
 
 def with_int4_weights(model: nn.Module, group: int = 128) -> nn.Module:
-    """The model in float64, with the weights that its int4 codes stand for."""
+    """The model in float64, with dequantized weights."""
     model = copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -128,7 +128,7 @@ def first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 16, 64])
 @pytest.mark.parametrize("model", [Bare, Bias, BiasGelu, Residual, ResidualNorm, GateTimesUp])
 def test_what_follows_costs_no_kernel_of_its_own(model: type[nn.Module], rows: int) -> None:
-    assert choose(rows, N, K).blocks.splits > 1  # type: ignore[union-attr]
+    assert choose(MatmulShape(rows, N, K)).blocks.splits > 1  # type: ignore[union-attr]
     layer = model().to("cuda", torch.bfloat16).eval()
     x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_what_comes_before_or_follows_one_split_is_a_kernel_of_its_own() -> None
     x = torch.randn(1, K, device="cuda", dtype=torch.bfloat16)
     layer = ScaledInput().to("cuda", torch.bfloat16).eval()
     wide = nn.Sequential(nn.Linear(K, 32 * N), nn.GELU()).to("cuda", torch.bfloat16).eval()
-    assert choose(1, 32 * N, K).blocks.splits == 1  # type: ignore[union-attr]
+    assert choose(MatmulShape(1, 32 * N, K)).blocks.splits == 1  # type: ignore[union-attr]
     with torch.no_grad():
         for model, total in ((layer, 3), (wide, 2)):
             compiled = torch.compile(model, backend="int4tile", dynamic=False)
@@ -160,13 +160,13 @@ def test_a_known_number_of_rows_decides_while_compiling() -> None:
             x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
             compiled = torch.compile(layer, backend="int4tile", dynamic=False)
             ran = kernels(lambda compiled=compiled, x=x: compiled(x))
-            by = {"triton": INT4, "dequantize": DEQUANTIZE}[choose(rows, N, K).kernel]
+            by = {"triton": INT4, "dequantize": DEQUANTIZE}[choose(MatmulShape(rows, N, K)).kernel]
             assert ran[by] == 1
             assert ran[INT4] + ran[DEQUANTIZE] == 1
 
 
 def launches(code: str) -> Counter[str]:
-    """How often generated code launches our kernels and Inductor's, cuBLAS, ATen's op and ours."""
+    """Counts the calls of our kernels, Inductor's, cuBLAS, ATen's op and ours in generated code."""
     run = r"^\s*(\w+?)(?:_\d+)?\.run\(|^\s*call_(\w+?)(?:_\d+)?\("  # Python, or C++
     ran = [python or cpp for python, cpp in re.findall(run, code, re.MULTILINE)]
     ours = Counter(name if name in (INT4, DEQUANTIZE) else "inductor" for name in ran)
@@ -201,7 +201,7 @@ def test_code_without_a_gpu(
 @needs_triton
 def test_blocks_that_are_split_alone_share_zeros_in_a_graph() -> None:
     n, k, rows = 28672, 4096, 512
-    assert choose(rows, n, k).blocks.rest_splits > 1  # type: ignore[union-attr]
+    assert choose(MatmulShape(rows, n, k)).blocks.rest_splits > 1  # type: ignore[union-attr]
     code = generated(
         lambda x, *packed: (int4pack_mm(x, *packed[:2]), int4pack_mm(x, *packed[2:])),
         [((rows, k), torch.bfloat16), *packed_specs(n, k), *packed_specs(n, k)],
@@ -211,7 +211,7 @@ def test_blocks_that_are_split_alone_share_zeros_in_a_graph() -> None:
 
 
 class Values(dict[str, Any]):
-    """Of names in generated code; one that is not known is that of a tensor."""
+    """The values of names in generated code. An unknown name is that of a tensor."""
 
     def __missing__(self, name: str) -> str:
         return name
@@ -283,7 +283,8 @@ def test_a_package_runs_the_kernel_that_is_chosen_for_the_number_of_rows(
     assert run_package(code, 0) == []
     weights, policy = [(each, each) for each in n], Policy(kernel)
     for rows in (*range(1, 1200, 7), 128, 256, 384, 896, 1024, 1025, 4096, 20_000, 2**20, 2**31):
-        choice = policy.choose(rows, sum(n), k, 128, 4, dtype, torch.device("cpu"))
+        shape = MatmulShape(rows, sum(n), k, dtype=dtype)
+        choice = policy.choose(shape, torch.device("cpu"))
         sizes = (k_padded, 128, 4, dtype)
         (name, programs, told), *rest = run_package(code, rows)
         if choice.blocks is None:
@@ -319,7 +320,7 @@ def test_code_of_the_kernel_asked_for(
 
 @needs_triton
 def test_code_of_atens_op_for_fused_projections() -> None:
-    """In a package two calls; of fp16 rows narrower than what is stored a padded copy in bf16."""
+    """A package calls it twice; fp16 rows that are narrower than the weight are padded in bf16."""
 
     def both(x: Tensor, *packed: Tensor) -> Tensor:
         buffers = (list(packed[0::2]), list(packed[1::2]))
@@ -486,7 +487,7 @@ assert "fxint4" not in sys.modules
 def run_in_another_process(
     package: Path | str, inputs: list[Tensor], folder: Path
 ) -> list[tuple[Any, Counter[str], int]]:
-    """For each input what a package gives, how often kernels ran, and bytes that it took."""
+    """For each input the package's results, the counts of its kernels, and the bytes it took."""
     given, results = folder / "given.pt", folder / "results.pt"
     torch.save(inputs, given)
     # A libstdc++ that came with another package may be too old for what was compiled here.
@@ -503,9 +504,9 @@ def run_in_another_process(
 
 
 def rows_of_every_kernel(n: int, k: int) -> list[int]:
-    """Numbers of rows at both ends of all ranges, and some more."""
+    """Numbers of rows at the ends of all ranges of M, and some more."""
     gpu_at_hand = gpu_of(torch.device("cuda"))
-    ranges = by_m(lambda m: choose(m, n, k, *gpu_at_hand))
+    ranges = by_m(lambda m: choose(MatmulShape(m, n, k), gpu_at_hand))
     ends = {m for first, _, _ in ranges[1:] for m in (first - 1, first)}
     return sorted({0, 1, 17, 300, 1024, 2048, 4096, *ends})
 
@@ -544,7 +545,7 @@ def test_a_package_has_a_kernel_for_every_number_of_rows(dynamic: bool, tmp_path
 def test_a_package_runs_what_the_compiled_model_runs(
     dtype: torch.dtype, n: tuple[int, int], k: int, tmp_path: Path
 ) -> None:
-    """For every M: of two layers, the first with two projections, a bias and an activation."""
+    """For every M, with two layers: the first has two projections, a bias and an activation."""
 
     def layers(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = F.relu(F.linear(x, m.q, m.bias))
@@ -567,9 +568,9 @@ def test_a_package_runs_what_the_compiled_model_runs(
         name: dequantized(getattr(model, name).detach(), record.group_size, torch.float64)
         for name, record in records.items()
     }
+    gpu_at_hand = gpu_of(torch.device("cuda"))
     choices = {
-        m: [choose(m, sum(n), size, *gpu_of(torch.device("cuda"))) for size in (k, n[0])]
-        for m in rows
+        m: [choose(MatmulShape(m, sum(n), size), gpu_at_hand) for size in (k, n[0])] for m in rows
     }
     compiled = torch.compile(model, backend="int4tile", dynamic=True)
     every = run_in_another_process(package, inputs, tmp_path)
@@ -588,13 +589,14 @@ def test_a_package_runs_what_the_compiled_model_runs(
         by = Counter(choice.kernel for choice in choices[m])
         assert (ran[INT4], ran[DEQUANTIZE]) == (by["triton"], by["dequantize"]), m
         sizes = (k, n[0])
-        launched = [at_run_time(m, sum(n), size, dtype, x.device).kernel for size in sizes]
+        shapes = [MatmulShape(m, sum(n), size, dtype=dtype) for size in sizes]
+        launched = [select_kernel(shape, x.device, "python").kernel for shape in shapes]
         with torch.no_grad():
             ran_here = kernels(lambda x=x: compiled(x))
         assert ran_here[DEQUANTIZE] == launched.count("dequantize"), m
         if m <= 32 and n[0] * k >= 2**22:
             assert peak < 2 * sum(n) * k, "as much as W takes"
-    told = by_m(lambda m: choose(m, sum(n), k, *gpu_of(torch.device("cuda"))))
+    told = by_m(lambda m: choose(MatmulShape(m, sum(n), k), gpu_at_hand))
     assert records["q"].kernels == tuple(
         f"{range_text(first, last)}: {choice}" for first, last, choice in told
     )

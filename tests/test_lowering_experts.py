@@ -38,7 +38,7 @@ BF16 = torch.bfloat16
 
 
 class Values(dict[str, Any]):
-    """Of names in generated code; one that is not known is that of a tensor."""
+    """The values of names in generated code. An unknown name is that of a tensor."""
 
     def __missing__(self, name: str) -> str:
         return name
@@ -65,12 +65,12 @@ def launched(code: str, rows: int) -> list[tuple[int, int, int]]:
 
 
 def needs_fxint4(code: str) -> bool:
-    """Whether the C++ of a package calls what is no function of PyTorch's library."""
+    """Whether the C++ of a package calls an op that PyTorch's library does not have."""
     return "aoti_torch_proxy_executor_call_function(" in code
 
 
 def packed_specs(count: int, n: int, k: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Of tiles and scale_and_zero of experts, in groups of 128."""
+    """Sizes and dtypes of tiles and scale_and_zero of experts, in groups of 128."""
     k_tiles = -(-k // 128)
     return [((count, n // 8, k_tiles, 32, 4), torch.int32), ((count, k_tiles, n, 2), BF16)]
 
@@ -80,7 +80,7 @@ def grouped_mm(x: Tensor, tiles: Tensor, params: Tensor, offs: Tensor) -> Tensor
 
 
 def bmm(x: Tensor, tiles: Tensor, params: Tensor, _: Tensor) -> Tensor:
-    """Of x as [M, E, K]."""
+    """The product with an x that is ``[M, E, K]``."""
     n = 8 * tiles.shape[1]
     return torch.ops.fxint4.bmm(x.transpose(0, 1), tiles, params, 128, n)
 
@@ -158,7 +158,7 @@ def test_other_dtypes_are_cast_in_the_package(dtype: torch.dtype) -> None:
 @needs_triton
 @pytest.mark.parametrize(("rows", "is_sorted"), [(4, False), (5, True), (0, False)])
 def test_known_rows_that_name_their_experts(rows: int, is_sorted: bool) -> None:
-    """Few read the tiles by row; more are sorted first, as the op does it."""
+    """Few rows read the tiles by row; more rows are sorted first, as in the op."""
 
     def known(_: Tensor, x: Tensor, tiles: Tensor, params: Tensor, ids: Tensor) -> Tensor:
         return torch.ops.fxint4.indexed_mm(x, tiles, params, ids, 128, 512)
@@ -223,7 +223,7 @@ assert not any(name.startswith("fxint4") for name in sys.modules)
 def run_without_fxint4(
     path: str, calls: Sequence[tuple[Tensor, ...]], folder: Path
 ) -> list[Tensor]:
-    """What a package gives in a process that never imports fxint4."""
+    """The results of a package in a process that never imports fxint4."""
     given, results = folder / "given.pt", folder / "results.pt"
     torch.save(list(calls), given)
     command = [sys.executable, "-W", "ignore", "-c", RUN, path, str(given), str(results)]
@@ -280,7 +280,7 @@ def check_package(
     group_size: int,
     folder: Path,
 ) -> None:
-    """A package against float64, and against what the compiled model gives."""
+    """Compares a package with float64 and with the compiled model."""
     w = torch.stack([dequantized(each, group_size, torch.float64) for each in weight])
     first = {by_ends: 0, by_index: 1, in_a_batch: 2}[function]  # export specializes those before
     calls = [call_of(function, rows, weight.dtype) for rows in ROWS if rows >= first]
@@ -336,7 +336,7 @@ def test_a_package_of_experts(
 
 @gpu
 def test_a_package_of_few_rows_that_name_their_experts(tmp_path: Path) -> None:
-    """A number of them that is known reads the tiles by row."""
+    """A known number of rows reads the tiles by row."""
     torch.manual_seed(0)
     model = module(by_index, w=(COUNT, N, K)).to("cuda", BF16)
     calls = [call_of(by_index, 4, BF16)]

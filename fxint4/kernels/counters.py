@@ -1,15 +1,15 @@
-"""Counters for programs of one launch that share a sum: the last one adds up.
+"""Counters for the programs of one launch that share a sum, so that the last one knows to add up.
 
-Each program counts itself, and the last one sets the counter to 0 again. Making zeros for each
-launch would be a kernel of its own and cost about as much as a small matmul. So there is a buffer
-for each device, zeroed once. No two launches that may run at the same time share counters: launches
-on one stream follow each other and share a part of the buffer; each launch that is captured in a
-graph, which may be replayed on any stream, keeps a part for itself, for good. Where a part is not
-to be had, zeros are made after all.
+Each program counts itself, and the last one sets the counter to 0 again. To make zeros for each
+launch would take a kernel of its own, about as long as a small matmul. So each device has a buffer
+that is zeroed once. No two launches that may run at the same time share counters: launches on one
+stream follow each other and share a part of the buffer; a launch that is captured in a CUDA graph,
+which may be replayed on any stream, keeps a part for itself, for good. If no part is free, zeros
+are made after all.
 
-So counters are zeros whenever a launch begins. One that Triton or CUDA refuses has run no program;
-a kernel that faults or is killed ends the process's CUDA context, and its counters with it; a
-capture that fails leaves a part that is never used.
+Counters are zeros whenever a launch begins, also after failures: a launch that Triton or CUDA
+refuses runs no program; a kernel that faults or is killed ends the process's CUDA context, and its
+counters with it; a capture that fails leaves a part that is never used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 
 __all__ = ["zeroed"]
 
-_COUNT = 2**20
-_A_STREAM = 2**12
+#: Counters of a device, and those of one stream.
+_COUNT, _A_STREAM = 2**20, 2**12
 _lock = threading.Lock()
 
 
 @dataclass
 class _Counters:
-    buffer: Tensor  # int32 [_COUNT], zero but for the launches that run
+    buffer: Tensor  # int32 [_COUNT], zeros except for launches that are running
     used: int
     by_stream: dict[int, Tensor]
 
@@ -38,11 +38,14 @@ _by_device: dict[int, _Counters] = {}
 
 
 def zeroed(count: int, like: Tensor) -> Tensor:
-    """Counters for one launch, which leaves zeros behind, on its device's current stream.
+    """Counters for one launch on the device's current stream; the launch must leave zeros there.
 
-    count: how many.
-    like: a tensor on the device.
-    Returns int32 ``[count or more]`` of zeros.
+    Args:
+        count: How many.
+        like: A tensor on the device.
+
+    Returns:
+        int32 ``[count or more]`` of zeros.
     """
     device = like.get_device()
     if not like.is_cuda:
@@ -75,10 +78,10 @@ def _take(counters: _Counters, count: int) -> Tensor | None:
 
 
 def _lasting_zeros(count: int, device: torch.device) -> Tensor:
-    """int32 zeros that are on the device when this returns, and that no memory pool owns.
+    """int32 zeros that no memory pool owns, written by the time this returns.
 
-    torch's CUDA graphs of compiled functions give a thread's allocations to a pool in which nothing
-    may stay. So another thread allocates.
+    Inductor's CUDA graphs put a thread's allocations into a pool in which nothing may stay. So
+    another thread allocates.
     """
     made: list[Tensor] = []
 

@@ -1,8 +1,8 @@
-"""int4 matmuls in CUDA C++: the sizes of their blocks, what they read, and their launch.
+"""The int4 matmuls in CUDA C++: the sizes of their blocks, their arguments and where they run.
 
-`FewRows` is few_rows.cu, which runs on GPUs of compute capability 8.0 and newer, and `ManyRows`
-many_rows.cu, which is written for Hopper's wgmma. Both read the tiles that Triton's kernels read,
-and write y themselves in one launch.
+`FewRows` describes few_rows.cu, which runs on GPUs of compute capability 8.0 and newer; `ManyRows`
+describes many_rows.cu, which is written for Hopper's wgmma. Both read the same tiles as the Triton
+kernels, and write y in one launch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
 logger = logging.getLogger("fxint4")
 
 FEW_ROWS = 8
-"""Rows of x that the kernel for few takes."""
+"""The most rows of x that few_rows.cu takes."""
 STEP = 128
-"""Columns of k that both kernels take at a time."""
+"""Columns of k that both kernels multiply at a time."""
 
-#: Bytes of shared memory that a multiprocessor of Hopper has; of these each block costs 1024 more.
+#: Bytes of shared memory of a multiprocessor of Hopper; each block takes 1024 besides its own.
 _HOPPERS_SHARED = 228 * 2**10
 
 
@@ -64,16 +64,17 @@ class _ManyArguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class CudaBlocks(ABC):
-    """What one block of threads computes, and with what: the macros of a kernel, in lower case.
+    """What one block of threads computes, and how. The fields are macros of the kernel.
 
-    name: the kernel's.
+    Attributes:
+        name: The kernel's name.
     """
 
     name: ClassVar[str]
 
     @staticmethod
     def of(name: str, sizes: Sequence[int]) -> CudaBlocks:
-        """Those of the kernel with this name; `sizes` gives them back."""
+        """The blocks with these `CudaBlocks.sizes` of the kernel with this name."""
         [kind] = (kind for kind in (FewRows, ManyRows) if kind.name == name)
         return kind(*sizes)
 
@@ -85,49 +86,49 @@ class CudaBlocks(ABC):
     @property
     @abstractmethod
     def features(self) -> int:
-        """Out features, of one weight."""
+        """Out features of a block; they belong to one weight."""
 
     @property
     @abstractmethod
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
 
     @abstractmethod
     def shared(self, group_size: int) -> int:
-        """Bytes of shared memory."""
+        """Bytes of shared memory of a block."""
 
     @abstractmethod
     def fault(self, m: int, k: int) -> str | None:
-        """Why the kernel does not multiply an x ``[m, k]``; None where it does."""
+        """Why the kernel cannot multiply an x ``[m, k]``; None if it can."""
 
     @abstractmethod
     def arguments(
         self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
     ) -> ctypes.Structure:
-        """The kernel's.
+        """The arguments of the kernel.
 
         Args:
-            x: ``[M, K]``.
-            buffers: see `fxint4.kernels.triton_linear.buffers_of`.
-            y: ``[M, N]``.
-            sizes: n of four weights, and then n_padded.
-            k_padded: columns of the weights.
+            x: bf16 or fp16 ``[M, K]``.
+            buffers: The values of `fxint4.kernels.triton_linear.buffers_of`, in its order.
+            y: ``[M, N]``, of the dtype of x.
+            sizes: n of four weights, then n_padded of four.
+            k_padded: Columns of the weights.
         """
 
     @abstractmethod
     def programs(self, m: int, ns: Sequence[int]) -> int:
-        """Blocks for x of m rows and weights of these out features."""
+        """The grid: blocks for x of m rows and weights of these out features."""
 
     def macros(
         self, group_size: int, half_inner: int, weights: int, dtype: torch.dtype
     ) -> tuple[tuple[str, int], ...]:
-        """What the kernel is compiled with.
+        """The macros that the kernel is compiled with.
 
         Args:
-            group_size: neighbouring k that share a scale and a zero.
+            group_size: Neighbouring k that share a scale and a zero.
             half_inner: inner_k_tiles / 2.
-            weights: how many.
-            dtype: of x and y, bf16 or fp16.
+            weights: How many weights lie side by side, 1 to 4.
+            dtype: Of x and y, bf16 or fp16.
         """
         return (
             *((field.name.upper(), getattr(self, field.name)) for field in fields(self)),
@@ -140,13 +141,14 @@ class CudaBlocks(ABC):
 
 @dataclass(frozen=True)
 class FewRows(CudaBlocks):
-    """Of few_rows.cu, for up to 8 rows.
+    """Blocks of few_rows.cu, for up to 8 rows of x.
 
-    subtiles: of 16 features, that a warp multiplies.
-    warps_n: warps side by side along the features.
-    warps_k: warps that share the sum over k.
-    prefetch: steps of 128 columns that are on their way while another is multiplied.
-    blocks: that a multiprocessor shall have registers for.
+    Attributes:
+        subtiles: Subtiles of 16 features that a warp multiplies.
+        warps_n: Warps side by side along the features.
+        warps_k: Warps that share the sum over k.
+        prefetch: Steps of 128 columns that are loaded while another is multiplied.
+        blocks: Blocks that a multiprocessor must have registers for.
     """
 
     name = "few_rows"
@@ -158,21 +160,21 @@ class FewRows(CudaBlocks):
     blocks: int = 1
 
     def __str__(self) -> str:
-        """For people."""
+        """The text of reports."""
         return f"{FEW_ROWS}x{self.features}, {self.warps_k} warps along K"
 
     @property
     def features(self) -> int:
-        """Out features, of one weight."""
+        """Out features of a block; they belong to one weight."""
         return 16 * self.subtiles * self.warps_n
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
         return 32 * self.warps_n * self.warps_k
 
     def shared(self, group_size: int) -> int:
-        """Bytes of shared memory: for x on its way, and then for the sums of all warps."""
+        """Bytes of shared memory: for x, and at the end for the sums of all warps."""
         x = (self.prefetch + 1) * self.warps_k * FEW_ROWS * STEP * 2
         return max(x, 4 * self.warps_k * FEW_ROWS * (self.features + 4))
 
@@ -181,7 +183,7 @@ class FewRows(CudaBlocks):
         return f"x has {m} rows: these blocks take at most {FEW_ROWS}" if m > FEW_ROWS else None
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
-        """Blocks for x of m rows and weights of these out features."""
+        """The grid: blocks for x of m rows and weights of these out features."""
         return sum(-(-n // self.features) for n in ns)
 
     def arguments(
@@ -194,13 +196,14 @@ class FewRows(CudaBlocks):
 
 @dataclass(frozen=True)
 class ManyRows(CudaBlocks):
-    """Of many_rows.cu.
+    """Blocks of many_rows.cu.
 
-    rows: of x, 64, 128, 192 or 256.
-    warpgroups: of 128 threads, that multiply; one more loads.
-    subtiles: of 64 features, that a warpgroup multiplies.
-    splits: blocks that share the sum over k, a cluster.
-    blocks_per_sm: that a multiprocessor shall have registers and shared memory for.
+    Attributes:
+        rows: Rows of x, 64, 128, 192 or 256.
+        warpgroups: Warpgroups of 128 threads that multiply; one more loads.
+        subtiles: Subtiles of 64 features that a warpgroup multiplies.
+        splits: Blocks of a cluster, which share the sum over k.
+        blocks_per_sm: Blocks that a multiprocessor must have registers and shared memory for.
     """
 
     name = "many_rows"
@@ -212,28 +215,28 @@ class ManyRows(CudaBlocks):
     blocks_per_sm: int = 1
 
     def __str__(self) -> str:
-        """For people."""
+        """The text of reports."""
         splits = f", {self.splits} splits" if self.splits > 1 else ""
         return f"{self.rows}x{self.features}{splits}"
 
     @property
     def features(self) -> int:
-        """Out features, of one weight."""
+        """Out features of a block; they belong to one weight."""
         return 64 * self.warpgroups * self.subtiles
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
         return 128 * self.warpgroups + 128
 
     def shared(self, group_size: int) -> int:
-        """Bytes of shared memory: stages of x, words and parameters, or sums; and barriers."""
+        """Bytes of shared memory: stages of x, W and parameters, at the end sums; and barriers."""
         stages = self.stages(group_size)
         sums = self.rows * (self.features + 4) * 4
         return max(stages * self._stage(group_size), sums) + 16 * stages
 
     def stages(self, group_size: int) -> int:
-        """Steps in shared memory: as many as fit."""
+        """Steps that shared memory holds: as many as fit."""
         return (_HOPPERS_SHARED // self.blocks_per_sm - 1024) // (self._stage(group_size) + 16)
 
     def _stage(self, group_size: int) -> int:
@@ -255,7 +258,7 @@ class ManyRows(CudaBlocks):
         return f"x has {k} columns: {self.splits} splits of {STEP} columns and more need {least}"
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
-        """Blocks for x of m rows and weights of these out features."""
+        """The grid: blocks for x of m rows and weights of these out features."""
         return self.splits * -(-m // self.rows) * sum(-(-n // self.features) for n in ns)
 
     def arguments(
@@ -272,9 +275,10 @@ class ManyRows(CudaBlocks):
 
 
 def available(device: torch.device) -> bool:
-    """Whether these kernels run on a device: whether one that does nothing is compiled and loaded.
+    """Whether these kernels run on a device.
 
-    NVRTC may lack a library, or the driver be too old for what it makes.
+    It is tried with a kernel that does nothing: NVRTC may lack a library, or the driver may be too
+    old for NVRTC's code.
     """
     if device.type != "cuda" or torch.version.cuda is None or nvrtc.version() is None:
         return False
@@ -294,9 +298,11 @@ def _loads(device: torch.device) -> bool:
 
 
 def reads(x: Tensor, buffers: Sequence[Tensor]) -> bool:
-    """Whether x ``[M, K]`` and the weights' buffers lie where these kernels can read them.
+    """Whether the kernels, which load 16 aligned bytes at a time, can read these tensors.
 
-    They read 16 bytes at a time.
+    Args:
+        x: bf16 or fp16 ``[M, K]``, contiguous.
+        buffers: Tiles and scale_and_zero of all weights.
     """
     return x.shape[1] % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, *buffers))
 
@@ -310,18 +316,18 @@ def kernel(
     dtype: torch.dtype,
     device: torch.device,
 ) -> nvrtc.Kernel:
-    """The kernel, loaded.
+    """The kernel, compiled and loaded once.
 
     Args:
-        blocks: `CudaBlocks`.
-        group_size: see `CudaBlocks.macros`, likewise the others.
+        blocks: Its blocks.
+        group_size: Neighbouring k that share a scale and a zero.
         half_inner: inner_k_tiles / 2.
-        weights: how many.
-        dtype: of x.
-        device: of CUDA, with its index.
+        weights: How many weights lie side by side, 1 to 4.
+        dtype: Of x and y, bf16 or fp16.
+        device: A CUDA device with its index.
 
     Raises:
-        RuntimeError: it can't be compiled, or the driver refuses it.
+        RuntimeError: NVRTC cannot compile it, or the driver refuses it.
     """
     macros = blocks.macros(group_size, half_inner, weights, dtype)
     shared = blocks.shared(group_size)

@@ -1,25 +1,26 @@
 // y = x W^T for at most 8 rows of x and int4 tiles W; sm_80 and newer.
 //
-// The tensor cores multiply W x^T (mma.m16n8k16): the words that a thread loads of two tiles are
-// just what it needs of their left operand, so W goes from global memory to registers, unpacked by
-// few instructions, and nowhere else. x goes through shared memory.
+// The tensor cores multiply W x^T (mma.m16n8k16). The words that a thread loads of two tiles are
+// exactly its part of their left operand. So W goes from global memory to registers, where few
+// instructions unpack it, and nowhere else. x goes through shared memory.
 //
-// Weights are not rounded: the codes are multiplied as they are, with an offset that comes with
-// unpacking them, and the fp32 sums of a group get its scale and zero. With q' = offset + q,
+// Weights are not rounded: the tensor cores multiply codes, plus an offset that unpacking leaves,
+// and the fp32 sums of a group get its scale and zero. With q' = offset + q,
 //     sum ((q - 8) scale + zero) x = scale (sum q' x - sum (offset + 8) x) + zero sum x;
 // the last two sums are an mma of their own, whose left operand is constant.
 //
 // The warps of a block that have the same features take steps of 128 columns of k in turn. What
-// they summed is added in shared memory, always in the same order.
+// they summed is added in shared memory, in a fixed order.
 //
-// Given by -D, beside what tiles.cuh needs:
-//   SUBTILES      of 16 features each, that a warp multiplies
+// Macros (-D), besides those of tiles.cuh:
+//   SUBTILES      subtiles of 16 features that a warp multiplies
 //   WARPS_N       warps side by side along the features: 1 or 2
 //   WARPS_K       warps that share the sum over k; at most 15 if WARPS_N is 2
-//   PREFETCH      steps of W and x that are on their way while another is multiplied
-//   BLOCKS        that a multiprocessor shall have room for, as far as registers go
-// A block has 32 * WARPS_N * WARPS_K threads and SHARED_BYTES of dynamic shared memory. Launched as
-// a programmatic dependent, it reads W, but neither x nor y, before the kernel before it has ended.
+//   PREFETCH      steps of W and x that are loaded while another is multiplied
+//   BLOCKS        blocks that a multiprocessor must have registers for
+// A block has 32 * WARPS_N * WARPS_K threads and SHARED_BYTES of dynamic shared memory. As a
+// programmatic dependent launch, it reads W before the previous kernel has ended, and waits for the
+// end before it touches x or y.
 
 #include "tiles.cuh"
 
@@ -43,7 +44,7 @@ constexpr int SHARED_BYTES = X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES;
 static_assert(SHARED_BYTES <= 227 * 1024, "no GPU has more");
 static_assert(WARPS_N == 1 || (WARPS_N == 2 && WARPS_K <= 15), "15 barriers beside 0");
 
-// --- instructions that C++ has no words for ------------------------------------------------------
+// --- inline assembly -----------------------------------------------------------------------------
 
 // sums[feature, row] += codes[feature, k] * x[row, k] of 16 features, 8 rows, 16 columns.
 __device__ void multiply(float (&sums)[4], const uint32_t (&codes)[4], uint32_t x0, uint32_t x1) {
@@ -53,7 +54,7 @@ __device__ void multiply(float (&sums)[4], const uint32_t (&codes)[4], uint32_t 
                  : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x0), "r"(x1));
 }
 
-// Every word of W is read once: it shall not drive x out of the L1 cache.
+// Every word of W is read once, so it must not evict x from the L1 cache.
 #define LOAD "ld.global.nc.L1::no_allocate.L2::256B"
 __device__ void load_words(uint32_t* words, const uint32_t* from) {
 #if HALF_INNER == 4
@@ -72,13 +73,13 @@ __device__ uint32_t load_param(const uint32_t* from) {
     return param;
 }
 
-// Of 8 rows of x, whose 16-byte chunks the lanes point to, 4 times 8 columns as right operands.
+// Right operands: 4 times 8 columns of 8 rows of x, whose 16-byte chunks the lanes point to.
 __device__ void load_matrices(uint32_t (&xs)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(xs[0]), "=r"(xs[1]), "=r"(xs[2]), "=r"(xs[3]) : "r"(from) : "memory");
 }
 
-// Copies the first `bytes` of 16 into shared memory, by and by, and zeros for the rest.
+// Starts to copy the first `bytes` of 16 into shared memory, and zeros for the rest.
 __device__ void copy(uint32_t to, const T* from, uint32_t bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
                  ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -86,13 +87,13 @@ __device__ void copy(uint32_t to, const T* from, uint32_t bytes) {
 
 __device__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until of this thread's groups of copies all but the latest `latest` are there.
+// Waits until all but the last `latest` groups of this thread's copies are done.
 template <int latest>
 __device__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(latest) : "memory");
 }
 
-// Until the warps side by side are all here.
+// Waits until all warps with the same warp_k are here.
 __device__ void wait_for_warps(uint32_t barrier) {
     if (WARPS_N == 1)
         __syncwarp();
@@ -107,16 +108,17 @@ struct Buffers {
     int n_padded;
 };
 
-// What a thread has of one step of W.
+// A thread's part of one step of W.
 struct Step {
     uint32_t words[TILES][WORDS];
     uint32_t params[TILES];  // of one group; neighbouring lanes have the others
 };
 
-// The left operand for columns 16 * half on of the 32 that two words hold, of tiles one below the
-// other: offset + code. The 7 bits of bf16's mantissa have room for one code, above 128. The 10
-// bits of fp16's have room for two neighbours: one above 256, one above 16, where each shift serves
-// both. (Without a shift it would be 1024. The larger the offset, the more of an fp32 sum is lost.)
+// The left operand, offset + code, of 16 columns: the first or second half of the 32 columns of two
+// words, of tiles one below the other. The 7 bits of bf16's mantissa have room for one code, with
+// offset 128. The 10 bits of fp16's have room for two neighbours, with offsets 256 and 16, and one
+// shift serves both. (Without a shift the offset would be 1024. The larger the offset, the more of
+// an fp32 sum is lost.)
 __device__ void unpack(uint32_t (&codes)[4], uint32_t upper, uint32_t lower, int half) {
 #if DTYPE_FP16
     upper = half ? upper >> 6 : upper << 2;
@@ -133,7 +135,7 @@ __device__ void unpack(uint32_t (&codes)[4], uint32_t upper, uint32_t lower, int
 #endif
 }
 
-// The left operand that makes sums of x in rows 0 to 7, and of (offset + 8) x in rows 8 to 15.
+// The left operand that sums x in rows 0 to 7, and (offset + 8) x in rows 8 to 15.
 #if DTYPE_FP16
 __device__ constexpr uint32_t ONES[4] = {0x3c003c00, 0x5c205c20, 0x3c003c00, 0x4e004e00};
 #else
@@ -161,12 +163,12 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
     const auto features = features_of(blockIdx.x, FEATURES, weights);
     const Buffers buffers = features.weight.buffers;
 
-    // Tiles and groups beyond the last are the last: what comes of them is not stored, or times 0.
+    // Beyond the last tile or group, the last one is read: its products are not stored, or times 0.
     const int last_tile = buffers.n_padded / 8 - 1;
     const int last_k_tile = k_padded / (32 * HALF_INNER) - 1;
     const int last_group = k_padded / GROUP - 1;
     const uint32_t* tile_words[TILES];
-    uint32_t param_at[TILES];  // in a group
+    uint32_t param_at[TILES];  // offset in a group
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
         const int tile = min(features.first / 8 + warp_n * TILES + t, last_tile);
@@ -188,10 +190,10 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
             w.params[t] = load_param(buffers.params + (group * buffers.n_padded + param_at[t]));
     };
 
-    // x of a step lies as [ROWS, STEP], the 16-byte chunks of a row exchanged by its number, so
-    // that ldmatrix finds those of 8 rows in different banks. 16 threads side by side copy a row:
-    // chunks that lie below each other in several rows share banks of the L1 cache. Rows from M on
-    // are left as they are: no other row's sums see them.
+    // x of a step lies as [ROWS, STEP]. The 16-byte chunks of a row are permuted by the row number,
+    // so that ldmatrix finds those of 8 rows in different banks. 16 neighbouring threads copy one
+    // row, because the same chunk of several rows would share banks of the L1 cache. Rows from M on
+    // stay uninitialized: no other row's sums see them.
     constexpr int ROWS_AT_ONCE = 2 * WARPS_N;
     const uint32_t x_shared = address(shared) + warp_k * X_STEP_BYTES;
     const int row = 2 * warp_n + lane / 16, chunk = lane % 16;
@@ -261,7 +263,7 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
         for (int stage = 0; stage < STAGES; ++stage) {
             const int step = first + stage * WARPS_K, next = step + PREFETCH * WARPS_K;
             if (step >= steps) break;
-            // This step's x is there, and all have done with the x in whose place another comes.
+            // This step's x has arrived, and all warps are done with the x that is replaced next.
             wait_for_copies<PREFETCH - 1>();
             wait_for_warps(warp_k + 1);
             load_x((stage + PREFETCH) % STAGES, next);
@@ -270,7 +272,7 @@ few_rows(const T* x, const uint32_t* tiles0, const uint32_t* params0,
         }
     }
 
-    // The place of x becomes that of all warps' sums, [WARPS_K, ROWS, SUM_PITCH].
+    // The sums of all warps, [WARPS_K, ROWS, SUM_PITCH], take the place of x.
     wait_for_copies<0>();
     __syncthreads();
     float* parts = reinterpret_cast<float*>(shared);

@@ -1,23 +1,23 @@
 // y = x W^T for many rows of x and int4 tiles W, on Hopper's wgmma (sm_90a).
 //
-// Computed as W x^T: each warpgroup unpacks 64 out features at a time into the registers of the
-// left operand, whose layout is that of the tiles, and x is the right operand in shared memory.
-// While the tensor cores multiply 16 columns, the next 16 are unpacked. A thread of one more
-// warpgroup keeps a ring of stages filled, through tensor maps, which have zeros beyond what there
-// is. The sum over K may be split among the blocks of a cluster, which add their parts through each
-// other's shared memory, in a fixed order.
+// The tensor cores multiply W x^T. Each warpgroup unpacks 64 out features at a time into the
+// registers of the left operand, whose layout is that of the tiles; x is the right operand, in
+// shared memory. While the tensor cores multiply 16 columns, the next 16 are unpacked. A thread of
+// one more warpgroup keeps a ring of stages filled through tensor maps, which read zeros beyond a
+// matrix. The sum over K may be split among the blocks of a cluster, which add their parts through
+// each other's shared memory, in a fixed order.
 //
-// Given by -D, beside what tiles.cuh needs:
-//   ROWS           of x, that a block multiplies by: 64, 128, 192 or 256
-//   WARPGROUPS     that multiply
-//   SUBTILES       of 64 features each, that a warpgroup multiplies
+// Macros (-D), besides those of tiles.cuh:
+//   ROWS           rows of x of a block: 64, 128, 192 or 256
+//   WARPGROUPS     warpgroups that multiply
+//   SUBTILES       subtiles of 64 features that a warpgroup multiplies
 //   SPLITS         blocks that share the sum over k
-//   STAGES         of the ring
-//   BLOCKS_PER_SM  that a multiprocessor shall have room for, as far as registers go
+//   STAGES         stages of the ring
+//   BLOCKS_PER_SM  blocks that a multiprocessor must have registers for
 // The launch: SPLITS * ceil(M / ROWS) * (sum over weights of ceil(n / FEATURES)) blocks of THREADS
-// threads and SHARED_BYTES of dynamic shared memory; k_padded is at least SPLITS * STEP. Launched
-// as a programmatic dependent, it reads W, but neither reads x nor writes y, before the kernel
-// before it has ended.
+// threads and SHARED_BYTES of dynamic shared memory; k_padded is at least SPLITS * STEP. As a
+// programmatic dependent launch, it reads W before the previous kernel has ended, and waits for the
+// end before it reads x or writes y.
 
 #include "tiles.cuh"
 
@@ -31,12 +31,12 @@ constexpr int REGISTERS = least(65536 / (BLOCKS_PER_SM * THREADS) / 8 * 8, 248);
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS =
     least((REGISTERS * THREADS - PRODUCER_REGISTERS * 128) / CONSUMERS / 8 * 8, 240);
-constexpr int SLICES = STEP / 16;               // of columns, that one wgmma multiplies
-constexpr int IN_FLIGHT = 2;                    // of them
-constexpr int PANELS = STEP / 64;               // of x: 64 columns, rows of 128 bytes
+constexpr int SLICES = STEP / 16;               // of 16 columns, for one wgmma each
+constexpr int IN_FLIGHT = 2;                    // slices that are being multiplied
+constexpr int PANELS = STEP / 64;               // of x, with 64 columns: rows of 128 bytes
 constexpr int GROUPS = divide_up(STEP, GROUP);  // that a step reads
 
-// Shared memory: the rings of x, words and parameters, whose place the sums take in the end.
+// Shared memory: the rings of x, words and parameters. At the end the sums take their place.
 constexpr int X_BYTES = ROWS * STEP * 2;
 constexpr int W_BYTES = FEATURES * STEP / 2;
 constexpr int P_BYTES = FEATURES * GROUPS * 4;
@@ -51,14 +51,14 @@ struct alignas(64) TensorMap {
     uint64_t words[16];
 };
 
-// --- instructions that C++ has no words for ------------------------------------------------------
+// --- inline assembly -----------------------------------------------------------------------------
 
 // An mbarrier that this many arrivals complete.
 __device__ void make_barrier(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes new barriers known to the copies, too.
+// Makes new barriers visible to the copies, too.
 __device__ void end_of_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -68,20 +68,20 @@ __device__ void arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives, but the barrier is not complete before copies have brought so many bytes.
+// Arrives; the barrier also waits until copies have brought so many bytes.
 __device__ void expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
                  ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until a barrier is complete for the first, third, .. time (parity 0) or the second, fourth, ..
+// Waits until a barrier completes for the 1st, 3rd, .. time (parity 0), or 2nd, 4th, .. (parity 1).
 __device__ void wait(uint32_t barrier, uint32_t parity) {
     asm volatile("{.reg .pred done;\n"
                  "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
                  "@!done bra again;}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// A box of a matrix; zeros where it has none.
+// Starts to copy a box of a matrix; zeros where it goes beyond the matrix.
 __device__ void copy(uint32_t to, const TensorMap* from, int column, int row, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%2, %3}], [%4];"
@@ -98,7 +98,7 @@ __device__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Of two values at a time: a * b + c.
+// a * b + c of two values at a time.
 __device__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t sum;
     asm("fma.rn." DTYPE "x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
@@ -135,7 +135,7 @@ __device__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
 #define SUMS SUMS32(0), SUMS32(32), SUMS32(64), SUMS32(96)
 #endif
 
-// sums[feature, row] += w[feature, k] * x[row, k] of 64 features, ROWS rows, 16 columns, by and by.
+// Starts sums[feature, row] += w[feature, k] * x[row, k] of 64 features, ROWS rows, 16 columns.
 __device__ void multiply(float (&sums)[ROWS / 2], const uint32_t (&w)[4], uint64_t x) {
     asm volatile("{.reg .pred add; setp.eq.u32 add, 0, 0;\n"
                  "wgmma.mma_async.sync.aligned." SHAPE ".f32." DTYPE "." DTYPE " " OPERANDS
@@ -143,12 +143,12 @@ __device__ void multiply(float (&sums)[ROWS / 2], const uint32_t (&w)[4], uint64
                  : SUMS : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));
 }
 
-// Before products read registers that were written meanwhile.
+// Orders earlier writes of registers before the products that read them.
 __device__ void begin_of_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until of this warpgroup's groups of products all but the latest `latest` are summed.
+// Waits until all but the last `latest` groups of this warpgroup's products are summed.
 template <int latest>
 __device__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(latest) : "memory");
@@ -159,8 +159,8 @@ __device__ void wait_for_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Where all threads meet, also those that only load: nobody reads the rings any more, all sums lie
-// in shared memory, and other blocks have read this one's.
+// Barriers of all threads, also of those that only load. After the first, nobody reads the rings;
+// after the second, all sums lie in shared memory; after the third, other blocks have read them.
 __device__ void after_products() { __syncthreads(); }
 
 __device__ void after_sums() {
@@ -174,7 +174,7 @@ __device__ void after_reading() {
     if (SPLITS > 1) wait_for_cluster();
 }
 
-// What lies at this address in the shared memory of a block of the cluster.
+// Loads from this address in the shared memory of another block of the cluster.
 __device__ float4 load_of_block(uint32_t address, int rank) {
     float4 v;
     uint32_t there;
@@ -186,7 +186,7 @@ __device__ float4 load_of_block(uint32_t address, int rank) {
 
 // --- the parts of the kernel ---------------------------------------------------------------------
 
-// Where a step lies, from the start of shared memory: a stage of the ring, and its barriers.
+// The offsets of a step in shared memory: its stage of the ring, and its barriers.
 struct Stage {
     uint32_t x, words, params, full, empty;
 };
@@ -226,7 +226,7 @@ __device__ void load(const TensorMap* x, const Part& part, uint32_t shared) {
         for (int i = 0; i < PANELS; ++i)
             copy(shared + at.x + i * ROWS * 128, x, k + i * 64, part.first_row, shared + at.full);
     };
-    // x may be what the kernel before is still computing; W never is.
+    // The previous kernel may still be computing x, but never W.
     const int early = min(part.steps, STAGES);
     for (int step = 0; step < early; ++step) load_w(step);
     wait_for_kernel_before();
@@ -245,7 +245,7 @@ struct Parameters {
 
 __device__ Parameters parameters_of(uint32_t pair) {
 #if DTYPE_FP16
-    // What fp16 has no room for becomes the largest that it has.
+    // Values beyond fp16 become its largest.
     const float scale = __uint_as_float(pair << 16), zero = __uint_as_float(pair & 0xffff0000);
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(zero), "f"(scale));
     asm("min.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x7bff7bff));
@@ -254,31 +254,31 @@ __device__ Parameters parameters_of(uint32_t pair) {
     return {__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)};
 }
 
-// The weights of two neighbouring columns: pair i, 0 to 3, of a word's, 8 columns apart.
+// The weights of two neighbouring columns: pair i, 0 to 3, of a word. Pairs are 8 columns apart.
 __device__ uint32_t weights_of(uint32_t word, int i, Parameters p) {
     uint32_t codes;
 #if DTYPE_FP16
-    // 1024 + code, or 1024 + 16 code where it lies 4 bits higher; less that, and 8.
+    // 1024 + code, or 1024 + 16 code where the code lies 4 bits higher, becomes code - 8.
     if (i % 2 == 0)
         codes = fma2(pick<0x000f000f, 0x64006400>(word >> (4 * i)), 0x3c003c00, 0xe408e408);
     else
         codes = fma2(pick<0x00f000f0, 0x64006400>(word >> (4 * i - 4)), 0x2c002c00, 0xd480d480);
 #else
-    // 128 + code, less 136.
+    // 128 + code becomes code - 8.
     codes = fma2(pick<0x000f000f, 0x43004300>(word >> (4 * i)), 0x3f803f80, 0xc308c308);
 #endif
     return fma2(codes, p.scale, p.zero);
 }
 
-// The left operand for columns 16 * half on of the 32 that two words hold, of tiles one below the
-// other.
+// The left operand of 16 columns: the first or second half of the 32 columns of two words, of tiles
+// one below the other.
 __device__ void unpack(uint32_t (&w)[4], const uint32_t (&words)[2], const Parameters (&p)[2],
                        int half) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = weights_of(words[i % 2], 2 * half + i / 2, p[i % 2]);
 }
 
-// Where wgmma finds 16 columns of ROWS rows: K-major, rows of 128 bytes, swizzled in groups of 8.
+// wgmma's descriptor of 16 columns of ROWS rows: K-major, rows of 128 bytes, swizzled by 8 rows.
 __device__ uint64_t descriptor(uint32_t address) {
     return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | 1 << 16 | (address & 0x3ffff) >> 4;
 }
@@ -325,9 +325,9 @@ __device__ void multiply_steps(Sums& sums, const uint8_t* rings, int steps) {
 #pragma unroll
             for (int s = 0; s < SUBTILES; ++s) multiply(sums[s], w[s], x + x_bytes / 16);
             end_of_products();
-            // While this slice is multiplied, the registers of those before are free again,
+            // All but the last two slices are done: their registers are free again,
             wait_for_products<IN_FLIGHT>();
-            // and so is the stage of the step before.
+            // and at the second slice of a step, the stage of the previous step is free, too.
             if (slice == IN_FLIGHT - 1 && step > 0 && lane == 0)
                 arrive(shared + stage_of(step - 1).empty);
         }

@@ -1,7 +1,7 @@
-"""CUDA C++ kernels: compiled by NVRTC when they are first needed, loaded and launched.
+"""Compiles CUDA C++ kernels with NVRTC when they are first needed, loads and launches them.
 
-A kernel is a file beside this one, NAME.cu, that includes nothing but the .cuh files here, and has
-one ``extern "C"`` function NAME; macros give its sizes. NVRTC and the bindings to it and to the
+A kernel is a file NAME.cu beside this one, with one ``extern "C"`` function NAME. It includes
+nothing but the .cuh files here, and macros give its sizes. NVRTC and the bindings to NVRTC and the
 driver come with torch's CUDA wheels for Linux. Importing this module works without them, and
 compiling works without a GPU.
 """
@@ -39,17 +39,17 @@ logger = logging.getLogger("fxint4")
 Macros = tuple[tuple[str, int], ...]
 
 _OPTIONS = ("-std=c++17",)
-#: The first driver that has dependent launches in CUDA graphs, as it says its version.
+#: The first driver version that has dependent launches in CUDA graphs: 12.3.
 _CAPTURES_DEPENDENT = 12030
-#: Bytes of shared memory that a block may have without asking for them.
+#: Bytes of shared memory that a block may have without a function attribute.
 _USUAL_SHARED = 48 * 2**10
 
 
 @functools.cache
 def _bindings() -> tuple[Any, Any, str] | str:
-    """The modules for NVRTC and the driver, and NVRTC's version; or why they are missing."""
+    """The modules for NVRTC and the driver, and NVRTC's version; or why one is missing."""
     try:
-        # Not import statements: a type checker that has them and one that has not would disagree.
+        # Import statements would give other types where these are installed than where not.
         nvrtc = importlib.import_module("cuda.bindings.nvrtc")
         driver = importlib.import_module("cuda.bindings.driver")
         _, major, minor = nvrtc.nvrtcVersion()  # the first call looks for the library
@@ -60,18 +60,18 @@ def _bindings() -> tuple[Any, Any, str] | str:
 
 
 def version() -> str | None:
-    """NVRTC's, "13.0"; None where it or the bindings are missing."""
+    """The version of NVRTC, such as "13.0"; None if NVRTC or the bindings are missing."""
     found = _bindings()
     return None if isinstance(found, str) else found[2]
 
 
 @functools.cache
 def architecture(major: int, minor: int) -> str | None:
-    """What to compile for, so that GPUs of a compute capability run it; None where that is nothing.
+    """NVRTC's target for GPUs of a compute capability; None if none of its targets runs there.
 
-    "sm_90a", with Hopper's own instructions, for 9.0; else the same, or where NVRTC does not know
-    it, the first of its major number, whose code runs there, too. (Not any older one: 8.7 and 10.1
-    are other makes of chips, whose code runs nowhere else.)
+    It is "sm_90a", with Hopper's own instructions, for 9.0. Otherwise it is the capability itself
+    or, if NVRTC does not know that, the first of its major number. (No other minor number would do:
+    code for 8.7 and 10.1, say, runs nowhere else.)
     """
     found = _bindings()
     if isinstance(found, str):
@@ -82,28 +82,28 @@ def architecture(major: int, minor: int) -> str | None:
 
 
 def with_index(device: torch.device) -> torch.device:
-    """A device of CUDA with its index; without one it is the current one."""
+    """A CUDA device with its index; a device without one becomes the current device."""
     index: Any = device.index
     return torch.device("cuda", torch.cuda.current_device()) if index is None else device
 
 
 @functools.cache
 def fingerprint() -> str:
-    """For caches on disk: another one whenever a kernel's source or NVRTC is another."""
+    """A hash of the kernels' sources and of NVRTC's version, for the names of cubins on disk."""
     facts = (sorted(_sources().items()), _OPTIONS, version())
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 @functools.cache
 def _sources() -> Mapping[str, bytes]:
-    """The .cu and .cuh files by name."""
+    """The contents of the .cu and .cuh files, by name."""
     files = resources.files(__package__).iterdir()
     return {file.name: file.read_bytes() for file in files if file.name.endswith((".cu", ".cuh"))}
 
 
 @functools.cache
 def compiled(name: str, macros: Macros, target: str) -> bytes:
-    """A kernel as a cubin; it is kept in Inductor's cache folder. See `build`."""
+    """The cubin of a kernel, kept in Inductor's cache folder. For the arguments see `build`."""
     digest = hashlib.sha256(repr((fingerprint(), macros, target)).encode()).hexdigest()[:32]
     file = f"fxint4-{name}-{digest}.cubin"
     try:
@@ -123,16 +123,17 @@ def build(name: str, macros: Macros, target: str, further: Sequence[str] = ()) -
     """Compile a kernel.
 
     Args:
-        name: of its file, less the suffix.
-        macros: names and values.
-        target: see `architecture`.
-        further: options of NVRTC.
+        name: The name of its file without the suffix.
+        macros: Names and values.
+        target: See `architecture`.
+        further: More options for NVRTC.
 
     Returns:
         The cubin, and NVRTC's log.
 
     Raises:
-        RuntimeError: NVRTC is missing, or refuses the source; then its log is in the message.
+        RuntimeError: NVRTC is missing, or does not compile the source; the message then has
+            NVRTC's log.
     """
     nvrtc, _, number = needed()
     headers = {file: text for file, text in _sources().items() if file.endswith(".cuh")}
@@ -167,7 +168,11 @@ def build(name: str, macros: Macros, target: str, further: Sequence[str] = ()) -
 
 
 def needed() -> tuple[Any, Any, str]:
-    """NVRTC, the driver and NVRTC's version; RuntimeError where they are missing."""
+    """The modules for NVRTC and the driver, and NVRTC's version.
+
+    Raises:
+        RuntimeError: One is missing.
+    """
     found = _bindings()
     if isinstance(found, str):
         raise RuntimeError(
@@ -179,16 +184,17 @@ def needed() -> tuple[Any, Any, str]:
 
 
 class Kernel:
-    """A kernel on one device, loaded. What the driver refuses is a RuntimeError that names it.
-
-    It waits itself for the kernel before it on the stream, where that may still run, see `launch`.
+    """A kernel that is loaded on one device.
 
     Args:
-        name: see `build`.
-        macros: see `build`.
-        device: of CUDA, with its index.
-        threads: of a block.
-        shared: bytes of shared memory that each block is given.
+        name: See `build`.
+        macros: See `build`.
+        device: A CUDA device with its index.
+        threads: Threads of a block.
+        shared: Bytes of dynamic shared memory of a block.
+
+    Raises:
+        RuntimeError: NVRTC is missing or does not compile it, or the driver refuses it.
     """
 
     def __init__(
@@ -223,14 +229,18 @@ class Kernel:
                 self._checked(driver.cuFuncSetAttribute(self._function, most, shared))
 
     def launch(self, programs: int, arguments: ctypes.Structure, dependent: bool = False) -> None:
-        """On the device's current stream.
+        """Launches the kernel on the device's current stream.
 
         Args:
-            programs: blocks, along the grid's first axis.
-            arguments: the kernel's, a field for each, in their order.
-            dependent: whether it may start, in a CUDA graph that is being captured, while the
-                kernel before it still runs ("programmatic dependent launch", of compute capability
-                9.0 and newer); weights, which it reads before it waits, must not be written there.
+            programs: Blocks, along the first axis of the grid.
+            arguments: The kernel's arguments, one field for each, in order.
+            dependent: Whether it may start, in a CUDA graph that is being captured, while the
+                kernel before it still runs ("programmatic dependent launch", compute capability 9.0
+                and newer). The kernel reads its weights before it waits for the other kernel, which
+                must not write them.
+
+        Raises:
+            RuntimeError: The driver refuses the launch.
         """
         start = ctypes.addressof(arguments)
         offsets = _offsets(type(arguments))
@@ -267,7 +277,7 @@ class Kernel:
         )
 
     def _checked(self, returned: tuple[Any, ...]) -> Any:
-        """What a call of the driver returned beside its result."""
+        """The value that a call of the driver returned; RuntimeError if the call failed."""
         result, *values = returned
         if result != self._driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(
@@ -278,9 +288,10 @@ class Kernel:
 
 
 def in_context(driver: Any, device: torch.device, call: Callable[[], Any]) -> Any:
-    """What a call of the driver returns that needs a context.
+    """The result of a driver call that needs a context, as the tuple that it returns.
 
-    A thread's first calls of torch do not need to have made one current.
+    A thread that has called torch does not always have a current context. If it has none, the
+    device's context is made current and the call repeated.
     """
     returned = call()
     if returned[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
@@ -290,7 +301,7 @@ def in_context(driver: Any, device: torch.device, call: Callable[[], Any]) -> An
 
 
 def _make_context_current(driver: Any, device: torch.device) -> None:
-    """The one of the device that torch uses, too."""
+    """Makes the device's primary context, which torch uses, current in this thread."""
     result, number = driver.cuDeviceGet(device.index)
     if result == driver.CUresult.CUDA_SUCCESS:
         result, context = driver.cuDevicePrimaryCtxRetain(number)
@@ -302,5 +313,5 @@ def _make_context_current(driver: Any, device: torch.device) -> None:
 
 @functools.cache
 def _offsets(arguments: type[ctypes.Structure]) -> tuple[int, ...]:
-    """Of the fields, in bytes."""
+    """The offsets of the fields, in bytes."""
     return tuple(getattr(arguments, name).offset for name, *_ in arguments._fields_)

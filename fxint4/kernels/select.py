@@ -1,6 +1,8 @@
-"""Which kernel multiplies by int4 weights on a GPU, and in which blocks, by M, N and K.
+"""Chooses the kernel that multiplies by int4 weights on a GPU, and its blocks, by M, N and K.
 
-The rules are made from measurements on an H200 with groups of 128 and inner_k_tiles 8.
+`select_kernel` is the entry point; `choose` is its rule. The rules are made from measurements on an
+H200 with groups of 128 and inner_k_tiles 8: benchmarks/tune.py for Triton, benchmarks/tune_cuda.py
+for CUDA C++ (benchmarks/README.md says what they found).
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from fxint4.kernels.nvrtc import with_index
 from fxint4.kernels.triton_common import Blocks, triton
 
 __all__ = [
+    "H200",
     "Choice",
-    "at_run_time",
+    "Gpu",
+    "Launcher",
+    "MatmulShape",
     "by_m",
     "choose",
     "choose_blocks",
@@ -30,24 +35,68 @@ __all__ = [
     "cuda_configurations",
     "gpu_of",
     "range_text",
+    "select_kernel",
     "waves",
 ]
+
+Launcher = Literal["python", "inductor", "cuda_graph", "package"]
+"""Who launches a kernel: an op called from Python, code that Inductor generated, a CUDA graph that
+is replayed, or a package, which has no CUDA C++ kernels."""
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    """The sizes of x ``[m, k]`` times one or several int4 weights side by side: ``[m, n]``.
+
+    Attributes:
+        m: Rows of x, at least 1.
+        n: Out features, of all weights together.
+        k: In features.
+        group_size: Neighbouring k of one weight row that share a scale and a zero.
+        inner_k_tiles: Of the packed tiles.
+        dtype: Of x, bf16 or fp16.
+    """
+
+    m: int
+    n: int
+    k: int
+    group_size: int = 128
+    inner_k_tiles: int = 8
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the rules ask of a GPU.
+
+    Attributes:
+        multiprocessors: How many it has.
+        wgmma: Whether it has Hopper's wgmma instructions, which read x from shared memory.
+    """
+
+    multiprocessors: int = 132
+    wgmma: bool = True
+
+
+H200 = Gpu()
+"""An H100 or H200, on which the rules were measured."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How to multiply.
+    """The kernel of a matmul.
 
-    kernel: "triton", "cuda" (CUDA C++), "dequantize" (and torch.mm), or "aten"
-        (`_weight_int4pack_mm`).
-    blocks: of the Triton or CUDA kernel, else None.
+    Attributes:
+        kernel: "triton", "cuda" (CUDA C++), "dequantize" (followed by torch.mm), or "aten"
+            (`_weight_int4pack_mm`).
+        blocks: Those of the Triton or CUDA kernel, else None.
     """
 
     kernel: Literal["aten", "triton", "cuda", "dequantize"]
     blocks: Blocks | CudaBlocks | None = None
 
     def __str__(self) -> str:
-        """For people: "aten", "dequantize + cuBLAS", or the kernel and its blocks as MxN."""
+        """The text of reports: "aten", "dequantize + cuBLAS", or the kernel and its MxN blocks."""
         if self.blocks is None:
             return "dequantize + cuBLAS" if self.kernel == "dequantize" else self.kernel
         if isinstance(self.blocks, CudaBlocks):
@@ -56,61 +105,107 @@ class Choice:
         return f"{self.kernel} {self.blocks.rows}x{self.blocks.features}{splits}"
 
 
-def choose(
-    m: int,
-    n: int,
-    k: int,
-    multiprocessors: int = 132,
-    wgmma: bool = True,
-    cuda: bool = False,
-    replayed: bool = False,
+#: The CUDA kernel for many rows takes more rows than the first and at most the second, which are
+#: those measured: "many rows" of docs/gpu.md.
+_MIDDLE_ROWS, _MANY_ROWS = 32, 2048
+
+#: Multiply-adds that keep an H200 busy for as long as a call from Python takes the host.
+_WORTH_A_LAUNCH = 2**35
+
+#: With more rows, writing W out once and calling cuBLAS beats the Triton kernel
+#: (benchmarks/README.md, "python tune.py").
+_MOST_ROWS = 1024
+
+#: Columns of k for each program (see `choose_blocks`) that make larger blocks pay: blocks of 128
+#: out features; of 128 rows and 64 out features; and of 128 out features by few rows, where eight
+#: splits of each block all run at once (benchmarks/README.md, "python tune.py").
+_ENOUGH, _ENOUGH_OF_HALF, _ENOUGH_OF_EIGHTH = 3400, 1900, 1000
+
+#: Elements of W that the aten op reads while the host launches a Triton kernel from Python.
+_ATEN_ELEMENTS = 80_000_000
+
+
+def select_kernel(
+    shape: MatmulShape, device: torch.device, launcher: Launcher, kernel: str | None = None
 ) -> Choice:
-    """How to multiply x ``[m, k]`` with weights of n out features.
+    """The kernel of a matmul on a GPU, by rule and by the user's option.
 
-    Measured on an H200 with groups of 128 and inner_k_tiles 8. "aten" where Triton is missing and
-    no CUDA kernel is taken.
+    From Python, launching a Triton kernel takes the host longer than calling the aten op. So the
+    aten op, which knows bf16 alone and reads W again for every 16 rows, is taken while the GPU
+    needs less than the difference.
 
-    multiprocessors: of the GPU; those of an H100 or H200.
-    wgmma: whether the GPU has these instructions: Hopper's, which read x from shared memory.
-    cuda: whether a CUDA kernel may be the choice, see `fxint4.kernels.cuda.available`.
-    replayed: whether it is launched from a CUDA graph. Else launching it takes the host some time,
-        which only much work is worth.
+    Args:
+        shape: Of the matmul.
+        device: The GPU.
+        launcher: Who launches the kernel.
+        kernel: See `Int4Config.kernel`; None is the fastest by rule.
     """
-    if cuda and k % 8 == 0 and (replayed or m * n * k >= _WORTH_A_LAUNCH):
+    few = shape.m <= 8 or -(-shape.m // 16) * shape.n * shape.k <= _ATEN_ELEMENTS
+    if launcher == "python" and kernel is None and few and shape.dtype is torch.bfloat16:
+        return Choice("aten")
+    if kernel == "triton":
+        return Choice("triton", choose_blocks(shape, gpu_of(device)))
+    asked = kernel == "cuda"  # then a missing kernel is an error, not another choice
+    if kernel is None or asked:
+        in_cuda = launcher != "package" and (asked or cuda.available(device))
+        return choose(shape, gpu_of(device), in_cuda, launcher == "cuda_graph" or asked)
+    return Choice("aten" if kernel == "aten" else "dequantize")
+
+
+def choose(
+    shape: MatmulShape, gpu: Gpu = H200, in_cuda: bool = False, replayed: bool = False
+) -> Choice:
+    """The kernel by rule alone: it asks no device. "aten" only where nothing else is there.
+
+    Args:
+        shape: Of the matmul.
+        gpu: Where it runs.
+        in_cuda: Whether it may be a CUDA C++ kernel, see `fxint4.kernels.cuda.available`.
+        replayed: Whether it is replayed from a CUDA graph. If not, a CUDA C++ kernel costs the host
+            a call, which only much work is worth.
+    """
+    m, n, k = shape.m, shape.n, shape.k
+    if in_cuda and k % 8 == 0 and (replayed or m * n * k >= _WORTH_A_LAUNCH):
         if m <= FEW_ROWS:
-            return Choice("cuda", choose_few_rows(n, multiprocessors))
-        if wgmma and _MIDDLE_ROWS < m <= _MANY_ROWS and k >= STEP:
-            return Choice("cuda", choose_many_rows(m, n, k, multiprocessors))
+            return Choice("cuda", choose_few_rows(n, gpu))
+        if gpu.wgmma and _MIDDLE_ROWS < m <= _MANY_ROWS and k >= STEP:
+            return Choice("cuda", choose_many_rows(shape, gpu))
     if triton is None:
         return Choice("aten")
-    if m > (_MOST_ROWS if wgmma else 128):
+    if m > (_MOST_ROWS if gpu.wgmma else 128):
         return Choice("dequantize")
-    blocks = choose_blocks(m, n, k, multiprocessors, wgmma)
-    # The more blocks of rows, the more often W is unpacked. With the most of them that costs as
-    # much as writing it out once, and less only where no program waits for another.
-    if m > _MOST_ROWS - 128 and wgmma and _count(m, n, blocks) > 2 * multiprocessors:
+    blocks = choose_blocks(shape, gpu)
+    # The more blocks of rows, the more often W is unpacked. Near the limit that costs as much as
+    # writing W out once, and less only where no program waits for another.
+    crowded = _count(m, n, blocks) > 2 * gpu.multiprocessors
+    if m > _MOST_ROWS - 128 and gpu.wgmma and crowded:
         return Choice("dequantize")
     return Choice("triton", blocks)
 
 
-def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: bool = True) -> Blocks:
-    """The Triton kernel's blocks, see `choose`.
+def choose_blocks(shape: MatmulShape, gpu: Gpu = H200) -> Blocks:
+    """The blocks of the Triton kernel.
 
-    Programs of large blocks read x and W, and unpack W, less often. But those that run at once, two
-    on each multiprocessor, have to be about as many as the GPU takes, and what each of them sums
-    long enough for that to pay.
+    Programs with large blocks read x and W, and unpack W, less often. But two of them run at once
+    on each multiprocessor. So there must be enough programs to fill the GPU, and each must sum
+    enough columns for a large block to pay.
     """
-    at_once = 2 * multiprocessors
-    rows = next((rows for rows in (16, 32, 64) if m <= rows), 128 if wgmma else 64)
+    return _choose_blocks(shape.m, shape.n, shape.k, gpu)
+
+
+@functools.lru_cache(4096)
+def _choose_blocks(m: int, n: int, k: int, gpu: Gpu) -> Blocks:
+    at_once = 2 * gpu.multiprocessors
+    rows = next((rows for rows in (16, 32, 64) if m <= rows), 128 if gpu.wgmma else 64)
 
     def columns(blocks: Blocks) -> float:
-        """Of k that a program sums where all that run at once share the blocks' work evenly."""
+        """Columns of k for each program, if those that run at once share all work evenly."""
         return _count(m, n, blocks) * k / at_once
 
-    most_small = 1.5 * at_once  # of up to 64 rows more run on each multiprocessor
+    most_small = 1.5 * at_once  # programs of up to 64 rows: three run on each multiprocessor
     blocks = Blocks(rows, features=128, step=256 if rows < 64 else 128)
     narrow = rows < 64 and 8 * _count(m, n, blocks) < most_small
-    if not wgmma:
+    if not gpu.wgmma:
         blocks = Blocks(rows, features=64)
     elif narrow and _ENOUGH_OF_EIGHTH <= columns(blocks) < _ENOUGH:
         blocks = replace(blocks, step=128)
@@ -122,7 +217,7 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: boo
             blocks = replace(blocks, step=128)
     count = _count(m, n, blocks)
     if blocks.rows < 128:
-        # Only where two run on each is there room for more of W on its way.
+        # With at most two programs on each multiprocessor, shared memory has room for a 4th stage.
         splits = _splits(k, blocks, lambda s: s * count < most_small)
         small = blocks.step == 128 and blocks.rows * blocks.features <= 64 * 64
         deep = small and splits * count <= at_once
@@ -137,64 +232,46 @@ def choose_blocks(m: int, n: int, k: int, multiprocessors: int = 132, wgmma: boo
 
 
 def configurations() -> list[Blocks]:
-    """What `choose_blocks` can return for an H100 or H200, and for GPUs without wgmma."""
+    """All blocks that `choose_blocks` can return, on an H100 or H200 and on GPUs without wgmma."""
     sizes = itertools.product(
         (1, 32, 64, 128, 129, 256, 384, 512, 1024),
         (8, *(i << e for e in range(8, 17) for i in (2, 3))),
         (32, *(1 << e for e in range(9, 16))),
-        (132,),
-        (True, False),
     )
-    return sorted({choose_blocks(*size) for size in sizes}, key=str)
+    shapes = [MatmulShape(*size) for size in sizes]
+    gpus = (H200, Gpu(wgmma=False))
+    return sorted({choose_blocks(shape, gpu) for shape in shapes for gpu in gpus}, key=str)
 
 
 def _splits(k: int, blocks: Blocks, allowed: Callable[[int], bool]) -> int:
-    """The largest of 1, 2, 4, 8 that is allowed and leaves each program two steps."""
+    """The largest of 1, 2, 4, 8 that is allowed and leaves each program at least two steps."""
     splits = 1
     while splits < 8 and allowed(2 * splits) and k >= 4 * splits * blocks.step:
         splits *= 2
     return splits
 
 
-#: More rows than the first, up to the second, are for the CUDA kernel for many.
-_MIDDLE_ROWS, _MANY_ROWS = 32, 2048
-
-
-#: Products of numbers that take the GPU as long as the host takes for a call from Python.
-_WORTH_A_LAUNCH = 2**35
-
-
-#: For more rows Triton's kernel is behind writing W out.
-_MOST_ROWS = 1024
-
-
-#: Columns that make blocks pay: of 128 out features; of 128 rows by half of these; and of 128 out
-#: features by few rows, where eight splits of them all run at once.
-_ENOUGH, _ENOUGH_OF_HALF, _ENOUGH_OF_EIGHTH = 3400, 1900, 1000
-
-
 def _count(m: int, n: int, blocks: Blocks) -> int:
     return -(-m // blocks.rows) * -(-n // blocks.features)
 
 
-def gpu_of(device: torch.device) -> tuple[int, bool]:
-    """What `choose` wants to know of a device: multiprocessors, and whether it has wgmma.
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that a device is, the current one where the device has no index.
 
-    device: without an index the current one.
+    `H200` for devices that are no GPUs, on which graphs are rewritten for one.
     """
-    if device.type != "cuda":
-        return 132, True
-    return _gpu_of(with_index(device))
+    return _gpu_of(with_index(device)) if device.type == "cuda" else H200
 
 
 @functools.cache
-def _gpu_of(device: torch.device) -> tuple[int, bool]:
+def _gpu_of(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major == 9
+    return Gpu(properties.multi_processor_count, properties.major == 9)
 
 
-#: Microseconds that a block takes beside its steps of 128 columns, and for each of these, where all
-#: multiprocessors are busy.
+#: Microseconds that a block takes besides its steps of 128 columns, and for each step, while all
+#: multiprocessors are busy. benchmarks/tune_cuda.py fits them: the step of 192 rows to
+#: benchmarks/results/tune_cuda_h200.json, the others to the sweep before it.
 _TIMES = {
     ManyRows(64, warpgroups=1, subtiles=1, blocks_per_sm=2): (4.97, 0.518),
     ManyRows(64, warpgroups=2, subtiles=1, blocks_per_sm=2): (6.63, 0.815),
@@ -205,8 +282,8 @@ _TIMES = {
     ManyRows(256, warpgroups=2, subtiles=1): (6.23, 1.349),
 }
 
-
-#: Blocks for few rows, by how many of them each multiprocessor takes at once; and for more.
+#: Blocks for few rows, and how many of them each multiprocessor runs at once. These and the next
+#: are the fastest in all 20 cells of benchmarks/results/tune_cuda_h200.json.
 _FEW = {
     FewRows(subtiles=1, warps_n=1, warps_k=16, prefetch=1): 1,
     FewRows(subtiles=1, warps_n=2, warps_k=8, prefetch=2): 1,
@@ -214,144 +291,90 @@ _FEW = {
     FewRows(subtiles=2, warps_n=1, warps_k=8, prefetch=2, blocks=2): 2,
 }
 
+#: Blocks for few rows where those are too many to run at once.
+_SMALLEST_FEW = FewRows(subtiles=2, warps_n=1, warps_k=4, prefetch=2, blocks=4)
 
-_BEYOND = FewRows(subtiles=2, warps_n=1, warps_k=4, prefetch=2, blocks=4)
-
-
-#: Clusters of more blocks are not placed on all multiprocessors; already three leave a tenth idle.
+#: Blocks of a cluster that share a sum, and the share of multiprocessors that such clusters fill.
+#: Three blocks leave a tenth idle, more blocks leave more.
 _SPLITS = {1: 1.0, 2: 1.0, 3: 10 / 11}
 
-
-#: The time of a last wave of blocks that have a multiprocessor each, where two could run.
+#: Time of a last wave in which each block has a multiprocessor to itself, where two could share it.
 _ALONE = 0.6
 
 
-def choose_few_rows(n: int, multiprocessors: int = 132) -> FewRows:
-    """The blocks of the kernel for few rows: what the GPU takes at once, or small and deep ones.
+def choose_few_rows(n: int, gpu: Gpu = H200) -> FewRows:
+    """The blocks of the CUDA kernel for few rows: the first that all run at once, else small ones.
 
-    n: out features, of all weights that are multiplied together.
-    multiprocessors: of the GPU; those of an H100 or H200.
+    Args:
+        n: Out features, of all weights together.
+        gpu: Where the kernel runs.
     """
-    fit = (b for b, each in _FEW.items() if -(-n // b.features) <= each * multiprocessors)
-    return next(fit, _BEYOND)
+    fit = (b for b, each in _FEW.items() if -(-n // b.features) <= each * gpu.multiprocessors)
+    return next(fit, _SMALLEST_FEW)
 
 
-def choose_many_rows(m: int, n: int, k: int, multiprocessors: int = 132) -> ManyRows:
-    """The blocks of the kernel for many rows: those whose waves are computed to take the least.
+def choose_many_rows(shape: MatmulShape, gpu: Gpu = H200) -> ManyRows:
+    """The blocks of the CUDA kernel for many rows: those whose waves take the least computed time.
 
-    m: of x.
-    n: out features, of all weights that are multiplied together.
-    k: in features, at least 128.
-    multiprocessors: of the GPU; those of an H100 or H200.
+    Args:
+        shape: Of the matmul; k is at least 128.
+        gpu: Where the kernel runs.
     """
-    return _fastest(-(-m // 64), n, k, multiprocessors)
+    return _fastest(-(-shape.m // 64), shape.n, shape.k, gpu)
 
 
 @functools.lru_cache(4096)
-def _fastest(row_blocks: int, n: int, k: int, multiprocessors: int) -> ManyRows:
-    """See `choose_many_rows`; row_blocks: of 64."""
+def _fastest(row_blocks: int, n: int, k: int, gpu: Gpu) -> ManyRows:
+    """See `choose_many_rows`; row_blocks counts blocks of 64 rows."""
+    shape = MatmulShape(64 * row_blocks, n, k)
 
     def time(blocks: ManyRows) -> float:
         fixed, step = _TIMES[replace(blocks, splits=1)]
-        count, steps = waves(blocks, 64 * row_blocks, n, k, multiprocessors)
+        count, steps = waves(blocks, shape, gpu)
         return count * fixed + steps * step
 
     splits = [splits for splits in _SPLITS if splits == 1 or k >= 4 * STEP * splits]
     return min((replace(b, splits=s) for b, s in itertools.product(_TIMES, splits)), key=time)
 
 
-def waves(
-    blocks: ManyRows, m: int, n: int, k: int, multiprocessors: int = 132
-) -> tuple[float, float]:
-    """Waves of blocks that run at once, and in all waves the steps of 128 columns of one block.
+def waves(blocks: ManyRows, shape: MatmulShape, gpu: Gpu = H200) -> tuple[float, float]:
+    """Waves of blocks that run at once; and over all waves, steps of 128 columns of one block.
 
-    These times the two of `_TIMES` are the time. For the arguments see `choose_many_rows`.
+    These two times the two numbers of `_TIMES` are the time of the kernel in microseconds.
     """
+    multiprocessors = gpu.multiprocessors
     at_once = multiprocessors * blocks.blocks_per_sm * _SPLITS[blocks.splits]
-    count, rest = divmod(blocks.programs(m, [n]), at_once)
+    count, rest = divmod(blocks.programs(shape.m, [shape.n]), at_once)
     alone = rest <= multiprocessors < at_once
     count += 0 if rest == 0 else _ALONE if alone else 1
-    return count, count * -(-k // (STEP * blocks.splits))
+    return count, count * -(-shape.k // (STEP * blocks.splits))
 
 
 def cuda_configurations() -> list[CudaBlocks]:
-    """The blocks that can be the choice for an H100 or H200, or are measured."""
+    """All blocks that the rules choose on an H100 or H200, or that max-autotune measures there."""
     many = {replace(blocks, splits=splits) for blocks in _TIMES for splits in _SPLITS}
-    return sorted({*_FEW, _BEYOND, *many}, key=lambda blocks: (blocks.name, blocks.sizes))
+    return sorted({*_FEW, _SMALLEST_FEW, *many}, key=lambda blocks: (blocks.name, blocks.sizes))
 
 
 Chosen = TypeVar("Chosen")
 
-
-#: Elements of W that the aten op reads in the time of a launch from Python.
-_ATEN_ELEMENTS = 80_000_000
-
-
-#: Choices change at any M up to here; beyond, only where large matmuls begin.
+#: `by_m` asks for every M up to here. With more rows, choices change only where large matmuls
+#: begin.
 _SCANNED = 4096
-
 
 #: More rows than fit any GPU.
 _MOST_M = 2**40
 
 
-def at_run_time(
-    m: int,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    replayed: bool = False,
-    kernel: str | None = None,
-) -> Choice:
-    """How to multiply x ``[m, k]`` in an op that is called from Python.
-
-    Where the host launches each kernel anew, that takes it longer for a Triton kernel than for the
-    aten op. So the aten op, which reads W again for every 16 rows, is the faster one while the GPU
-    needs less than the difference. It knows bf16 alone.
-
-    Args:
-        m: rows.
-        n: out features, of all weights that are multiplied together.
-        k: in features.
-        dtype: of x, bf16 or fp16.
-        device: the GPU.
-        replayed: whether the kernel is launched from a CUDA graph.
-        kernel: see `Int4Config.kernel`.
-    """
-    few = m <= 8 or -(-m // 16) * n * k <= _ATEN_ELEMENTS
-    if kernel is None and few and not replayed and dtype is torch.bfloat16:
-        return Choice("aten")
-    return by_rule(m, n, k, device, kernel, replayed)
-
-
-def by_rule(
-    m: int,
-    n: int,
-    k: int,
-    device: torch.device,
-    kernel: str | None,
-    replayed: bool,
-    package: bool = False,
-) -> Choice:
-    if kernel == "triton":
-        return Choice("triton", choose_blocks(m, n, k, *gpu_of(device)))
-    asked = kernel == "cuda"  # then it is not looked for
-    if kernel is None or asked:
-        in_cuda = not package and (asked or cuda.available(device))
-        return choose(m, n, k, *gpu_of(device), in_cuda, replayed or asked)
-    return Choice("aten" if kernel == "aten" else "dequantize")
-
-
 def by_m(choose: Callable[[int], Chosen]) -> list[tuple[int, int | None, Chosen]]:
-    """What is chosen for which M, in order.
+    """The ranges of M that have the same choice, in order.
 
     Args:
-        choose: a function of M. Up to 4096 every M is asked for; beyond, powers of two, and where
-            two differ, by halving, some between them.
+        choose: The choice for an M. It is called for every M up to 4096, then for powers of two;
+            where two of these differ, bisection finds the change.
 
     Returns:
-        First M, last M and the choice, equal for all M between; the last range has no end (None).
+        For each range the first M, the last M (None for the last range) and the choice.
     """
     m, last = 1, choose(1)
     found = [(m, last)]
@@ -371,7 +394,7 @@ def by_m(choose: Callable[[int], Chosen]) -> list[tuple[int, int | None, Chosen]
 
 
 def range_text(first: int, last: int | None) -> str:
-    """A range of M as people write it: "M<=16", "M=17..32", "M>=2048"."""
+    """A range of M as text: "M<=16", "M=17..32", "M>=2048"."""
     if last is None:
         return "every M" if first == 1 else f"M>={first}"
     if first == last:

@@ -14,26 +14,30 @@ __all__ = ["TensorMap", "tensor_map"]
 
 
 class TensorMap(ctypes.Structure):
-    """A kernel's argument that says how it reads boxes of a matrix."""
+    """CUtensorMap: the kernel argument by which boxes of a matrix are copied."""
 
     _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
 def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> TensorMap:
-    """For a contiguous matrix, whose rows and address are multiples of 16 bytes.
+    """The tensor map of a matrix.
 
     Args:
-        matrix: bf16, fp16 or int32 ``[rows, columns]``; a box that goes beyond it has zeros there.
-        box: rows and columns of it.
-        swizzled: whether in shared memory the 16-byte parts of its rows, which have 128 bytes, are
-            exchanged as wgmma reads them.
+        matrix: bf16, fp16 or int32 ``[rows, columns]``, contiguous; its rows and its address are
+            multiples of 16 bytes. Where a box goes beyond the matrix, it has zeros.
+        box: Rows and columns of a box.
+        swizzled: Whether the 16-byte chunks of a box's rows, which then have 128 bytes, lie in
+            shared memory in the order in which wgmma reads them.
+
+    Raises:
+        RuntimeError: The driver refuses these sizes, or its bindings are missing.
     """
     rows, columns = matrix.shape
     address, device = matrix.data_ptr(), matrix.device
     return _tensor_map(matrix.dtype, address, device, rows, columns, box, swizzled)
 
 
-@functools.lru_cache(maxsize=2**12)  # to make one takes longer than a launch
+@functools.lru_cache(maxsize=2**12)  # making a map takes longer than a launch
 def _tensor_map(
     dtype: torch.dtype,
     address: int,

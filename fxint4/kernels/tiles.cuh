@@ -1,10 +1,10 @@
-// What the kernels that multiply by int4 tiles (fxint4/tiles.py) have in common.
+// Code that the kernels share which multiply by int4 tiles (fxint4/quant/tile_layout.py).
 //
-// Given to each of them by -D:
-//   DTYPE_FP16    x and y are 0: bf16, 1: fp16
+// Macros of each of them (-D):
+//   DTYPE_FP16    dtype of x and y: 0 is bf16, 1 is fp16
 //   GROUP         columns that share a scale and a zero: 32, 64, 128 or 256
 //   HALF_INNER    inner_k_tiles / 2: 1, 2 or 4
-//   WEIGHTS       1 to 4, whose features lie side by side in y
+//   WEIGHTS       1 to 4 weights, whose features lie side by side in y
 
 #pragma once
 
@@ -21,11 +21,11 @@ typedef uint16_t T;  // the bits of bf16 or fp16
 #endif
 
 constexpr int STEP = 128;         // columns of k that are multiplied at a time
-constexpr int WORDS = STEP / 32;  // of a tile of 8 features, that a thread has of them
+constexpr int WORDS = STEP / 32;  // that a thread has of these columns of a tile of 8 features
 
 __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Buffers: where tiles and parameters are, [groups, n_padded] bf16 pairs: scale low, zero high.
+// Buffers locate tiles and parameters: [groups, n_padded] bf16 pairs, scale low, zero high.
 template <typename Buffers>
 struct Weight {
     Buffers buffers;
@@ -52,9 +52,9 @@ __device__ Features<Buffers> features_of(int block, int size, const Weight<Buffe
     return found;
 }
 
-// --- instructions that C++ has no words for ------------------------------------------------------
+// --- inline assembly -----------------------------------------------------------------------------
 
-// The same, but unknown to the compiler, which would compute it again for each step.
+// The same value, hidden from the compiler, which would otherwise compute it again for each step.
 template <typename V>
 __device__ V kept(V value) {
     if constexpr (sizeof(V) == 8)
@@ -64,7 +64,7 @@ __device__ V kept(V value) {
     return value;
 }
 
-// (bits & mask) | magic, for which the compiler would take two instructions.
+// (bits & mask) | magic in one instruction; the compiler would take two.
 template <uint32_t mask, uint32_t magic>
 __device__ uint32_t pick(uint32_t bits) {
     uint32_t picked;

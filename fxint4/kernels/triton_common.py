@@ -1,25 +1,21 @@
-"""What the kernels share: finding Triton, W unpacked in registers, and its product with x.
+"""Code that the Triton kernels share: launching, checking arguments, unpacking and multiplying W.
 
 A weight is ``(q - 8) * scale + zero``, rounded once to the dtype of x; products are summed in fp32.
-For bf16 the numbers are those of ``aten._weight_int4pack_mm``. For fp16 scale and zero, which are
-stored as bf16, become fp16 first; beyond 65504 they become 65504, and a weight beyond it becomes
-infinite, as in a cast. ``fxint4.quant.tile_layout`` describes the tiles.
+For bf16 the numbers are those of ``aten._weight_int4pack_mm``. For fp16, scale and zero, which are
+stored as bf16, are first cast to fp16 and clamped to 65504 in magnitude; a weight that is larger
+becomes infinite, as in a cast. ``fxint4.quant.tile_layout`` describes the tiles.
 
-The functions for Triton's language are called by kernels alone. Their `Fast` picks between two ways
-to the same weights: instructions of NVIDIA's GPUs that handle two at once, and plain Triton, which
-its interpreter can run, too. (Plain Triton rounds twice, to fp32 and then to bf16 or fp16, so once
-in thousands a weight is the other neighbour there.)
+The functions in Triton's language are called by kernels alone. Their `FAST` chooses between two
+ways to unpack the same weights: instructions of NVIDIA's GPUs that handle two weights at once, and
+plain Triton, which the interpreter can run, too. (Plain Triton rounds twice, to fp32 and then to
+bf16 or fp16, so one weight in thousands differs in its last bit.)
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib
-import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, no_type_check
 
 import torch
@@ -46,36 +42,35 @@ __all__ = [
     "tl",
     "triton",
     "unpack",
-    "version_of",
 ]
 
 triton: Any
-tl: Any  # the kernels' bodies find it by this name
+tl: Any  # the bodies of the kernels look it up by this name
 try:
-    # Not import statements: a type checker that has Triton and one that has not would disagree.
+    # Import statements would give other types where Triton is installed than where it is not.
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
 except ImportError:
     triton = tl = None
 
 
-@functools.cache
-def version_of(*modules: ModuleType) -> str:
-    """For caches on disk: another one whenever the code of these modules is another."""
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Blocks:
-    """What one program of a kernel computes, and with what.
+    """The block of y that one program of a Triton kernel computes, and how.
 
-    rows: of x, a power of two of at least 16.
-    features: out features, ``16 * warps`` times a power of two.
-    splits: programs that share the sum over k.
-    warps, stages: Triton's num_warps, at least 4, and num_stages.
-    step: columns of k at a time, 128 or 256.
-    at_once, rest_splits: where splits is 1 and the kernel itself adds, the blocks that are left
-        over when the others fill the GPU, at_once at a time, have this many programs each.
+    Stream-K tail: where `rest_splits` is above 1 (then `splits` is 1, and the kernel itself adds
+    partial sums), full waves of `at_once` blocks run unsplit, and each block of the last, partial
+    wave is split among `rest_splits` programs.
+
+    Attributes:
+        rows: Rows of x, a power of two of at least 16.
+        features: Out features, ``16 * warps`` times a power of two.
+        splits: Programs that share the sum over k of one block.
+        warps: Triton's num_warps, at least 4.
+        stages: Triton's num_stages.
+        step: Columns of k that are multiplied at a time, 128 or 256.
+        at_once: Blocks in a full wave; 0 without a tail.
+        rest_splits: Programs for each block of the tail.
     """
 
     rows: int
@@ -89,7 +84,7 @@ class Blocks:
 
 
 def jit(**options: Any) -> Any:
-    """`triton.jit`; without Triton every function becomes None."""
+    """The decorator `triton.jit`; without Triton it replaces every function by None."""
     return (lambda function: triton.jit(function, **options)) if triton else lambda function: None
 
 
@@ -99,18 +94,22 @@ def interpreted(kernel: Any) -> bool:
 
 
 def fast(kernel: Any) -> bool:
-    """Whether a kernel may use NVIDIA's instructions."""
+    """Whether a kernel may use NVIDIA's instructions: it is compiled, and not for AMD's GPUs."""
     return torch.version.hip is None and not interpreted(kernel)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of a kernel, but for its tensors.
+    """A launch of a Triton kernel, without its tensors.
 
-    kernel: a Triton kernel, see `jit`.
-    programs: its grid, along one axis: the others end at 65535.
-    arguments: by name, all that are not tensors; they follow those in the kernel's signature.
-    warps, stages: Triton's num_warps and num_stages.
+    The order of a kernel's arguments is that of its signature, and is written nowhere else.
+
+    Attributes:
+        kernel: The Triton kernel, see `jit`.
+        programs: The size of its grid, along the first axis: the others end at 65535.
+        arguments: All arguments that are not tensors, by name.
+        warps: Triton's num_warps.
+        stages: Triton's num_stages.
     """
 
     kernel: Any
@@ -119,32 +118,48 @@ class Launch:
     warps: int
     stages: int
 
+    def tensor_names(self) -> list[str]:
+        """The names of the tensors that the kernel takes, in the order of its signature."""
+        return [name for name in self.kernel.arg_names if name.endswith("_ptr")]
+
+    def in_order(self, tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All arguments of the kernel, in the order of its signature.
+
+        Args:
+            tensors: By name, one for each of `tensor_names`.
+        """
+        every = {**tensors, **self.arguments}
+        return tuple([every[name] for name in self.kernel.arg_names])
+
 
 VARYING = ("M", "row_blocks", "whole")
-"""Arguments that change from call to call, for which kernels have no variants of their own."""
+"""Arguments that change from call to call, so that no variant of a kernel depends on them."""
 
 _compiled: dict[Hashable, Any] = {}
 
 
-def run(launch: Launch, tensors: Sequence[Tensor]) -> None:
+def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
     """Launches a kernel on the current stream of the tensors' device.
 
-    Triton looks at each argument of each launch for the variant that was compiled for its like,
-    which can cost the host more time than the GPU needs for a small matmul. So the variant is kept
-    by what it depends on: device, dtypes, and the arguments that do not vary, where all tensors are
-    aligned.
+    Triton looks at each argument of each launch to find the compiled variant, which can cost the
+    host more time than the GPU needs for a small matmul. So the variant is cached by all that it
+    depends on, if all tensors are aligned: the device, the dtypes, and the arguments that do not
+    vary.
 
-    tensors: in the order of the kernel's signature.
+    Args:
+        launch: Kernel, grid and arguments.
+        tensors: By name, one for each of `Launch.tensor_names`, in any order.
     """
-    kernel, arguments = launch.kernel, (*tensors, *launch.arguments.values())
+    kernel, arguments = launch.kernel, launch.in_order(tensors)
+    given = arguments[: len(tensors)]  # every signature begins with the tensors
     varying = [launch.arguments[name] for name in VARYING if name in launch.arguments]
-    fixed = tuple(launch.arguments.values())[len(varying) :]
-    # Triton launches on the current device; that of -1 (the CPU, interpreted) is a no-op.
-    device = tensors[0].get_device()
+    fixed = arguments[len(tensors) + len(varying) :]  # and goes on with those of VARYING
+    # Triton launches on the current device. Device -1 (the CPU, interpreted) is a no-op here.
+    device = given[0].get_device()
     with torch.cuda.device(device):
-        dtypes = tuple(t.dtype for t in tensors)
+        dtypes = tuple(t.dtype for t in given)
         key = (kernel.__name__, device, dtypes, fixed, launch.warps, launch.stages)
-        usual = all(t.data_ptr() % 16 == 0 for t in tensors) and all(v < 2**31 for v in varying)
+        usual = all(t.data_ptr() % 16 == 0 for t in given) and all(v < 2**31 for v in varying)
         variant = _compiled.get(key) if usual else None
         if variant is not None:
             variant[(launch.programs, 1, 1)](*arguments)
@@ -157,7 +172,7 @@ def run(launch: Launch, tensors: Sequence[Tensor]) -> None:
 
 
 def need_triton() -> None:
-    """Refuses, with a RuntimeError, to go on without Triton."""
+    """Raises RuntimeError where Triton is missing."""
     if triton is None:
         raise RuntimeError(
             "this int4 matmul needs Triton, which is not installed; torch's CUDA wheels for Linux "
@@ -166,10 +181,15 @@ def need_triton() -> None:
 
 
 def check_devices(kernel: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses, with a ValueError, tensors that are not on one CUDA device.
+    """Checks that tensors are on one CUDA device.
 
-    kernel: what is to read them; where Triton interprets it, the CPU will do. None if not Triton's.
-    tensors: by name.
+    Args:
+        kernel: The Triton kernel that reads them. If Triton interprets it, they may also be on the
+            CPU. None without Triton.
+        tensors: By name, at least two.
+
+    Raises:
+        ValueError: They are not.
     """
     devices = {t.device for t in tensors.values()}
     runs_here = kernel is not None and interpreted(kernel)
@@ -182,13 +202,19 @@ def check_devices(kernel: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_weight(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> tuple[int, int]:
-    """Refuses, with a ValueError, what is not one or several packed weights.
+    """Checks the buffers of one or several packed weights.
 
-    tiles: int32 ``[..., Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
-    scale_and_zero: bf16 ``[..., Kp/group_size, Np, 2]``, contiguous.
-    group_size: one of 32, 64, 128, 256.
-    n: out features that are meant, at most Np.
-    Returns Np and Kp.
+    Args:
+        tiles: int32 ``[..., Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous.
+        scale_and_zero: bf16 ``[..., Kp/group_size, Np, 2]``, contiguous.
+        group_size: One of 32, 64, 128, 256.
+        n: Out features without padding, at most Np.
+
+    Returns:
+        Np and Kp.
+
+    Raises:
+        ValueError: An argument is not as described.
     """
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, it must be one of {GROUP_SIZES}")
@@ -225,9 +251,15 @@ def check_weight(tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int)
 
 
 def check_x(x: Tensor, k_padded: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> None:
-    """Refuses, with a ValueError, an x that is not contiguous ``[rows, K]``, K at most k_padded.
+    """Checks an activation.
 
-    dtypes: that x may have.
+    Args:
+        x: ``[rows, K]``, contiguous, K at most k_padded.
+        k_padded: Columns of the weights, padding included.
+        dtypes: The dtypes that x may have.
+
+    Raises:
+        ValueError: x is not as described.
     """
     if x.dtype not in dtypes or x.ndim != 2 or x.shape[1] > k_padded or not x.is_contiguous():
         raise ValueError(
@@ -242,10 +274,10 @@ def check_x(x: Tensor, k_padded: int, dtypes: Sequence[torch.dtype] = (torch.bfl
 @jit()
 @no_type_check
 def tile_of(P: tl.constexpr, WARPS: tl.constexpr):
-    """Which of a block's P tiles of 8 rows each row of a load gets: int32 [P].
+    """The tile of 8 weight rows, of a block's P tiles, that each row of a load reads: int32 [P].
 
-    A warp gets two neighbouring tiles, because the tensor cores want 16 neighbouring rows in one
-    warp: the first of each pair in the first WARPS rows, the second in the next WARPS.
+    The tensor cores want 16 neighbouring weight rows in one warp. So each warp reads a pair of
+    neighbouring tiles, the first tile by the first WARPS rows, the second by the next WARPS rows.
     """
     p = tl.arange(0, P)
     return p // (2 * WARPS) * (2 * WARPS) + 2 * (p % WARPS) + p // WARPS % 2
@@ -254,14 +286,14 @@ def tile_of(P: tl.constexpr, WARPS: tl.constexpr):
 @jit()
 @no_type_check
 def as_pairs(params_ptr):
-    """A pointer to scale_and_zero, bf16, as one to int32: scale low, zero high."""
+    """A pointer to scale_and_zero, bf16 pairs, as a pointer to int32: scale low, zero high."""
     return params_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @jit()
 @no_type_check
 def unpack(
-    words,  # int32 [P, BK]: words of P tiles along k
+    words,  # int32 [P, BK]: the words of P tiles along k
     params,  # int32 [P, 8 * GROUPS]: bf16 scale low, bf16 zero high, see `multiply`
     GROUP: tl.constexpr,
     HALF_INNER: tl.constexpr,
@@ -269,13 +301,13 @@ def unpack(
     FAST: tl.constexpr,
     dtype: tl.constexpr,  # bf16 or fp16
 ):
-    """The weights in the words: [8 * P, BK], tiles in their order, not in that of the load."""
+    """The weights in the words: [8 * P, BK], tiles in the order of W, not in that of the load."""
     P: tl.constexpr = words.shape[0]
     BK: tl.constexpr = words.shape[1]
     REPEATS: tl.constexpr = P // (2 * WARPS)
     GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
-    # A word holds 32 neighbouring k, so it has one group. Groups of a step lie in other k tiles
-    # (GT of them) and in other words of one (GJ).
+    # A word lies in 32 neighbouring k, so in one group. The groups of a step are GT sets of k tiles
+    # times GJ sets of words in each k tile.
     TILES: tl.constexpr = BK // (32 * HALF_INNER)
     GT: tl.constexpr = TILES if TILES < GROUPS else GROUPS
     GJ: tl.constexpr = GROUPS // GT
@@ -291,8 +323,8 @@ def unpack(
         zero = ((params >> 16) & 0xFFFF) | (params & -65536)
         scale, _ = tl.broadcast(scale, words)
         zero, _ = tl.broadcast(zero, words)
-        # Pairs of codes become pairs of numbers 128 + code (fp16: 1024 + code or 1024 + 16 * code),
-        # of which one fma and no rounding make code - 8. Compilers do not find these instructions
+        # Pairs of codes become pairs of numbers 128 + code (fp16: 1024 + code or 1024 + 16 * code).
+        # One fma makes code - 8 of them without rounding. Compilers do not find these instructions
         # for two numbers by themselves.
         if dtype == tl.float16:
             a, b, c, d = tl.inline_asm_elementwise(
@@ -367,7 +399,7 @@ def unpack(
             scale = tl.clamp(scale, -65504.0, 65504.0).to(tl.float16).to(tl.float32)
             zero = tl.clamp(zero, -65504.0, 65504.0).to(tl.float16).to(tl.float32)
         w = (code * scale + zero).to(dtype)
-    # now also k // 8 % 4 (2 axes) and k % 2; k % 8 // 2 is lane
+    # Three axes more: k // 8 % 4 (2 axes) and k % 2. The lane is k % 8 // 2.
     w = tl.permute(w, (0, 2, 1, 5, 3, 4, 7, 8, 9, 10, 6, 11))
     return tl.reshape(w, (8 * P, BK))
 
@@ -375,7 +407,7 @@ def unpack(
 @jit()
 @no_type_check
 def _half_params(params):
-    """int32 of bf16 scale low, bf16 zero high, as the same of fp16, at most 65504 in magnitude."""
+    """int32 of bf16 scale low and zero high, as int32 of fp16, clamped to 65504 in magnitude."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 scale, zero, most, least;
@@ -411,7 +443,7 @@ def load_step(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Words and parameters of BK columns from k on, as `unpack` takes them."""
+    """The words and parameters of BK columns from column k on, as `unpack` takes them."""
     GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
     TILES: tl.constexpr = BK // (32 * HALF_INNER)
     GJ: tl.constexpr = GROUPS // TILES if TILES < GROUPS else 1
@@ -432,7 +464,7 @@ def load_step(
 @no_type_check
 def multiply(
     x_ptr,  # bf16 or fp16 [rows, K], the block's first row
-    rows,  # of x from there on
+    rows,  # rows of x from x_ptr on
     K,
     tiles_ptr,  # int32 [n_padded / 8, k_padded], the last axis as `unpack` describes it
     params_ptr,  # int32 [k_padded / GROUP, n_padded], see `as_pairs`
@@ -466,8 +498,8 @@ def multiply(
     there = (tile < n_padded // 8)[:, None]
     tile_row = tiles_ptr + tile.to(tl.int64)[:, None] * k_padded
     param_row = params_ptr + 8 * tile[:, None]
-    # Rows that x lacks are left out where x is small against W. Elsewhere looking at each costs
-    # more than loading the last one again: what becomes of it is not stored.
+    # For few rows, loads of rows beyond x are masked. For many, a mask costs more than loading the
+    # last row again, whose products are not stored.
     FEW: tl.constexpr = BM < 64
     m = tl.arange(0, BM)[None, :]
     m_there = m < rows
@@ -497,10 +529,10 @@ def multiply(
             x = tl.load(x_ptr + k + x_at, mask=m_there & (k + k_column < k_stop), other=0.0)
         w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, dtype)
         acc = tl.dot(w.to(DOT), x.to(DOT), acc)
-        # On Hopper this dot runs asynchronously with w in registers. If nothing but the next dot
-        # needed the sum, Triton (3.6) would start the next step, and overwrite those registers,
-        # while it still runs: seldom, but then wrong. Something that the compiler cannot see
-        # through needs the sum here, so it waits. Neither changes a bit.
+        # On Hopper this dot runs asynchronously and reads w from registers. If nothing but the next
+        # dot needed the sum, Triton (3.6) would start the next step and overwrite these registers
+        # while the dot still runs; results would seldom be wrong, but wrong. An operation on the
+        # sum that the compiler cannot see through makes it wait. Both below leave every bit as is.
         if FAST:
             acc = tl.inline_asm_elementwise(
                 "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1

@@ -1,8 +1,8 @@
-"""Many int4 weights in one launch: every row of x is multiplied by the weight of its expert.
+"""Multiplies every row of x by the int4 weight of its expert, all experts in one launch.
 
-`grouped_mm` takes rows sorted by expert (prefill, and what `torch._grouped_mm` takes), `indexed_mm`
-one expert index a row (decode). Both launch the same Triton kernel and neither waits for the
-device: the grid depends on shapes alone and each program finds its expert in the tensors, so a
+`grouped_mm` takes rows sorted by expert, as `torch._grouped_mm` does (prefill); `indexed_mm` takes
+one expert index for each row (decode). Both launch the same Triton kernel, and neither waits for
+the device: the grid depends on shapes alone and each program finds its expert in the tensors, so a
 captured CUDA graph follows new routing. Only tiles of experts that have rows are read.
 
 The numbers are those of ``aten._weight_int4pack_mm``: a weight is ``(q - 8) * scale + zero``
@@ -50,22 +50,24 @@ __all__ = [
     "shared_of",
 ]
 
-# Few rows: reading W is the bottleneck, so small programs, many of them, with much of W on its way.
-# Many rows: unpacking W is, and then reading x again for each of them, so larger ones.
+# The most rows of an expert, and the blocks for so many. With few rows, reading W is the
+# bottleneck: many small programs load much of W ahead. With many rows, unpacking W is, and reading
+# x again for each program: larger blocks do both less often.
 _BY_ROWS = (
     (16, Blocks(rows=16, features=64, step=256)),
     (32, Blocks(rows=32, features=128, step=256)),
     (64, Blocks(rows=64, features=128)),
     (math.inf, Blocks(rows=128, features=128)),
 )
-# Tensor cores other than Hopper's and B200's read W from registers that it reaches through shared
-# memory. Of that a program has 99 KiB on GPUs of compute capability 8.6, 8.9 and 12.0.
+# Likewise for GPUs of compute capability 8.6, 8.9 and 12.0, where a program has 99 KiB of shared
+# memory, and W passes through it on its way to the tensor cores.
 _IN_LITTLE_SHARED = (
     (16, Blocks(rows=16, features=64, step=256)),
     (32, Blocks(rows=32, features=128)),
     (math.inf, Blocks(rows=64, features=128)),
 )
-#: Bytes of shared memory that are enough for all blocks, an A100's; and those of an H100 or H200.
+#: Bytes of shared memory for one program: of an A100, which is enough for all blocks of `_BY_ROWS`;
+#: and of an H100 or H200.
 _ENOUGH_SHARED, _HOPPERS_SHARED = 163 * 2**10, 227 * 2**10
 
 
@@ -74,16 +76,23 @@ def grouped_mm(
 ) -> Tensor:
     """Multiplies each run of rows by the weight of its expert.
 
-    x: bf16 ``[S, K]``, contiguous, on CUDA.
-    tiles: int32 ``[E, Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous, K <= Kp.
-    scale_and_zero: bf16 ``[E, Kp/group_size, Np, 2]``, contiguous.
-    ends: int32 ``[E]``, contiguous, nondecreasing, on the same device: expert e has the rows from
-        ends[e-1] (0 for the first) up to, not including, ends[e]. Its values are not checked: that
-        would wait for the device. Ends outside 0..S count as 0 and S; where they decrease, y is
-        wrong, but nothing is read or written out of bounds.
-    group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
-    n: out features to compute, at most Np.
-    Returns bf16 ``[S, n]``, contiguous; rows from ends[-1] on are 0.
+    Args:
+        x: bf16 ``[S, K]``, contiguous, on CUDA.
+        tiles: int32 ``[E, Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous, K <= Kp.
+        scale_and_zero: bf16 ``[E, Kp/group_size, Np, 2]``, contiguous.
+        ends: int32 ``[E]``, contiguous, nondecreasing, on the same device: expert e has the rows
+            from ends[e-1] (0 for the first) up to, not including, ends[e]. Its values are not
+            checked: that would wait for the device. Ends outside 0..S count as 0 and S; where they
+            decrease, y is wrong, but nothing is read or written out of bounds.
+        group_size: Neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
+        n: Out features to compute, at most Np.
+
+    Returns:
+        bf16 ``[S, n]``, contiguous; rows from ends[-1] on are 0.
+
+    Raises:
+        ValueError: An argument is not as described.
+        RuntimeError: Triton is missing.
     """
     return _multiplied(x, tiles, scale_and_zero, ends, group_size, n, by_row=False)
 
@@ -93,12 +102,24 @@ def indexed_mm(
 ) -> Tensor:
     """Multiplies each row by the weight of the expert that it names.
 
-    Each row reads its expert's weight again (the L2 cache helps where neighbours name the same
-    one), so this is for few rows: sort many of them and use `grouped_mm`.
+    Each row reads its expert's weight again (the L2 cache helps where neighbouring rows name the
+    same expert). So this is for few rows: sort many rows and use `grouped_mm`.
 
-    experts: int32 or int64 ``[S]``, contiguous, on the same device: the expert of each row. A row
-        with an index outside 0..E-1 reads no weight and comes out as NaN.
-    The others, and what is returned: see `grouped_mm`.
+    Args:
+        x: bf16 ``[S, K]``, contiguous, on CUDA.
+        tiles: int32 ``[E, Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous, K <= Kp.
+        scale_and_zero: bf16 ``[E, Kp/group_size, Np, 2]``, contiguous.
+        experts: int32 or int64 ``[S]``, contiguous, on the same device: the expert of each row. A
+            row with an index outside 0..E-1 reads no weight and becomes NaN.
+        group_size: Neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
+        n: Out features to compute, at most Np.
+
+    Returns:
+        bf16 ``[S, n]``, contiguous.
+
+    Raises:
+        ValueError: An argument is not as described.
+        RuntimeError: Triton is missing.
     """
     return _multiplied(x, tiles, scale_and_zero, experts, group_size, n, by_row=True)
 
@@ -114,19 +135,20 @@ def launch_of(
     shared: int = _HOPPERS_SHARED,
     blocks: Blocks | None = None,
 ) -> Launch:
-    """The launch that multiplies x ``[rows, k]``, but for its tensors.
+    """The launch that multiplies x ``[rows, k]``.
 
-    These are x, tiles, scale_and_zero, where the rows of the experts end or, by row, the expert of
-    each, and y.
+    Its tensors are x_ptr, tiles_ptr, params_ptr (scale_and_zero), experts_ptr (where the rows of
+    each expert end or, by row, the expert of each row) and y_ptr ``[rows, n]``.
 
-    rows: at least 1.
-    k: in features of x.
-    tiles: the shape of the tiles, see `grouped_mm`.
-    group_size: of the weights.
-    n: out features to compute, at least 1.
-    by_row: whether each row names its expert.
-    shared: bytes of shared memory that a program may have, see `shared_of`.
-    blocks: what suits so many rows, unless told.
+    Args:
+        rows: At least 1.
+        k: In features of x.
+        tiles: The shape of the tiles, see `grouped_mm`.
+        group_size: Neighbouring k that share a scale and a zero.
+        n: Out features to compute, at least 1.
+        by_row: Whether each row names its expert.
+        shared: Bytes of shared memory that a program may have, see `shared_of`.
+        blocks: What each program computes; None for the blocks that suit so many rows.
     """
     count, n_tiles, k_tiles, _, half_inner = tiles
     if blocks is None:
@@ -164,10 +186,11 @@ def launch_of(
 
 
 def better_sorted(rows: int, experts: int) -> bool:
-    """Whether so many rows share experts, so that each of these is better read once and not by row.
+    """Whether it is faster to sort the rows by expert and to read each expert once.
 
-    rows: that name their experts.
-    experts: from which they choose.
+    Args:
+        rows: How many rows name an expert.
+        experts: How many experts there are.
     """
     return 2 * rows > experts
 
@@ -175,10 +198,14 @@ def better_sorted(rows: int, experts: int) -> bool:
 def blocks_by_rows(
     experts: int, shared: int = _HOPPERS_SHARED
 ) -> list[tuple[int, int | None, Blocks]]:
-    """First and last number of rows, and the blocks that suit them; the last range has no end.
+    """The ranges of the number of rows that have the same blocks, in order.
 
-    experts: from which rows choose.
-    shared: see `launch_of`.
+    Args:
+        experts: How many experts there are.
+        shared: Bytes of shared memory that a program may have, see `shared_of`.
+
+    Returns:
+        For each range the first number, the last (None for the last range) and the blocks.
     """
     by_rows = _by_rows(shared)
     ends = [int(most * experts) for most, _ in by_rows[:-1]]
@@ -189,7 +216,7 @@ def blocks_by_rows(
 
 @functools.cache
 def shared_of(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have on a device."""
+    """Bytes of shared memory that a program may have on a device; an H200's if it is no GPU."""
     if device.type != "cuda":
         return _HOPPERS_SHARED
     properties: Any = torch.cuda.get_device_properties(device)
@@ -215,25 +242,26 @@ def _multiplied(
     if y.numel():
         shared = shared_of(x.device)
         launch = launch_of(rows, k, tiles.shape, group_size, n, by_row=by_row, shared=shared)
-        run(launch, [x, tiles, scale_and_zero, experts, y])
+        tensors = {"x_ptr": x, "tiles_ptr": tiles, "params_ptr": scale_and_zero}
+        run(launch, tensors | {"experts_ptr": experts, "y_ptr": y})
     return y
 
 
 def _by_rows(shared: int) -> Sequence[tuple[float, Blocks]]:
-    """Of each blocks the most rows of an expert that they suit."""
+    """`_BY_ROWS`, or its like for little shared memory."""
     return _BY_ROWS if shared >= _ENOUGH_SHARED else _IN_LITTLE_SHARED
 
 
 def _blocks(rows: int, experts: int, shared: int = _HOPPERS_SHARED) -> Blocks:
-    """Suits the rows that one expert gets if all get as many."""
+    """The blocks for the rows of one expert, if all experts have equally many."""
     return next(blocks for most, blocks in _by_rows(shared) if rows <= most * experts)
 
 
 def _most_row_blocks(rows: int, experts: int, block: int) -> int:
-    """The most blocks that rows fall into, however they are split.
+    """The most blocks of `block` rows that the rows need, however they fall to the experts.
 
-    The parts are those of the experts and the rows behind them. Each part that is not empty wastes
-    at most ``block - 1`` rows of its last block.
+    Each expert is a part, and so are the rows behind the last end. Each part that is not empty
+    wastes at most ``block - 1`` rows of its last block.
     """
     parts = min(rows, experts + 1)
     return (rows + (block - 1) * parts) // block
@@ -249,9 +277,10 @@ def check(
     *,
     by_row: bool,
 ) -> None:
-    """Refuses, with a ValueError, what `grouped_mm` or, by row, `indexed_mm` does not take.
+    """Checks the arguments of `grouped_mm` or, if by_row, `indexed_mm`, but no devices or values.
 
-    Devices and values are not looked at. The arguments: see there.
+    Raises:
+        ValueError: An argument is not as they describe it.
     """
     if tiles.ndim != 5 or tiles.shape[0] < 1:
         raise ValueError(
@@ -303,7 +332,7 @@ def _experts_kernel(
     block = tl.program_id(0) // feature_blocks
     n_first = (tl.program_id(0) % feature_blocks) * BN
 
-    # Which rows, and whose: rows first..stop-1 of expert; known is whether it is one of the E.
+    # This block computes rows first..stop-1, with the weight of expert; known: there is such one.
     if BY_ROW:
         index = tl.load(experts_ptr + block).to(tl.int64)
         known = (index >= 0) & (index < E)
@@ -311,8 +340,8 @@ def _experts_kernel(
         first = block
         stop = block + 1
     else:
-        # Each expert has its own row blocks, its last one maybe partly empty; number E stands for
-        # the rows behind the last end. Where no expert has this block, stop is 0.
+        # Each expert has its own row blocks, the last one maybe partly empty. Expert E stands for
+        # the rows behind the last end. If no expert has this block, stop is 0.
         e = tl.arange(0, EXPERTS)
         start = tl.load(experts_ptr + e - 1, mask=(e > 0) & (e <= E), other=0)
         end = tl.load(experts_ptr + e, mask=e < E, other=M)

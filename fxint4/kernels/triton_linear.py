@@ -1,21 +1,20 @@
-"""One or several int4 weights: their product with x, and W written out.
+"""Multiplies x by one or several int4 weights, and writes such weights out.
 
 `linears` multiplies x by up to MOST_WEIGHTS weights of the same K, side by side, in one launch that
-reads each where it lies; `linear` is its case of one. It does so in the way that
-`fxint4.kernels.choice.choose` names: a
-Triton or CUDA C++ kernel that unpacks W in registers; `dequantize` and then torch's matmul, where
-rows are so many that unpacking W once for each block of them costs more than writing W out; or
-ATen's op, where Triton is missing. None waits for the device, and all can be captured in CUDA
-graphs. Equal inputs give equal bits: sums are made in a fixed order.
+reads each weight where it lies; `linear` multiplies by one. There are three ways, and
+`fxint4.kernels.select` chooses: a Triton or CUDA C++ kernel that unpacks W in registers; for many
+rows, where unpacking W once for each block of rows costs more than writing W out, `dequantize`
+followed by torch's matmul; or ATen's op, where Triton is missing. None waits for the device, and
+all can be captured in CUDA graphs. Equal inputs give equal bits: sums have a fixed order.
 
-`launch_of` and `dequantize_launch_of` say how the kernels are launched, for compilers that do it
+`launch_of` and `dequantize_launch_of` describe launches for compilers that launch kernels
 themselves.
 
 A weight is ``(q - 8) * scale + zero`` rounded to the dtype of x, see
-`fxint4.kernels.triton_common`;
-products are summed in fp32 and y is rounded to the dtype of x. For bf16 these are the numbers of
-``aten._weight_int4pack_mm``. The CUDA kernel for few rows does not round weights: scale and zero
-are applied to the sum of a group. ``fxint4.quant.tile_layout`` describes the tiles.
+`fxint4.kernels.triton_common`; products are summed in fp32 and y is rounded to the dtype of x. For
+bf16 these are the numbers of ``aten._weight_int4pack_mm``. The CUDA kernel for few rows does not
+round weights: it applies scale and zero to the sum of each group. ``fxint4.quant.tile_layout``
+describes the tiles.
 
 Importing this module works without Triton.
 """
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
 from fxint4.kernels import counters, cuda
-from fxint4.kernels.select import Choice, choose, gpu_of
+from fxint4.kernels.select import Choice, MatmulShape, choose, gpu_of
 from fxint4.kernels.triton_common import (
     VARYING,
     Blocks,
@@ -65,9 +64,10 @@ __all__ = [
 ]
 
 MOST_WEIGHTS = 4
-"""Weights that one launch takes."""
+"""The most weights that one launch takes."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
+_BUFFERS = [f"{kind}{i}_ptr" for i in range(MOST_WEIGHTS) for kind in ("tiles", "params")]
 
 
 def linear(
@@ -78,10 +78,22 @@ def linear(
     n: int,
     choice: Choice | None = None,
 ) -> Tensor:
-    """Multiplies x by the transpose of one weight: see `linears`.
+    """Multiplies x by the transpose of one weight.
 
-    n: out features to compute, at most Np.
-    Returns ``[M, n]`` in the dtype of x, contiguous.
+    Args:
+        x: bf16 or fp16 ``[M, K]``, contiguous, on CUDA.
+        tiles: int32 ``[Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous, K <= Kp.
+        scale_and_zero: bf16 ``[Kp/group_size, Np, 2]``, contiguous.
+        group_size: Neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
+        n: Out features to compute, at most Np.
+        choice: See `linears`.
+
+    Returns:
+        ``[M, n]`` in the dtype of x, contiguous.
+
+    Raises:
+        ValueError: See `linears`.
+        RuntimeError: See `linears`.
     """
     return linears(x, [(tiles, scale_and_zero)], group_size, [n], choice)
 
@@ -96,16 +108,23 @@ def linears(
 ) -> Tensor:
     """Multiplies x by the transposes of 1 to MOST_WEIGHTS weights of the same K.
 
-    x: bf16 or fp16 ``[M, K]``, contiguous, on CUDA.
-    weights: of each its tiles, int32 ``[Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, and
-        its scale_and_zero, bf16 ``[Kp/group_size, Np, 2]``, both contiguous; K <= Kp.
-    group_size: neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
-    ns: out features to compute of each, at most its Np.
-    choice: how, None for what `choose` says; what CUDA kernels can't read is left to others.
-    lasting: whether nothing in the CUDA graph that is captured writes the weights. A CUDA kernel
-        may then read them while the kernel before it still runs.
-    Returns ``[M, sum(ns)]`` in the dtype of x, contiguous, columns in the order of the weights.
-    "aten" casts fp16 to bf16 and y back.
+    Args:
+        x: bf16 or fp16 ``[M, K]``, contiguous, on CUDA. "aten" casts fp16 to bf16 and y back.
+        weights: The tiles, int32 ``[Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, and the
+            scale_and_zero, bf16 ``[Kp/group_size, Np, 2]``, of each; contiguous, K <= Kp.
+        group_size: Neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
+        ns: Out features to compute of each weight, at most its Np.
+        choice: The kernel; None for that of `choose`, which also replaces a CUDA kernel that cannot
+            read x or the weights.
+        lasting: Whether nothing in the CUDA graph that is captured writes the weights. A CUDA
+            kernel may then read them while the kernel before it still runs.
+
+    Returns:
+        ``[M, sum(ns)]`` in the dtype of x, contiguous, columns in the order of the weights.
+
+    Raises:
+        ValueError: An argument is not as described, or the choice does not suit x.
+        RuntimeError: The chosen kernel needs Triton, NVRTC or a GPU that is not there.
     """
     _check(weights, group_size, ns)
     tiles, scale_and_zero = weights[0]
@@ -116,8 +135,9 @@ def linears(
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros((m, n))
     in_cuda = choice is not None and choice.kernel == "cuda"
-    if choice is None or (in_cuda and not cuda.reads(x, buffers_of(weights))):
-        choice = choose(m, n, k, *gpu_of(x.device))
+    if choice is None or (in_cuda and not cuda.reads(x, [*buffers_of(weights).values()])):
+        shape = MatmulShape(m, n, k, group_size, 2 * tiles.shape[-1], x.dtype)
+        choice = choose(shape, gpu_of(x.device))
     if choice.kernel == "aten":
         products = [
             _aten(x.to(torch.bfloat16), *weight, group_size, n).to(x.dtype)
@@ -144,10 +164,20 @@ def dequantize(
 ) -> Tensor:
     """Writes the first n rows and k columns of one weight out.
 
-    tiles, scale_and_zero, group_size: see `linears`.
-    n, k: at most Np and Kp; k None is Kp.
-    dtype: bf16 or fp16.
-    Returns ``[n, k]``, contiguous.
+    Args:
+        tiles: int32 ``[Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``, contiguous, on CUDA.
+        scale_and_zero: bf16 ``[Kp/group_size, Np, 2]``, contiguous.
+        group_size: Neighbouring k that share a scale and a zero, one of 32, 64, 128, 256.
+        n: Rows, at most Np.
+        k: Columns, at most Kp; None for Kp.
+        dtype: bf16 or fp16.
+
+    Returns:
+        ``[n, k]`` in that dtype, contiguous.
+
+    Raises:
+        ValueError: An argument is not as described.
+        RuntimeError: Triton is missing.
     """
     weights = [(tiles, scale_and_zero)]
     _check(weights, group_size, [n])
@@ -170,22 +200,33 @@ def launch_of(
     blocks: Blocks,
     reduce: bool,
 ) -> Launch:
-    """How the Triton kernel is launched; the device is not asked.
+    """The launch of the Triton kernel; no device is asked.
 
-    Its tensors are x_ptr ``[m, k]``, tiles0_ptr, params0_ptr to tiles3_ptr, params3_ptr (the
-    weights' tiles and scale_and_zero; the first one's where there are fewer), y_ptr ``[m, N]``,
-    partial_ptr and counters_ptr. N is the sum of the n. Those that are not used may be any tensors.
+    Its tensors are x_ptr ``[m, k]``, those of `buffers_of`, y_ptr ``[m, N]``, partial_ptr and
+    counters_ptr, where N is the sum of the n. Tensors that are not used may be any.
 
-    m: rows, perhaps a symbol: `programs` and the arguments in VARYING depend on it.
-    k: columns of x, at most k_padded.
-    weights: of each n, the out features to compute, and n_padded, those that it has.
-    half_inner: inner_k_tiles / 2.
-    dtype: of x and y, bf16 or fp16.
-    reduce: with several splits, whether the last program of each block sums what the others left
-        in partial_ptr, fp32 ``[split blocks, splits, rows, features]``, and writes y; for that
-        counters_ptr has an int32 zero for each split block, and the launch leaves zeros there. Else
-        partial_ptr, fp32 ``[splits, m, N]``, is the result, to be summed along the first axis, and
-        `Blocks.rest_splits` does not count. With one split the kernel writes y.
+    With one split the kernel writes y. With several splits:
+
+    - If reduce, each program of a split block leaves its sum in partial_ptr, fp32
+      ``[split blocks, splits, rows, features]``, and the last program adds them and writes y.
+      counters_ptr, int32 ``[split blocks]``, must hold zeros; the launch leaves zeros there.
+    - If not, the result is partial_ptr, fp32 ``[splits, m, N]``, for the caller to sum along the
+      first axis, and `Blocks.rest_splits` does not count.
+
+    Args:
+        m: Rows of x. `programs` and the arguments in VARYING depend on it.
+        k: Columns of x, at most k_padded.
+        weights: For each weight n, the out features to compute, and n_padded, all that it has.
+        k_padded: Columns of the weights.
+        group_size: Neighbouring k that share a scale and a zero.
+        half_inner: inner_k_tiles / 2.
+        dtype: Of x and y, bf16 or fp16.
+        blocks: What each program computes.
+        reduce: Whether the kernel itself adds partial sums.
+
+    Raises:
+        ValueError: The dtype is another.
+        RuntimeError: Triton is missing.
     """
     need_triton()
     if dtype not in _DTYPES:
@@ -232,10 +273,10 @@ def dequantize_launch_of(
     half_inner: int,
     dtype: torch.dtype,
 ) -> Launch:
-    """How the kernel that writes weights out is launched.
+    """The launch of the kernel that writes weights out.
 
-    Its tensors are tiles0_ptr, params0_ptr to tiles3_ptr, params3_ptr and w_ptr ``[N, k]``, the
-    weights one below the other. See `launch_of`.
+    Its tensors are those of `buffers_of` and w_ptr ``[N, k]``, the weights one below the other. The
+    arguments and the errors are those of `launch_of`.
     """
     need_triton()
     if dtype not in _DTYPES:
@@ -275,37 +316,41 @@ def _sizes_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
     }
 
 
-def buffers_of(weights: Sequence[tuple[Any, Any]]) -> list[Any]:
-    """What kernels take for weights: of each tiles and scale_and_zero, as often as they have room.
+def buffers_of(weights: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """The weights as the kernels' arguments tiles0_ptr, params0_ptr, ... params3_ptr, by name.
 
-    Those that lack are the first one's.
+    Args:
+        weights: Tiles and scale_and_zero of 1 to MOST_WEIGHTS weights. If they are fewer, the first
+            one takes the places that are left.
     """
     rest = [weights[0]] * (MOST_WEIGHTS - len(weights))
-    return [buffer for weight in (*weights, *rest) for buffer in weight]
+    every = [buffer for weight in (*weights, *rest) for buffer in weight]
+    return dict(zip(_BUFFERS, every, strict=True))
 
 
 def sizes_of(
     tiles: Sequence[Sequence[int]], ns: Sequence[int]
 ) -> tuple[list[tuple[int, int]], int, int]:
-    """Of each weight n and n_padded, and what they share: k_padded and half_inner.
+    """The sizes that `launch_of` takes: n and n_padded of each weight; k_padded; half_inner.
 
-    tiles: their shapes.
-    ns: out features to compute of each.
+    Args:
+        tiles: The shapes of the weights' tiles.
+        ns: Out features to compute of each weight.
     """
     sizes = [(n, 8 * n_tiles) for (n_tiles, *_), n in zip(tiles, ns, strict=True)]
     return sizes, _k_padded(tiles[0]), tiles[0][3]
 
 
 def _k_padded(tiles: Sequence[int]) -> int:
-    """Of the shape of tiles."""
+    """Columns of a weight, by the shape of its tiles."""
     return 32 * tiles[1] * tiles[3]
 
 
 def shared_programs(launch: Launch) -> Any:
-    """How many programs of a launch leave partial sums that the last of each block adds.
+    """How many programs of a launch leave partial sums that the last program of each block adds.
 
-    For each there is fp32 ``[rows, features]`` in partial_ptr, and for the splits of one block a
-    counter in counters_ptr; see `launch_of`.
+    Each needs fp32 ``[rows, features]`` in partial_ptr, and each ``splits`` of them a counter in
+    counters_ptr; see `launch_of`.
     """
     adds = launch.arguments["REDUCE"] and launch.arguments["SPLITS"] > 1
     return launch.programs - launch.arguments["whole"] if adds else 0
@@ -322,12 +367,13 @@ def _multiply(
     (m, k), n = x.shape, sum(ns)
     launch = launch_of(m, k, sizes, k_padded, group_size, half_inner, x.dtype, blocks, reduce=True)
     y = x.new_empty((m, n))
-    partial = counted = y  # not used
+    partial = counted = y  # a stand-in where the launch uses none
     shared = shared_programs(launch)
     if shared:
         partial = x.new_empty(shared * blocks.rows * blocks.features, dtype=torch.float32)
         counted = counters.zeroed(shared // int(launch.arguments["SPLITS"]), x)
-    run(launch, [x, *buffers_of(weights), y, partial, counted])
+    tensors = {"x_ptr": x, "y_ptr": y, "partial_ptr": partial, "counters_ptr": counted}
+    run(launch, buffers_of(weights) | tensors)
     return y
 
 
@@ -346,7 +392,7 @@ def _multiply_in_cuda(
     kernel = cuda.kernel(blocks, group_size, half_inner, len(weights), x.dtype, x.device)
     y = x.new_empty((m, n))
     counts = list(_sizes_arguments(sizes).values())
-    arguments = blocks.arguments(x, buffers_of(weights), y, counts, k_padded)
+    arguments = blocks.arguments(x, [*buffers_of(weights).values()], y, counts, k_padded)
     kernel.launch(blocks.programs(m, ns), arguments, dependent=lasting)
     return y
 
@@ -362,7 +408,7 @@ def _dequantize(
     launch = dequantize_launch_of(k, sizes, k_padded, group_size, half_inner, dtype)
     w = weights[0][1].new_empty((sum(ns), k), dtype=dtype)
     if w.numel():
-        run(launch, [*buffers_of(weights), w])
+        run(launch, buffers_of(weights) | {"w_ptr": w})
     return w
 
 
@@ -371,7 +417,7 @@ def _aten(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: 
     k_padded = groups * group_size
     if x.shape[1] < k_padded:
         x = F.pad(x, (0, k_padded - x.shape[1]))
-    # The op counts the elements of x and y in 32 bits.
+    # The op counts the elements of x and y in 32 bits, so a call takes fewer.
     most = (2**31 - 1) // max(k_padded, n_padded)
     parts = [x[start : start + most] for start in range(0, len(x), most)]
     products = [aten._weight_int4pack_mm(p, tiles, group_size, scale_and_zero) for p in parts]
@@ -398,7 +444,7 @@ def _check(weights: Sequence[tuple[Tensor, Tensor]], group_size: int, ns: Sequen
 
 
 def _further(weights: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The buffers of all weights but the first, by name."""
+    """The buffers of all weights but the first, by the names that errors call them."""
     kinds = ("tiles", "scale_and_zero")
     return {
         f"{kind}[{i}]": buffer
@@ -433,13 +479,14 @@ def _weight_of(
     WEIGHTS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The weight that a block of BN out features lies in, and where.
+    """Finds the weight that a block of BN out features belongs to.
 
-    Returns its tiles, its parameters (see `as_pairs`), its n and n_padded, its first feature among
-    those of all weights, and that of the block among its own.
+    Returns:
+        Its tiles, its parameters (see `as_pairs`), its n and n_padded, the column of y where the
+        weight begins, and the block's first feature within the weight.
     """
     tiles_ptr, params_ptr, n, n_padded = tiles0_ptr, params0_ptr, n0, n_padded0
-    first, column = 0, 0  # block and feature that the weight starts with
+    first, column = 0, 0  # the first block and the first column of y of the weight
     if WEIGHTS > 1:
         first1 = tl.cdiv(n0, BN)
         here = block >= first1
@@ -475,7 +522,7 @@ def _kernel_of_linear(
     params2_ptr,
     tiles3_ptr,
     params3_ptr,
-    y_ptr,  # [M, N], where partial_ptr is not the result; N is the sum of the n
+    y_ptr,  # [M, N], unless partial_ptr is the result; N is the sum of the n
     partial_ptr,  # fp32 [split blocks, SPLITS, BM, BN] if REDUCE, else [SPLITS, M, N]; SPLITS > 1
     counters_ptr,  # int32 [split blocks], zeros, where SPLITS > 1 and REDUCE
     M,
@@ -507,7 +554,7 @@ def _kernel_of_linear(
     INTERPRETED: tl.constexpr,
 ):
     """y[block].T = W[block] @ x[block].T."""
-    # Neighbours read the same part of W, or the same rows of it.
+    # Neighbouring programs read the same part of W, or the same rows of it.
     program = tl.program_id(0)
     shared = program - whole
     is_whole = (SPLITS == 1) | (shared < 0)
@@ -571,17 +618,17 @@ def _kernel_of_linear(
     else:
         sums_ptr = partial_ptr + (shared - split).to(tl.int64) * (BM * BN)
         tl.store(sums_ptr + split * (BM * BN) + _in_block(0, BM, BN), acc, mask=there)
-        tl.debug_barrier()  # every thread's part is stored before one thread says so
+        tl.debug_barrier()  # all threads have stored before one of them counts
         counter_ptr = counters_ptr + shared // SPLITS
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLITS - 1:
             tl.debug_barrier()
-            # All at once would take more registers than the product, and slow that down.
+            # To add all rows at once would take more registers than the product and slow it down.
             ROWS: tl.constexpr = min(BM, 64 if SPLITS == 2 else 32 if SPLITS <= 4 else 16)
             for first in range(0, BM, ROWS):
                 part, of_it = _block_of_y(m_first + first, n_first, M, N, n, column, ROWS, BN)
                 total = tl.zeros((BN, ROWS), dtype=tl.float32)
                 for i in tl.static_range(SPLITS):
-                    # Past the L1 cache, which knows nothing of the other programs.
+                    # Past the L1 cache, which does not see what other programs store.
                     total += tl.load(
                         sums_ptr + i * (BM * BN) + _in_block(first, ROWS, BN),
                         mask=of_it,
@@ -595,7 +642,7 @@ def _kernel_of_linear(
 @jit()
 @no_type_check
 def _in_block(m_first, ROWS: tl.constexpr, FEATURES: tl.constexpr):
-    """Where in a block ``[rows, FEATURES]`` some of its rows lie: [FEATURES, ROWS]."""
+    """Offsets of ROWS rows, from m_first on, in a block ``[rows, FEATURES]``: [FEATURES, ROWS]."""
     m = m_first + tl.arange(0, ROWS)[None, :]
     return m * FEATURES + tl.arange(0, FEATURES)[:, None]
 
@@ -603,9 +650,9 @@ def _in_block(m_first, ROWS: tl.constexpr, FEATURES: tl.constexpr):
 @jit()
 @no_type_check
 def _block_of_y(m_first, n_first, M, N, n, column, ROWS: tl.constexpr, FEATURES: tl.constexpr):
-    """Where in y ``[M, N]`` a block lies, and whether it is there: [FEATURES, ROWS].
+    """Offsets of a block in y ``[M, N]``, and which of them exist: both [FEATURES, ROWS].
 
-    n_first and n count from the feature that the weight starts with, which is N's `column`.
+    n_first and n count from the weight's first feature, which is column `column` of y.
     """
     m = m_first + tl.arange(0, ROWS)[None, :]
     n_row = n_first + tl.arange(0, FEATURES)[:, None]

@@ -1,18 +1,18 @@
-"""What Inductor makes of int4 matmuls on a GPU, in force only inside our compile.
+"""Lowers int4 matmuls on a GPU to Inductor's code. The lowerings hold only inside our compile.
 
-A number of rows that is known decides the kernel while the graph is compiled. Triton's and cuBLAS's
-are launched by Inductor like its own. Where the sum over K is split among programs, these leave
-partial sums, and adding them is Inductor's: in one kernel with the bias, the activation, the
-residual or the norm that follows. A CUDA C++ kernel is launched by `fxint4.linears`, which is told
-its sizes. A number of rows that varies decides at run time, in the same op: one compiled graph
-serves every M, and a CUDA graph holds the kernel of the M that it was captured with. A package,
-which runs without Python, has what the same choice names for any M, W written out and cuBLAS
-included: each run launches the kernels of other M with no programs, and takes no memory for W.
+If the number of rows M is known, the kernel is chosen while the graph is compiled. Inductor
+launches Triton kernels and cuBLAS itself. If the sum over K is split among programs, they leave
+partial sums, and Inductor adds these in one kernel with the bias, the activation, the residual or
+the norm that follows. `fxint4.linears` launches CUDA C++ kernels, whose sizes the code passes.
+
+If M varies, the same op chooses at run time: one compiled graph serves every M, and a CUDA graph
+holds the kernel of the M that it was captured with. A package, which runs without Python, contains
+the kernels of every M, also dequantizing with cuBLAS: each run launches the kernels of other M with
+no programs, and takes no memory for W.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from torch import fx
 
 from fxint4._pytorch import inductor
 from fxint4._pytorch.tensors import aten
-from fxint4.kernels import cuda, nvrtc, select, triton_common, triton_experts, triton_linear
-from fxint4.kernels import policy as policies
+from fxint4.kernels import nvrtc, triton_common, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
 from fxint4.kernels.policy import Policy
-from fxint4.kernels.select import Choice, by_m
-from fxint4.kernels.triton_common import Blocks, Launch, version_of
+from fxint4.kernels.select import Choice, MatmulShape, by_m
+from fxint4.kernels.source_version import source_version
+from fxint4.kernels.triton_common import Blocks, Launch
 from fxint4.lowering import experts
 
 __all__ = ["compile_graph", "our_lowerings"]
@@ -37,34 +37,36 @@ __all__ = ["compile_graph", "our_lowerings"]
 def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy, **kwargs: Any
 ) -> Callable[[list[Any]], Sequence[Any]]:
-    """Compile an aten graph with Inductor. The result takes a list that it empties.
+    """Compile an aten graph with Inductor.
 
     Args:
-        gm: the graph.
-        example_inputs: its inputs.
-        policy: which kernels to choose.
-        **kwargs: for Inductor.
+        gm: The graph.
+        example_inputs: Its inputs.
+        policy: How to choose kernels.
+        **kwargs: For Inductor's compile_fx_inner.
+
+    Returns:
+        The compiled graph, which takes its inputs as a list and empties that list.
     """
     with our_lowerings(policy):
         return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 
 
 def our_lowerings(policy: Policy) -> AbstractContextManager[None]:
-    """A while in which whatever Inductor compiles is our_lowerings as ours is.
+    """A context in which Inductor lowers int4 matmuls by the functions of this module.
 
     Args:
-        policy: which kernels to choose.
+        policy: How to choose kernels.
     """
-    # All that has a say in what is made of a graph.
-    modules = (sys.modules[__name__], experts, inductor, policies, select)
-    version = version_of(*modules, triton_common, triton_linear, triton_experts, cuda)
+    # These packages hold all code that decides how a graph is lowered.
+    version = source_version("fxint4.kernels", "fxint4.lowering", "fxint4._pytorch")
     return inductor.lowerings_overridden(
         _lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}"
     )
 
 
 def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
-    """For each op of ours the function that lowers it."""
+    """The function that lowers each op of int4 matmuls."""
 
     def int4pack_mm(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:
         n = int(scale_and_zero.get_size()[1])
@@ -88,14 +90,16 @@ def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
 
 @dataclass(frozen=True)
 class _Matmul:
-    """Rows x [M, K] times weights of the same K, side by side: [M, sum(n)].
+    """x ``[M, K]`` times weights of the same K, side by side: ``[M, sum(n)]``.
+
+    Tensors here are values of Inductor's IR.
 
     Attributes:
-        x: bf16 or fp16, one of Inductor's values like all tensors here.
-        tiles: of each weight.
-        scale_and_zero: of each weight.
-        group_size: of all weights.
-        n: out features of each weight.
+        x: bf16 or fp16 ``[M, K]``.
+        tiles: int32 ``[Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]`` of each weight.
+        scale_and_zero: bf16 ``[Kp/group_size, Np, 2]`` of each weight.
+        group_size: Neighbouring k that share a scale and a zero.
+        n: Out features of each weight, at most its Np.
     """
 
     x: Any
@@ -110,7 +114,7 @@ class _Matmul:
         return int(self.x.get_size()[1])
 
     def lower(self, policy: Policy) -> Any:
-        """The product."""
+        """The product by the kernel that the policy chooses."""
         m = inductor.static(self.x.get_size()[0])
         if triton_common.triton is None or self.x.get_device().type != "cuda" or m == 0:
             return self.chosen_at_run_time(policy.cuda_graphs, policy.kernel)
@@ -129,16 +133,24 @@ class _Matmul:
         return self.by_aten() if kernel == "aten" else self.multiplied_for_any_m(policy)
 
     def choice(self, m: int, policy: Policy) -> Choice:
-        """That of the policy for a number of rows."""
-        dtype, device = self.x.get_dtype(), self.x.get_device()
+        """The policy's choice for m rows."""
         _, _, half_inner = self._sizes
-        return policy.choose(m, sum(self.n), self.k, self.group_size, half_inner, dtype, device)
+        shape = MatmulShape(
+            m, sum(self.n), self.k, self.group_size, 2 * half_inner, self.x.get_dtype()
+        )
+        return policy.choose(shape, self.x.get_device())
 
     def chosen_at_run_time(
         self, replayed: bool, kernel: str | None, sizes: Sequence[int] = ()
     ) -> Any:
-        """The product by the op that chooses when it is called, or by this CUDA kernel."""
-        given = all(map(inductor.is_graph_input, (*self.tiles, *self.scale_and_zero)))
+        """The product by `fxint4.linears`, which chooses when it is called.
+
+        Args:
+            replayed: Whether kernels are replayed from a CUDA graph.
+            kernel: The user's option; with sizes, the name of a CUDA kernel.
+            sizes: Those of its blocks, see `fxint4.kernels.cuda.CudaBlocks.of`.
+        """
+        lasting = all(map(inductor.is_graph_input, (*self.tiles, *self.scale_and_zero)))
         return inductor.call_fallback(
             torch.ops.fxint4.linears.default,
             self.x,
@@ -149,11 +161,11 @@ class _Matmul:
             replayed,
             kernel,
             list(sizes),
-            replayed and given,
+            replayed and lasting,
         )
 
     def by_aten(self) -> Any:
-        """The product by ATen's op, once for each weight; it counts elements in 32 bits."""
+        """The product by ATen's op, one call for each weight; it counts elements in 32 bits."""
         weights, k_padded, _ = self._sizes
         x = inductor.to_dtype(torch.bfloat16, self.x)
         if k_padded > self.k:
@@ -167,12 +179,12 @@ class _Matmul:
         return inductor.to_dtype(self.x.get_dtype(), y)
 
     def dequantized(self) -> Any:
-        """The product by W written out, and Inductor's matmul."""
+        """The product by Inductor's matmul, after W is written out."""
         w = inductor.call(aten.permute.default, self._written_out(), [1, 0])
         return inductor.call(aten.mm.default, self.x, w)
 
     def multiplied(self, blocks: Blocks) -> Any:
-        """The product by the Triton kernel, and the sum of what its splits leave."""
+        """The product by the Triton kernel, plus the sum of its splits, for an M that is known."""
         x, n, splits = inductor.contiguous(self.x), sum(self.n), blocks.splits
         m = int(x.get_size()[0])
         if splits == 1:
@@ -181,7 +193,7 @@ class _Matmul:
             return y
         partial = inductor.empty([splits, m, n], x, torch.float32)
         self._launch(self._launch_of(m, blocks, reduce=False), {"x": x, "partial": partial})
-        # Not a reduction, which would keep what follows from being fused with it.
+        # Additions, because Inductor would not fuse the operations that follow with a reduction.
         y = inductor.call(aten.select.int, partial, 0, 0)
         for split in range(1, splits):
             part = inductor.call(aten.select.int, partial, 0, split)
@@ -189,10 +201,12 @@ class _Matmul:
         return inductor.to_dtype(x.get_dtype(), y)
 
     def multiplied_for_any_m(self, policy: Policy) -> Any:
-        """The product by the kernel that the M of each run asks for.
+        """The product in a package, by the kernel that is chosen for the M of each run.
 
-        Every run comes by all that active are, and launches those for another M with no programs.
-        The sum of splits is the Triton kernel's: it has to end in y like all else.
+        The generated code has no branches, but it skips a launch whose grid is empty. So every run
+        reaches the launches for all ranges of M, and their grids are multiplied by `active`: 1 in
+        the range that M is in, 0 in all others. The Triton kernel itself adds its splits, because
+        every range has to end with y.
         """
         x, n = inductor.contiguous(self.x), sum(self.n)
         rows = x.get_size()[0]
@@ -203,16 +217,17 @@ class _Matmul:
                 w = inductor.call(aten.permute.default, self._written_out(active), [1, 0])
                 inductor.matmul_into(y, x, w, active)
             else:
-                # Of all blocks, or of those that are left when all programs had one.
+                # The most split blocks: those of a partial wave, or all blocks of the last M.
                 split = blocks.at_once or (last and self._count(last, blocks))
                 self._launch_into(y, x, self._launch_of_rows(rows, active, blocks), split)
         return y
 
     def _count(self, m: int, blocks: Blocks) -> int:
+        """Blocks of y for m rows."""
         return -(-m // blocks.rows) * sum(-(-n // blocks.features) for n in self.n)
 
     def _launch_of_rows(self, rows: Any, active: Any, blocks: Blocks) -> Launch:
-        """See `launch_of`; of a number of rows that varies, in the runs where `active` is 1."""
+        """The launch for a number of rows that varies; no programs where `active` is 0."""
         launch = self._launch_of(1, blocks, reduce=True)
         row_blocks = inductor.ceil_div(rows, blocks.rows)
         count, whole = active * row_blocks * self._count(1, blocks), 0
@@ -225,7 +240,7 @@ class _Matmul:
         )
 
     def _written_out(self, active: Any = 1) -> Any:
-        """W ``[sum(n), K]``; with no rows in the runs where `active` is 0."""
+        """W in x's dtype, ``[active * sum(n), K]``: no rows where `active` is 0."""
         weights, k_padded, half_inner = self._sizes
         dtype = self.x.get_dtype()
         w = inductor.empty([active * sum(self.n), self.k], self.x, dtype)
@@ -250,13 +265,13 @@ class _Matmul:
         )
 
     def _launch_into(self, y: Any, x: Any, launch: Launch, split: int | None = None) -> None:
-        """A launch that writes y.
+        """Launches the Triton kernel so that it writes y.
 
         Args:
-            y: the product.
-            x: in memory.
-            launch: of the kernel.
-            split: blocks that it splits at most, where their number varies.
+            y: ``[M, sum(n)]``.
+            x: ``[M, K]``, contiguous.
+            launch: The launch, with reduce.
+            split: The most blocks that are split; None if `launch` tells their number.
         """
         tensors = {"x": x, "y": y}
         shared = triton_linear.shared_programs(launch)
@@ -270,17 +285,20 @@ class _Matmul:
 
     @property
     def _sizes(self) -> tuple[list[tuple[int, int]], int, int]:
-        """See `fxint4.kernels.triton_linear.sizes_of`."""
+        """The n and n_padded of each weight, k_padded and half_inner."""
         return triton_linear.sizes_of([list(map(int, t.get_size())) for t in self.tiles], self.n)
 
     def _launch(self, launch: Launch, tensors: Mapping[str, Any]) -> None:
-        """Any launch; of the tensors that the kernel takes, all but x are written."""
-        names = [name for name in launch.kernel.arg_names if name.endswith("_ptr")]
+        """Launches any of the kernels.
+
+        Args:
+            launch: Kernel, grid and arguments.
+            tensors: x and the tensors that the kernel writes, by the names of its arguments without
+                "_ptr". Tensors that it does not use may be missing.
+        """
         named = {f"{name}_ptr": value for name, value in tensors.items()}
-        weights = list(zip(self.tiles, self.scale_and_zero, strict=True))
-        of_weights = [name for name in names if name.startswith(("tiles", "params"))]
-        buffers = dict(zip(of_weights, triton_linear.buffers_of(weights), strict=True))
-        unused = dict.fromkeys(names, self.scale_and_zero[0])
+        buffers = triton_linear.buffers_of(list(zip(self.tiles, self.scale_and_zero, strict=True)))
+        unused = dict.fromkeys(launch.tensor_names(), self.scale_and_zero[0])
         inductor.launch_triton(
             launch.kernel,
             launch.programs,

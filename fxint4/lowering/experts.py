@@ -1,9 +1,9 @@
-"""What Inductor makes of experts' int4 matmuls in a package for a GPU.
+"""Lowers the int4 matmuls of experts for packages on a GPU.
 
-The ops of experts need fxint4 and Python where they run, and a package has neither. What they do is
-Inductor's there: it casts, and orders the rows where each names its expert, and launches the Triton
-kernel as it launches its own. Where the number of rows varies, every run launches the kernel in all
-blocks that there are, with no programs where that number asks for others.
+The ops of experts need fxint4 and Python where they run, and a package has neither. So Inductor
+generates their code in a package: it casts, sorts the rows if each row names its expert, and
+launches the Triton kernel like its own. If the number of rows varies, every run reaches a launch
+for each size of blocks, and all but the one that suits the number have no programs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["lowerings", "package_fault"]
 
 
 def package_fault(device: torch.device) -> str | None:
-    """Why a package for a device can't multiply by packed experts, or None where it can."""
+    """Why a package for a device cannot multiply by packed experts; None if it can."""
     if device.type != "cuda":
         return f"a package for {device.type} has no kernel for packed experts"
     if triton_common.triton is None:
@@ -34,7 +34,7 @@ def package_fault(device: torch.device) -> str | None:
 
 
 def lowerings() -> Mapping[Any, Callable[..., Any]]:
-    """For each op of experts the function that lowers it."""
+    """The function that lowers each op of experts."""
     ours = torch.ops.fxint4
     multiply: dict[Any, Callable[..., Any]] = {
         ours.bmm.default: _bmm,
@@ -45,14 +45,13 @@ def lowerings() -> Mapping[Any, Callable[..., Any]]:
 
 
 def _lower(op: Any, multiply: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The op as launches in a package, and elsewhere as it is."""
+    """The op as launches in a package for a GPU, and as a call elsewhere."""
     if inductor.is_aot() and package_fault(x.get_device()) is None:
         return multiply(x, *args, **kwargs)
     return inductor.call_fallback(op, x, *args, **kwargs)
 
 
-# Below, tensors are Inductor's values, of the shapes and dtypes that `fxint4.weights.ops`
-# describes.
+# Below, tensors are values of Inductor's IR. `fxint4.weights.ops` describes shapes and dtypes.
 
 
 def _bmm(x: Any, tiles: Any, scale_and_zero: Any, group_size: int, n: int) -> Any:
@@ -75,7 +74,7 @@ def _indexed_mm(x: Any, tiles: Any, scale_and_zero: Any, ids: Any, group_size: i
     known = inductor.static(rows)
     if known is not None and not triton_experts.better_sorted(known, count):
         return _multiplied(x, tiles, scale_and_zero, ids, group_size, n, by_row=True)
-    # Inductor's own lowering of it may take the number of rows for a small one.
+    # Inductor's own lowering of sort may assume that the number of rows is small.
     ordered, order = inductor.call_fallback(aten.sort.default, ids)
     each = _numbers(0, count, ids.get_dtype(), ids.get_device())
     ends = inductor.call(aten.searchsorted.Tensor, ordered, each, out_int32=True, right=True)
@@ -88,26 +87,27 @@ def _indexed_mm(x: Any, tiles: Any, scale_and_zero: Any, ids: Any, group_size: i
 def _multiplied(
     x: Any, tiles: Any, scale_and_zero: Any, of_experts: Any, group_size: int, n: int, by_row: bool
 ) -> Any:
-    """The product of ``[S, K]``: ``[S, n]``, in x's dtype.
+    """Each row of x times the weight of its expert: ``[S, n]``, in the dtype of x.
 
     Args:
-        x: of any float dtype.
-        tiles: of each expert.
-        scale_and_zero: of each expert.
-        of_experts: where the rows of each end, int32, or by row the expert of each.
-        group_size: of all weights.
-        n: out features of each.
-        by_row: whether each row names its expert.
+        x: ``[S, K]``, of any float dtype.
+        tiles: int32 ``[E, Np/8, Kp/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
+        scale_and_zero: bf16 ``[E, Kp/group_size, Np, 2]``.
+        of_experts: int32 ``[E]``, where the rows of each expert end; by row, int32 or int64
+            ``[S]``, the expert of each row.
+        group_size: Neighbouring k that share a scale and a zero.
+        n: Out features of each expert.
+        by_row: Whether each row names its expert.
     """
     dtype = x.get_dtype()
     x = inductor.to_dtype(torch.bfloat16, x)
     rows, k = x.get_size()
-    given = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero, "experts": of_experts}
-    shapes = {name: _without_numbers(value) for name, value in given.items()}
-    triton_experts.check(**shapes, group_size=group_size, n=n, by_row=by_row)
+    values = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero, "experts": of_experts}
+    metas = {name: _meta(value) for name, value in values.items()}
+    triton_experts.check(**metas, group_size=group_size, n=n, by_row=by_row)
     y = inductor.empty([rows, n], x, torch.bfloat16)
     pointers = ("x_ptr", "tiles_ptr", "params_ptr", "experts_ptr")
-    tensors = dict(zip(pointers, map(inductor.contiguous, given.values()), strict=True))
+    tensors = dict(zip(pointers, map(inductor.contiguous, values.values()), strict=True))
     sizes, shared = [*map(int, tiles.get_size())], triton_experts.shared_of(x.get_device())
     for launch in _launches(rows, int(k), sizes, group_size, n, by_row, shared):
         inductor.launch_triton(
@@ -125,16 +125,16 @@ def _multiplied(
 def _launches(
     rows: Any, k: int, tiles: list[int], group_size: int, n: int, by_row: bool, shared: int
 ) -> Iterator[Launch]:
-    """What multiplies a number of rows, at most one launch of which has programs.
+    """The launches for a number of rows; at run time at most one of them has programs.
 
     Args:
-        rows: a size of Inductor's; by row it is known.
-        k: in features of x.
-        tiles: their shape.
-        group_size: see `_multiplied`.
-        n: see `_multiplied`.
-        by_row: see `_multiplied`.
-        shared: see `fxint4.kernels.triton_experts.launch_of`.
+        rows: A size of Inductor's; a number if by_row.
+        k: In features of x.
+        tiles: The shape of the tiles.
+        group_size: Neighbouring k that share a scale and a zero.
+        n: Out features of each expert.
+        by_row: Whether each row names its expert.
+        shared: Bytes of shared memory that a program may have.
     """
     known = inductor.static(rows)
     if known is not None:
@@ -147,27 +147,27 @@ def _launches(
     for first, last, blocks in triton_experts.blocks_by_rows(tiles[0], shared):
         launch = triton_experts.launch_of(1, k, tiles, group_size, n, by_row=False, blocks=blocks)
         row_blocks = inductor.floor_div(rows + (blocks.rows - 1) * parts, blocks.rows)
-        there = inductor.indicator(rows, first, last)
+        active = inductor.indicator(rows, first, last)
         yield replace(
             launch,
-            programs=there * row_blocks * launch.programs,  # of one block of rows
+            programs=active * row_blocks * launch.programs,  # launch has those of one row block
             arguments={**launch.arguments, "M": rows},
         )
 
 
 def _numbers(start: int, count: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """Neighbouring integers."""
-    told = {"step": 1, "dtype": dtype, "device": device, "requires_grad": False}
-    return inductor.call(torch.ops.prims.iota.default, count, start=start, **told)
+    """The integers start, start + 1, ...: ``[count]``."""
+    options = {"step": 1, "dtype": dtype, "device": device, "requires_grad": False}
+    return inductor.call(torch.ops.prims.iota.default, count, start=start, **options)
 
 
 def _at_most(size: Any, most: int) -> Any:
-    """The smaller one of a size and a number."""
+    """The minimum of a size and a number."""
     return size - (size - most) * inductor.indicator(size, most, None)
 
 
-def _without_numbers(value: Any) -> Tensor:
-    """A tensor of a value's shape and dtype; sizes that vary are 1."""
+def _meta(value: Any) -> Tensor:
+    """A meta tensor of a value's shape and dtype; sizes that vary become 1."""
     known = [inductor.static(size) for size in value.get_size()]
     size = [1 if each is None else each for each in known]
     return torch.empty(size, dtype=value.get_dtype(), device="meta")

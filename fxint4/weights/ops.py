@@ -1,19 +1,21 @@
 """The ops that multiply by packed weights: `linear`, `linears`, `bmm`, `grouped_mm`, `indexed_mm`.
 
 They are `torch.ops.fxint4.*`, opaque to every compiler but ours. Each takes x in bfloat16, float16
-or float32 and returns that dtype, with fp32 sums of bfloat16 products (of float16 ones in `linear`
-and `linears` on the GPU, where x is float16) in between. x may have fewer
-columns than are stored; the rest count as zeros. Buffers may be views. On the GPU none of them
-waits for the device.
+or float32 and returns that dtype. In between, products of bfloat16 are summed in fp32 (products of
+float16 in `linear` and `linears` on the GPU if x is float16). x may have fewer columns than the
+weights; the rest count as zeros. Buffers may be views. On the GPU no op waits for the device.
 
-tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``; on the CPU they may also be
-    uint8 ``[..., N, K/2]`` as `fxint4.quant.tile_layout.pack_for_cpu` packs them.
-scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
-n: rows of the weight that are meant, at most N.
+Args:
+    tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``; on the CPU also uint8
+        ``[..., N, K/2]``, as `fxint4.quant.tile_layout.pack_for_cpu` packs them.
+    scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
+    group_size: Neighbouring k that share a scale and a zero.
+    n: Out features without padding, at most N.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 from fxint4._pytorch.tensors import aten
 from fxint4.kernels import triton_experts, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
-from fxint4.kernels.select import Choice, at_run_time
+from fxint4.kernels.select import Choice, MatmulShape, select_kernel
 from fxint4.weights.cache import weight_cache
 from fxint4.weights.expression import Prepacked
 
@@ -45,7 +47,7 @@ _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-u
 def _linear_cuda(
     x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
 ) -> Tensor:
-    """``[..., K]`` times one weight: ``[..., n]``."""
+    """The product of ``[..., K]`` and one weight: ``[..., n]``."""
     return _linears_cuda(x, [tiles], [scale_and_zero], group_size, [n])
 
 
@@ -60,11 +62,18 @@ def _linears_cuda(
     sizes: Sequence[int] = (),
     lasting: bool = False,
 ) -> Tensor:
-    """``[..., K]`` times several weights of the same K, side by side: ``[..., sum(n)]``.
+    """The product of ``[..., K]`` and weights of the same K, side by side: ``[..., sum(n)]``.
 
-    replayed, kernel: see `fxint4.kernels.select.at_run_time`.
-    sizes: with them kernel is the name of a CUDA kernel, see `fxint4.kernels.cuda.CudaBlocks.of`.
-    lasting: see `fxint4.kernels.triton_linear.linears`.
+    Args:
+        x: ``[..., K]``.
+        tiles: Of each weight.
+        scale_and_zero: Of each weight.
+        group_size: Of all weights.
+        n: Out features of each weight.
+        replayed: Whether kernels are replayed from a CUDA graph.
+        kernel: See `Int4Config.kernel`; with sizes, the name of a CUDA kernel.
+        sizes: See `fxint4.kernels.cuda.CudaBlocks.of`.
+        lasting: See `fxint4.kernels.triton_linear.linears`.
     """
     native = x.dtype is torch.float16
     rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
@@ -73,16 +82,34 @@ def _linears_cuda(
     if kernel is not None and sizes:
         choice = Choice("cuda", CudaBlocks.of(kernel, sizes))
     else:
-        choice = at_run_time(m, sum(n), k, rows.dtype, x.device, replayed, kernel)
-    written = not all(tensor.is_contiguous() for tensor in (*tiles, *scale_and_zero))
-    y = triton_linear.linears(rows, weights, group_size, n, choice, lasting and not written)
+        inner = 2 * tiles[0].shape[-1]
+        choice = _choice(m, sum(n), k, group_size, inner, rows.dtype, x.device, replayed, kernel)
+    copied = not all(tensor.is_contiguous() for tensor in (*tiles, *scale_and_zero))
+    y = triton_linear.linears(rows, weights, group_size, n, choice, lasting and not copied)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
+
+
+@functools.lru_cache(4096)
+def _choice(
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    inner_k_tiles: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    replayed: bool,
+    kernel: str | None,
+) -> Choice:
+    """`select_kernel`, cached by numbers: making a `MatmulShape` alone takes a microsecond."""
+    shape = MatmulShape(m, n, k, group_size, inner_k_tiles, dtype)
+    return select_kernel(shape, device, "cuda_graph" if replayed else "python", kernel)
 
 
 def _linear_cpu(
     x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
 ) -> Tensor:
-    tiles, scale_and_zero = _cpu_form(tiles, scale_and_zero, group_size, n)
+    tiles, scale_and_zero = _cpu_format(tiles, scale_and_zero, group_size, n)
     rows = _rows(x, scale_and_zero.shape[-3] * group_size)
     return _times_cpu(rows, tiles, scale_and_zero, group_size, n, x.dtype).view(*x.shape[:-1], n)
 
@@ -103,7 +130,7 @@ def _linears_cpu(
 
 
 def _bmm_cuda(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> Tensor:
-    """``[E, M, K]`` times ``E`` weights: ``[E, M, n]``."""
+    """The products of ``[E, M, K]`` and E weights: ``[E, M, n]``."""
     count, rows, k = x.shape
     offs = torch.arange(1, count + 1, dtype=torch.int32, device=x.device) * rows
     y = _grouped_cuda(x.reshape(-1, k), tiles, scale_and_zero, offs, group_size, n)
@@ -120,9 +147,9 @@ def _bmm_cpu(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, 
 def _grouped_cuda(
     x: Tensor, tiles: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, n: int
 ) -> Tensor:
-    """Rows ``offs[e-1]`` to ``offs[e]`` of ``[S, K]`` times weight e: ``[S, n]``, else 0.
+    """Rows ``offs[e-1]`` to ``offs[e]`` of x ``[S, K]`` times weight e: ``[S, n]``.
 
-    offs: int32 ``[E]``, as `torch.nn.functional.grouped_mm` takes them.
+    offs is int32 ``[E]``, as in `torch.nn.functional.grouped_mm`. Rows from offs[-1] on are 0.
     """
     y = triton_experts.grouped_mm(
         _rows(x, x.shape[-1]),
@@ -146,10 +173,10 @@ def _grouped_cpu(
 def _indexed_cuda(
     x: Tensor, tiles: Tensor, scale_and_zero: Tensor, ids: Tensor, group_size: int, n: int
 ) -> Tensor:
-    """Row s of ``[S, K]`` times weight ``ids[s]``: ``[S, n]``.
+    """Row s of x ``[S, K]`` times weight ``ids[s]``: ``[S, n]``.
 
-    ids: int32 or int64 ``[S]``; negative ones count from the end. One beyond the weights raises
-        IndexError on the CPU; the GPU, which does not wait to look, gives a row of NaN or of zeros.
+    ids is int32 or int64 ``[S]``; negative ids count from the end. An id out of range raises
+    IndexError on the CPU. On the GPU, which does not wait to check, its row is NaN or zeros.
     """
     ids = torch.where(ids < 0, ids + len(tiles), ids)
     if triton_experts.better_sorted(len(ids), len(tiles)):
@@ -190,8 +217,17 @@ def _by_expert(
     group_size: int,
     n: int,
 ) -> Tensor:
-    """Each span of rows times its weight."""
-    tiles, scale_and_zero = _cpu_form(tiles, scale_and_zero, group_size, n)
+    """Each span of rows of x ``[S, K]`` times its weight, by the CPU's op; other rows are 0.
+
+    Args:
+        x: ``[S, K]``.
+        tiles: Of E weights.
+        scale_and_zero: Of E weights.
+        spans: Pairs of a weight's number and the index, a slice or a tensor, of its rows.
+        group_size: Of all weights.
+        n: Out features of each weight.
+    """
+    tiles, scale_and_zero = _cpu_format(tiles, scale_and_zero, group_size, n)
     rows = _rows(x, scale_and_zero.shape[-3] * group_size)
     y = x.new_zeros((len(rows), n))
     for e, span in spans:
@@ -210,22 +246,22 @@ def _times_cpu(
     return y[:, :n].to(dtype).contiguous()  # type: ignore[no-any-return]
 
 
-def _cpu_form(
+def _cpu_format(
     tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
 ) -> tuple[Tensor, Tensor]:
-    """The bytes that this machine's CPU op reads, made once for a pair of buffers."""
+    """Tiles and scale_and_zero as this machine's CPU op reads them, made once for each pair."""
     if tiles.dtype is torch.uint8:
         return tiles, scale_and_zero
-    given = Prepacked(n, group_size)
+    weight = Prepacked(n, group_size)
     roots = (tiles, scale_and_zero)
-    packed = weight_cache.find(given, roots, given.shape_of(roots, 16))
+    packed = weight_cache.find(weight, roots, weight.shape_of(roots, 16))
     weight_cache.fold(packed, ("cpu",), roots)
     cpu_tiles, parameters = packed.formats["cpu"]
     return cpu_tiles, parameters
 
 
 def _rows(x: Tensor, k_padded: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """``[..., K]`` as contiguous ``[M, k_padded]``, zeros behind column K."""
+    """The rows of ``[..., K]`` as contiguous ``[M, k_padded]``, with zeros behind column K."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
     if rows.shape[-1] < k_padded:
         rows = F.pad(rows, (0, k_padded - rows.shape[-1]))

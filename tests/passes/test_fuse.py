@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, Report
 from fxint4.kernels.policy import Policy
-from fxint4.kernels.select import gpu_of
+from fxint4.kernels.select import MatmulShape
 from fxint4.passes import find as finding
 from fxint4.passes.fold import folded_record
 from fxint4.passes.fuse import _kernels_by_m, matmuls, with_matmuls
@@ -45,8 +45,8 @@ pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 aten = torch.ops.aten
-#: Kernels are chosen for this GPU if there is none here, without CUDA kernels.
-H200 = (*gpu_of(torch.device("cpu")), False, False)
+#: Device, launcher and option of the choices for a known number of rows.
+INDUCTORS = (torch.device("cpu"), "inductor", None)
 
 
 @pytest.fixture(autouse=True)
@@ -612,11 +612,10 @@ def test_results_have_the_strides_of_eager() -> None:
 def _choices_as_text(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Replace the choice of kernels by names that tell the arguments and change at 100 rows."""
 
-    def choice(m: int, n: int, k: int, *others: Any) -> str:
-        return f"{'few' if m < 100 else 'many'} {n}x{k} {others}"
+    def choice(shape: MatmulShape, *others: Any) -> str:
+        return f"{'few' if shape.m < 100 else 'many'} {shape.n}x{shape.k} {others}"
 
-    monkeypatch.setattr("fxint4.kernels.select.choose", choice)
-    monkeypatch.setattr("fxint4.kernels.policy.at_run_time", choice)
+    monkeypatch.setattr("fxint4.kernels.policy.select_kernel", choice)
     _kernels_by_m.cache_clear()
     yield
     _kernels_by_m.cache_clear()
@@ -636,10 +635,10 @@ def described(captured: Captured, form: str = "tiles", **options: bool) -> list[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernel_of_the_whole_matmul_is_named(dtype: torch.dtype) -> None:
     captured = two(dtype, lambda w, v, x: (x @ w.t(), x @ v.t()), torch.randn(M, K, dtype=dtype))
-    kernels = (f"M={M}: few 80x{K} {H200}",)
+    kernels = (f"M={M}: few 80x{K} {INDUCTORS}",)
     assert described(captured) == [(("w1",), kernels), (("w0",), kernels)]
     k = K if dtype is torch.float16 else 256  # ATen's op is given x with its pad
-    alone = [((), (f"M={M}: few {n}x{k} {H200}",)) for n in (48, 32)]
+    alone = [((), (f"M={M}: few {n}x{k} {INDUCTORS}",)) for n in (48, 32)]
     assert described(captured, fuse_projections=False) == alone
     assert described(captured, form="cpu") == [(("w1",), ()), (("w0",), ())]
 
@@ -654,12 +653,8 @@ def test_a_number_of_rows_that_varies_has_a_kernel_for_each_range(cuda_graphs: b
         torch.randn(M, K),
         tracing_mode="symbolic",
     )
-    asked = (
-        torch.bfloat16,
-        torch.device("cpu"),
-        cuda_graphs,
-        None,
-    )  # without CUDA graphs launches count
+    launcher = "cuda_graph" if cuda_graphs else "python"  # from Python launches count
+    asked = (torch.device("cpu"), launcher, None)
     kernels = (f"M<=99: few 80x{K} {asked}", f"M>=100: many 80x{K} {asked}")
     assert described(captured, cuda_graphs=cuda_graphs) == [(("w1",), kernels), (("w0",), kernels)]
 
@@ -669,7 +664,7 @@ def test_a_weight_that_two_sites_share_counts_once() -> None:
     captured = two(
         torch.float16, lambda w, v, x: (x @ w.t(), x @ v.t(), x @ w.t()), bf16(M, K).half()
     )
-    kernels = (f"M={M}: few 80x{K} {H200}",)
+    kernels = (f"M={M}: few 80x{K} {INDUCTORS}",)
     assert described(captured) == [
         (("w1",), kernels),
         (("w0",), kernels),
