@@ -103,11 +103,11 @@ class Size:
     """Of the language experiment.
 
     Attributes:
-        config: the model's shape.
-        recipe: how it is trained.
-        folder_bytes: text to take from each folder; None for all.
+        config: The model's shape.
+        recipe: How it is trained.
+        folder_bytes: Text to take from each folder; None for all.
         calibration, held_out: windows of a context each.
-        batch: of windows.
+        batch: Of windows.
     """
 
     config: Config
@@ -141,8 +141,8 @@ class Judge:
     """Scores models on the held-out text.
 
     Args:
-        original: tokens to logits, in bf16; its logits are held.
-        held_out: int64 ``[batch, context + 1]`` each.
+        original: Tokens to logits, in bf16; its logits are held.
+        held_out: Int64 ``[batch, context + 1]`` each.
     """
 
     def __init__(self, original: nn.Module, held_out: Sequence[Tensor]) -> None:
@@ -153,10 +153,10 @@ class Judge:
         """Score tokens to logits.
 
         Returns:
-            loss: in nats a token.
-            windows: the same, window by window.
+            loss: In nats a token.
+            windows: The same, window by window.
             divergence: Kullback-Leibler's, of the bf16 model's tokens from these, nats a token.
-            error: relative, of the logits against bf16's.
+            error: Relative, of the logits against bf16's.
         """
         losses: list[Tensor] = []
         divergence, noise, signal = 0.0, 0.0, 0.0
@@ -186,10 +186,10 @@ def contenders(
     """What quantizes a bf16 model in place, by name.
 
     Args:
-        group: group size.
-        calibrated: the calibration for this group size.
-        calibrate: takes options of fxint4, and `sequential`.
-        batches: what the model takes, for gptqmodel.
+        group: Group size.
+        calibrated: The calibration for this group size.
+        calibrate: Takes options of fxint4, and `sequential`.
+        batches: What the model takes, for gptqmodel.
     """
 
     def ours(model: nn.Module, method: str, sequential: bool = False) -> Any:
@@ -216,10 +216,10 @@ class Job:
     """What a process does: train a model, or quantize the one that was trained.
 
     Attributes:
-        seed: of the model and of the order of its data.
-        size: of the experiment.
-        folder: where the text and the trained models lie.
-        device: where it runs.
+        seed: Of the model and of the order of its data.
+        size: Of the experiment.
+        folder: Where the text and the trained models lie.
+        device: Where it runs.
     """
 
     seed: int

@@ -129,9 +129,9 @@ class HF:
     """transformers' model; the cache knows the position.
 
     Args:
-        config: the model's shape.
-        attention: its name among transformers'; "grouped" is llama.py's.
-        dtype: of the weights.
+        config: The model's shape.
+        attention: Its name among transformers'; "grouped" is llama.py's.
+        dtype: Of the weights.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ def check_grouped(device: torch.device) -> None:
     """Hold "hf-grouped" against "hf": a prompt, more of it, and steps, into one static cache.
 
     Raises:
-        AssertionError: their logits differ by more than rounding.
+        AssertionError: Their logits differ by more than rounding.
     """
     config = Config(
         layers=2, hidden=128, intermediate=128, heads=8, kv_heads=2, vocabulary=64, context=16
@@ -285,11 +285,11 @@ class Contender:
     """What the process of one contender does, command by command.
 
     Args:
-        name: of the contender.
-        kind: of the model.
-        config: the model's shape.
-        device: where it runs.
-        logits: a folder to leave logits in.
+        name: Of the contender.
+        kind: Of the model.
+        config: The model's shape.
+        device: Where it runs.
+        logits: A folder to leave logits in.
     """
 
     def __init__(
@@ -496,11 +496,11 @@ class Child:
     """A contender's process, seen from outside.
 
     Args:
-        name: of the contender.
-        kind: of the model.
-        arguments: of the command line.
-        others: how many such processes there are.
-        folder: for caches and logits.
+        name: Of the contender.
+        kind: Of the model.
+        arguments: Of the command line.
+        others: How many such processes there are.
+        folder: For caches and logits.
     """
 
     def __init__(

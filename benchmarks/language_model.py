@@ -35,7 +35,7 @@ class LanguageModel(Llama):
         """Logits.
 
         Args:
-            tokens: integers ``[batch, T]``, T at most the context.
+            tokens: Integers ``[batch, T]``, T at most the context.
 
         Returns:
             ``[batch, T, vocabulary]``, in the model's dtype.
@@ -53,7 +53,7 @@ class Corpus:
 
     Attributes:
         training, held_out: int16 ``[tokens]``.
-        facts: sizes, and a hash of all the tokens.
+        facts: Sizes, and a hash of all the tokens.
     """
 
     training: Tensor
@@ -83,8 +83,8 @@ def corpus(vocabulary: int, most_bytes: int | None = None) -> Corpus:
     """Read, split and tokenize the text.
 
     Args:
-        vocabulary: number of tokens.
-        most_bytes: of each folder, so that a check is quick.
+        vocabulary: Number of tokens.
+        most_bytes: Of each folder, so that a check is quick.
     """
     from tokenizers import ByteLevelBPETokenizer
 
@@ -173,11 +173,11 @@ def train(
     """Train in place.
 
     Args:
-        model: in fp32; on a GPU it is compiled.
-        tokens: integers ``[tokens]``.
-        recipe: how.
-        seed: of the order of the data.
-        say: takes a line now and then.
+        model: In fp32; on a GPU it is compiled.
+        tokens: Integers ``[tokens]``.
+        recipe: How.
+        seed: Of the order of the data.
+        say: Takes a line now and then.
 
     Returns:
         Seconds, and the loss in nats a token at some steps.

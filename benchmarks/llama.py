@@ -70,7 +70,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
     Attributes:
-        cache: where keys and values go; None where every sequence comes whole.
+        cache: Where keys and values go; None where every sequence comes whole.
     """
 
     def __init__(self, config: Config) -> None:
@@ -151,8 +151,8 @@ class Llama(nn.Module):
         """Logits of the token that follows.
 
         Args:
-            tokens: int64 ``[batch, T]``: one each after a full context, or a prompt.
-            positions: int64 ``[T]``: the token's, or from 0 on; at most a context of them.
+            tokens: Int64 ``[batch, T]``: one each after a full context, or a prompt.
+            positions: Int64 ``[T]``: the token's, or from 0 on; at most a context of them.
 
         Returns:
             ``[batch, vocabulary]``, in the model's dtype.
@@ -166,7 +166,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     Args:
         q: ``[batch, heads, T, head_size]``.
         k: ``[batch, kv_heads, S, head_size]``.
-        v: like k.
+        v: Like k.
         mask: ``[batch, 1, T, S]``, boolean (True where a token attends) or added to the scores.
             Without one a single token attends to all S, and of several the i-th to the first i.
 

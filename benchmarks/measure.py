@@ -51,9 +51,9 @@ class Timing:
     """Seconds a call of one contender.
 
     Attributes:
-        samples: the clean ones; the cleanest ones where patience ran out.
-        thrown: how many samples were thrown away.
-        dirty: how many of `samples` are not clean.
+        samples: The clean ones; the cleanest ones where patience ran out.
+        thrown: How many samples were thrown away.
+        dirty: How many of `samples` are not clean.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -111,9 +111,9 @@ def interleave(
     """Time functions in turn.
 
     Args:
-        contenders: what to call, by name; each is called a few times first.
-        rounds: samples of each.
-        patience_s: seconds that may go into clean samples of each contender.
+        contenders: What to call, by name; each is called a few times first.
+        rounds: Samples of each.
+        patience_s: Seconds that may go into clean samples of each contender.
     """
     timings = {name: Timing() for name in contenders}
     calls = {name: _calls_a_sample(run) for name, run in contenders.items()}
@@ -184,9 +184,9 @@ def graph_times_us(
     launched. Each contender finds the L2 cache as another one left it.
 
     Args:
-        contenders: what to call, by name. The calls of one do the same on different memory, enough
+        contenders: What to call, by name. The calls of one do the same on different memory, enough
             of it to overflow the L2 cache.
-        rounds: timed replays of each graph.
+        rounds: Timed replays of each graph.
     """
     graphs = {label: graph_of(calls) for label, calls in contenders.items()}
     taken: dict[str, list[float]] = {label: [] for label in contenders}
@@ -271,7 +271,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """Arguments that every benchmark takes.
 
     Args:
-        doc: the script's docstring.
+        doc: The script's docstring.
     """
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -302,10 +302,10 @@ def write(
     """Write the results as JSON, if a path was given.
 
     Args:
-        path: where to, or None.
-        facts: of `machine()`, taken before the run.
-        arguments: of the command line.
-        **results: what was measured.
+        path: Where to, or None.
+        facts: Of `machine()`, taken before the run.
+        arguments: Of the command line.
+        **results: What was measured.
     """
     if path is None:
         return

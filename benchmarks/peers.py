@@ -30,7 +30,7 @@ class TorchAO:
     """Int4 of torchao.
 
     Raises:
-        ImportError: it is not installed, or too old.
+        ImportError: It is not installed, or too old.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class TorchAO:
         """A call for each weight.
 
         Args:
-            x: bf16 ``[M, K]``.
-            weights: tiles and scale_and_zero of each.
-            group_size: of the weights.
-            n: their out features.
+            x: Bf16 ``[M, K]``.
+            weights: Tiles and scale_and_zero of each.
+            group_size: Of the weights.
+            n: Their out features.
         """
         shape = torch.Size((n, x.shape[1]))
         made = [self._tensor(*weight, [1, group_size], shape) for weight in weights]
@@ -61,11 +61,11 @@ class GemLite:
 
     Args:
         shapes: N and K of every weight to come.
-        rows: every M to come.
-        group_size: of every weight to come.
+        rows: Every M to come.
+        group_size: Of every weight to come.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: It is not installed.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class GemLite:
         """Its weight ``(code - zero_point) * scale``: meta data, and tensors that may be copied.
 
         Args:
-            codes: uint8 ``[N, K]``, values 0..15.
-            scale: bf16 ``[N, K / group_size]``.
-            zero_point: like scale.
+            codes: Uint8 ``[N, K]``, values 0..15.
+            scale: Bf16 ``[N, K / group_size]``.
+            zero_point: Like scale.
         """
         packer = self._gemlite.helper.A16Wn(device=codes.device, dtype=torch.bfloat16)
         layer = packer.from_weights(codes, scale, zero_point, 4, self._group_size)
@@ -127,8 +127,8 @@ class GemLite:
         """For each kernel, a call for each weight.
 
         Args:
-            x: bf16 ``[M, K]``.
-            weights: made by `weight`, or copies.
+            x: Bf16 ``[M, K]``.
+            weights: Made by `weight`, or copies.
         """
         run, names = self._gemlite.forward_functional, self._core.GEMLITE_MATMUL_TYPES
         return {

@@ -75,8 +75,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     """One small plot a shape.
 
     Args:
-        results: what gemm.py wrote.
-        path: of the PNG.
+        results: What gemm.py wrote.
+        path: Of the PNG.
     """
     shapes: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:

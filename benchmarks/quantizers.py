@@ -38,12 +38,12 @@ def torchao(model: nn.Module, group_size: int, algorithm: str) -> None:
     """Quantize in place.
 
     Args:
-        model: in bf16.
-        group_size: divides K of every linear layer.
+        model: In bf16.
+        group_size: Divides K of every linear layer.
         algorithm: "tinygemm", which is round-to-nearest, or "hqq".
 
     Raises:
-        ImportError: torchao is not installed, or too old.
+        ImportError: Torchao is not installed, or too old.
     """
     quantization = imported("torchao.quantization")
     if next(model.parameters()).is_cuda:
@@ -67,7 +67,7 @@ def hqq(model: nn.Module, group_size: int) -> None:
     """Quantize in place; weights stay dense.
 
     Raises:
-        ImportError: hqq is not installed.
+        ImportError: Hqq is not installed.
     """
     core = imported("hqq.core.quantize")
     config = core.BaseQuantizeConfig(nbits=4, group_size=group_size, axis=1)
@@ -86,12 +86,12 @@ def gptqmodel(model: nn.Module, group_size: int, batches: Sequence[Tensor]) -> N
     """Quantize in place; weights stay dense.
 
     Args:
-        model: with linear layers named as in `SETS`, and others, which come last.
-        group_size: divides K of every linear layer.
-        batches: what the model takes.
+        model: With linear layers named as in `SETS`, and others, which come last.
+        group_size: Divides K of every linear layer.
+        batches: What the model takes.
 
     Raises:
-        ImportError: gptqmodel, or a package that it needs, is not installed.
+        ImportError: Gptqmodel, or a package that it needs, is not installed.
     """
     gptq = imported("gptqmodel.quantization.gptq").GPTQ
     config = imported("gptqmodel.quantization").QuantizeConfig(

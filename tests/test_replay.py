@@ -14,7 +14,7 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.site import Site
 from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
-from fxint4.runs.tracing import capturing_backend, compiled_anew
+from fxint4.runs.tracing import traced
 
 E, N, K, M = 4, 48, 64, 6
 OFFS = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
@@ -89,7 +89,7 @@ class Watched:
         """The graph's outputs, of each call."""
         outputs: list[Any] = []
 
-        def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
+        def runner_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
             sites = [entry for entry in analysis.found if isinstance(entry, Site)]
             replay = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
 
@@ -100,7 +100,8 @@ class Watched:
 
             return run
 
-        compiled_anew(model, capturing_backend(Int4Config(), run_of))(args, {})
+        with traced(model, Int4Config(), runner_of) as run_model:
+            run_model(args, {})
         return outputs
 
 

@@ -58,26 +58,29 @@ def rewrite(
 ) -> ExportedProgram:
     """Rewrite the matmuls of an exported program into int4 matmuls, its weights into packed ones.
 
-    What `torch.compile(..., backend="int4tile")` does to a captured graph, but for good: the packed
-    weights are buffers of the new program, and what nothing reads any more is not in it. Only ATen
-    ops are needed, so that the program runs where fxint4 is not installed; but for experts, whose
-    ops are fxint4's own (`fxint4.package` makes do without them on a GPU). `fxint4.last_report()`
-    says what was done.
+    The packed weights are buffers of the new program; weights that nothing reads any more are
+    removed. The new program uses ATen ops only, so it runs where fxint4 is not installed. Experts
+    are an exception: their ops are fxint4's own (`fxint4.package` compiles them for a GPU without
+    these). `fxint4.last_report()` tells what was done.
 
-    A program has one format of each weight, the packed one, for any number of rows; where a dense
-    matmul would be faster for the rows of the example inputs, which on the CPU it is for many, the
-    report says so. Packed bytes of the CPU are for the kind of CPU that packed them; on another one
-    the program raises a RuntimeError that says so. With the option `measure` the program runs twice
-    on its example inputs, to measure what quantizing does to its output.
+    A program has each weight in one format, packed, for any number of rows. On the CPU a dense
+    matmul is faster for many rows; the report says where that holds for the example inputs. CPUs
+    with different instruction sets pack in different orders: on another kind of CPU the program
+    raises a RuntimeError. With the option `measure` the program runs twice on its example inputs,
+    to measure the errors of its output.
 
     Args:
-        exported_program: of `torch.export.export`, for inference; it is not changed.
-        options: fields of `Int4Config`.
+        exported_program: From `torch.export.export`, for inference; not changed.
+        options: Fields of `Int4Config`.
+
+    Returns:
+        The rewritten program.
 
     Raises:
-        OptionError: an option that is not known, or not for programs; or a program that is
+        TypeError: Not an exported program.
+        OptionError: An option that is not known, or not for programs; or a program that is
             rewritten already, or that has no example inputs to measure with.
-        FoldError: a weight could not be folded.
+        FoldError: A weight could not be folded.
     """
     config, patches = split_options(None, options)
     if patches:
@@ -91,10 +94,13 @@ def rewrite(
 
 
 def is_rewritten(program: ExportedProgram) -> bool:
-    """Whether a program comes from `rewrite`; TypeError for what is no program.
+    """Whether a program comes from `rewrite`.
 
-    Its buffers say so, which a saved program still has. Other people's programs may have the same
-    ops, and programs of models that `pack_` packed have ours.
+    Names of buffers tell, which a saved program keeps. Ops don't: programs from elsewhere may have
+    the same ATen ops, and programs of models that `pack_` packed have ops of fxint4.
+
+    Raises:
+        TypeError: Not an exported program.
     """
     _check_program(program)
     return any(
@@ -113,13 +119,13 @@ def _check_program(program: object) -> None:
 def rewrite_program(
     program: ExportedProgram, config: Int4Config, only_aten: bool
 ) -> ExportedProgram:
-    """See `rewrite`.
+    """Rewrite a program, as `rewrite` does.
 
     Args:
-        program: the program.
-        config: what the user asked for.
-        only_aten: whether matmuls become ATen's ops where there are such; otherwise ops of fxint4
-            that our lowering knows, while experts stay as they are where it has no kernel for them.
+        program: The program; not changed.
+        config: What the user asked for.
+        only_aten: Whether matmuls become ATen ops where there are such ops. If not, they become ops
+            of fxint4, for our lowering; experts stay as they are where it has no kernel for them.
     """
     _check_program(program)
     config.check_choices()
@@ -135,7 +141,7 @@ def rewrite_program(
     constants = Constants(captured, weights.roles)
     found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
     wanted = [_in_a_program(entry, only_aten) for entry in found]
-    # Of its own: the process's cache writes over what it holds when parameters change.
+    # A cache of its own: the process's cache overwrites its tensors when parameters change.
     cache = WeightCache()
     sites, records = fold(wanted, weights.tensors, expected_rows, config, cache)
     formats = [site.int4 for site in sites]
@@ -168,7 +174,7 @@ def rewrite_program(
 def _measured(
     program: ExportedProgram, sites: Sequence[Site], fake_mode: Any, config: Int4Config
 ) -> Errors:
-    """What quantizing does to the output of a program as captured."""
+    """Measure the errors of a program on its example inputs."""
     if program.example_inputs is None:
         raise OptionError(
             "measure=True needs example inputs, and the program has none: set its example_inputs "
@@ -189,7 +195,7 @@ def _measured(
 
 
 def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
-    """A site with its one format, or the record of one that is kept."""
+    """A site with the one format that a program has, or the record of a matmul that is kept."""
     if isinstance(entry, Record):
         return entry
     fault = package_fault(value_of(entry.match.weight).device)
@@ -201,12 +207,12 @@ def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
 
 
 def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Record:
-    """What a program's report says of a matmul.
+    """The record of a matmul, with reasons that only programs have.
 
     Args:
-        record: what it says of any.
-        entry: what `find` found.
-        only_aten: see `rewrite_program`.
+        record: The record without them.
+        entry: What `find` found.
+        only_aten: As for `rewrite_program`.
     """
     reasons = [record.reason]
     if isinstance(entry, Site) and record.action == "packed":
@@ -224,7 +230,7 @@ def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Reco
 def _with_matmuls(
     records: Sequence[Record], sites: Sequence[Site], config: Int4Config
 ) -> list[Record]:
-    """Records that say which sites a package multiplies together, and by which kernels."""
+    """The records with `fused_with` and `kernels`, as a package will have them."""
     packed = [record for record in records if record.action == "packed"]
     formats = [site.int4 for site in sites]
     policy = Policy(config.kernel, package=True)
@@ -239,7 +245,7 @@ def remade(
     state_dict: dict[str, Any],
     constants: dict[str, Any],
 ) -> ExportedProgram:
-    """A program with another graph or other tensors, and all else as it was."""
+    """A copy of a program with another graph, signature, state dict and constants."""
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
@@ -254,17 +260,16 @@ def remade(
 
 
 class _Weights:
-    """The placeholders of a program that are no user inputs, and the real tensors behind them.
+    """The parameters, buffers and constants among the placeholders of a program.
 
     Attributes:
-        targets: what the program calls them, by name of the placeholder.
-        labels: their full names, likewise; a weight that is shared has one.
-        values: real tensors, of buffers and constants too.
-        roles: of the placeholders that the program does not write to.
-        tensors: the real tensors behind these.
-        names: their full names.
-        unread: the placeholders that may go where nothing reads them.
-        parameters: full name and elements of each parameter, by identity.
+        targets: Keys of the state dict or the constants, by name of the placeholder.
+        labels: Full names, by name of the placeholder; a shared weight has one.
+        roles: Of each constant placeholder, one that the program does not write to.
+        tensors: The real tensor of each constant placeholder.
+        names: The full name of each constant placeholder.
+        unread: Placeholders that can be removed if nothing reads them.
+        parameters: Full name and number of elements of each parameter, by id.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
@@ -294,7 +299,7 @@ class _Weights:
             self.unread.append(node)
             if role is Role.VARIES:
                 continue
-            # Tied weights come as several placeholders, and are to be one weight.
+            # Tied weights come as several placeholders; make them one.
             node.replace_all_uses_with(first.setdefault(id(value), node))
             self.roles[node] = role
             self.tensors[node] = value
@@ -307,9 +312,9 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _names(program: ExportedProgram) -> dict[int, str]:
-    """Full names of parameters and buffers, by identity.
+    """Full names of parameters and buffers, by id.
 
-    A weight that a layer shares with an embedding goes by the layer's name, as elsewhere.
+    A weight that a layer shares with an embedding has the layer's name, as with `pack_`.
     """
     lookups = [node for node in program.graph.nodes if node.target is aten.embedding.default]
     stacks = [[*node.meta.get("nn_module_stack", {}).values()] for node in lookups]
@@ -323,7 +328,7 @@ def _names(program: ExportedProgram) -> dict[int, str]:
 
 
 def _value(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
-    """The real tensor of an input that the program brings along, if it is one."""
+    """The real tensor of a parameter, buffer or constant; None for other inputs."""
     if spec.target is None:
         return None
     value = program.state_dict.get(spec.target, program.constants.get(spec.target))
@@ -331,14 +336,14 @@ def _value(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
 
 
 class _Program:
-    """Makes a program of a rewritten graph.
+    """Makes a program from a rewritten graph.
 
     Args:
-        program: the program as captured, its graph the one that was rewritten.
-        weights: of the program.
-        rewritten: the graph.
-        store: has its packed weights.
-        fake_mode: the FakeTensorMode of the graph's values.
+        program: The program whose graph was rewritten.
+        weights: Of the program.
+        rewritten: The graph.
+        weight_cache: Has the packed weights.
+        fake_mode: The FakeTensorMode of the graph's values.
     """
 
     def __init__(
@@ -388,7 +393,7 @@ class _Program:
         self._gm.recompile()
         kept = {spec.target for spec in self._specs.values()}
         gone = set(self._weights.targets.values()) - kept
-        # A compiler would ask the int4 op for the gradients that parameters want.
+        # For parameters that require grad, a compiler would ask the int4 op for gradients.
         state = {
             key: nn.Parameter(value, requires_grad=False) if value.requires_grad else value
             for key, value in program.state_dict.items()
@@ -405,7 +410,7 @@ class _Program:
     def _add_packed(
         self, nodes: Iterator[fx.Node], rewritten: Rewritten, weight_cache: WeightCache
     ) -> None:
-        """Buffers for the inputs that hold packed weights."""
+        """Add buffers for the inputs that take packed weights."""
         for slot in rewritten.slots:
             tensors = [self._weights.tensors[root] for root in slot.weight.roots]
             packed = weight_cache.find(slot.weight, tensors, slot.shape, slot.recipe)
@@ -413,10 +418,10 @@ class _Program:
                 node = next(nodes)
                 part = node.name.rpartition("_")[0]
                 self._add(node, f"{slot.name}_{part}", tensor)
-            packed.clear()  # lets go of them
+            packed.clear()  # releases the tensors
 
     def _add(self, node: fx.Node, target: str, tensor: Tensor) -> None:
-        """Make a placeholder a buffer, in front of what the user passes."""
+        """Make a placeholder a buffer, before the user's inputs."""
         taken = {*self._program.state_dict, *self._program.constants, *self._buffers}
         while target in taken:
             target += "_"
@@ -427,10 +432,10 @@ class _Program:
             self._first_user_input.prepend(node)
 
     def _add_check(self) -> None:
-        """Refuse to run where the CPU's int4 op reads another order of bytes.
+        """Add a check that this CPU's int4 op reads the order of bytes that weights have.
 
-        The order depends on the instruction set, and on nothing that the program holds. So it also
-        holds one small weight of known codes, and asserts that the op multiplies by it rightly.
+        The order depends on the instruction set of the CPU. So the program gets one small weight of
+        known codes, and asserts that the op's product with it is right.
         """
         size = 64  # rows that the op packs together on any CPU
         codes = torch.full((size, size), 8, dtype=torch.uint8)
@@ -473,14 +478,14 @@ _OTHER_CPU = (
 
 
 def _outermost_module(graph: fx.Graph) -> dict[str, Any]:
-    """Where nodes stand that belong to the whole model, as torch.export has it."""
+    """The `nn_module_stack` of nodes that belong to the whole model."""
     stacks = (node.meta.get("nn_module_stack") for node in graph.nodes)
     stack: dict[str, Any] = next(filter(None, stacks), {})
     return dict(list(stack.items())[:1])
 
 
 def _renamed(spec: Any, node: Any) -> Any:
-    """An InputSpec or OutputSpec that goes by the name of a node; that of a constant stays."""
+    """An InputSpec or OutputSpec with the name of a node; unchanged for a constant."""
     if not isinstance(node, fx.Node) or isinstance(spec.arg, ConstantArgument):
         return spec
     return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name))
