@@ -140,7 +140,7 @@ def rewrite_program(
     inline_regions(captured, fake_mode)
     constants = Constants(captured, weights.roles)
     found = find(captured, PATTERNS, constants, weights.tensors, weights.names, config)
-    wanted = [_in_a_program(entry, only_aten) for entry in found]
+    wanted = [_for_program(entry, only_aten) for entry in found]
     # A cache of its own: the process's cache overwrites its tensors when parameters change.
     cache = WeightCache()
     sites, records = fold(wanted, weights.tensors, expected_rows, config, cache)
@@ -152,7 +152,7 @@ def rewrite_program(
         if not only_aten:
             records = _with_matmuls(records, sites, config)
         rewritten = rewrite_graph(captured, sites, formats, config, weights.unread, fake_mode)
-        program = _Program(program, weights, rewritten, cache, fake_mode).made()
+        program = _Program(program, weights, rewritten, cache, fake_mode).build()
         shown = {target: weights.labels[name] for name, target in weights.targets.items()}
         targets = {
             spec.arg.name: shown.get(spec.target, spec.target)
@@ -161,7 +161,7 @@ def rewrite_program(
         }
         after = graph_text(program.graph_module, targets, labels)
     records = [
-        _of_a_program(record, entry, only_aten)
+        _with_program_reasons(record, entry, only_aten)
         for record, entry in zip(records, found, strict=True)
     ]
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
@@ -181,9 +181,9 @@ def _measured(
             "to (args, kwargs), or leave measure out"
         )
     signature = program.graph_signature
-    given = iter(flat(program.example_inputs))
+    inputs = iter(flat(program.example_inputs))
     arguments = [
-        next(given) if spec.kind is InputKind.USER_INPUT else _value(program, spec)
+        next(inputs) if spec.kind is InputKind.USER_INPUT else _value(program, spec)
         for spec in signature.input_specs
     ]
     outputs = [
@@ -194,7 +194,7 @@ def _measured(
     return measure_graph(program.graph_module, sites, fake_mode, arguments, outputs, config)
 
 
-def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
+def _for_program(entry: Site | Record, only_aten: bool) -> Site | Record:
     """A site with the one format that a program has, or the record of a matmul that is kept."""
     if isinstance(entry, Record):
         return entry
@@ -206,7 +206,7 @@ def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
     return dataclasses.replace(entry, fallback=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
 
 
-def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Record:
+def _with_program_reasons(record: Record, entry: Site | Record, only_aten: bool) -> Record:
     """The record of a matmul, with reasons that only programs have.
 
     Args:
@@ -373,8 +373,8 @@ class _Program:
         if any(slot.format == "cpu" for slot in rewritten.slots):
             self._add_check()
 
-    def made(self) -> ExportedProgram:
-        """The program."""
+    def build(self) -> ExportedProgram:
+        """Make the program."""
         program, graph = self._program, self._gm.graph
         results: Any = graph.output_node().args[0]
         signature = ExportGraphSignature(

@@ -108,9 +108,9 @@ class _Chooser:
         self._weights: Weights = {}
         for sums in observer.sums.values():
             self._weights.update(sums.weights)
-        self._held: dict[str, Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
         self._guard = StateGuard(model)
-        self._own: list[list[Tensor]] = []
+        self._own_outputs: list[list[Tensor]] = []
         self._exits = contextlib.ExitStack()
         self._run_model = self._exits.enter_context(observer.traced(model, self._run_graph))
         self._exits.callback(self._guard.forget)
@@ -127,7 +127,7 @@ class _Chooser:
 
     def result(self) -> Calibration:
         """The calibration with the choices."""
-        self._own = self._outputs()
+        self._own_outputs = self._outputs()
         offers = {key: self._offers(key) for key in self._weights}
         offers = {key: self._as_output_errors(key, found) for key, found in offers.items()}
         ladders = {key: _worthwhile(found) for key, found in offers.items()}
@@ -246,13 +246,13 @@ class _Chooser:
                 if offer.choice != _KEPT:
                     site, roots = self._weights[key]
                     weight = site.weight.evaluate(roots)
-                    self._held[key] = self._quantized(key, offer.choice, weight)
+                    self._replaced[key] = self._quantized(key, offer.choice, weight)
         try:
             outputs = self._outputs()
         finally:
-            self._held.clear()
+            self._replaced.clear()
         changed = product = 0.0
-        for before, after in zip(self._own, outputs, strict=True):
+        for before, after in zip(self._own_outputs, outputs, strict=True):
             sums = differences(before, after)
             changed, product = changed + sums[0], product + sums[1]
         return ratio(changed, product) or 0.0
@@ -269,7 +269,7 @@ class _Chooser:
 
     def _run_graph(self, graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
         self._guard.keep(arguments[position] for position in graph.written)
-        return graph.run_with(arguments, self._held.get)
+        return graph.run_with(arguments, self._replaced.get)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def measure(
                 return [tensor.detach().clone() for tensor in made]
 
         before = outputs()
-        meter.exchange = True
+        meter.use_quantized = True
         return meter.errors(before, outputs())
 
 
@@ -163,7 +163,7 @@ def measure_graph(
             return float_tensors([results[position] for position in outputs])
 
         before = run()
-        meter.exchange = True
+        meter.use_quantized = True
         return meter.errors(before, run())
 
 
@@ -175,11 +175,11 @@ class _Meter:
         progress: Whether to show a bar.
 
     Attributes:
-        exchange: Whether sites multiply by the quantized weights, as in the second run.
+        use_quantized: Whether sites multiply by the quantized weights, as in the second run.
     """
 
     def __init__(self, quantized_of: QuantizedOf, progress: bool) -> None:
-        self.exchange = False
+        self.use_quantized = False
         self._quantized_of = quantized_of
         self._sums: dict[tuple[Any, ...], list[float]] = {}
         self._bar = tqdm(
@@ -197,9 +197,9 @@ class _Meter:
     ) -> Tensor:
         self._bar.update()
         with real_tensors():
-            dtype = activations[0].x.dtype if self.exchange else torch.float32
+            dtype = activations[0].x.dtype if self.use_quantized else torch.float32
             quantized = self._quantized_of(site, roots, dtype)
-            if self.exchange and quantized is not None:
+            if self.use_quantized and quantized is not None:
                 return quantized
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:
