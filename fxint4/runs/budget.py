@@ -111,18 +111,18 @@ class _Chooser:
         self._replaced: dict[str, Tensor] = {}
         self._guard = StateGuard(model)
         self._own_outputs: list[list[Tensor]] = []
-        self._exits = contextlib.ExitStack()
-        self._run_model = self._exits.enter_context(observer.traced(model, self._run_graph))
-        self._exits.callback(self._guard.forget)
         self._bar = tqdm(
             desc="fxint4: choosing", unit="run", disable=not self._config.progress, leave=False
         )
+        self._exits = contextlib.ExitStack()
+        self._exits.callback(self._bar.close)
+        self._exits.callback(self._guard.forget)
+        self._run_model = self._exits.enter_context(observer.traced(model, self._run_graph))
 
     def __enter__(self) -> _Chooser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
         self._exits.close()
 
     def result(self) -> Calibration:
