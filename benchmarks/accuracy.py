@@ -71,17 +71,17 @@ OURS = (*(f"int4tile {method}" for method in METHODS), "int4tile gptq, sequentia
 TORCHAO = ("torchao rtn", "torchao hqq")
 CONTENDERS = (*OURS, *TORCHAO, "hqq", "gptqmodel")
 BUDGETED = "int4tile target_error"
-#: Where the compiled model and a sequential calibration, which take long, are tried.
+#: Group size at which the compiled model and sequential calibration, which take long, are tried.
 GOAL_GROUP = 128
-#: Processes on a GPU.
+#: Processes that share one GPU.
 WORKERS = 3
-#: How much of the target the error on held-out text may be.
+#: The error on held-out text, as a multiple of the target, at most.
 TARGET_SLACK = 1.2
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How much perplexity the best of some lose at most, of what the best of others lose."""
+    """A goal: the perplexity that some lose, at best, is at most a share of what others lose."""
 
     ours: tuple[str, ...]
     of: tuple[str, ...]
@@ -100,14 +100,14 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Size:
-    """Of the language experiment.
+    """The size of the language experiment.
 
     Attributes:
-        config: the model's shape.
-        recipe: how it is trained.
-        folder_bytes: text to take from each folder; None for all.
-        calibration, held_out: windows of a context each.
-        batch: of windows.
+        config: The model's shape.
+        recipe: How it is trained.
+        folder_bytes: Text to take from each folder; None for all.
+        calibration, held_out: Number of windows, each of a whole context.
+        batch: Windows in a batch.
     """
 
     config: Config
@@ -141,8 +141,8 @@ class Judge:
     """Scores models on the held-out text.
 
     Args:
-        original: tokens to logits, in bf16; its logits are held.
-        held_out: int64 ``[batch, context + 1]`` each.
+        original: The bf16 model, from tokens to logits; its logits are kept.
+        held_out: Batches of tokens, int64 ``[batch, context + 1]`` each.
     """
 
     def __init__(self, original: nn.Module, held_out: Sequence[Tensor]) -> None:
@@ -150,13 +150,13 @@ class Judge:
         self._logits = [original(inputs) for inputs, _ in self._held_out]
 
     def score(self, model: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Score tokens to logits.
+        """Score a model from tokens to logits.
 
         Returns:
-            loss: in nats a token.
-            windows: the same, window by window.
-            divergence: Kullback-Leibler's, of the bf16 model's tokens from these, nats a token.
-            error: relative, of the logits against bf16's.
+            loss: In nats a token.
+            windows: The same, window by window.
+            divergence: Kullback-Leibler divergence from the bf16 model, in nats a token.
+            error: Relative error of the logits against those in bf16.
         """
         losses: list[Tensor] = []
         divergence, noise, signal = 0.0, 0.0, 0.0
@@ -183,13 +183,13 @@ def contenders(
     calibrate: Callable[..., Calibration],
     batches: Sequence[Tensor],
 ) -> dict[str, Callable[[nn.Module], Any]]:
-    """What quantizes a bf16 model in place, by name.
+    """Functions that quantize a bf16 model in place, by name.
 
     Args:
-        group: group size.
-        calibrated: the calibration for this group size.
-        calibrate: takes options of fxint4, and `sequential`.
-        batches: what the model takes, for gptqmodel.
+        group: Group size.
+        calibrated: The calibration for this group size.
+        calibrate: Takes options of fxint4, and `sequential`.
+        batches: Inputs of the model, for gptqmodel.
     """
 
     def ours(model: nn.Module, method: str, sequential: bool = False) -> Any:
@@ -213,13 +213,13 @@ def contenders(
 
 @dataclass(frozen=True)
 class Job:
-    """What a process does: train a model, or quantize the one that was trained.
+    """The work of one process: train a model, or quantize the trained one.
 
     Attributes:
-        seed: of the model and of the order of its data.
-        size: of the experiment.
-        folder: where the text and the trained models lie.
-        device: where it runs.
+        seed: For the initial weights and the order of the data.
+        size: The size of the experiment.
+        folder: Has the text and the trained models.
+        device: The device to run on.
     """
 
     seed: int
@@ -234,7 +234,7 @@ class Job:
         return Corpus(**torch.load(self.folder / "text.pt"))
 
     def model(self) -> LanguageModel:
-        """The trained one, in bf16."""
+        """A copy of the trained model, in bf16."""
         with torch.device("meta"):
             model = LanguageModel(self.size.config)
         state = torch.load(self.folder / f"{self.seed}.pt", map_location=self.device)
@@ -242,7 +242,7 @@ class Job:
         return model.eval().requires_grad_(False)
 
     def batches(self, text: Corpus) -> tuple[Tensor, ...]:
-        """To calibrate on."""
+        """Batches for calibration."""
         context, count = self.size.config.context, self.size.calibration
         return windows(text.training, context, count, self.device).split(self.size.batch)
 
@@ -259,7 +259,7 @@ def trained(job: Job) -> dict[str, Any]:
 
 
 class Bench:
-    """A trained model, and what quantized copies of it score."""
+    """A trained model, and the scores of quantized copies of it."""
 
     def __init__(self, job: Job) -> None:
         text = job.text()
@@ -271,7 +271,7 @@ class Bench:
         self.scores: dict[str, dict[str, Any]] = {}
 
     def put(self, name: str, key: object, quantize: Callable[[nn.Module], Any]) -> None:
-        """Score a copy that was quantized in place or by what it returns; or note the problem."""
+        """Score a copy of the model, quantized by a function; note the exception if it raises."""
         copied = copy.deepcopy(self.model)
         start = time.perf_counter()
         try:
@@ -306,7 +306,7 @@ def grouped(job: Job, group: int, names: Sequence[str], compiled: bool) -> dict[
 
 @torch.no_grad()
 def budgeted(job: Job, target: float) -> dict[str, Any]:
-    """Scores of what `target_error` chooses."""
+    """Scores of the models that `target_error` chooses."""
     bench = Bench(job)
 
     def pack(model: nn.Module) -> Any:
@@ -323,7 +323,7 @@ def wait(device: torch.device) -> None:
 
 
 def problem_of(error: Exception) -> str:
-    """In a line."""
+    """An exception as one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
@@ -334,7 +334,7 @@ def linear_bytes(model: nn.Module) -> int:
 
 
 def outliers(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
-    """How far from normal the weights of the linear layers and what they take are, layer by layer.
+    """How far from normal the weights and inputs of the linear layers are, layer by layer.
 
     Kurtosis is 3 for normal numbers; "peak" is the largest magnitude over the root mean square;
     "channels" the largest root mean square of an in feature over the median one.
@@ -437,7 +437,7 @@ def language_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def goal_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What each goal asks for and what was reached."""
+    """A row for each goal: what it asks for and what was reached."""
 
     def best(names: Sequence[str], group: int) -> tuple[str, list[float]] | None:
         lost = {name: losses(results, name, group) for name in names}
@@ -472,7 +472,7 @@ def goal_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def standard_error(
     results: Sequence[Mapping[str, Any]], name: str, other: str, group: int
 ) -> float:
-    """Of the difference of two perplexities, mean over the seeds, by the windows of the text."""
+    """Standard error of a difference of perplexities over windows, mean over the seeds."""
     variance = 0.0
     for result in results:
         one, two = (result["scores"][of][str(group)] for of in (name, other))
@@ -491,7 +491,7 @@ def target_of(result: Mapping[str, Any]) -> float | None:
 
 
 def budget_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of `target_error`: what was asked for and reached, seed by seed."""
+    """Rows for `target_error`: what was asked for and reached, seed by seed."""
     rows = []
     for result in results:
         scores = result["scores"]
@@ -521,7 +521,7 @@ def budget_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def language(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All seeds and group sizes, in processes side by side, some on each GPU."""
+    """Run all seeds and group sizes, in parallel processes, several on each GPU."""
     size_ = TINY if arguments.tiny else FULL
     if arguments.steps:
         size_ = replace(size_, recipe=replace(size_.recipe, steps=arguments.steps))
@@ -579,7 +579,7 @@ def language(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def visible_gpus(device: torch.device) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is to be, process by process; one empty string on a CPU."""
+    """CUDA_VISIBLE_DEVICES for each process; one empty string on a CPU."""
     if device.type != "cuda":
         return [""]
     every = ",".join(map(str, range(torch.cuda.device_count())))
@@ -587,12 +587,12 @@ def visible_gpus(device: torch.device) -> list[str]:
 
 
 def see_only(gpu: str) -> None:
-    """Before anything uses CUDA in this process."""
+    """Set CUDA_VISIBLE_DEVICES, before anything uses CUDA in this process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def reported(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Print the tables; what goes into the JSON, without the losses of single windows."""
+    """Print the tables; return the results for JSON, without the losses of single windows."""
     tables = {
         "outliers": outlier_rows(results),
         "perplexity": language_rows(results),
@@ -613,7 +613,7 @@ def reported(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def docstrings(count: int) -> list[str]:
-    """First paragraphs of docstrings of the standard library, evenly spread over it."""
+    """First paragraphs of docstrings, evenly sampled from the standard library."""
     found: dict[str, None] = {}
     for _, text in files(folders()["python"]):
         try:
@@ -690,7 +690,7 @@ def minilm(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def calibrated_and_packed(config: Config, sequences: int, device: torch.device) -> dict[str, Any]:
-    """Seconds and peak memory of both, for a model with random weights and random tokens."""
+    """Seconds and peak memory of calibrating and packing, with random weights and tokens."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = LanguageModel(config).bfloat16()
@@ -725,7 +725,7 @@ def calibrated_and_packed(config: Config, sequences: int, device: torch.device) 
 
 
 def llama_8b(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All of Llama-3-8B's layers or, where fewer are asked for, one and as many, extrapolated."""
+    """Measure all layers of Llama-3-8B, or extrapolate from one layer and a given number."""
     base = asdict(replace(TINY.config, layers=4) if arguments.tiny else Config())
     wanted = base["layers"]
     layers = min(max(2, arguments.layers or wanted), wanted)
@@ -752,7 +752,7 @@ def llama_8b(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {"llama_8b": rows, "extrapolated": layers < wanted, "sequences": sequences}
 
 
-#: Each yields what it has found so far.
+#: Each yields its results so far.
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "language": language,
     "minilm": minilm,

@@ -7,11 +7,11 @@ folding.py; where a model runs with many rows, dense copies are made beside the 
 look at the graph, some tenths of a second. When warm it adds AOTAutograd's tracing, too: that one's
 cache answers with what plain Inductor compiled, so int4tile does without it.
 
-At each call the packed weights of a graph are looked up by the identity, address and version of its
+Each call looks up the packed weights of a graph by the identity, address and version of its
 parameters. Floor: what reading these through PyTorch's Python API costs, 31 us for 224 weights; the
 identity of the storage, which makes the test exact, comes on top: 50 us predicted. Measured on
 chains of tiny layers (32 x 32, one row): the look-up alone, and whole calls under either backend;
-"packed" is a model packed in place. There Dynamo's guards look at each packed tensor, where they
+"packed" is a model packed in place. There Dynamo's guards check each packed tensor, where they
 skip whole modules otherwise: predicted 0.7 us a weight, for two Python calls and two inner tensors.
 "unguarded" is the same with a guard_filter_fn that drops the guards on modules and parameters.
 In "12 blocks of 7" each block is compiled by itself and Dynamo reuses one graph for all of them.
@@ -186,7 +186,7 @@ def compiled_blocks(
 
 
 def lookup_of(run: Callable[[], object]) -> Callable[[], object]:
-    """What finds the packed weights of the one graph that `run` compiles."""
+    """The look-up of packed weights by the one graph that `run` compiles."""
     import fxint4.frontends.backend as implementation
 
     graphs: list[Any] = []

@@ -69,7 +69,7 @@ class Layers(nn.Module):
 
 
 class Raw:
-    """The weights of `Layers` as the raw ops take them."""
+    """The weights of `Layers`, as the raw ops read them."""
 
     def __init__(self, model: Layers, shape: TileShape) -> None:
         self.shape = shape
@@ -95,7 +95,7 @@ class Raw:
 
 
 def check(got: list[Tensor], want: list[Tensor]) -> None:
-    """Raise where int4tile does not compute what its dequantized weights say."""
+    """Raise if int4tile's output is not that of its dequantized weights."""
     for y, reference in zip(got, want, strict=True):
         error = (y.double() - reference.double()).norm() / reference.double().norm()
         if not error < 1e-2:
@@ -137,7 +137,7 @@ def cell(
 
 
 def best_rows(cells: Sequence[dict[str, Any]]) -> int:
-    """The largest M up to which the raw int4 op beats the dense matmul at every M measured."""
+    """The largest M up to which the raw int4 op is faster than the dense matmul throughout."""
     best = 0
     for one in sorted(cells, key=lambda one: one["m"]):
         if one["int4 op"]["us"] > one["dense"]["us"]:

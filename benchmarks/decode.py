@@ -71,7 +71,7 @@ MOST_FP32_ERROR = 1e-5
 
 @dataclass(frozen=True)
 class Goal:
-    """What int4tile's speed is to be, as a multiple of another's; of the prompt, its time."""
+    """A goal: int4tile's speed as a multiple of another's; for the prompt, its time."""
 
     cell: str
     of: str
@@ -91,7 +91,7 @@ GOALS = (
 
 
 class Plain:
-    """llama.py's model."""
+    """The model of llama.py."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -126,12 +126,12 @@ class Plain:
 
 
 class HF:
-    """transformers' model; the cache knows the position.
+    """The model of transformers; its cache keeps the position.
 
     Args:
-        config: the model's shape.
-        attention: its name among transformers'; "grouped" is llama.py's.
-        dtype: of the weights.
+        config: The model's shape.
+        attention: Name of the attention in transformers; "grouped" is that of llama.py.
+        dtype: The dtype of the weights.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ Model = Plain | HF
 
 
 def register_grouped() -> None:
-    """Tell transformers of llama.py's attention, and that it takes the masks that sdpa's does."""
+    """Register llama.py's attention in transformers, with the masks of sdpa."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -204,10 +204,10 @@ def register_grouped() -> None:
 
 
 def check_grouped(device: torch.device) -> None:
-    """Hold "hf-grouped" against "hf": a prompt, more of it, and steps, into one static cache.
+    """Compare "hf-grouped" with "hf": a prompt, more of it, and steps, into one static cache.
 
     Raises:
-        AssertionError: their logits differ by more than rounding.
+        AssertionError: Their logits differ by more than rounding.
     """
     config = Config(
         layers=2, hidden=128, intermediate=128, heads=8, kv_heads=2, vocabulary=64, context=16
@@ -254,7 +254,7 @@ def built(kind: str, config: Config, device: torch.device) -> Model:
 
 
 def quantized(contender: str, module: nn.Module) -> None:
-    """Make the weights of a contender's model what they are to be, in place."""
+    """Quantize the weights of a contender's model in place."""
     if contender == "torchao":
         from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
@@ -270,7 +270,7 @@ def quantized(contender: str, module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def dequantized(module: nn.Module) -> Iterator[None]:
-    """Within it, the linear layers of a packed model multiply by dense, dequantized weights."""
+    """A context in which the linear layers of a packed model have dequantized weights."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     for layer in layers:
         layer.forward = lambda x, layer=layer: F.linear(x, layer.weight.dequantize())
@@ -282,14 +282,14 @@ def dequantized(module: nn.Module) -> Iterator[None]:
 
 
 class Contender:
-    """What the process of one contender does, command by command.
+    """Runs the commands in the process of one contender.
 
     Args:
-        name: of the contender.
-        kind: of the model.
-        config: the model's shape.
-        device: where it runs.
-        logits: a folder to leave logits in.
+        name: The contender.
+        kind: The model: "plain", "hf" or "hf-grouped".
+        config: The model's shape.
+        device: The device to run on.
+        logits: A folder to write logits to.
     """
 
     def __init__(
@@ -403,14 +403,14 @@ class Contender:
         return event
 
     def measure(self) -> dict[str, Any]:
-        """A round of steps; the first ones wait for nothing and don't count."""
+        """A round of steps, without the first ones."""
         count = PROMPTS if self.prompt else STEPS
         taken = self.steps(count)
         skip = 1 if self.prompt else 4
         return {key: times[skip:] for key, times in taken.items()}
 
     def kernels(self) -> dict[str, Any]:
-        """What the device runs in a step, the longest first."""
+        """The kernels that the device runs in a step, the longest first."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             self.steps(1)
@@ -442,14 +442,14 @@ class Contender:
 
 
 def between(start: Any, stop: Any) -> float:
-    """Milliseconds."""
+    """Milliseconds between two events."""
     if isinstance(start, float):
         return 1e3 * (stop - start)
     return float(start.elapsed_time(stop))
 
 
 def least_cosine(a: Tensor, b: Tensor) -> float:
-    """Of the rows."""
+    """The least cosine of the rows of two matrices."""
     return float(F.cosine_similarity(a.double(), b.double()).min())
 
 
@@ -493,14 +493,14 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 class Child:
-    """A contender's process, seen from outside.
+    """Controls the process of a contender.
 
     Args:
-        name: of the contender.
-        kind: of the model.
-        arguments: of the command line.
-        others: how many such processes there are.
-        folder: for caches and logits.
+        name: The contender.
+        kind: The model: "plain", "hf" or "hf-grouped".
+        arguments: Arguments of the command line.
+        others: Number of such processes.
+        folder: Gets caches and logits.
     """
 
     def __init__(
@@ -591,7 +591,7 @@ def measure_cell(
 
 
 def floors_ms(config: Config, speeds: Mapping[str, float] | None, row: Mapping[str, Any]) -> float:
-    """Milliseconds that nothing can beat."""
+    """Floors of the times, in milliseconds."""
     kv = config.kv_heads * config.head_size
     attention = config.hidden * (2 * config.hidden + 2 * kv)
     linear = config.layers * (attention + 3 * config.hidden * config.intermediate)
@@ -606,7 +606,7 @@ def floors_ms(config: Config, speeds: Mapping[str, float] | None, row: Mapping[s
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How int4tile stands to its goals, where both were measured."""
+    """The ratio of int4tile to each goal, where both contenders were measured."""
     times = {
         (row["model"], row["cell"], row["contender"]): row["step_ms"]
         for row in rows

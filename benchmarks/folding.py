@@ -1,10 +1,9 @@
-"""How fast are weights folded, and how much memory does folding take beside what it makes?
+"""How fast are weights folded, and how much memory does folding take beside its result?
 
 Each weight is folded as the backend does it, through `fxint4.weights.cache`: checked, quantized,
-packed,
-its error measured. Shapes are those of a Llama-3-8B layer. Columns: GB/s of the original weight;
-the time; the floor; what folding made; and on CUDA the scratch memory, the peak while folding less
-the original and what was made.
+packed, its error measured. Shapes are those of a Llama-3-8B layer. Columns: GB/s of the original
+weight; the time; the floor; the bytes that folding makes; and on CUDA the scratch memory, which is
+the peak while folding less the original and the result.
 
 Floor: bytes over bandwidth, a weight read once, tiles and scale_and_zero written once, at the speed
 of a plain copy on the same device, measured in the same run. Prediction: on the CPU a tenth of the
@@ -13,7 +12,7 @@ rows that stay in the caches; on the GPU about a tenth, because each of these pa
 memory. Scratch: some 20 bytes an element of a block of rows, 2**24 elements on CUDA, so about 0.3
 GB however large the weight is.
 
-"int4" is the form that the device's int4 op reads; "int4, dense" adds the dequantized copy that a
+"int4" is the format that the device's int4 op reads; "int4, dense" adds the dequantized copy that a
 CPU uses for many rows. On the CPU contenders take turns (see measure.py); on CUDA the median of
 several folds by the host's clock, each after a synchronization.
 """
@@ -55,7 +54,7 @@ def empty_packed(parameter: Tensor, group_size: int, method: str = "rtn") -> Pac
 def median_times(
     contenders: dict[str, Callable[[], object]], device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """What `Timing.to_dict` gives, for each contender."""
+    """`Timing.to_dict` of each contender."""
     if device.type == "cpu":
         return {name: one.to_dict() for name, one in interleave(contenders, ROUNDS).items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -83,7 +82,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def fold_one(
     n: int, k: int, dtype: torch.dtype, group_size: int, method: str, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row for each set of forms."""
+    """A row for each set of formats."""
     parameter = nn.Parameter((torch.randn(n, k, device=device) / k**0.5).to(dtype), False)
     int4: Form = int4_format(device)
     sets: dict[str, set[Form]] = {"int4": {int4}}

@@ -24,18 +24,18 @@ from torch.nn import functional as F
 
 PACKAGES = ("torch", "sympy", "networkx")
 END = "<|end|>"
-#: One file in so many is held out.
+#: One of so many files is held out.
 HELD_OUT = 50
 
 
 class LanguageModel(Llama):
-    """Tokens to the logits of every next one."""
+    """A Llama that returns the logits of every next token."""
 
     def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]  # no cache, no positions
         """Logits.
 
         Args:
-            tokens: integers ``[batch, T]``, T at most the context.
+            tokens: Integers ``[batch, T]``, T at most the context.
 
         Returns:
             ``[batch, T, vocabulary]``, in the model's dtype.
@@ -49,11 +49,11 @@ class LanguageModel(Llama):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of files one after another, an END behind each.
+    """Tokens of files one after another, with END after each.
 
     Attributes:
         training, held_out: int16 ``[tokens]``.
-        facts: sizes, and a hash of all the tokens.
+        facts: Sizes, and a hash of all the tokens.
     """
 
     training: Tensor
@@ -62,7 +62,7 @@ class Corpus:
 
 
 def folders() -> dict[str, Path]:
-    """Where the text lies, by the name that its files' names start with."""
+    """Folders with text, by the prefix that the names of their files get."""
     found = {"python": Path(sysconfig.get_path("stdlib"))}
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -83,8 +83,8 @@ def corpus(vocabulary: int, most_bytes: int | None = None) -> Corpus:
     """Read, split and tokenize the text.
 
     Args:
-        vocabulary: number of tokens.
-        most_bytes: of each folder, so that a check is quick.
+        vocabulary: Number of tokens.
+        most_bytes: Bytes to read from each folder, for a quick check; None for all.
     """
     from tokenizers import ByteLevelBPETokenizer
 
@@ -137,7 +137,7 @@ def windows(tokens: Tensor, length: int, count: int, device: torch.device) -> Te
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW in bf16 autocast, the rate warmed up and cosined to zero."""
+    """How to train: AdamW in bf16 autocast, a warm-up, then a cosine schedule to zero."""
 
     steps: int = 1500
     batch: int = 64
@@ -170,14 +170,14 @@ def train(
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Train in place.
+    """Train a model in place.
 
     Args:
-        model: in fp32; on a GPU it is compiled.
-        tokens: integers ``[tokens]``.
-        recipe: how.
-        seed: of the order of the data.
-        say: takes a line now and then.
+        model: The model, in fp32; compiled on a GPU.
+        tokens: Integers ``[tokens]``.
+        recipe: How to train.
+        seed: For the order of the data.
+        say: Called with a line of progress now and then.
 
     Returns:
         Seconds, and the loss in nats a token at some steps.

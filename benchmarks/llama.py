@@ -70,7 +70,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
     Attributes:
-        cache: where keys and values go; None where every sequence comes whole.
+        cache: Keys and values; None where every call has whole sequences.
     """
 
     def __init__(self, config: Config) -> None:
@@ -120,7 +120,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to logits of the last one."""
+    """A Llama that returns the logits of the token after the last."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -131,12 +131,12 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden, config.vocabulary, bias=False)
 
     def use(self, caches: list[Cache]) -> None:
-        """Take these caches, one for each layer, for the calls that follow."""
+        """Set the caches, one for each layer, for later calls."""
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.attention.cache = cache
 
     def states(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """What the last norm takes, ``[batch, T, hidden]``; arguments as for `forward`."""
+        """The input of the last norm, ``[batch, T, hidden]``; arguments as for `forward`."""
         config = self.config
         steps = torch.arange(0, config.head_size, 2, device=tokens.device) / config.head_size
         angles = positions[:, None] * config.rope_theta**-steps
@@ -151,8 +151,8 @@ class Llama(nn.Module):
         """Logits of the token that follows.
 
         Args:
-            tokens: int64 ``[batch, T]``: one each after a full context, or a prompt.
-            positions: int64 ``[T]``: the token's, or from 0 on; at most a context of them.
+            tokens: Int64 ``[batch, T]``: one each after a full context, or a prompt.
+            positions: Int64 ``[T]``: the token's, or from 0 on; at most a context of them.
 
         Returns:
             ``[batch, vocabulary]``, in the model's dtype.
@@ -166,7 +166,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     Args:
         q: ``[batch, heads, T, head_size]``.
         k: ``[batch, kv_heads, S, head_size]``.
-        v: like k.
+        v: Shaped like k.
         mask: ``[batch, 1, T, S]``, boolean (True where a token attends) or added to the scores.
             Without one a single token attends to all S, and of several the i-th to the first i.
 
@@ -184,6 +184,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: pairs of x ``[..., T, head_size]``, turned by ``[T, head_size/2]``."""
+    """Rotate pairs of x ``[..., T, head_size]`` by angles ``[T, head_size/2]``."""
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

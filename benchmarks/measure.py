@@ -5,7 +5,7 @@ long the threads of a process waited for a core that something else was using
 (`/proc/self/task/*/schedstat`). A sample with such a wait is thrown away and taken again, so the
 times are those of this code on cores of its own, also where the machine has other work. On a GPU a
 sample is one replay of a CUDA graph, timed by events. Contenders take turns, sample by sample, in
-an order that turns round every time, so that a slow drift of the machine meets all of them.
+an order that is reversed every time, so that a slow drift of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ ROUNDS = 15
 
 @dataclass
 class Timing:
-    """Seconds a call of one contender.
+    """Seconds per call of one contender.
 
     Attributes:
-        samples: the clean ones; the cleanest ones where patience ran out.
-        thrown: how many samples were thrown away.
-        dirty: how many of `samples` are not clean.
+        samples: The clean samples, or the cleanest ones if patience ran out.
+        thrown: Number of samples that were thrown away.
+        dirty: Number of `samples` that are not clean.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -62,11 +62,11 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median seconds."""
         return statistics.median(self.samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; times in microseconds."""
+        """A dict for JSON, with times in microseconds."""
         micro = sorted(1e6 * sample for sample in self.samples)
         return {
             "us": round(statistics.median(micro), 2),
@@ -111,9 +111,9 @@ def interleave(
     """Time functions in turn.
 
     Args:
-        contenders: what to call, by name; each is called a few times first.
-        rounds: samples of each.
-        patience_s: seconds that may go into clean samples of each contender.
+        contenders: Functions to time, by name; each is called a few times first.
+        rounds: Samples of each contender.
+        patience_s: Seconds to spend on clean samples of each contender, at most.
     """
     timings = {name: Timing() for name in contenders}
     calls = {name: _calls_a_sample(run) for name, run in contenders.items()}
@@ -141,7 +141,7 @@ def _calls_a_sample(run: Callable[[], object]) -> int:
 def _take(
     run: Callable[[], object], calls: int, timing: Timing, left: dict[str, float], name: str
 ) -> None:
-    """One sample: the first clean one, or the cleanest that patience allows."""
+    """Take one sample: the first clean one, or the cleanest within the patience."""
     tries: list[tuple[float, float]] = []
     while True:
         begun = time.perf_counter()
@@ -164,7 +164,7 @@ def _take(
 
 
 def graph_of(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
-    """The calls, captured one after another in a CUDA graph; each ran once before."""
+    """Capture calls one after another in a CUDA graph; each runs once before."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -178,15 +178,15 @@ def graph_of(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
 def graph_times_us(
     contenders: Mapping[str, Sequence[Callable[[], Tensor]]], rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """Median time of one call of each, in CUDA graphs, by events, in microseconds.
+    """Median microseconds of one call of each contender, in CUDA graphs, timed by events.
 
     A round starts with a replay that does not count, so that the GPU is busy while the next is
-    launched. Each contender finds the L2 cache as another one left it.
+    launched. Each contender starts with the L2 cache that another one filled.
 
     Args:
-        contenders: what to call, by name. The calls of one do the same on different memory, enough
-            of it to overflow the L2 cache.
-        rounds: timed replays of each graph.
+        contenders: Lists of calls, by name. The calls of one do the same on different memory,
+            enough of it to overflow the L2 cache.
+        rounds: Timed replays of each graph.
     """
     graphs = {label: graph_of(calls) for label, calls in contenders.items()}
     taken: dict[str, list[float]] = {label: [] for label in contenders}
@@ -213,7 +213,7 @@ def graph_times_us(
 
 
 def machine() -> dict[str, Any]:
-    """The facts that a figure means nothing without."""
+    """The machine, and versions of the software, for the results file."""
     import fxint4
 
     facts: dict[str, Any] = {
@@ -240,7 +240,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As the kernel says it."""
+    """The name of the CPU, as the kernel reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:
@@ -250,7 +250,7 @@ def cpu_name() -> str:
 
 
 def _commit(folder: Path) -> str | None:
-    """The commit of the code that is measured, with a + where the tree differs from it."""
+    """The commit of the measured code, with a + if the work tree differs from it."""
     try:
         git = ["git", "-C", str(folder)]
         commit = subprocess.run(
@@ -271,7 +271,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """Arguments that every benchmark takes.
 
     Args:
-        doc: the script's docstring.
+        doc: The docstring of the script.
     """
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -302,10 +302,10 @@ def write(
     """Write the results as JSON, if a path was given.
 
     Args:
-        path: where to, or None.
-        facts: of `machine()`, taken before the run.
-        arguments: of the command line.
-        **results: what was measured.
+        path: The file, or None.
+        facts: From `machine()`, called before the run.
+        arguments: Arguments of the command line.
+        **results: What was measured.
     """
     if path is None:
         return

@@ -1,9 +1,9 @@
 """How long does it take to pack a Llama-3-8B in place, and how much memory at most and at the end?
 
 The model is transformers' Llama in the 8B shape with random weights. It is packed by
-`fxint4.pack_` in three ways: where it is, on the GPU, by each method that needs no data; from the
-CPU to the GPU, weight by weight; and memory-mapped from a safetensors file to a GPU that is allowed
-less memory than the bf16 model takes. Then it is compiled and run once.
+`fxint4.pack_` in three ways: on the GPU, by each method that needs no data; from the CPU to the
+GPU, weight by weight; and from a memory-mapped safetensors file to a GPU that may use less memory
+than the bf16 model takes. Then it is compiled and run once.
 
 Limits: peak at most the original plus two of its largest weights; at the end at most 1.05 of the
 packed weights plus what is not packed; on the GPU 5 s for 8B parameters rounded to nearest, a
@@ -75,7 +75,7 @@ def size(model: nn.Module) -> int:
 
 
 def measured(name: str, model: nn.Module, pack: Callable[[nn.Module], Any]) -> dict[str, Any]:
-    """Pack, and say what it took."""
+    """Pack, and return the time and memory it took."""
     original = size(model)
     largest = max(parameter.nbytes for parameter in model.parameters())
     elements = sum(parameter.numel() for parameter in model.parameters())
@@ -108,7 +108,7 @@ def measured(name: str, model: nn.Module, pack: Callable[[nn.Module], Any]) -> d
 
 
 def run_once(model: nn.Module) -> float:
-    """Seconds of a compiled step after the first, and that it gives numbers."""
+    """Seconds of a compiled step after the first; asserts that its output is finite."""
     compiled = torch.compile(model, backend="int4tile")
     ids = torch.arange(8, device="cuda")[None]
     with torch.no_grad():
@@ -123,7 +123,7 @@ def run_once(model: nn.Module) -> float:
 
 
 def freed_at_compile(layers: int) -> dict[str, Any]:
-    """The same by `free_weights`, in the first compiled call."""
+    """Measure packing by `free_weights`, in the first compiled call."""
     model = llama(layers, "cuda")
     compiled = torch.compile(model, backend="int4tile", options={"free_weights": True})
     ids = torch.arange(8, device="cuda")[None]

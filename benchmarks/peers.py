@@ -27,15 +27,15 @@ from torch.nn import functional as F
 
 
 class TorchAO:
-    """Int4 of torchao.
+    """Int4 linears of torchao.
 
     Raises:
-        ImportError: it is not installed, or too old.
+        ImportError: Torchao is not installed, or too old.
     """
 
     def __init__(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its own
+            warnings.simplefilter("ignore")  # of GemLite
             self._tensor: Any = importlib.import_module(
                 "torchao.quantization"
             ).Int4TilePackedTo4dTensor
@@ -46,10 +46,10 @@ class TorchAO:
         """A call for each weight.
 
         Args:
-            x: bf16 ``[M, K]``.
-            weights: tiles and scale_and_zero of each.
-            group_size: of the weights.
-            n: their out features.
+            x: Bf16 ``[M, K]``.
+            weights: Tiles and scale_and_zero of each.
+            group_size: Group size of the weights.
+            n: Their out features.
         """
         shape = torch.Size((n, x.shape[1]))
         made = [self._tensor(*weight, [1, group_size], shape) for weight in weights]
@@ -57,15 +57,15 @@ class TorchAO:
 
 
 class GemLite:
-    """Int4 of GemLite.
+    """Int4 linears of GemLite.
 
     Args:
-        shapes: N and K of every weight to come.
-        rows: every M to come.
-        group_size: of every weight to come.
+        shapes: N and K of every weight that will be used.
+        rows: Every M that will be used.
+        group_size: Group size of every weight.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: GemLite is not installed.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GemLite:
                     self._settle(kernel, m, n, k)
 
     def _known(self, kernel: str) -> dict[tuple[int, int, int], Any]:
-        """M, N, K -> settings of a kernel."""
+        """Settings of a kernel, by M, N, K."""
         entries = self._core.GEMLITE_TRITON_CONFIG_CACHE.get(kernel, {})
         keys = {key: ast.literal_eval(key) for key in entries}
         return {parts[:3]: entries[key] for key, parts in keys.items() if parts[3:] == self._kind}
@@ -95,7 +95,7 @@ class GemLite:
         return (self._group_size, 8, 104)
 
     def _kernels_for(self, m: int) -> list[str]:
-        """What GemLite would take, and what its file has settings for."""
+        """The kernels that GemLite would use, and those that its file has settings for."""
         default = self._core.get_matmul_type(m, 4)
         names = self._core.GEMLITE_MATMUL_TYPES
         return [
@@ -110,12 +110,12 @@ class GemLite:
             entries[str((m, n, k, *self._kind))] = known[nearest]
 
     def weight(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Any, list[Tensor]]:
-        """Its weight ``(code - zero_point) * scale``: meta data, and tensors that may be copied.
+        """A weight ``(code - zero_point) * scale`` of GemLite: meta data, and tensors.
 
         Args:
-            codes: uint8 ``[N, K]``, values 0..15.
-            scale: bf16 ``[N, K / group_size]``.
-            zero_point: like scale.
+            codes: Uint8 ``[N, K]``, values 0..15.
+            scale: Bf16 ``[N, K / group_size]``.
+            zero_point: Bf16 ``[N, K / group_size]``.
         """
         packer = self._gemlite.helper.A16Wn(device=codes.device, dtype=torch.bfloat16)
         layer = packer.from_weights(codes, scale, zero_point, 4, self._group_size)
@@ -127,8 +127,8 @@ class GemLite:
         """For each kernel, a call for each weight.
 
         Args:
-            x: bf16 ``[M, K]``.
-            weights: made by `weight`, or copies.
+            x: Bf16 ``[M, K]``.
+            weights: From `weight`, or copies of these.
         """
         run, names = self._gemlite.forward_functional, self._core.GEMLITE_MATMUL_TYPES
         return {

@@ -39,7 +39,7 @@ def versions(machine: Mapping[str, Any]) -> str:
 
 
 def draw_shape(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """The lines of one shape."""
+    """Draw the lines of one shape."""
     ms = [row["m"] for row in rows]
     floor = [row["floor_us"] for row in rows]
     axes.fill_between(ms, floor, 0.1, color="#eeeeee", zorder=0)
@@ -72,11 +72,11 @@ def draw_shape(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One small plot a shape.
+    """Draw one small plot for each shape.
 
     Args:
-        results: what gemm.py wrote.
-        path: of the PNG.
+        results: The JSON that gemm.py wrote.
+        path: The PNG to write.
     """
     shapes: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:

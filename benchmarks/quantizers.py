@@ -6,10 +6,10 @@ torchao 0.18
 hqq 0.2
     `HQQLinear` with its defaults for 4 bits, groups along K; its dequantized bf16 weights.
 gptqmodel 7.7
-    Its `GPTQ`, asymmetric, otherwise by its defaults: group-aware order, static groups along K. The
-    layers of a decoder layer that share an input together, in the order of the model, each set on
-    what the sets before it pass on once they are quantized. Dequantized weights as `GPTQ` gives
-    them, rounded to bf16; its scales are not rounded to what a file would hold.
+    Its `GPTQ`, asymmetric, otherwise by its defaults: group-aware order, static groups along K.
+    Linear layers that share an input form a set; the sets are quantized in the order of the model,
+    each on inputs from the quantized sets before it. Dequantized weights as `GPTQ` returns them,
+    rounded to bf16; its scales are not rounded to what a file would hold.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: What shares an input, in the order in which a decoder layer runs them.
+#: Linear layers that share an input, in the order in which a decoder layer runs them.
 SETS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
@@ -38,12 +38,12 @@ def torchao(model: nn.Module, group_size: int, algorithm: str) -> None:
     """Quantize in place.
 
     Args:
-        model: in bf16.
-        group_size: divides K of every linear layer.
+        model: The model, in bf16.
+        group_size: Divides K of every linear layer.
         algorithm: "tinygemm", which is round-to-nearest, or "hqq".
 
     Raises:
-        ImportError: torchao is not installed, or too old.
+        ImportError: Torchao is not installed, or too old.
     """
     quantization = imported("torchao.quantization")
     if next(model.parameters()).is_cuda:
@@ -67,7 +67,7 @@ def hqq(model: nn.Module, group_size: int) -> None:
     """Quantize in place; weights stay dense.
 
     Raises:
-        ImportError: hqq is not installed.
+        ImportError: Hqq is not installed.
     """
     core = imported("hqq.core.quantize")
     config = core.BaseQuantizeConfig(nbits=4, group_size=group_size, axis=1)
@@ -86,12 +86,12 @@ def gptqmodel(model: nn.Module, group_size: int, batches: Sequence[Tensor]) -> N
     """Quantize in place; weights stay dense.
 
     Args:
-        model: with linear layers named as in `SETS`, and others, which come last.
-        group_size: divides K of every linear layer.
-        batches: what the model takes.
+        model: With linear layers named as in `SETS`, and others, which come last.
+        group_size: Divides K of every linear layer.
+        batches: Inputs of the model.
 
     Raises:
-        ImportError: gptqmodel, or a package that it needs, is not installed.
+        ImportError: Gptqmodel, or a package that it needs, is not installed.
     """
     gptq = imported("gptqmodel.quantization.gptq").GPTQ
     config = imported("gptqmodel.quantization").QuantizeConfig(
@@ -118,7 +118,7 @@ def gptqmodel(model: nn.Module, group_size: int, batches: Sequence[Tensor]) -> N
 
 
 def sets_of(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the linear layers that share an input, set by set."""
+    """Sets of names of linear layers; those of one set share an input."""
     left = dict.fromkeys(linears(model))
     parents = dict.fromkeys(name.rpartition(".")[0] for name in left)
     for parent in parents:
@@ -132,7 +132,7 @@ def sets_of(model: nn.Module) -> Iterator[list[str]]:
 
 
 def imported(name: str) -> Any:
-    """A module, without what it prints and warns of."""
+    """Import a module, without its prints and warnings."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         module = importlib.import_module(name)

@@ -48,13 +48,13 @@ class Views(nn.Module):
 
 
 def views_expected(model: Views, x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Views` gives for a scale of 2, with the bound on the error of the first."""
+    """The outputs of `Views` for a scale of 2, and the bound on the error of the first one."""
     w = dequantized(model.w, group_size, torch.float64)
     return 2 * x.double() @ w.t(), 2 * rounding_bound(x, w), x * model.kept.detach()
 
 
 class Clones(TorchDispatchMode):
-    """Shapes of all real tensors that are copied."""
+    """Collects the shapes of all real tensors that are cloned."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -41,13 +41,13 @@ def int4(model: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
 
 
 def weight_of(weight: Tensor) -> Tensor:
-    """The float64 weight [N, K] that int4 leaves of a weight [N, K]."""
+    """A weight [N, K] quantized and dequantized, in float64."""
     made = quantize(weight.detach(), GROUP)
     return dequantize(made.codes, made.scale, made.zero, GROUP, torch.float64, weight.shape[1])
 
 
 def assert_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """`y` is x W^T + b with the int4 weight, and nothing else, to the rounding of bf16.
+    """Assert that `y` is x W^T + b with the int4 weight, within the rounding of bf16.
 
     Each rounding changes it by at most that part of |x| |W|^T + |b|.
     """
@@ -111,7 +111,7 @@ def data_assigned(model: nn.Linear) -> None:
 
 
 def data_assigned_twice(model: nn.Linear) -> None:
-    # The second tensor may get the address of the first one's forerunner.
+    # The second tensor may get the address of the one before the first.
     model.weight.data = torch.randn(N, K)
     model.weight.data = torch.randn(N, K)
 
@@ -352,7 +352,7 @@ def test_a_parameter_that_the_graph_writes_to_is_not_packed(x: Tensor) -> None:
 
 
 def calls_in(run: Callable[[], Any]) -> Counter[str]:
-    """Calls of Python functions, by what they belong to: fxint4, AOTAutograd or the rest."""
+    """Count calls of Python functions: those of fxint4, of AOTAutograd and of the rest."""
     found: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -371,9 +371,9 @@ def calls_in(run: Callable[[], Any]) -> Counter[str]:
 
 @pytest.mark.compiles
 def test_a_call_does_little_for_each_packed_parameter(x: Tensor) -> None:
-    """Dynamo's guards ask each twice what it is; nothing else is done for each of them in Python.
+    """Two calls by Dynamo's guards are all the Python that runs for each parameter.
 
-    AOTAutograd, left to itself, takes tensor subclasses apart at every call.
+    AOTAutograd by itself would unwrap tensor subclasses at every call.
     """
     counts = []
     for layers in (2, 12):
@@ -391,7 +391,7 @@ def test_a_call_does_little_for_each_packed_parameter(x: Tensor) -> None:
 
 
 def test_cuda_graphs_take_the_addresses_of_packed_parameters_for_granted() -> None:
-    """Of others they copy the data at every replay."""
+    """CUDA graphs copy the data of other inputs at every replay."""
     model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K)).eval()
     fxint4.pack_(model)
     seen: list[tuple[list[bool], Sequence[int]]] = []
@@ -421,7 +421,7 @@ def packed(n: int = N) -> Int4TileTensor:
 
 
 def assert_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """`y` is x W^T with a packed weight; see `assert_linear`."""
+    """Assert that `y` is x W^T with a packed weight, within the rounding of bf16."""
     w, x = weight.dequantize(torch.float64), x.double()
     assert ((y.double() - x @ w.T).abs() <= ROUNDING * (x.abs() @ w.abs().T)).all()
 

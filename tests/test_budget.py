@@ -1,4 +1,4 @@
-"""Budgets: what the fewest bytes are that keep a target, or the least error in so many bytes."""
+"""Budgets: the fewest bytes that keep a target error, or the least error in given bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ K, N = 128, 64
 
 
 class Net(nn.Module):
-    """Layers that matter more and less: the last one's weight is small beside the residual."""
+    """Layers of different sensitivity: the last weight is small beside the residual."""
 
     def __init__(self) -> None:
         super().__init__()

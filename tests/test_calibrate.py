@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import correlated, module
-from test_replay import FORMS, IDS, OFFS, E, K, M, N, noise
+from test_interpreter import FORMS, IDS, OFFS, E, K, M, N, noise
 from torch import Tensor, nn
 
 import fxint4
@@ -24,7 +24,7 @@ EPSILON = 2.0**-24
 
 
 class Attention(nn.Module):
-    """Projections that share a computed activation, and one of what they make."""
+    """Projections that share a computed activation, and one of their product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class Broken(nn.Module):
-    """Two graphs."""
+    """A graph break: two graphs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Broken(nn.Module):
 
 
 def seen_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    """What each linear layer multiplies, [rows, K] in float64, by the name of its weight."""
+    """The inputs of each linear layer, [rows, K] in float64, by the name of its weight."""
     seen: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -77,7 +77,7 @@ def K_of(x: Tensor) -> int:
 
 
 def assert_statistics(statistics: Statistics, rows: Tensor) -> None:
-    """ActivationSums over so many rows of products that were rounded once each, in fp32."""
+    """Assert statistics to fp32: sums over the rows, of products rounded once each."""
     x = rows.double()
     bound = 2 * len(x) * EPSILON
     moments = x.t() @ x
@@ -436,7 +436,7 @@ def test_one_batch_by_name_is_not_taken_for_several() -> None:
 @pytest.mark.compiles
 @pytest.mark.by_aten
 def test_runs_of_our_own_are_no_recompiles_of_the_model() -> None:
-    """Dynamo counts what it compiles of a function, and falls back to eager beyond a limit."""
+    """Dynamo counts the compiles of a function, and falls back to eager beyond a limit."""
     model = Attention().eval()
     x = noise(2, 40, K)
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
@@ -451,7 +451,7 @@ def test_runs_of_our_own_are_no_recompiles_of_the_model() -> None:
 
 
 class Feed(nn.Module):
-    """A layer without anything that magnifies a rounding."""
+    """A layer that does not magnify rounding errors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -465,7 +465,7 @@ class Feed(nn.Module):
 @pytest.mark.compiles
 @pytest.mark.by_aten
 def test_runs_of_our_own_make_no_size_vary() -> None:
-    """Dynamo lets a size vary that was another when it compiled a function before."""
+    """Dynamo makes a size dynamic if it differed in an earlier compile of the function."""
     model = Feed().eval()
     fxint4.calibrate(model, [noise(8, 64, K)])
     x = noise(16, K)
@@ -476,7 +476,7 @@ def test_runs_of_our_own_make_no_size_vary() -> None:
 
 
 def assert_near(y: Tensor, expected: Tensor) -> None:
-    """Equal but for roundings of activations to bf16, which eager and compiled code do apart."""
+    """Assert equality but for roundings of activations to bf16, eager or compiled."""
     assert float((y - expected).norm()) < 2**-7 * float(expected.norm())
 
 

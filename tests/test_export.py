@@ -24,7 +24,7 @@ from fxint4.kernels.policy import Policy
 from fxint4.report import Record
 
 CPU_OP = "aten._weight_int4pack_mm_for_cpu.default"
-#: For models of `module`, which take *inputs.
+#: Functions for models of `module`, which take *inputs.
 ROWS = (({0: Dim.DYNAMIC},),)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,7 +34,7 @@ def ops(program: ExportedProgram) -> list[str]:
 
 
 def int4_matmuls(program: ExportedProgram) -> int:
-    """Without the one that checks the order of the bytes."""
+    """The int4 matmuls of a program, without the one that checks the order of bytes."""
     return ops(program).count(CPU_OP) - 1
 
 
@@ -53,7 +53,7 @@ def rewritten(
 def in_another_process(
     source: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python that must do without fxint4."""
+    """Run Python code in a process where fxint4 can't be imported."""
     source += "\nimport sys\nassert not any(name.startswith('fxint4') for name in sys.modules)\n"
     command = [sys.executable, "-W", "ignore", "-c", source]
     env = {**os.environ, **(environment or {})}

@@ -295,7 +295,7 @@ def check_package(
             continue  # the compiled model leaves these to the original matmul
         with torch.no_grad():
             theirs = compiled(x, second).reshape(-1, N)
-        # ActivationSums in another order, each rounded once to bf16, and once more to fp16.
+        # Sums in another order, each rounded once to bf16, and once more to fp16.
         once = 2.0**-8 + 2.0**-11
         bound = 2 * once * theirs.double().abs() + 2 * K * 2.0**-23 * magnitude
         assert_within(y, theirs.double(), bound)

@@ -27,7 +27,7 @@ from fxint4.runs.state_guard import StateGuard
 GROUP = 64
 OPTIONS = {"group_size": GROUP}
 
-#: fp32 sums of a few hundred products, and fp32 activations that two ways to run a model give.
+#: For fp32 sums of a few hundred products, of fp32 activations computed in two ways.
 FP32 = 1e-4
 
 
@@ -50,7 +50,7 @@ class Layers(nn.Module):
 
 
 def quantized(weight: Tensor) -> Tensor:
-    """What int4 leaves of ``[..., N, K]``, in float64."""
+    """A weight ``[..., N, K]`` quantized and dequantized, in float64."""
     if weight.ndim > 2:
         return torch.stack([quantized(matrix) for matrix in weight])
     return dequantized(weight.detach(), GROUP, torch.float64)
@@ -70,7 +70,7 @@ def relative(changed: Tensor, original: Tensor) -> float:
 
 
 def errors_by_hooks(model: nn.Module, *args: Any) -> dict[str, float]:
-    """In float64, what quantizing each linear layer does to its product, over all of its calls."""
+    """The relative error of each linear layer's product over all calls, in float64, by hooks."""
     sums: dict[str, list[float]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -311,14 +311,14 @@ def test_a_model_that_returns_no_floats_has_no_error() -> None:
 
 
 class Cache:
-    """Of a kind that no one knows; it grows."""
+    """A growing cache, of a type that pytree does not know."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
 
 class Stateful(nn.Module):
-    """Writes to a buffer, a parameter, a tensor that it is given, attributes and a cache."""
+    """Writes to a buffer, a parameter, an argument, attributes and a cache."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -327,7 +327,7 @@ GRAPHS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], tuple[in
 @pytest.mark.compiles
 @pytest.mark.by_aten
 def test_every_use_that_packed_weights_support(name: str) -> None:
-    """Eager and compiled give what the model gives with dequantized weights."""
+    """Eager and compiled outputs are those of the model with dequantized weights."""
     torch.manual_seed(0)
     function, shapes, inputs = GRAPHS[name]
     model = module(function, **shapes)
@@ -427,7 +427,7 @@ def test_nothing_is_compiled_to_find_the_uses(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Remembering(nn.Module):
-    """Writes what it is given to a cache, to an attribute, and to an argument."""
+    """Writes its input to a cache, to an attribute, and to an argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -464,7 +464,7 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """Equal layers and a weight that no module's kind tells the use of."""
+    """Equal layers, and a weight of a module that is not known."""
 
     def __init__(self, count: int = 12) -> None:
         super().__init__()
@@ -504,7 +504,7 @@ def test_free_weights_packs_when_it_first_compiles() -> None:
 
 
 def assert_near(y: Tensor, expected: Tensor) -> None:
-    """Equal but for where bf16 rounding happened."""
+    """Assert that outputs are equal but for roundings to bf16."""
     assert (y - expected).norm() / expected.norm() < 2.0**-6
 
 
@@ -758,7 +758,7 @@ def test_cuda_graphs_read_the_packed_weights() -> None:
 
 @pytest.mark.gpu
 def test_peak_memory_of_packing_in_place() -> None:
-    """At most the original and two of its largest weights; at the end only what is packed.
+    """The peak is at most the original and two of its largest weights; the end, the packed weights.
 
     The scratch memory is 0.3 GB however large a weight is: this is for models of some size.
     """

@@ -333,7 +333,7 @@ def test_a_weight_that_is_folded_in_blocks_of_rows_holds_the_same(
     calls = counted(monkeypatch)
     blocks = fold(weight_cache)
     assert len(calls) == 3
-    # ActivationSums of squares are taken in another order, in float64.
+    # Sums of squares are taken in another order, in float64.
     assert blocks.sqnr_db == pytest.approx(whole.sqnr_db, rel=n * K * 2.0**-52)
     assert torch.equal(product(blocks), product(whole))
     assert_holds(blocks, w)

@@ -15,13 +15,14 @@ from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.frontends.parameters import Owners, candidates_in, from_modules, replace_parameters
+from fxint4.frontends.candidates import Owners, candidates_of_graph, candidates_of_modules
+from fxint4.frontends.parameters import replace_parameters
 from fxint4.graph.names import Inputs, outermost_in_call, parameters_in_call
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import compile_graph
 from fxint4.lowering.graph import Int4Graph, expected_rows
-from fxint4.lowering.late_weights import LateWeights
+from fxint4.lowering.late_weights import LateRecords
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.fold import fold
 from fxint4.passes.fuse import with_matmuls
@@ -43,18 +44,21 @@ def int4tile(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile one graph that Dynamo captured; what `torch.compile(..., backend="int4tile")` calls.
+    """Compile one graph that Dynamo captured, for `torch.compile(..., backend="int4tile")`.
 
     Args:
-        gm: the graph, parameters among its inputs.
-        example_inputs: its inputs.
-        mode: as for `torch.compile`.
-        options: fields of `Int4Config` and, beside them, options of Inductor.
+        gm: The graph, parameters among its inputs.
+        example_inputs: Its inputs.
+        mode: As for `torch.compile`.
+        options: Fields of `Int4Config` and, beside them, options of Inductor.
+
+    Returns:
+        The compiled graph, which takes its inputs.
 
     Raises:
-        OptionError: an option or mode that is not known.
-        TrainingError: a module in training mode, or an input that requires grad.
-        FoldError: a weight could not be folded.
+        OptionError: An option or mode that is not known, or `measure`, or a budget without choices.
+        TrainingError: A module in training mode, or an input that requires grad.
+        FoldError: A weight could not be folded.
     """
     config, patches = split_options(mode, options)
     if config.measure:
@@ -76,11 +80,15 @@ def compile_captured(
     """Compile one captured graph and add it to a report; see `int4tile`.
 
     Args:
-        gm: the graph.
-        example_inputs: its inputs.
-        config: what to pack.
-        patches: of Inductor's config.
-        report: grows by this graph.
+        gm: The graph, parameters among its inputs.
+        example_inputs: Its inputs.
+        config: What to pack.
+        patches: Of Inductor's config.
+        report: Gets this graph.
+
+    Raises:
+        TrainingError: A module in training mode, or an input that requires grad.
+        FoldError: A weight could not be folded.
     """
     warn_if_untested()
     inputs = inputs_of(gm, example_inputs)
@@ -93,17 +101,18 @@ def compile_captured(
         state = CompileState(patches)
         weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
         analysis = Analysis(captured, weights, config, state.fake_mode)
-        if config.free_weights and _free(analysis, inputs, config):
-            restart_trace()
+        if config.free_weights and _pack_parameters(analysis, inputs, config):
+            restart_trace()  # the parameters are packed ones now
         sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
+        policy = Policy.now(config)
         key = (frame_id(), *sorted(weights.parameters))
         names, labels = weights.labels, dict[str, str]()
-        policy = Policy.now(config)
         before = after = graph_text(captured, names, labels)
         if sites:
-            met = LateWeights(report, key, sites, config, policy)
+            on_late = LateRecords(report, key, sites, config, policy)
+            tensors = weights.tensors
             graph = Int4Graph(
-                captured, fake_inputs, sites, weights.tensors, config, policy, state, kwargs, met
+                captured, fake_inputs, sites, tensors, config, policy, state, kwargs, on_late
             )
             after = graph.compile_first(
                 lambda made: graph_text(made.gm, {**names, **made.labels}, labels)
@@ -119,11 +128,15 @@ def compile_captured(
     return compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor)
 
 
-def _free(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:
-    """Pack what this graph and its modules multiply by; whether there was any."""
+def _pack_parameters(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:
+    """Pack the parameters of a graph, and of its modules, in place.
+
+    Returns:
+        Whether any parameter was packed.
+    """
     owners = Owners(_sharing_code(inputs.outermost_modules))
-    found = {id(candidate.parameter): candidate for candidate in from_modules(owners)}
-    for candidate in candidates_in(analysis):
+    found = {id(candidate.parameter): candidate for candidate in candidates_of_modules(owners)}
+    for candidate in candidates_of_graph(analysis):
         if id(candidate.parameter) in owners.parameters:
             found[id(candidate.parameter)] = candidate
     free = [candidate for candidate in found.values() if not candidate.fault]
@@ -133,11 +146,10 @@ def _free(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:
 
 
 def _sharing_code(compiled: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The modules being compiled, and those of their kind around them, with their full names.
+    """The modules being compiled, and all modules of the same types, with their full names.
 
-    Equal layers that are compiled one by one share compiled code, which fits packed weights or
-    others but not both: so all of them are packed at once. Other modules of the model are not
-    ours to change.
+    Equal layers that are compiled one by one share compiled code, which takes either packed weights
+    or plain ones. So all of them are packed at once; other modules of the model stay as they are.
     """
     kinds = {type(module) for module in compiled.values()}
     kinds -= {kind for kind in kinds if kind.__module__.startswith("torch.")}
@@ -169,7 +181,7 @@ def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:
 
 
 def _wants_gradient(value: object) -> bool:
-    # An input that eager code computed from parameters requires grad, too, but is no leaf.
+    # An input that eager code computed from parameters requires grad, too, but is not a leaf.
     if not isinstance(value, Tensor) or not torch.is_grad_enabled():
         return False
     return value.requires_grad and value.is_leaf

@@ -31,23 +31,23 @@ def explain(
 ) -> Report:
     """Compile `model` with backend "int4tile", run it on the arguments, return the report.
 
-    The model is compiled anew, whatever was compiled before, and is not changed. Unless the option
-    `measure` is False it also runs once with its own weights and once with the quantized ones, node
-    by node, which tells what that does to the output of every matmul and of the model. All runs
-    begin with the same random state, and leave it, the arguments, and buffers that the model writes
-    to, as they were.
+    The model is not changed, and is compiled even if it was compiled before. It also runs node by
+    node, once with its own weights and once with the quantized ones, to measure the errors of the
+    output of every matmul and of the model; the option `measure=False` leaves that out. All runs
+    begin with the same random state. The random state, the arguments, and buffers that the model
+    writes to are put back.
 
     Args:
-        model: a module in eval mode, or a function.
-        *args: its arguments.
-        mode: as for `torch.compile`.
-        options: as for `torch.compile(..., backend="int4tile")`.
-        **kwargs: its keyword arguments.
+        model: A module in eval mode, or a function.
+        *args: Its arguments.
+        mode: As for `torch.compile`.
+        options: As for `torch.compile(..., backend="int4tile")`.
+        **kwargs: Its keyword arguments.
 
     Raises:
-        OptionError: an option or mode that is not known.
-        TrainingError: a module in training mode.
-        FoldError: a weight could not be folded.
+        OptionError: An option or mode that is not known.
+        TrainingError: A module in training mode.
+        FoldError: A weight could not be folded.
     """
     config, patches = split_options(mode, options)
     config = with_budget_choices(config, model, args, kwargs)
@@ -79,7 +79,11 @@ def _measured(
     config: Int4Config,
     guard: StateGuard,
 ) -> Errors | None:
-    """The errors of a model; None, and a warning in the log, where it does not run node by node."""
+    """Measure the errors of a model.
+
+    Where that fails, it raises if the option `measure` is True; else it logs a warning and returns
+    None.
+    """
     try:
         return measure(model, args, kwargs, config, guard)
     except Exception as error:

@@ -53,26 +53,29 @@ def rewrite(
 ) -> ExportedProgram:
     """Rewrite the matmuls of an exported program into int4 matmuls, its weights into packed ones.
 
-    What `torch.compile(..., backend="int4tile")` does to a captured graph, but for good: the packed
-    weights are buffers of the new program, and what nothing reads any more is not in it. Only ATen
-    ops are needed, so that the program runs where fxint4 is not installed; but for experts, whose
-    ops are fxint4's own (`fxint4.package` makes do without them on a GPU). `fxint4.last_report()`
-    says what was done.
+    The packed weights are buffers of the new program; weights that nothing reads any more are
+    removed. The new program uses ATen ops only, so it runs where fxint4 is not installed. Experts
+    are an exception: their ops are fxint4's own (`fxint4.package` compiles them for a GPU without
+    these). `fxint4.last_report()` tells what was done.
 
-    A program has one format of each weight, the packed one, for any number of rows; where a dense
-    matmul would be faster for the rows of the example inputs, which on the CPU it is for many, the
-    report says so. Packed bytes of the CPU are for the kind of CPU that packed them; on another one
-    the program raises a RuntimeError that says so. With the option `measure` the program runs twice
-    on its example inputs, to measure what quantizing does to its output.
+    A program has each weight in one format, packed, for any number of rows. On the CPU a dense
+    matmul is faster for many rows; the report says where that holds for the example inputs. CPUs
+    with different instruction sets pack in different orders: on another kind of CPU the program
+    raises a RuntimeError. With the option `measure` the program runs twice on its example inputs,
+    to measure the errors of its output.
 
     Args:
-        exported_program: of `torch.export.export`, for inference; it is not changed.
-        options: fields of `Int4Config`.
+        exported_program: From `torch.export.export`, for inference; not changed.
+        options: Fields of `Int4Config`.
+
+    Returns:
+        The rewritten program.
 
     Raises:
-        OptionError: an option that is not known, or not for programs; or a program that is
+        TypeError: Not an exported program.
+        OptionError: An option that is not known, or not for programs; or a program that is
             rewritten already, or that has no example inputs to measure with.
-        FoldError: a weight could not be folded.
+        FoldError: A weight could not be folded.
     """
     config, patches = split_options(None, options)
     if patches:
@@ -86,10 +89,13 @@ def rewrite(
 
 
 def is_rewritten(program: ExportedProgram) -> bool:
-    """Whether a program comes from `rewrite`; TypeError for what is no program.
+    """Whether a program comes from `rewrite`.
 
-    Its buffers say so, which a saved program still has. Other people's programs may have the same
-    ops, and programs of models that `pack_` packed have ours.
+    Names of buffers tell, which a saved program keeps. Ops don't: programs from elsewhere may have
+    the same ATen ops, and programs of models that `pack_` packed have ops of fxint4.
+
+    Raises:
+        TypeError: Not an exported program.
     """
     _check_program(program)
     return any(
@@ -108,13 +114,13 @@ def _check_program(program: object) -> None:
 def rewrite_program(
     program: ExportedProgram, config: Int4Config, only_aten: bool
 ) -> ExportedProgram:
-    """See `rewrite`.
+    """Rewrite a program, as `rewrite` does.
 
     Args:
-        program: the program.
-        config: what the user asked for.
-        only_aten: whether matmuls become ATen's ops where there are such; otherwise ops of fxint4
-            that our lowering knows, while experts stay as they are where it has no kernel for them.
+        program: The program; not changed.
+        config: What the user asked for.
+        only_aten: Whether matmuls become ATen ops where there are such ops. If not, they become ops
+            of fxint4, for our lowering; experts stay as they are where it has no kernel for them.
     """
     _check_program(program)
     config.require_choices()
@@ -127,8 +133,8 @@ def rewrite_program(
     fake_mode = fake_mode_of(captured)
     weights = GraphWeights.of_program(program)
     found = Analysis(captured, weights, config, fake_mode).found
-    wanted = [_in_a_program(entry, only_aten) for entry in found]
-    # Of its own: the process's cache writes over what it holds when parameters change.
+    wanted = [_for_program(entry, only_aten) for entry in found]
+    # A cache of its own: the process's cache overwrites its tensors when parameters change.
     cache = WeightCache()
     sites, records = fold(wanted, weights.tensors, expected_rows, config, cache)
     formats = [site.int4 for site in sites]
@@ -145,7 +151,7 @@ def rewrite_program(
             for spec in program.graph_signature.input_specs
             if spec.arg.name in weights.labels
         }
-        program = _Program(program, weights, rewritten, cache, fake_mode).made()
+        program = _Program(program, weights, rewritten, cache, fake_mode).build()
         targets = {
             spec.arg.name: shown.get(spec.target, spec.target)
             for spec in program.graph_signature.input_specs
@@ -153,7 +159,7 @@ def rewrite_program(
         }
         after = graph_text(program.graph_module, targets, labels)
     records = [
-        _of_a_program(record, entry, only_aten)
+        _with_program_reasons(record, entry, only_aten)
         for record, entry in zip(records, found, strict=True)
     ]
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
@@ -166,16 +172,16 @@ def rewrite_program(
 def _measured(
     program: ExportedProgram, sites: Sequence[Site], fake_mode: Any, config: Int4Config
 ) -> Errors:
-    """What quantizing does to the output of a program as captured."""
+    """Measure the errors of a program on its example inputs."""
     if program.example_inputs is None:
         raise OptionError(
             "measure=True needs example inputs, and the program has none: set its example_inputs "
             "to (args, kwargs), or leave measure out"
         )
     signature = program.graph_signature
-    given = iter(flat(program.example_inputs))
+    inputs = iter(flat(program.example_inputs))
     arguments = [
-        next(given) if spec.kind is InputKind.USER_INPUT else program_tensor(program, spec)
+        next(inputs) if spec.kind is InputKind.USER_INPUT else program_tensor(program, spec)
         for spec in signature.input_specs
     ]
     outputs = [
@@ -186,8 +192,8 @@ def _measured(
     return measure_graph(program.graph_module, sites, fake_mode, arguments, outputs, config)
 
 
-def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
-    """A site with its one format, or the record of one that is kept."""
+def _for_program(entry: Site | Record, only_aten: bool) -> Site | Record:
+    """A site with the one format that a program has, or the record of a matmul that is kept."""
     if isinstance(entry, Record):
         return entry
     fault = package_fault(value_of(entry.match.weight).device)
@@ -198,13 +204,13 @@ def _in_a_program(entry: Site | Record, only_aten: bool) -> Site | Record:
     return dataclasses.replace(entry, fallback=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
 
 
-def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Record:
-    """What a program's report says of a matmul.
+def _with_program_reasons(record: Record, entry: Site | Record, only_aten: bool) -> Record:
+    """The record of a matmul, with reasons that only programs have.
 
     Args:
-        record: what it says of any.
-        entry: what `find` found.
-        only_aten: see `rewrite_program`.
+        record: The record without them.
+        entry: What `find` found.
+        only_aten: As for `rewrite_program`.
     """
     reasons = [record.reason]
     if isinstance(entry, Site) and record.action == "packed":
@@ -222,7 +228,7 @@ def _of_a_program(record: Record, entry: Site | Record, only_aten: bool) -> Reco
 def _with_matmuls(
     records: Sequence[Record], sites: Sequence[Site], config: Int4Config
 ) -> list[Record]:
-    """Records that say which sites a package multiplies together, and by which kernels."""
+    """The records with `fused_with` and `kernels`, as a package will have them."""
     packed = [record for record in records if record.action == "packed"]
     formats = [site.int4 for site in sites]
     policy = Policy(config.kernel, package=True)
@@ -237,7 +243,7 @@ def remade(
     state_dict: dict[str, Any],
     constants: dict[str, Any],
 ) -> ExportedProgram:
-    """A program with another graph or other tensors, and all else as it was."""
+    """A copy of a program with another graph, signature, state dict and constants."""
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
@@ -257,14 +263,14 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 
 class _Program:
-    """Makes a program of a rewritten graph.
+    """Makes a program from a rewritten graph.
 
     Args:
-        program: the program as captured, its graph the one that was rewritten.
-        weights: of the program.
-        rewritten: the graph.
-        store: has its packed weights.
-        fake_mode: the FakeTensorMode of the graph's values.
+        program: The program whose graph was rewritten.
+        weights: Of the program.
+        rewritten: The graph.
+        weight_cache: Has the packed weights.
+        fake_mode: The FakeTensorMode of the graph's values.
     """
 
     def __init__(
@@ -294,8 +300,8 @@ class _Program:
         if any(slot.format == "cpu" for slot in rewritten.slots):
             self._add_check()
 
-    def made(self) -> ExportedProgram:
-        """The program."""
+    def build(self) -> ExportedProgram:
+        """Make the program."""
         program, graph = self._program, self._gm.graph
         results: Any = graph.output_node().args[0]
         signature = ExportGraphSignature(
@@ -314,7 +320,7 @@ class _Program:
         self._gm.recompile()
         kept = {spec.target for spec in self._specs.values()}
         gone = {spec.target for spec in program.graph_signature.input_specs} - kept
-        # A compiler would ask the int4 op for the gradients that parameters want.
+        # For parameters that require grad, a compiler would ask the int4 op for gradients.
         state = {
             key: nn.Parameter(value, requires_grad=False) if value.requires_grad else value
             for key, value in program.state_dict.items()
@@ -331,7 +337,7 @@ class _Program:
     def _add_packed(
         self, nodes: Iterator[fx.Node], rewritten: Rewritten, weight_cache: WeightCache
     ) -> None:
-        """Buffers for the inputs that hold packed weights."""
+        """Add buffers for the inputs that take packed weights."""
         for slot in rewritten.slots:
             tensors = [self._weights.tensors[root] for root in slot.weight.roots]
             packed = weight_cache.find(slot.weight, tensors, slot.shape, slot.recipe)
@@ -339,10 +345,10 @@ class _Program:
                 node = next(nodes)
                 part = node.name.rpartition("_")[0]
                 self._add(node, f"{slot.name}_{part}", tensor)
-            packed.clear()  # lets go of them
+            packed.clear()  # releases the tensors
 
     def _add(self, node: fx.Node, target: str, tensor: Tensor) -> None:
-        """Make a placeholder a buffer, in front of what the user passes."""
+        """Make a placeholder a buffer, before the user's inputs."""
         taken = {*self._program.state_dict, *self._program.constants, *self._buffers}
         while target in taken:
             target += "_"
@@ -353,10 +359,10 @@ class _Program:
             self._first_user_input.prepend(node)
 
     def _add_check(self) -> None:
-        """Refuse to run where the CPU's int4 op reads another order of bytes.
+        """Add a check that this CPU's int4 op reads the order of bytes that weights have.
 
-        The order depends on the instruction set, and on nothing that the program holds. So it also
-        holds one small weight of known codes, and asserts that the op multiplies by it rightly.
+        The order depends on the instruction set of the CPU. So the program gets one small weight of
+        known codes, and asserts that the op's product with it is right.
         """
         size = 64  # rows that the op packs together on any CPU
         codes = torch.full((size, size), 8, dtype=torch.uint8)
@@ -399,14 +405,14 @@ _OTHER_CPU = (
 
 
 def _outermost_module(graph: fx.Graph) -> dict[str, Any]:
-    """Where nodes stand that belong to the whole model, as torch.export has it."""
+    """The `nn_module_stack` of nodes that belong to the whole model."""
     stacks = (node.meta.get("nn_module_stack") for node in graph.nodes)
     stack: dict[str, Any] = next(filter(None, stacks), {})
     return dict(list(stack.items())[:1])
 
 
 def _renamed(spec: Any, node: Any) -> Any:
-    """An InputSpec or OutputSpec that goes by the name of a node; that of a constant stays."""
+    """An InputSpec or OutputSpec with the name of a node; unchanged for a constant."""
     if not isinstance(node, fx.Node) or isinstance(spec.arg, ConstantArgument):
         return spec
     return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=node.name))

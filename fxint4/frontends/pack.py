@@ -1,4 +1,4 @@
-"""`fxint4.pack_`: a model whose weights are packed in place."""
+"""`fxint4.pack_`: pack the weights of a model in place."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch.nn.parameter import is_lazy
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import FoldError, OptionError, first_line
-from fxint4.frontends.parameters import (
+from fxint4.frontends.candidates import (
     Candidate,
     Owners,
-    candidates_of,
-    from_modules,
+    candidates_of_model,
+    candidates_of_modules,
+)
+from fxint4.frontends.parameters import (
     materialize_parametrized,
     packed_candidate,
     replace_parameters,
@@ -43,37 +45,37 @@ def pack_(
 ) -> Report:
     """Replace the weights of a model by packed ones, one at a time, and free the originals.
 
-    With example arguments the model is run once, which leaves its buffers as they are, and every
-    parameter that its graphs multiply by is packed, however it is used. Without them the modules
-    are: `nn.Linear`, 1x1 convolutions, `nn.MultiheadAttention`, and transformers' Conv1D and
-    experts. Afterwards the model runs in eager, with any backend, and fastest with
+    With example arguments the model runs once, and all parameters that its graphs multiply by are
+    packed; buffers are put back. Without them the weights of known modules are packed: `nn.Linear`,
+    1x1 convolutions, `nn.MultiheadAttention`, and transformers' Conv1D and experts. Afterwards the
+    model runs in eager mode and with any backend, fastest with
     `torch.compile(model, backend="int4tile")`.
 
-    A weight that a parametrization makes (weight_norm, say) is computed once and for all. A
-    parameter that an embedding reads too, or that goes into an operator which packed weights don't
-    support, stays as it is; the report says why.
+    A parametrized weight (weight_norm, say) becomes a plain one. A parameter that an embedding also
+    reads, or an op that packed weights don't support, stays as it is; the report says why.
 
     With the option `measure` the model runs twice more on the example arguments, before anything is
-    replaced, to measure what quantizing does to the output of every matmul and of the model.
+    replaced, to measure the errors of the output of every matmul and of the model.
 
     Args:
-        model: changed in place.
-        example_args: arguments of the model.
-        options: fields of `Int4Config`.
-        example_kwargs: keyword arguments of the model.
-        device: where the model goes, weight by weight, so that one which fits there only packed
-            needs no more memory than that; weights may be memory-mapped. Where it is, if None.
+        model: Changed in place.
+        example_args: Arguments of the model.
+        options: Fields of `Int4Config`.
+        example_kwargs: Keyword arguments of the model.
+        device: Where the model goes, weight by weight, so that the device never holds more than the
+            packed model and one weight; weights may be memory-mapped. None leaves the model where
+            it is.
 
     Returns:
         The report.
 
     Raises:
-        TypeError: what is no module, or example arguments that are in no tuple.
-        OptionError: an option that `Int4Config` does not have, `measure` without example arguments,
+        TypeError: Not a module, or example arguments that are not a tuple or list.
+        OptionError: An option that `Int4Config` does not have, `measure` without example arguments,
             or a device that can't be used.
-        ReportError: the report can't be written.
-        FoldError: a weight could not be packed (out of memory, say). It names the layer; what was
-            packed before it stays packed, and calling again goes on.
+        ReportError: The report can't be written.
+        FoldError: A weight could not be packed (out of memory, say). The error names the layer.
+            The weights before it stay packed; another call packs the rest.
     """
     config, patches = split_options(None, options)
     if patches:
@@ -92,11 +94,11 @@ def pack_(
     owners = Owners([("", model)])
     kept: list[Record] = []
     if examples:
-        found, kept = candidates_of(model, example_args, example_kwargs or {}, config)
+        found, kept = candidates_of_model(model, example_args, example_kwargs or {}, config)
         candidates = [each for each in found if id(each.parameter) in owners.parameters]
         del found
     else:
-        candidates = from_modules(owners)
+        candidates = candidates_of_modules(owners)
     of_parameters: dict[str, float] = {}
     if config.measure:
         report.output_error, of_parameters = _measured(
@@ -149,9 +151,11 @@ def _measured(
     candidates: Sequence[Candidate],
     owners: Owners,
 ) -> tuple[float | None, dict[str, float]]:
-    """Errors of the whole model's output, and of the products by each parameter, by its name.
+    """Measure the errors of packing the candidates, on example arguments.
 
-    Where several weights are made of a parameter, the largest of their errors.
+    Returns:
+        The error of the model's output, and the error of the product by each parameter, by its full
+        name: the largest one, where several weights are made of a parameter.
     """
     found = {id(candidate.parameter): candidate for candidate in candidates}
 

@@ -1,4 +1,4 @@
-"""`package`: a program compiled ahead of time, in a file that needs neither fxint4 nor Python."""
+"""`package`: compile a program ahead of time, to a file that needs neither fxint4 nor Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fxint4.lowering.experts import package_fault
 
 __all__ = ["METADATA", "package"]
 
-#: Under this key a package's metadata has, as JSON, what its inputs are like; see `_described`.
+#: The key of a package's metadata that has a description of its inputs as JSON, see `_described`.
 METADATA = "fxint4.inputs"
 
 
@@ -40,28 +40,29 @@ def package(
 ) -> str:
     """Compile an exported program with AOTInductor, its matmuls by constant weights in int4.
 
-    The package is loaded by `torch._inductor.aoti_load_package(path)`, or in C++ by
-    `torch::inductor::AOTIModelPackageLoader`; the process needs no fxint4. On a GPU matmuls run the
-    kernels that `torch.compile(..., backend="int4tile")` has, those of experts too; on the CPU
-    experts stay as they are. `fxint4.last_report()` says what was done.
+    `torch._inductor.aoti_load_package(path)` loads the package, or in C++
+    `torch::inductor::AOTIModelPackageLoader`; fxint4 need not be installed there. On a GPU all
+    matmuls run the kernels of `torch.compile(..., backend="int4tile")`; on the CPU experts stay as
+    they are. `fxint4.last_report()` tells what was done.
 
     Args:
-        exported_program: of `torch.export.export`, as captured or from `fxint4.rewrite`; it is not
-            changed.
-        path: of the file to write, which ends in ".pt2"; it holds what it held, or all of the
-            package. That is compiled in a temporary folder, which takes as much room.
-        options: fields of `Int4Config`, of which a program that is rewritten takes `kernel` alone,
-            and options of Inductor.
+        exported_program: From `torch.export.export` or `fxint4.rewrite`; not changed.
+        path: The file to write, whose name ends in ".pt2". It is replaced as a whole, once the
+            package is complete; until then a temporary folder takes as much room.
+        options: Fields of `Int4Config` and options of Inductor. For a rewritten program `kernel` is
+            the only field.
 
     Returns:
         The path.
 
     Raises:
-        OptionError: an option that is not known; or a path or program that no package is made of.
-        FoldError: a weight could not be folded.
-        UnsupportedOpError: the program has experts that are packed, and is not for a GPU, or there
-            is no Triton to compile their kernel.
-        OSError: the file can't be written.
+        TypeError: Not an exported program.
+        OptionError: An option that is not known, a path that can't be one, or a program without
+            example inputs.
+        FoldError: A weight could not be folded.
+        UnsupportedOpError: The program has packed experts, and is not for a GPU, or there is no
+            Triton to compile their kernel; or it has another op of fxint4.
+        OSError: The file can't be written.
     """
     path = os.fspath(path)
     _check_path(path)
@@ -80,8 +81,8 @@ def package(
     program = _for_aotinductor(program)
     known = patches.get("aot_inductor.metadata") or {}
     patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
-    # Written elsewhere first: PyTorch's writer would end the process where a disk is full, and what
-    # is there stays until it can be replaced.
+    # PyTorch's writer ends the process if the disk is full, so it writes to a temporary folder. The
+    # file at `path` stays until it can be replaced.
     with tempfile.TemporaryDirectory() as folder, draft_of(Path(path)) as draft:
         made = os.path.join(folder, os.path.basename(path))
         with our_lowerings(Policy(config.kernel, package=True)):
@@ -101,7 +102,7 @@ def _check_path(path: str) -> None:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Options for a program that is rewritten already."""
+    """Raise OptionError for options that come too late for a rewritten program."""
     ours = {field.name for field in dataclasses.fields(Int4Config)} - {"kernel"}
     late = [name for name in options if name.replace("-", "_") in ours]
     if late:
@@ -130,10 +131,10 @@ def _check_ops(program: ExportedProgram) -> None:
 
 
 def _for_aotinductor(program: ExportedProgram) -> ExportedProgram:
-    """The same program with tensors that AOTInductor handles well.
+    """The program with tensors that AOTInductor handles well.
 
-    AOTInductor writes whole storages: each tensor fills its own. While it compiles, it holds a copy
-    of every buffer, but of no parameter: buffers that are only read become parameters.
+    AOTInductor writes whole storages, so each tensor gets a storage of its own size. It copies
+    buffers while it compiles, but not parameters, so buffers that are only read become parameters.
     """
     signature = program.graph_signature
     written = set(signature.buffers_to_mutate.values())
@@ -182,12 +183,13 @@ def _for_aotinductor(program: ExportedProgram) -> ExportedProgram:
 
 
 def _described(program: ExportedProgram) -> dict[str, list[Any]]:
-    """What the inputs of a program are like.
+    """Describe the inputs of a program.
 
-    "names" has the names of positional arguments; "inputs" has an entry for each input, in the
-    order in which they are flattened. Of a tensor: "shape", with None for what varies; "example",
-    its shape in the example inputs; "dtype"; "device"; and of integers "low" and "high" in the
-    example. Of anything else nothing.
+    Returns:
+        "names": The names of the positional arguments. "inputs": A dict for each flattened input,
+        empty unless it is a tensor. Its keys are "shape", with None for dynamic sizes; "example",
+        the shape of the example input; "dtype"; "device"; and for integers "low" and "high", the
+        least and greatest value of the example input.
     """
     specs = program.graph_signature.input_specs
     nodes = [

@@ -1,4 +1,4 @@
-"""A captured graph, compiled, with its packed weights looked up at every call."""
+"""A captured graph, compiled, which finds its packed weights at every call."""
 
 from __future__ import annotations
 
@@ -23,55 +23,61 @@ from fxint4.quant.recipe import Recipe
 from fxint4.weights.cache import Lookup, PackedWeight, picker, weight_cache
 from fxint4.weights.formats import Dense, Format, choose_format
 
-__all__ = ["Int4Graph", "LateUse", "expected_rows"]
+__all__ = ["Int4Graph", "LateWeights", "expected_rows"]
 
-#: `LateUse.packed` while it grows.
-_Late = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
+#: Packed weights, by the roots and the signature of the computation behind each.
+_PackedWeights = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
 
-#: Combinations of dynamic sizes whose choice of formats is remembered.
+#: The packing format that each site of a graph reads, in the order of the sites; None where it
+#: multiplies by the weight as it is.
+_Formats = tuple[Format | None, ...]
+
+#: Combinations of dynamic sizes whose choice of formats is remembered, at most.
 _SIZES_REMEMBERED = 4096
 
 
 def expected_rows(site: Site) -> int | None:
-    """M of a site in the example inputs; None where it is not known before the graph runs."""
+    """M of a site in the example inputs; None where only a run of the graph tells."""
     return example_size(site.match.m)
 
 
 @dataclass(frozen=True)
-class LateUse:
-    """Packed weights that a call needed and the calls before it did not.
+class LateWeights:
+    """Weights that this call used for the first time.
+
+    For example those of layer 5, running code that was compiled for layer 0.
 
     Attributes:
-        packed: what was made of each, by the computation behind it: its roots and its signature.
-        formats: the format that each site of the graph was run with.
-        tensors: the real tensor behind each constant placeholder.
+        packed: The packed weights, by the roots and the signature of the computation behind each.
+        formats: The format that each site of the graph reads in this call; None for a dense matmul.
+        tensors: The real tensor of each constant placeholder in this call.
     """
 
     packed: Mapping[tuple[tuple[fx.Node, ...], str], PackedWeight]
-    formats: tuple[Format | None, ...]
+    formats: _Formats
     tensors: Mapping[fx.Node, Tensor]
 
 
 class Int4Graph:
-    """A captured graph and what it was compiled to.
+    """A captured graph, and the code that it was compiled to.
 
-    The weights stay inputs: compiled code is reused for other parameters than those it was
-    compiled with, and parameters change. So each call finds the packed weights of the parameters
-    it is given. A graph is compiled once for each choice of formats that a call turns out to need.
+    Weights stay inputs of the graph, because Dynamo reuses compiled code for other parameters, and
+    parameters change. So each call finds the packed weights of the parameters among its arguments.
+    The graph is compiled once for each combination of formats that a call needs.
 
     Args:
-        captured: the graph as captured.
-        fake_inputs: its inputs as the compiler sees them.
-        sites: its matmuls that can be packed.
-        tensors: the real tensors behind its constant placeholders.
-        config: what the user asked for.
-        policy: which kernels to choose.
-        state: of the compiler.
-        kwargs: for Inductor's last stage.
-        late: told what a call late.
+        captured: The graph as captured.
+        fake_inputs: Its inputs as the compiler sees them.
+        sites: Its matmuls that can be packed.
+        tensors: The real tensor of each constant placeholder.
+        config: What the user asked for.
+        policy: Which kernels to choose.
+        state: Of the compiler, restored for later compiles.
+        kwargs: For Inductor's last stage.
+        on_late: Called with the weights that a call used for the first time.
     """
 
-    #: AOTAutograd hands over the arguments as one list, which is emptied.
+    #: AOTAutograd passes the arguments as one list, which the call empties.
     _boxed_call = True
 
     def __init__(
@@ -84,7 +90,7 @@ class Int4Graph:
         policy: Policy,
         state: CompileState,
         kwargs: Mapping[str, Any],
-        late: Callable[[LateUse], None],
+        on_late: Callable[[LateWeights], None],
     ) -> None:
         self._captured = captured
         self._fake_inputs = fake_inputs
@@ -95,9 +101,9 @@ class Int4Graph:
         self._policy = policy
         self._state = state
         self._kwargs = kwargs
-        self._report = late
-        self._variants: dict[tuple[Format | None, ...], _Variant] = {}
-        self._formats_by_sizes: dict[tuple[int, ...], tuple[Format | None, ...]] = {}
+        self._on_late = on_late
+        self._variants: dict[_Formats, _Variant] = {}
+        self._formats_by_sizes: dict[tuple[int, ...], _Formats] = {}
         placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
         self._positions = {node: position for position, node in enumerate(placeholders)}
         symbols = symbols_of(placeholders)
@@ -108,7 +114,7 @@ class Int4Graph:
         """Compile for the sizes of the example inputs, inside the compiler.
 
         Args:
-            describe: called with the rewritten graph, before Inductor's last passes change it.
+            describe: Called with the rewritten graph, before Inductor's last passes change it.
 
         Returns:
             What `describe` said.
@@ -120,29 +126,33 @@ class Int4Graph:
         return description
 
     @property
-    def expected_formats(self) -> tuple[Format | None, ...]:
+    def expected_formats(self) -> _Formats:
         """The format of each site for the sizes of the example inputs."""
         return self._choose(expected_rows)
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
-        """Run on `args`, in the order of the captured graph's placeholders."""
+        """Run the graph.
+
+        Args:
+            args: In the order of the captured graph's placeholders; emptied.
+        """
         formats = self._formats(args)
-        late: _Late = {}
+        late: _PackedWeights = {}
         while True:
             variant = self._variants.get(formats) or self._compile_later(formats)
             buffers = variant.buffers(args, late)
             if not isinstance(buffers, Slot):
                 break
-            # These parameters, unlike those compiled with, can't be packed.
+            # The parameters of that slot, unlike those compiled with, can't be packed.
             formats = self._without(buffers, formats)
         if late:
             tensors = {node: args[self._positions[node]] for node in self._constants}
-            self._report(LateUse(late, formats, tensors))
+            self._on_late(LateWeights(late, formats, tensors))
         inputs = [*variant.kept(args), *buffers]
         args.clear()
         return variant.compiled(inputs)
 
-    def _formats(self, args: Sequence[Any]) -> tuple[Format | None, ...]:
+    def _formats(self, args: Sequence[Any]) -> _Formats:
         sizes = tuple(
             args[position] if dim is None else args[position].shape[dim]
             for position, dim in self._symbols.values()
@@ -156,27 +166,28 @@ class Int4Graph:
             self._formats_by_sizes[sizes] = formats
         return formats
 
-    def _choose(self, rows: Callable[[Site], int | None]) -> tuple[Format | None, ...]:
+    def _choose(self, rows: Callable[[Site], int | None]) -> _Formats:
         return tuple(
             choose_format(site.int4, site.fallback, site.most_rows, rows(site))
             for site in self._sites
         )
 
-    def _without(self, slot: Slot, formats: tuple[Format | None, ...]) -> tuple[Format | None, ...]:
+    def _without(self, slot: Slot, formats: _Formats) -> _Formats:
+        """The formats with None for all sites that multiply by the weight of a slot."""
         key = (slot.weight.roots, slot.weight.signature)
         return tuple(
             None if (site.weight.roots, site.weight.signature) == key else format
             for site, format in zip(self._sites, formats, strict=True)
         )
 
-    def _compile_later(self, formats: tuple[Format | None, ...]) -> _Variant:
+    def _compile_later(self, formats: _Formats) -> _Variant:
         with self._state.restored():
-            variant = self._variants.get(formats)  # another thread may have been quicker
+            variant = self._variants.get(formats)  # another thread may have compiled it
             if variant is None:
                 variant = self._variants[formats] = self._compile(self._rewrite(formats))
             return variant
 
-    def _rewrite(self, formats: tuple[Format | None, ...]) -> Rewritten:
+    def _rewrite(self, formats: _Formats) -> Rewritten:
         return rewrite(
             self._captured,
             self._sites,
@@ -199,19 +210,25 @@ class Int4Graph:
             rewritten.gm, inputs, self._policy, **{**self._kwargs, "static_input_idxs": static_now}
         )
         slots = [
-            _BoundSlot(slot, self._positions, self._tensors, self._config)
+            _SlotWeight(slot, self._positions, self._tensors, self._config)
             for slot in rewritten.slots
         ]
         return _Variant(rewritten, slots, compiled)
 
 
 class _Variant:
-    """A graph compiled for one choice of formats."""
+    """A graph compiled for one combination of formats.
+
+    Args:
+        rewritten: The graph.
+        slots: Of the packed weights among its inputs.
+        compiled: Its code.
+    """
 
     def __init__(
         self,
         rewritten: Rewritten,
-        slots: Sequence[_BoundSlot],
+        slots: Sequence[_SlotWeight],
         compiled: Callable[[list[Any]], Sequence[Any]],
     ) -> None:
         self.rewritten = rewritten
@@ -222,15 +239,15 @@ class _Variant:
         self._roots = picker(tuple(positions))
         self._lookups: dict[tuple[int, ...], Lookup] = {}
 
-    def buffers(self, args: Sequence[Any], late: _Late) -> list[Tensor] | Slot:
+    def buffers(self, args: Sequence[Any], late: _PackedWeights) -> list[Tensor] | Slot:
         """The packed tensors of all slots for the parameters in `args`.
 
         Args:
-            args: of the graph.
-            late: gets what was not there at the call before.
+            args: Of the captured graph.
+            late: Gets the packed weights that are used for the first time.
 
         Returns:
-            The tensors; where the parameters of a slot can't be packed, that slot.
+            The tensors, or the first slot whose parameters can't be packed.
         """
         roots = self._roots(args)
         identity = tuple(map(id, roots))
@@ -264,8 +281,15 @@ def _check_equal(slots: Sequence[Slot], pre_scales: Mapping[Slot, Tensor]) -> No
         )
 
 
-class _BoundSlot:
-    """A slot of a graph, with the packed weight that served it last."""
+class _SlotWeight:
+    """Finds the packed weight of one slot; keeps the one it found last.
+
+    Args:
+        slot: The slot.
+        positions: Of each constant placeholder among the graph's arguments.
+        tensors: The real tensors that the graph was compiled with.
+        config: What the user asked for.
+    """
 
     def __init__(
         self,
@@ -281,8 +305,13 @@ class _BoundSlot:
         self._config = config
         self._packed: PackedWeight | None = None
 
-    def buffers(self, args: Sequence[Any], late: _Late) -> Sequence[Tensor]:
-        """The packed tensors for the parameters in `args`; empty where these can't be packed."""
+    def buffers(self, args: Sequence[Any], late: _PackedWeights) -> Sequence[Tensor]:
+        """The packed tensors for the parameters in `args`; empty where these can't be packed.
+
+        Args:
+            args: Of the captured graph.
+            late: Gets the packed weight if it is not the one found last.
+        """
         roots = [args[position] for position in self.positions]
         packed = self._packed
         if packed is None or not packed.is_current(roots) or self._format not in packed.formats:
@@ -298,6 +327,9 @@ class _BoundSlot:
         return () if packing_fault(packed, self.slot.config) else packed.formats[self._format]
 
     def _recipe(self, roots: Sequence[Tensor]) -> Recipe | None:
-        """How the codes of a weight are chosen, which may be another than was compiled with."""
+        """How to quantize the weight made of `roots`; None where it stays as it is.
+
+        The slot's own recipe holds for the weight that the graph was compiled with.
+        """
         known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
         return self.slot.recipe if known else recipe_at_run_time(self.slot, roots, self._config)

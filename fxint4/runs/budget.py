@@ -1,7 +1,8 @@
-"""A budget: which weights are worth how many bytes, by what they do to the model's output."""
+"""Budgets: how to hold each weight, by what that costs in bytes and in error of the output."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -24,22 +25,21 @@ from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape
 from fxint4.runs.errors_of import differences, float_tensors, ratio
 from fxint4.runs.observers import ObservedGraph, Observer, Weights
 from fxint4.runs.state_guard import StateGuard
-from fxint4.runs.tracing import compiled_anew
 
 __all__ = ["choose"]
 
 _log = logging.getLogger(__name__)
 
-#: Batches that whole models are measured on, at most.
+#: Batches that the model's output is measured on, at most.
 _BATCHES = 4
 
-#: Group size that methods are compared at, and that a weight has while its sensitivity is measured.
+#: Group size at which methods are compared and the sensitivity of a weight is measured.
 _BASE_GROUP = 128
 
-#: Mixes that are measured until one keeps the target.
+#: Mixes that are measured to meet a target error, at most.
 _TRIES = 8
 
-#: As a weight is.
+#: Keep a weight as it is.
 _KEPT = Choice(None)
 
 
@@ -48,10 +48,10 @@ class _Offer:
     """One way to hold a weight.
 
     Attributes:
-        choice: the way.
-        nbytes: that it takes.
-        error: the squared relative error of the weight's product; of the model's output once the
-            weight's sensitivity is known.
+        choice: The group size and method.
+        nbytes: Bytes that the weight takes.
+        error: Squared relative error, first of the weight's product; later of the model's output,
+            see `_Chooser._as_output_errors`.
     """
 
     choice: Choice
@@ -65,34 +65,34 @@ def choose(
     observer: Observer,
     calibration: Calibration,
 ) -> Calibration:
-    """Choose for each weight how to hold it, as the observer's config asks.
+    """Choose how to hold each weight, to keep `target_error` or `max_bytes` of the config.
 
-    Of the ways to hold a weight (as it is, or with each group size and the method that changes its
-    product least) some are worth their bytes. What one weight does to the model's output is
-    measured, with nothing else changed; squares of such errors add up, nearly. So every weight
-    starts with the fewest bytes, and the step that buys most squared error for a byte comes first,
-    until the sum is the target. The mix is then measured, the sum corrected by what was found, and
-    so again; the cheapest mix that was measured to keep the target stays.
+    A weight may stay as it is, or be quantized with any group size and the method that changes its
+    product least. The error that one weight alone makes in the model's output is measured; the
+    squares of such errors nearly add up. So every weight starts with the fewest bytes, and the step
+    that removes most squared error per byte is taken first, until the sum is the target. Then the
+    error of that mix is measured, and the sum to reach is corrected by it, several times. The
+    cheapest mix whose measured error is within the target is taken.
 
-    Beside the model this holds a copy of its weights, as they are once they are quantized. The
-    model runs once for each weight and once for each mix, on the first four of the batches.
+    Beside the model memory holds a quantized copy of its weights, in their own dtype. The model
+    runs once for each weight and once for each mix, on the first four batches.
 
     Args:
-        model: the model that was calibrated; left as it is.
-        batches: arguments and keyword arguments.
-        observer: knows its weights, and what is asked.
-        calibration: its statistics.
+        model: The model that was calibrated; not changed.
+        batches: Arguments and keyword arguments.
+        observer: Of the calibration: has the weights and the config.
+        calibration: The statistics.
 
     Returns:
-        The calibration with choices and what they buy.
+        The calibration, with `choices` and `trade`.
     """
     few = list(itertools.islice(batches, _BATCHES))
-    with _Laboratory(model, few, observer, calibration) as laboratory:
-        return laboratory.result()
+    with _Chooser(model, few, observer, calibration) as chooser:
+        return chooser.result()
 
 
-class _Laboratory:
-    """Measures a model with its weights held in other ways."""
+class _Chooser:
+    """Measures a model with its weights held in other ways, and chooses; see `choose`."""
 
     def __init__(
         self,
@@ -107,24 +107,26 @@ class _Laboratory:
         self._weights: Weights = {}
         for sums in observer.sums.values():
             self._weights.update(sums.weights)
-        self._held: dict[str, Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
         self._guard = StateGuard(model)
-        self._own: list[list[Tensor]] = []
-        self._compiled = compiled_anew(model, observer.backend(self._run))
+        self._own_outputs: list[list[Tensor]] = []
         self._bar = tqdm(
             desc="fxint4: choosing", unit="run", disable=not self._config.progress, leave=False
         )
+        self._exits = contextlib.ExitStack()
+        self._exits.callback(self._bar.close)
+        self._exits.callback(self._guard.forget)
+        self._run_model = self._exits.enter_context(observer.traced(model, self._run_graph))
 
-    def __enter__(self) -> _Laboratory:
+    def __enter__(self) -> _Chooser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._guard.forget()
+        self._exits.close()
 
     def result(self) -> Calibration:
-        """Choose."""
-        self._own = self._outputs()
+        """The calibration with the choices."""
+        self._own_outputs = self._outputs()
         offers = {key: self._offers(key) for key in self._weights}
         offers = {key: self._as_output_errors(key, found) for key, found in offers.items()}
         ladders = {key: _worthwhile(found) for key, found in offers.items()}
@@ -149,7 +151,7 @@ class _Laboratory:
     def _within(
         self, ladders: Mapping[str, Sequence[_Offer]], target: float
     ) -> tuple[_Steps, float]:
-        """The cheapest mix that was measured to keep the target."""
+        """The cheapest mix whose measured error is within the target, and that error."""
         best: tuple[_Steps, float] | None = None
         allowed = target**2
         seen: list[Mapping[str, _Offer]] = []
@@ -163,7 +165,7 @@ class _Laboratory:
                 best = (steps, error)
             if not error or not steps.error:
                 break
-            # What the sum should have been, and a little less where that was too much already.
+            # The sum scaled to the target, and a little less where the error exceeded it.
             allowed = steps.error * (target / error) ** 2 * (1.0 if error <= target else 0.98)
         if best is None:
             return _Steps({key: found[-1] for key, found in ladders.items()}, ""), 0.0
@@ -172,7 +174,7 @@ class _Laboratory:
     # --- what a weight costs ---------------------------------------------------------------------
 
     def _offers(self, key: str) -> list[_Offer]:
-        """The ways to hold a weight, by the error of its product."""
+        """The ways to hold a weight, with the errors of its product."""
         site, roots = self._weights[key]
         with real_tensors(), torch.no_grad():
             weight = site.weight.evaluate(roots)
@@ -191,7 +193,7 @@ class _Laboratory:
             return [*offers, kept]
 
     def _groups(self, site: Site) -> list[int]:
-        """Group sizes that its shape can have."""
+        """Group sizes to compare: those that its shape allows, or the one that options name."""
         asked = self._config.overrides_of(site.record.name, site.record.parameters).get(
             "group_size"
         )
@@ -200,7 +202,7 @@ class _Laboratory:
         return sorted({shape.group_size for shape in shapes})
 
     def _methods(self, site: Site) -> list[str]:
-        """Methods to compare for a weight."""
+        """Methods to compare: "mse", "hqq" and the config's, or the one that options name."""
         asked = self._config.overrides_of(site.record.name, site.record.parameters).get("method")
         if asked is not None:
             return [asked]
@@ -219,7 +221,7 @@ class _Laboratory:
         return _Offer(choice, shape.packed_bytes, error**2)
 
     def _quantized(self, key: str, choice: Choice, weight: Tensor) -> Tensor:
-        """What a weight becomes, ``[..., N, K]`` in its dtype."""
+        """A weight quantized and dequantized, ``[..., N, K]`` in its dtype."""
         site, _ = self._weights[key]
         shape = choose_shape(
             site.shape.n, site.shape.k, choice.group_size or _BASE_GROUP, batch=site.shape.batch
@@ -228,7 +230,7 @@ class _Laboratory:
         return fake_quantized(weight, shape, recipe, weight.dtype)
 
     def _as_output_errors(self, key: str, offers: Sequence[_Offer]) -> list[_Offer]:
-        """Offers whose errors are of the model's output, by measuring one of them."""
+        """The offers with errors of the model's output, scaled by one that is measured."""
         packed = [offer for offer in offers if offer.error]
         if not packed:
             return list(offers)
@@ -239,19 +241,19 @@ class _Laboratory:
     # --- what the model makes of it --------------------------------------------------------------
 
     def _error(self, mix: Mapping[str, _Offer]) -> float:
-        """The relative error of the model's output with some weights held in other ways."""
+        """The measured relative error of the model's output with some weights replaced."""
         with real_tensors(), torch.no_grad():
             for key, offer in mix.items():
                 if offer.choice != _KEPT:
                     site, roots = self._weights[key]
                     weight = site.weight.evaluate(roots)
-                    self._held[key] = self._quantized(key, offer.choice, weight)
+                    self._replaced[key] = self._quantized(key, offer.choice, weight)
         try:
             outputs = self._outputs()
         finally:
-            self._held.clear()
+            self._replaced.clear()
         changed = product = 0.0
-        for before, after in zip(self._own, outputs, strict=True):
+        for before, after in zip(self._own_outputs, outputs, strict=True):
             sums = differences(before, after)
             changed, product = changed + sums[0], product + sums[1]
         return ratio(changed, product) or 0.0
@@ -262,22 +264,22 @@ class _Laboratory:
         made = []
         for args, kwargs in self._batches:
             with self._guard.run(args, kwargs) as (own_args, own_kwargs):
-                outputs = self._compiled(own_args, own_kwargs)
+                outputs = self._run_model(own_args, own_kwargs)
                 made.append([tensor.detach().clone() for tensor in float_tensors(outputs)])
         return made
 
-    def _run(self, graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
+    def _run_graph(self, graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
         self._guard.keep(arguments[position] for position in graph.written)
-        return graph.run_with(arguments, self._held.get)
+        return graph.run_with(arguments, self._replaced.get)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """A mix, and the step after it.
+    """A mix, and the step that would follow.
 
     Attributes:
-        mix: how each weight is held.
-        next: what the next smaller error would cost, as text; empty where there is none.
+        mix: How each weight is held.
+        next: The cost of the next step, as text; empty where there is none.
     """
 
     mix: Mapping[str, _Offer]
@@ -295,7 +297,7 @@ class _Steps:
 
 
 def _worthwhile(offers: Iterable[_Offer]) -> list[_Offer]:
-    """Offers by rising bytes, each step of which buys less error for a byte than the one before."""
+    """The lower convex hull: offers by rising bytes, each step removing less error per byte."""
     hull: list[_Offer] = []
     for offer in sorted(offers, key=lambda offer: (offer.nbytes, offer.error)):
         if hull and offer.error >= hull[-1].error:
@@ -307,19 +309,19 @@ def _worthwhile(offers: Iterable[_Offer]) -> list[_Offer]:
 
 
 def _gain(old: _Offer, new: _Offer) -> float:
-    """Squared error that a byte buys."""
+    """Squared error that the step from one offer to another removes per byte."""
     return (old.error - new.error) / max(new.nbytes - old.nbytes, 1)
 
 
 def _steps(
     ladders: Mapping[str, Sequence[_Offer]], allowed: float, most_bytes: int | None
 ) -> _Steps:
-    """Take the best steps, from the fewest bytes on.
+    """Take steps, best first, starting with the fewest bytes for every weight.
 
     Args:
-        ladders: the worthwhile offers of each weight, see `_worthwhile`.
-        allowed: sum of squared errors to come down to, unless bytes are what counts.
-        most_bytes: bytes not to go beyond; None where the error is what counts.
+        ladders: The offers of each weight, from `_worthwhile`.
+        allowed: Sum of squared errors at which to stop; ignored where `most_bytes` is given.
+        most_bytes: Bytes not to exceed; None to stop by the error.
     """
     steps = sorted(
         (

@@ -1,4 +1,4 @@
-"""Calibration: what the weights of a model multiply, and what they may cost."""
+"""Calibration: statistics of what the weights of a model multiply."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import named, split_options
 from fxint4.errors import OptionError, TrainingError
 from fxint4.quant.statistics import Calibration
+from fxint4.runs.batches import Batches
 from fxint4.runs.budget import choose
-from fxint4.runs.observers import Batches, Observer, fits, in_passes
+from fxint4.runs.observers import ObservedGraph, Observer, fits_in_pass
 from fxint4.runs.sequential import calibrate_sequentially
 
 __all__ = ["CalibrationCost", "calibrate", "calibration_cost", "with_budget_choices"]
 
 _log = logging.getLogger(__name__)
 
-#: What is calibrated for where no method is named.
+#: The method to calibrate for where options name none.
 _DEFAULT_METHOD = "gptq+awq"
 
 
@@ -31,10 +32,10 @@ class CalibrationCost:
     """What `calibrate` will need.
 
     Attributes:
-        weights: how many weights get statistics.
-        nbytes: of all statistics together.
-        largest: bytes of the largest ones, which are always held.
-        passes: how often the batches are run.
+        weights: Number of weights that get statistics.
+        nbytes: Bytes of all statistics together.
+        largest: Bytes of the largest statistics of one activation, the least that a pass holds.
+        passes: Number of passes over the batches.
     """
 
     weights: int
@@ -51,53 +52,54 @@ def calibrate(
     sequential: bool = False,
     memory: int | None = None,
 ) -> Calibration:
-    """Gather what the methods "gptq" and "awq" want to know of the activations of a model.
+    """Sum up the statistics of a model's activations that the methods "gptq" and "awq" use.
 
-    The model's captured graphs are run on the batches, without compiling anything. For every weight
-    that would be packed, however it is multiplied, the activations that it multiplies are summed
-    up: second moments ``x^T x`` ``[K, K]`` in fp32, mean magnitudes ``[K]``, the number of rows.
-    Weights that multiply the same activation share one sum. Where the method is "awq" or "gptq+awq"
-    the pre-scale of the activation is searched for, too, where multiplying by it costs nothing: an
-    activation that is computed element by element (by a norm, an activation function) takes one
-    more factor in the kernel that makes it.
+    The model's captured graphs are run on the batches; nothing is compiled. For every weight that
+    would be packed, the activations x ``[M, K]`` that it multiplies are summed up: second moments
+    ``x^T x`` ``[K, K]`` in fp32, mean magnitudes ``[K]`` in fp32, and the number of rows. Weights
+    that multiply the same activation share its statistics. For the methods "awq" and "gptq+awq" a
+    pre-scale is also searched for, for activations that are computed element by element (by a norm
+    or an activation function): there the kernel that makes them takes one more factor for free.
 
     Statistics take ``4 K^2`` bytes for each activation, and E times that for E experts. Beside
-    them the model needs what it needs to run on one batch; with `sequential`, the activations of
-    all batches at the widest place of its graph, and a quantized copy of its weights.
+    them memory holds what the model takes to run on one batch; with `sequential`, the activations
+    of all batches at the widest place of a graph, and a quantized copy of the weights.
 
     Args:
-        model: a module in eval mode, or a function; it is not changed.
-        batches: inputs: tuples of arguments, dicts of keyword arguments, or single arguments.
-        options: fields of `Int4Config`: what is going to be packed, and how. The method is
+        model: A module in eval mode, or a function; not changed.
+        batches: Inputs: tuples of arguments, dicts of keyword arguments, or single arguments.
+        options: Fields of `Int4Config`: what is going to be packed, and how. The method is
             "gptq+awq" where none is named.
-        sequential: let later layers see what the layers before them give once they are quantized,
-            as they will when the packed model runs. All batches go through a graph side by side, so
-            they must have equal shapes; a model of several graphs runs once for each.
-        memory: bytes of statistics to hold on the model's device at a time; the batches are run
-            several times where it takes more, and the statistics go to the CPU in between. None
-            holds all of them.
+        sequential: Whether the graphs and layers that follow run on the outputs of quantized ones,
+            as they will when the packed model runs. All batches go through a graph side by side,
+            so their shapes must be equal; a model of several graphs runs once for each.
+        memory: Bytes of statistics to hold on the model's device at a time. If all take more, there
+            are several passes over the batches, and finished statistics move to the CPU. None
+            holds all at once.
 
     Returns:
-        Statistics for the option `calibration`; with target_error or max_bytes, and what they
-        chose, see `fxint4.Calibration.choices` and `fxint4.Calibration.trade`.
+        Statistics for the option `calibration`. With `target_error` or `max_bytes` it also has what
+        they chose, see `fxint4.Calibration.choices` and `fxint4.Calibration.trade`.
 
     Raises:
-        OptionError: an option that is not known, or is Inductor's.
-        TrainingError: a module in training mode.
-        TypeError: one batch, a dict, instead of several.
-        ValueError: no batches; batches that can be run only once, where more passes are needed; or
-            batches of different shapes with `sequential`.
+        OptionError: An option that is not known, or is Inductor's.
+        TrainingError: A module in training mode.
+        TypeError: `batches` is a dict, which is one batch.
+        ValueError: No batches; an iterator, where several passes are needed; batches of different
+            shapes with `sequential`; or `memory` with `sequential`.
     """
     config = _config(model, options)
     if sequential and memory is not None:
         raise ValueError("sequential calibration takes one pass a graph: it has no use for memory")
-    given = Batches(batches, config.progress)
-    with Observer(config, memory) as observer:
-        run = calibrate_sequentially if sequential else in_passes
-        run(model, given, observer)
-        calibration = Calibration(observer.statistics())
-        _warn_of_few_rows(calibration)
-        return calibration if config.budget is None else choose(model, given, observer, calibration)
+    inputs = Batches(batches, config.progress)
+    observer = Observer(config, memory)
+    if sequential:
+        calibrate_sequentially(model, inputs, observer)
+    else:
+        _calibrate_in_passes(model, inputs, observer)
+    calibration = Calibration(observer.statistics())
+    _warn_of_few_rows(calibration)
+    return calibration if config.budget is None else choose(model, inputs, observer, calibration)
 
 
 def calibration_cost(
@@ -107,23 +109,27 @@ def calibration_cost(
     *,
     memory: int | None = None,
 ) -> CalibrationCost:
-    """What `calibrate` will need, found by running one batch and gathering nothing.
+    """The memory and passes that `calibrate` needs, found by running one batch.
 
     Args:
-        model: see `calibrate`.
-        batch: one of the batches.
-        options: see `calibrate`.
-        memory: see `calibrate`.
+        model: A module in eval mode, or a function; not changed.
+        batch: One of the batches of `calibrate`.
+        options: As for `calibrate`.
+        memory: As for `calibrate`.
+
+    Raises:
+        OptionError: An option that is not known, or is Inductor's.
+        TrainingError: A module in training mode.
     """
     config = _config(model, options)
-    with Observer(config, dry=True) as observer:
-        in_passes(model, Batches([batch], False), observer)
+    observer = Observer(config, dry=True)
+    _calibrate_in_passes(model, Batches([batch], False), observer)
     sizes = [sums.nbytes for sums in observer.sums.values()]
     waiting, passes = sizes, 0
     while waiting:
         held, rest = 0, []
         for size in waiting:
-            if fits(held, size, memory):
+            if fits_in_pass(held, size, memory):
                 held += size
             else:
                 rest.append(size)
@@ -135,22 +141,37 @@ def calibration_cost(
 def with_budget_choices(
     config: Int4Config, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Int4Config:
-    """A config whose budget has chosen, by what the model does with its example arguments.
+    """The config with the choices of its budget, made on example arguments of the model.
 
     Args:
-        config: what the user asked for; its calibration is used where it has one.
-        model: see `calibrate`.
-        args: of the model.
-        kwargs: of the model.
+        config: What the user asked for; returned as it is where it has no budget, or has choices.
+            Its calibration is used if it has one.
+        model: A module in eval mode, or a function; not changed.
+        args: Arguments of the model.
+        kwargs: Its keyword arguments.
     """
     if not config.needs_choices:
         return config
     batch = [(args, kwargs)]
-    with Observer(config, dry=config.calibration is not None) as observer:
-        in_passes(model, batch, observer)
-        calibration = config.calibration or Calibration(observer.statistics())
-        chosen = choose(model, batch, observer, calibration)
+    observer = Observer(config, dry=config.calibration is not None)
+    _calibrate_in_passes(model, batch, observer)
+    calibration = config.calibration or Calibration(observer.statistics())
+    chosen = choose(model, batch, observer, calibration)
     return dataclasses.replace(config, calibration=chosen)
+
+
+def _calibrate_in_passes(
+    model: Callable[..., Any],
+    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    observer: Observer,
+) -> None:
+    """Run the batches, as often as it takes until every weight has its statistics."""
+    with observer.traced(model, ObservedGraph.observe) as run:
+        more = True
+        while more:
+            for args, kwargs in batches:
+                run(args, kwargs)
+            more = observer.next_pass()
 
 
 def _config(model: Callable[..., Any], options: Mapping[str, Any] | None) -> Int4Config:

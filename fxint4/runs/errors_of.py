@@ -1,8 +1,8 @@
 """Measured errors: what quantizing weights does to the output of a model, and of each matmul.
 
-A model runs twice by `fxint4.runs.interpreter`: with its own weights, when every product is
-compared with the
-one that the quantized weight gives for the same activation, and with the quantized weights.
+A model runs twice in `fxint4.runs.interpreter`. The first run has the model's own weights: each
+product is compared with that of the same activation and the quantized weight. The second run has
+the quantized weights: its output is compared with that of the first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fxint4.quant.blockwise import dequantize_block, quantized_blocks
 from fxint4.quant.metrics import nonfinite_fault, sqnr_db
 from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
 from fxint4.runs.state_guard import StateGuard, forked_random_state
-from fxint4.runs.tracing import capturing_backend, compiled_anew
+from fxint4.runs.tracing import GraphRunner, traced
 
 __all__ = [
     "Errors",
@@ -42,19 +42,19 @@ __all__ = [
 #: Elements of a product, or of an output, that are compared at a time.
 _ELEMENTS = 1 << 24
 
-#: What a site multiplies by once its weight is quantized: of the real tensors that the weight is
-#: made of, and in the dtype asked for, ``[..., N, K]``; None where the weight stays as it is.
+#: Returns the quantized and dequantized weight of a site, ``[..., N, K]``, or None where the weight
+#: stays as it is. Takes the site, the real tensors that the weight is made of, and a dtype.
 QuantizedOf = Callable[[Site, Sequence[Tensor], torch.dtype], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors.
+    """Relative errors: the root of the sum of squared changes over that of squared values.
 
     Attributes:
-        output: of the whole model's output, see `fxint4.Report.output_error`.
-        of_weights: of the product by each weight that is quantized, see
-            `fxint4.Record.output_error`; by `Record.weight_key`.
+        output: Of the model's output, as `fxint4.Report.output_error`; None where it has no value.
+        of_weights: Of the product by each quantized weight, as `fxint4.Record.output_error`, by
+            `Record.weight_key`.
     """
 
     output: float | None
@@ -62,7 +62,7 @@ class Errors:
 
 
 def _quantized_by(config: Int4Config) -> QuantizedOf:
-    """What the backend and `rewrite` make of weights."""
+    """The `QuantizedOf` that decides and quantizes as the backend and `rewrite` do."""
 
     def quantized(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
         if isinstance(site.match, PrepackedMatch):
@@ -101,44 +101,39 @@ def measure(
 ) -> Errors:
     """Measure what quantizing does to a model.
 
-    Beside the model there is one weight at a time, in fp32, and the outputs of one run.
+    Beside the model memory holds one weight at a time, in fp32, and the outputs of one run.
 
     Args:
-        model: a module in eval mode, or a function; it is left as it is.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        config: what to quantize.
-        guard: of the model.
-        quantized_of: what the weights become, if not what the backend makes of them.
+        model: A module in eval mode, or a function; not changed.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        config: What to quantize.
+        guard: Of the model.
+        quantized_of: Quantizes the weights; as the backend does if None.
     """
-    with _Meter(quantized_of or _quantized_by(config), config.progress) as meter:
-        used = [(guard, meter)]  # Dynamo keeps the backend, which must not keep the model
+    meter = _Meter(quantized_of or _quantized_by(config), config.progress)
 
-        def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
-            sites = [entry for entry in analysis.found if isinstance(entry, Site)]
-            interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
-            written = analysis.weights.written
+    def runner_of(analysis: Analysis) -> GraphRunner:
+        sites = [entry for entry in analysis.found if isinstance(entry, Site)]
+        interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
+        written = analysis.weights.written
 
-            def run(arguments: list[Any]) -> Sequence[Any]:
-                ((guard, meter),) = used
-                guard.keep(arguments[position] for position in written)
-                return interpreter.run([arguments], meter)[0]
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            guard.keep(arguments[position] for position in written)
+            return interpreter.run([arguments], meter)[0]
 
-            return run
+        return run
 
-        compiled = compiled_anew(model, capturing_backend(config, run_of))
+    with meter, traced(model, config, runner_of) as run_model:
 
         def outputs() -> list[Tensor]:
             with guard.run(args, kwargs) as (own_args, own_kwargs):
-                made = float_tensors(compiled(own_args, own_kwargs))
+                made = float_tensors(run_model(own_args, own_kwargs))
                 return [tensor.detach().clone() for tensor in made]
 
-        try:
-            before = outputs()
-            meter.exchange = True
-            return meter.errors(before, outputs())
-        finally:
-            used.clear()
+        before = outputs()
+        meter.use_quantized = True
+        return meter.errors(before, outputs())
 
 
 def measure_graph(
@@ -149,15 +144,15 @@ def measure_graph(
     outputs: Sequence[int],
     config: Int4Config,
 ) -> Errors:
-    """Measure what quantizing does to one graph that writes to nothing.
+    """Measure what quantizing does to one graph that writes to none of its inputs.
 
     Args:
-        captured: the graph.
-        sites: its matmuls whose weights are to be quantized.
-        fake_mode: the FakeTensorMode of its values.
-        arguments: its inputs, weights included.
-        outputs: positions of the outputs that are compared.
-        config: what the user asked for.
+        captured: The graph.
+        sites: Its matmuls with weights to quantize.
+        fake_mode: The FakeTensorMode of its values.
+        arguments: Its inputs, weights included.
+        outputs: Positions of the outputs that are compared.
+        config: What the user asked for.
     """
     interpreter = GraphInterpreter(captured, sites, fake_mode)
     with _Meter(_quantized_by(config), config.progress) as meter:
@@ -168,23 +163,23 @@ def measure_graph(
             return float_tensors([results[position] for position in outputs])
 
         before = run()
-        meter.exchange = True
+        meter.use_quantized = True
         return meter.errors(before, run())
 
 
 class _Meter:
-    """The `MatrixOf` of both runs; compares products in the first one.
+    """The `MatrixOf` of both runs; compares products in the first run.
 
     Args:
-        quantized_of: what the weights become.
-        progress: whether to show a bar.
+        quantized_of: Quantizes the weights.
+        progress: Whether to show a bar.
 
     Attributes:
-        exchange: whether to multiply by the quantized weights.
+        use_quantized: Whether sites multiply by the quantized weights, as in the second run.
     """
 
     def __init__(self, quantized_of: QuantizedOf, progress: bool) -> None:
-        self.exchange = False
+        self.use_quantized = False
         self._quantized_of = quantized_of
         self._sums: dict[tuple[Any, ...], list[float]] = {}
         self._bar = tqdm(
@@ -202,9 +197,9 @@ class _Meter:
     ) -> Tensor:
         self._bar.update()
         with real_tensors():
-            dtype = activations[0].x.dtype if self.exchange else torch.float32
+            dtype = activations[0].x.dtype if self.use_quantized else torch.float32
             quantized = self._quantized_of(site, roots, dtype)
-            if self.exchange and quantized is not None:
+            if self.use_quantized and quantized is not None:
                 return quantized
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:
@@ -215,7 +210,7 @@ class _Meter:
             return matrix
 
     def errors(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
-        """The errors, given the outputs of both runs."""
+        """The errors, from the outputs of the first run and of the second."""
         of_weights = {key: ratio(*sums) for key, sums in self._sums.items()}
         return Errors(
             ratio(*differences(before, after)) if self._sums else None,
@@ -224,7 +219,13 @@ class _Meter:
 
 
 def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple[float, float]:
-    """Sums of squares of what quantizing changes in a product, and of the product, in fp32."""
+    """Sums of squares of the change that quantizing makes in a product, and of the product.
+
+    Args:
+        activation: What is multiplied.
+        matrix: The weight, ``[..., N, K]``.
+        quantized: The quantized weight, ``[..., N, K]`` in fp32.
+    """
     parts = [(activation.x, matrix, quantized)]
     if matrix.ndim > 2:
         parts = [
@@ -243,11 +244,11 @@ def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple
 
 
 def differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
-    """Sums of squares of what changes in outputs, and of the outputs.
+    """Sums of squares of the change between outputs, and of the outputs before.
 
     Args:
-        before: the original ones; what is not finite in them (a mask, say) is left out.
-        after: the others; where they have other shapes, both sums are NaN.
+        before: The original outputs. Elements that are not finite (a mask, say) are left out.
+        after: The changed outputs. Both sums are NaN where their shapes differ from `before`.
     """
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return math.nan, math.nan
@@ -270,9 +271,14 @@ def _sum_of_squares(values: Tensor) -> float:
 
 
 def ratio(changed: float, product: float) -> float | None:
-    """The relative error, of sums of squares of what changed and of the original.
+    """The relative error: the root of the quotient of two sums of squares.
 
-    None where there is nothing to relate to, or either is not finite.
+    Args:
+        changed: Of the changes.
+        product: Of the original values.
+
+    Returns:
+        The error; None where `product` is 0, or one of the two is not finite.
     """
     if not (0 < product < math.inf and math.isfinite(changed)):
         return None

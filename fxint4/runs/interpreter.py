@@ -1,7 +1,6 @@
-"""Run a captured graph node by node, with other weights than its own.
+"""Run a captured graph node by node, with any weights in the matmuls that the passes found.
 
-Whatever asks what a quantized weight does to a model runs its graph this way: errors are measured,
-and activations gathered, at the very matmuls that the passes found.
+Calibration, budgets and measured errors run the graphs of a model this way.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ class Activation:
     """What a site multiplies by its weight in one call.
 
     Attributes:
-        x: ``[M, K]``; with several weights ``[S, K]`` beside `offs` or `ids`, else ``[E, M, K]``.
-        offs: where the rows of each weight end, ``[E]``.
-        ids: which weight each row takes, ``[S]``; negative ones count from the last.
+        x: ``[M, K]`` for one weight; for E weights ``[S, K]`` with `offs` or `ids`, or
+            ``[E, M, K]`` without.
+        offs: Where the rows of each weight end, integers ``[E]``.
+        ids: Which weight each row is multiplied by, integers ``[S]``; negative ones count from the
+            last weight.
     """
 
     x: Tensor
@@ -35,13 +36,13 @@ class Activation:
     ids: Tensor | None = None
 
     def rows(self, count: int) -> Iterator[tuple[int, Tensor, Any]]:
-        """The rows that each of several weights multiplies.
+        """The rows of each of several weights.
 
         Args:
-            count: of weights, E.
+            count: Number of weights, E.
 
         Yields:
-            The number of a weight, its rows ``[M, K]``, and what picks their results out of y.
+            The number of a weight, its rows ``[M, K]``, and an index of these rows in y.
         """
         if self.offs is not None:
             start = 0
@@ -57,7 +58,14 @@ class Activation:
                 yield number, self.x[number], number
 
     def times(self, matrix: Tensor) -> Tensor:
-        """The product with ``[N, K]``, or with ``[E, N, K]`` row by row, in x's dtype."""
+        """The product in x's dtype.
+
+        Args:
+            matrix: The weight ``[N, K]``, or E weights ``[E, N, K]``.
+
+        Returns:
+            y, of the shape of x with N in the place of K.
+        """
         if matrix.ndim == 2:
             return self.x @ matrix.t()
         y = self.x.new_zeros((*self.x.shape[:-1], matrix.shape[-2]))
@@ -67,7 +75,7 @@ class Activation:
 
 
 class MatrixOf(Protocol):
-    """Says what a site multiplies by in a run."""
+    """Returns the weight that a site multiplies by in a run."""
 
     def __call__(
         self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
@@ -75,9 +83,9 @@ class MatrixOf(Protocol):
         """The weight to multiply by.
 
         Args:
-            site: the matmul; one weight may have several.
-            roots: the real tensors that its weight is made of.
-            activations: what it multiplies, of each call of the run.
+            site: The matmul.
+            roots: The real tensors that its weight is made of.
+            activations: What the site multiplies in each call of the run.
 
         Returns:
             ``[..., N, K]`` in the activations' dtype.
@@ -85,7 +93,7 @@ class MatrixOf(Protocol):
 
 
 def own_matrix(site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]) -> Tensor:
-    """The `MatrixOf` of a run as it was captured: the weight itself."""
+    """The `MatrixOf` that returns the site's own weight."""
     matrix = site.weight.evaluate(roots)
     if isinstance(matrix, Int4TileTensor):
         matrix = matrix.dequantize()[..., : activations[0].x.shape[-1]]
@@ -93,15 +101,15 @@ def own_matrix(site: Site, roots: Sequence[Tensor], activations: Sequence[Activa
 
 
 class GraphInterpreter:
-    """A captured graph whose matmuls multiply by what they are told to.
+    """Runs a captured graph; a `MatrixOf` tells what its sites multiply by.
 
     Args:
-        captured: the graph; not changed.
-        sites: its matmuls whose weights are to be exchanged.
-        fake_mode: the FakeTensorMode of the graph's values.
+        captured: The graph; not changed.
+        sites: Its matmuls whose weights may be replaced.
+        fake_mode: The FakeTensorMode of the graph's values.
 
     Attributes:
-        sites: as given.
+        sites: The same sites.
     """
 
     def __init__(self, captured: fx.GraphModule, sites: Sequence[Site], fake_mode: Any) -> None:
@@ -130,9 +138,9 @@ class GraphInterpreter:
         """Run calls side by side: every node for all of them before the next node.
 
         Args:
-            calls: the arguments of each, in the order of the graph's inputs; all with the same
-                weights. What the graph writes to, it writes to.
-            matrix_of: what each site multiplies by; asked once for all calls.
+            calls: The arguments of each call, in the order of the graph's inputs. All calls have
+                the same weights. The graph writes to the arguments that it was captured to write.
+            matrix_of: Called once for each site, for all calls together.
 
         Returns:
             The outputs of each call.
@@ -176,7 +184,7 @@ class GraphInterpreter:
 
 
 def _product(position: int, n: int, x: Tensor, offs: Tensor | None, ids: Tensor | None) -> Tensor:
-    """Stands for the product of a site in the graph, and says what shape it has."""
+    """Stands for the product of a site in the interpreter's graph; gives its shape."""
     return x.new_empty((*x.shape[:-1], n))
 
 

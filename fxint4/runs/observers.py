@@ -1,14 +1,18 @@
-"""Observers: statistics of the activations of a model's weights, summed up over batches."""
+"""Observers: statistics of the activations of a model's weights, summed up over batches.
+
+`Observer` has the `ActivationSums` of a whole model. Each captured graph runs as an
+`ObservedGraph`, which adds what its matmuls multiply to the sums of its observer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
@@ -20,98 +24,41 @@ from fxint4.passes.site import Site
 from fxint4.quant.methods.awq import awq_scale
 from fxint4.quant.statistics import Statistics
 from fxint4.runs.interpreter import Activation, GraphInterpreter, MatrixOf, own_matrix
-from fxint4.runs.tracing import capturing_backend, compiled_anew
+from fxint4.runs.tracing import GraphRunner, ModelRunner, traced
 
-__all__ = ["Batches", "ObservedGraph", "Observer", "Weights", "fits", "in_passes", "observe", "run"]
+__all__ = ["ObservedGraph", "Observer", "Weights", "fits_in_pass"]
 
 #: Rows whose second moments are summed at a time.
 _ROWS = 1 << 14
-
 
 #: Weights by key: a site that multiplies by it, and the real tensors that it is made of.
 Weights = dict[str, tuple[Site, Sequence[Tensor]]]
 
 
-class Batches:
-    """Inputs of a model, as arguments and keyword arguments."""
+def fits_in_pass(held: int, size: int, memory: int | None) -> bool:
+    """Whether more statistics are summed up in the same pass over the batches.
 
-    def __init__(self, batches: Iterable[Any], progress: bool) -> None:
-        if isinstance(batches, Mapping):  # whose names would be taken for batches
-            raise TypeError("batches is a dict, which is one batch; give a list of them: [batch]")
-        self._batches = batches
-        self._progress = progress
-        self._once = isinstance(batches, Iterator)
-        self._passes = 0
-
-    def __iter__(self) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
-        if self._once and self._passes:
-            raise ValueError(
-                "calibrating takes several passes over the batches, which can be run only once: "
-                "give a list of them, or more memory"
-            )
-        self._passes += 1
-        bar = tqdm(
-            self._batches,
-            desc=f"fxint4: calibrating, pass {self._passes}",
-            unit="batch",
-            disable=not self._progress,
-            leave=False,
-        )
-        count = 0
-        for count, batch in enumerate(bar, 1):  # noqa: B007
-            if isinstance(batch, Mapping):
-                yield (), batch
-            elif isinstance(batch, (tuple, list)):
-                yield tuple(batch), {}
-            else:
-                yield (batch,), {}
-        if not count:
-            raise ValueError("there are no batches to calibrate with; give at least one")
-
-
-def run(
-    compiled: Callable[[Sequence[Any], Mapping[str, Any]], Any],
-    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
-) -> None:
-    """Run a compiled model on all batches."""
-    for args, kwargs in batches:
-        compiled(args, kwargs)
-
-
-def fits(held: int, size: int, memory: int | None) -> bool:
-    """Whether statistics of so many bytes are gathered beside others in one pass."""
+    Args:
+        held: Bytes of the statistics in the pass so far.
+        size: Bytes of the next ones; the first of a pass always fit.
+        memory: Bytes to hold at a time, at most; None for no limit.
+    """
     return memory is None or not held or held + size <= memory
-
-
-def in_passes(
-    model: Callable[..., Any],
-    batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
-    observer: Observer,
-) -> None:
-    """Run the batches until every weight has its statistics."""
-    compiled = compiled_anew(model, observer.backend(observe))
-    run(compiled, batches)
-    while observer.next_pass():
-        run(compiled, batches)
-
-
-def observe(graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
-    """Run a graph with its own weights, and sum up what they multiply."""
-    return graph.run([arguments], graph.observe)[0]
 
 
 @dataclass
 class ActivationSums:
-    """Statistics of one activation while they grow.
+    """Running sums over the rows of one activation.
 
     Attributes:
-        batch: how many weights it has rows for, () for one.
-        k: channels.
-        device: of the sums.
-        weights: what multiplies it, by key: the site, and the real tensors of its weight.
-        values: second moments, sums of magnitudes, and rows; None where they wait for their pass.
-        done: whether all batches have been added.
-        pre_scale: what to multiply it by, see `Statistics`.
+        batch: (E,) where each of E weights has rows of its own, () for one weight.
+        k: Channels, K.
+        device: Where the sums are.
+        weights: What multiplies the activation.
+        values: Second moments ``[*batch, K, K]`` in fp32, sums of magnitudes ``[*batch, K]`` in
+            fp32, and numbers of rows ``[*batch]`` in int64; None where they wait for their pass.
+        done: Whether all batches have been added.
+        pre_scale: What to multiply the activation by, ``[K]`` in fp32; None for nothing.
     """
 
     batch: tuple[int, ...]
@@ -123,7 +70,7 @@ class ActivationSums:
     pre_scale: Tensor | None = None
 
     @property
-    def grows(self) -> bool:
+    def active(self) -> bool:
         """Whether activations are added in this pass."""
         return self.values is not None and not self.done
 
@@ -134,7 +81,7 @@ class ActivationSums:
         return count * (4 * self.k * (self.k + 1) + 8)
 
     def start(self) -> None:
-        """Make room."""
+        """Allocate the sums, as zeros."""
         floats = {"dtype": torch.float32, "device": self.device}
         self.values = (
             torch.zeros((*self.batch, self.k, self.k), **floats),  # type: ignore[call-overload]
@@ -152,14 +99,14 @@ class ActivationSums:
             _add(activation.x, *self.values)
 
     def finish(self, device: torch.device | None) -> None:
-        """All batches have been added; keep the sums on another device."""
+        """Mark the sums as complete, and move them to `device` unless that is None."""
         self.done = True
         if device is not None and self.values is not None:
             moments, magnitudes, rows = (value.to(device) for value in self.values)
             self.values = (moments, magnitudes, rows)
 
     def statistics(self) -> Statistics:
-        """What was gathered."""
+        """The statistics that the sums amount to."""
         assert self.values is not None
         moments, magnitudes, rows = self.values
         count = rows.clamp(min=1).unsqueeze(-1)
@@ -167,6 +114,7 @@ class ActivationSums:
 
 
 def _add(x: Tensor, moments: Tensor, magnitudes: Tensor, rows: Tensor) -> None:
+    """Add x ``[M, K]`` to sums of `ActivationSums.values`."""
     for start in range(0, len(x), _ROWS):
         part = x[start : start + _ROWS]
         if part.is_cuda and part.dtype is not torch.float32:
@@ -182,12 +130,12 @@ class Observer:
     """Statistics of all activations of a model.
 
     Args:
-        config: what is going to be packed.
-        memory: see `calibrate`.
-        dry: whether nothing is summed.
+        config: What is going to be packed.
+        memory: Bytes of sums to hold on the model's device in one pass; None for no limit.
+        dry: Whether weights are only found, and nothing is summed.
 
     Attributes:
-        sums: of each activation, by the keys of the weights that multiply it.
+        sums: Of each activation, by the keys of the weights that multiply it.
     """
 
     def __init__(self, config: Int4Config, memory: int | None = None, dry: bool = False) -> None:
@@ -195,28 +143,24 @@ class Observer:
         self.sums: dict[tuple[str, ...], ActivationSums] = {}
         self._memory = memory
         self._dry = dry
-        self._used: list[list[Any]] = []
 
-    def __enter__(self) -> Observer:
-        return self
+    def traced(
+        self,
+        model: Callable[..., Any],
+        run_graph: Callable[[ObservedGraph, list[Any]], Sequence[Any]],
+    ) -> AbstractContextManager[ModelRunner]:
+        """Run a model, each of its captured graphs by a function; see `tracing.traced`.
 
-    def __exit__(self, *_: object) -> None:
-        for used in self._used:
-            used.clear()
+        Args:
+            model: A module or a function.
+            run_graph: Called with a graph and its inputs; returns the outputs.
+        """
 
-    def backend(
-        self, run_graph: Callable[[ObservedGraph, list[Any]], Sequence[Any]]
-    ) -> Callable[..., Any]:
-        """A backend of `torch.compile` that has graphs run, until the observer is left."""
-        used: list[Any] = [self, run_graph]  # Dynamo keeps the backend, which must not keep these
-        self._used.append(used)
+        def runner_of(analysis: Analysis) -> GraphRunner:
+            graph = ObservedGraph(analysis, self)
+            return lambda arguments: run_graph(graph, arguments)
 
-        def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
-            used.append(ObservedGraph(analysis, used[0]))
-            position = len(used) - 1
-            return lambda arguments: used[1](used[position], arguments)
-
-        return capturing_backend(self.config, run_of)
+        return traced(model, self.config, runner_of)
 
     def sums_of(self, weights: Weights, activation: Activation) -> ActivationSums:
         """The sums of the activation that some weights multiply."""
@@ -229,17 +173,17 @@ class Observer:
         return self.sums[keys]
 
     def next_pass(self) -> bool:
-        """Finish what was summed; whether anything is left to sum."""
+        """End a pass and begin the next one. Returns whether there is anything left to sum."""
         waiting = [sums for sums in self.sums.values() if sums.values is None and not self._dry]
         for sums in self.sums.values():
-            if sums.grows:
+            if sums.active:
                 self._finish(sums)
         for sums in waiting:
             self._start(sums)
         return bool(waiting)
 
-    def look_for_pre_scale(self, sums: ActivationSums) -> None:
-        """Find what to multiply the activation by, where a method wants that and it is free."""
+    def find_pre_scale(self, sums: ActivationSums) -> None:
+        """Set `pre_scale` of the sums, where the method is an awq one and scaling costs nothing."""
         sites = [site for site, _ in sums.weights.values()]
         if any("awq" in site.config.method for site in sites) and all(map(scales_freely, sites)):
             weights = [site.weight.evaluate(roots) for site, roots in sums.weights.values()]
@@ -247,7 +191,7 @@ class Observer:
             sums.pre_scale = _pre_scale(weights, sums.statistics(), group_size)
 
     def statistics(self) -> dict[str, Statistics]:
-        """Those of every weight, by key."""
+        """The statistics of every weight, by its key."""
         found: dict[str, list[Statistics]] = {}
         for sums in self.sums.values():
             made = sums.statistics()
@@ -256,18 +200,26 @@ class Observer:
         return {key: _merged(parts) for key, parts in found.items()}
 
     def _start(self, sums: ActivationSums) -> None:
-        held = sum(other.nbytes for other in self.sums.values() if other.grows)
-        if not self._dry and fits(held, sums.nbytes, self._memory):
+        held = sum(other.nbytes for other in self.sums.values() if other.active)
+        if not self._dry and fits_in_pass(held, sums.nbytes, self._memory):
             sums.start()
 
     def _finish(self, sums: ActivationSums) -> None:
         with real_tensors(), torch.no_grad():
-            self.look_for_pre_scale(sums)
+            self.find_pre_scale(sums)
         sums.finish(None if self._memory is None else torch.device("cpu"))
 
 
 class ObservedGraph:
-    """One captured graph, run while activations of its weights are summed."""
+    """One captured graph, run node by node while its activations are summed up.
+
+    Args:
+        analysis: Of the graph.
+        observer: Has the sums.
+
+    Attributes:
+        written: Positions of the inputs that the graph writes to.
+    """
 
     def __init__(self, analysis: Analysis, observer: Observer) -> None:
         found = [entry for entry in analysis.found if isinstance(entry, Site)]
@@ -276,7 +228,7 @@ class ObservedGraph:
         self._interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
         self._captured_with = analysis.weights.tensors
         self._observer = observer
-        self._group_of: dict[int, list[Site]] = {}  # by identity
+        self._group_of: dict[int, list[Site]] = {}  # sites of one activation, by id of each
         groups: dict[Any, list[Site]] = {}
         for site, shared in zip(sites, same_activation(sites), strict=True):
             self._group_of[id(site)] = groups.setdefault(shared, [])
@@ -284,16 +236,26 @@ class ObservedGraph:
         self._weights_of: dict[tuple[int, ...], Weights] = {}
         self._arguments: Sequence[Any] = ()
 
+    def observe(self, arguments: list[Any]) -> Sequence[Any]:
+        """Run one call with the graph's own weights, and sum up what they multiply."""
+
+        def matrix(
+            site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
+        ) -> Tensor:
+            with real_tensors():
+                self.sum_up(site, activations)
+                return own_matrix(site, roots, activations)
+
+        return self.run([arguments], matrix)[0]
+
     def run_with(
-        self,
-        arguments: Sequence[Any],
-        matrix_of: Callable[[str], Tensor | None],
+        self, arguments: Sequence[Any], matrix_of: Callable[[str], Tensor | None]
     ) -> Sequence[Any]:
-        """Run one call with other weights than its own.
+        """Run one call with some weights replaced.
 
         Args:
-            arguments: of the call.
-            matrix_of: ``[..., N, K]`` for the key of a weight; None for the weight itself.
+            arguments: Of the call.
+            matrix_of: What replaces the weight of a key, ``[..., N, K]``; None for no replacement.
         """
 
         def matrix(
@@ -315,16 +277,12 @@ class ObservedGraph:
         finally:
             self._arguments = ()
 
-    def observe(
-        self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
-    ) -> Tensor:
-        """The `MatrixOf` of a run with the graph's own weights."""
-        with real_tensors():
-            self.sum_up(site, activations)
-            return own_matrix(site, roots, activations)
-
     def sum_up(self, site: Site, activations: Sequence[Activation]) -> tuple[str, ActivationSums]:
-        """Add activations to the sums of the weights that multiply them, once for all of these.
+        """Add what a site multiplies to the sums; once where several sites multiply the same.
+
+        Args:
+            site: The matmul.
+            activations: Of each call.
 
         Returns:
             The key of the site's weight, and the sums.
@@ -332,7 +290,7 @@ class ObservedGraph:
         group = self._group_of[id(site)]
         weights = self._weights(group)
         sums = self._observer.sums_of(weights, activations[0])
-        if site is group[0] and sums.grows:
+        if site is group[0] and sums.active:
             for activation in activations:
                 sums.add(activation)
         return self.key_of(site), sums
@@ -355,7 +313,7 @@ class ObservedGraph:
         return weights
 
     def _names(self, site: Site, roots: Sequence[Tensor]) -> tuple[str, ...]:
-        """Of the parameters that a weight is made of, the largest first."""
+        """Names of the parameters that a weight is made of, the largest first."""
         captured_with = [self._captured_with[root] for root in site.weight.roots]
         if all(root is known for root, known in zip(roots, captured_with, strict=True)):
             return site.record.parameters
@@ -368,7 +326,10 @@ def _same_weight(site: Site, other: Site) -> bool:
 
 
 def _pre_scale(weights: Sequence[Tensor], statistics: Statistics, group_size: int) -> Tensor | None:
-    """What to multiply an activation by, for weights ``[..., N, K]`` that share it."""
+    """What to multiply an activation by, ``[K]``, for weights ``[..., N, K]`` that share it.
+
+    None where a weight has values that are not finite.
+    """
     moments, magnitudes = statistics.second_moments, statistics.magnitudes
     if moments.ndim > 2:  # experts share one pre-scale
         moments = moments.sum(0)
@@ -380,7 +341,7 @@ def _pre_scale(weights: Sequence[Tensor], statistics: Statistics, group_size: in
 
 
 def _merged(parts: Sequence[Statistics]) -> Statistics:
-    """Of a weight that multiplies several activations, each of them in other company."""
+    """The statistics of a weight that multiplies several activations."""
     if len(parts) == 1:
         return parts[0]
     first, *others = parts

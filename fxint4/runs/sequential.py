@@ -15,23 +15,28 @@ from fxint4.passes.site import Site
 from fxint4.quant.blockwise import fake_quantized
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import Calibration
+from fxint4.runs.batches import Batches
 from fxint4.runs.interpreter import Activation, own_matrix
-from fxint4.runs.observers import Batches, ObservedGraph, Observer
-from fxint4.runs.tracing import compiled_anew
+from fxint4.runs.observers import ObservedGraph, Observer
 
 __all__ = ["calibrate_sequentially"]
 
 
 class _Reached(Exception):
-    """Ends a run of a model where the graph is that is calibrated next."""
+    """Ends a run of a model at the graph that is calibrated next."""
 
 
-class _Flow:
-    """Runs the graphs that a model calls up to the one that is calibrated next.
+class _SequentialRuns:
+    """Runs of a model up to the graph that is calibrated next.
+
+    The graphs before it run with quantized weights.
+
+    Args:
+        observer: Has the statistics.
 
     Attributes:
-        position: how many graphs of each run are calibrated.
-        calls: the graph that is next, and its arguments, of each batch.
+        position: How many graphs, in the order of a run, are calibrated.
+        calls: The next graph and its arguments, for each batch.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -42,11 +47,11 @@ class _Flow:
         self._called = 0
 
     def begin(self) -> None:
-        """A run of the model begins."""
+        """Begin a run of the model."""
         self._called = 0
 
     def run(self, graph: ObservedGraph, arguments: list[Any]) -> Sequence[Any]:
-        """What runs in the place of a graph."""
+        """Run a graph that is calibrated; keep the arguments of the next one and end the run."""
         self._called += 1
         if self._called <= self.position:
             return graph.run_with(arguments, self._matrices.__getitem__)
@@ -56,7 +61,7 @@ class _Flow:
         raise _Reached
 
     def calibrate_next(self) -> None:
-        """Run the next graph on all batches, and quantize its weights as it goes."""
+        """Run the next graph on all batches, quantizing each weight when it is reached."""
         graph = self.calls[0][0]
         shapes = {tuple(_shapes(arguments)) for _, arguments in self.calls}
         if len(shapes) > 1 or any(other is not graph for other, _ in self.calls):
@@ -64,23 +69,25 @@ class _Flow:
                 "sequential calibration runs all batches side by side, and theirs have different "
                 "shapes: give batches of one shape, or sequential=False"
             )
-        graph.run([arguments for _, arguments in self.calls], lambda *of: self._decide(graph, *of))
+        graph.run(
+            [arguments for _, arguments in self.calls], lambda *of: self._quantized(graph, *of)
+        )
         self.calls.clear()
         self.position += 1
 
-    def _decide(
+    def _quantized(
         self,
         graph: ObservedGraph,
         site: Site,
         roots: Sequence[Tensor],
         activations: Sequence[Activation],
     ) -> Tensor:
-        """The quantized weight of a site, its statistics complete up to here."""
+        """The `MatrixOf` of a graph: sums up the activations, then quantizes with them."""
         with real_tensors():
             key, sums = graph.sum_up(site, activations)
             if key not in self._matrices:
                 if sums.pre_scale is None:
-                    self._observer.look_for_pre_scale(sums)
+                    self._observer.find_pre_scale(sums)
                 config = replace(site.config, calibration=Calibration({key: sums.statistics()}))
                 weight = site.weight.evaluate(roots)
                 recipe = recipe_of(config, key, weight.shape)
@@ -98,14 +105,23 @@ def _shapes(arguments: Sequence[Any]) -> Iterable[Any]:
 
 
 def calibrate_sequentially(model: Callable[..., Any], batches: Batches, observer: Observer) -> None:
-    """Graph after graph, all batches through the one that is next."""
-    flow = _Flow(observer)
-    compiled = compiled_anew(model, observer.backend(flow.run))
-    while True:
-        for args, kwargs in batches:
-            flow.begin()
-            with contextlib.suppress(_Reached):
-                compiled(args, kwargs)
-        if not flow.calls:
-            return
-        flow.calibrate_next()
+    """Calibrate the graphs of a model one after the other, each with all batches.
+
+    Args:
+        model: A module in eval mode, or a function.
+        batches: Of equal shapes.
+        observer: Gets the statistics.
+
+    Raises:
+        ValueError: Batches of different shapes, or ones that can be iterated only once.
+    """
+    runs = _SequentialRuns(observer)
+    with observer.traced(model, runs.run) as run:
+        while True:
+            for args, kwargs in batches:
+                runs.begin()
+                with contextlib.suppress(_Reached):
+                    run(args, kwargs)
+            if not runs.calls:
+                return
+            runs.calibrate_next()

@@ -16,14 +16,14 @@ __all__ = ["StateGuard", "forked_random_state"]
 
 
 class StateGuard:
-    """Runs of a model that begin in the state it is in, and leave it as it was.
+    """Puts back the state of a model after each run.
 
-    That state is: the buffers and other tensors that its graphs write to, the attributes of its
-    modules, its arguments, and torch's random state. What code between two graphs writes to, and
-    lists and objects in attributes, are not among it.
+    The state is: tensors that the graphs write to (buffers, say), the attributes of the modules,
+    the arguments, and torch's random state. It is not: tensors that code between two graphs writes
+    to, and the contents of lists and objects in attributes.
 
     Args:
-        model: the model.
+        model: A module, a function, or a method of a module.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -33,7 +33,7 @@ class StateGuard:
         self._written: list[Tensor] = []
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Note what tensors hold that the run is about to write to."""
+        """Save copies of tensors that the run is about to write to."""
         for tensor in tensors:
             if id(tensor) not in self._before:
                 self._before[id(tensor)] = (tensor, tensor.clone())
@@ -42,7 +42,15 @@ class StateGuard:
     def run(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
-        """Around one run; gives the arguments to call the model with."""
+        """Put back the state at the end of one run.
+
+        Args:
+            args: Arguments of the model.
+            kwargs: Its keyword arguments.
+
+        Yields:
+            Arguments and keyword arguments to call the model with.
+        """
         self.keep(self._written)
         namespaces = [
             (names, dict(names))
@@ -62,11 +70,11 @@ class StateGuard:
                 _put_back(names, were)
 
     def forget(self) -> None:
-        """Let go of the tensors that runs wrote to."""
+        """Release the tensors that runs wrote to."""
         self._written.clear()
 
     def _copied(self, tree: Any) -> Any:
-        """Arguments in containers and objects (caches, say) of their own."""
+        """Copies of containers and objects (caches, say) among arguments; the same tensors."""
         shared = (*self._modules, *(p for module in self._modules for p in module.parameters()))
         memo = {id(each): each for each in shared}
 
@@ -82,7 +90,7 @@ class StateGuard:
 
 
 def _put_back(names: dict[str, Any], were: Mapping[str, Any]) -> None:
-    """Make a namespace hold what it held."""
+    """Restore a namespace to what it held."""
     if names.keys() != were.keys() or any(names[name] is not value for name, value in were.items()):
         names.clear()
         names.update(were)
@@ -90,7 +98,7 @@ def _put_back(names: dict[str, Any], were: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def forked_random_state() -> Iterator[None]:
-    """A while in which random numbers may be drawn, and after which they go on as before."""
+    """Restore torch's random state on exit, of the CPU and of all GPUs in use."""
     used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(range(torch.cuda.device_count()) if used else ()):
         yield

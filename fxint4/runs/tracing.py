@@ -1,8 +1,9 @@
-"""Capture the graphs of a model without compiling anything."""
+"""Capture the graphs of a model and run them, without compiling anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,25 +20,74 @@ from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.pipeline import Analysis
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["capturing_backend", "compiled_anew"]
+__all__ = ["GraphRunner", "ModelRunner", "compiled_anew", "traced"]
+
+#: Runs a captured graph on the list of its inputs (parameters included), returns its outputs.
+GraphRunner = Callable[[list[Any]], Sequence[Any]]
+
+#: Runs a model on its arguments and keyword arguments, returns its output.
+ModelRunner = Callable[[Sequence[Any], Mapping[str, Any]], Any]
 
 
-def compiled_anew(
-    model: Callable[..., Any], backend: Callable[..., Any]
-) -> Callable[[Sequence[Any], Mapping[str, Any]], Any]:
-    """A model compiled with a backend of ours, to be called with arguments and keyword arguments.
+@contextlib.contextmanager
+def traced(
+    model: Callable[..., Any], config: Int4Config, runner_of: Callable[[Analysis], GraphRunner]
+) -> Iterator[ModelRunner]:
+    """Run a model with its captured graphs run by us; nothing is compiled.
 
-    It has Python code of its own, so that what Dynamo keeps of it goes when it does, does not count
-    as one more recompile of the model's, and has no size of the model's vary that ours differed in.
-    Our errors come out as they are.
+    Args:
+        model: A module or a function.
+        config: What to look for in the graphs.
+        runner_of: Called once with every captured graph; returns what runs in its place.
+
+    Yields:
+        What runs the model, until the context is left.
     """
-    function, first = _with_own_code(model)
-    compiled = torch.compile(function, backend=backend)
+    # Dynamo may keep the backend for as long as the model's code lives. All that the backend refers
+    # to is in this list, which is emptied in the end.
+    held: list[Any] = [runner_of]
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        inputs = inputs_of(gm, example_inputs)
+
+        def inner_compile(
+            captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
+        ) -> Callable[..., Any]:
+            weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
+            held.append(held[0](Analysis(captured, weights, config, CompileState({}).fake_mode)))
+            position = len(held) - 1
+            return mark_boxed(lambda arguments: held[position](arguments))
+
+        return compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS, Int4TileTensor)
+
+    try:
+        yield compiled_anew(model, backend)
+    finally:
+        held.clear()
+
+
+def compiled_anew(model: Callable[..., Any], backend: Callable[..., Any]) -> ModelRunner:
+    """Compile a model with a backend of ours, apart from the user's compiles of it.
+
+    Dynamo remembers by code object what it compiled and how often, and by the code's file, line and
+    name which sizes varied. So a copy of the model's code under another name is compiled: our run
+    is no recompile of the model, no size becomes dynamic in the user's compile because ours saw
+    two values of it, and what Dynamo compiled goes away with the copy.
+
+    Args:
+        model: A module or a function.
+        backend: A backend for `torch.compile`. An `Int4Error` that it raises reaches the caller
+            itself, not wrapped by Dynamo.
+
+    Returns:
+        What runs the compiled model, under `torch.no_grad`.
+    """
+    compiled = torch.compile(_with_own_code(model), backend=backend)
 
     def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         with torch.no_grad(), roomy_recompile_limit():
             try:
-                return compiled(*first, *args, **kwargs)
+                return compiled(*args, **kwargs)
             except Exception as error:
                 cause = getattr(error, "inner_exception", None)
                 if isinstance(cause, Int4Error):
@@ -47,32 +97,38 @@ def compiled_anew(
     return run
 
 
-def _with_own_code(model: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function that does what a model does, and what to call it with before its arguments."""
-    if not isinstance(model, nn.Module):
-        if isinstance(model, MethodType):
-            function, _ = _with_own_code(model.__func__)
-            return MethodType(function, model.__self__), ()
-        return (_twin(model, model) if isinstance(model, FunctionType) else model), ()
-    forward = model.forward
-    if not isinstance(forward, MethodType) or not isinstance(forward.__func__, FunctionType):
-        return model, ()
-    # Of torch's own functions Dynamo compiles a wrapper that they all share.
-    if has_forward_hooks(model) or str(forward.__module__).startswith("torch."):
-        return _twin(_call, forward.__func__), (model,)
-    return MethodType(_twin(forward.__func__, forward.__func__), model), ()
+def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function or method that does what `model` does, by a code object of its own.
 
-
-def _twin(function: Any, scope: Any) -> FunctionType:
-    """The same function with code of its own, and with the globals of another.
-
-    Dynamo reads globals of the function it starts from as they are, and those of others through
-    the module of that name, which code that was run by exec does not have.
+    The model itself where it has no Python code to copy.
     """
-    code = function.__code__  # by its name Dynamo remembers which sizes varied
+    if isinstance(model, FunctionType):
+        return _copied(model, model.__globals__)
+    method = model.forward if isinstance(model, nn.Module) else model
+    if not isinstance(method, MethodType) or not isinstance(method.__func__, FunctionType):
+        return model
+    function = method.__func__
+    # Of torch's own forwards Dynamo compiles a wrapper that they all share.
+    if isinstance(model, nn.Module) and (
+        has_forward_hooks(model) or str(function.__module__).startswith("torch.")
+    ):
+        return MethodType(_copied(_call, function.__globals__), model)
+    return MethodType(_copied(function, function.__globals__), method.__self__)
+
+
+def _copied(function: Any, scope: dict[str, Any]) -> FunctionType:
+    """A function with a copy of a function's code, under a name that tells it from the original.
+
+    Args:
+        function: The function.
+        scope: The globals of the copy. Dynamo reads those of the function that it starts from as
+            they are, but looks for those of others in the module of that name, which code that
+            `exec` ran does not have.
+    """
+    code = function.__code__
     made = FunctionType(
         code.replace(co_name=code.co_name + OWN_CODE),
-        scope.__globals__,
+        scope,
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -83,29 +139,3 @@ def _twin(function: Any, scope: Any) -> FunctionType:
 
 def _call(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
-
-
-def capturing_backend(
-    config: Int4Config, run_of: Callable[[Analysis], Callable[[list[Any]], Sequence[Any]]]
-) -> Callable[..., Any]:
-    """A backend of `torch.compile` that compiles nothing.
-
-    Args:
-        config: what to look for.
-        run_of: called with every graph that is captured; returns what runs in its place, which is
-            called with the graph's inputs.
-    """
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        inputs = inputs_of(gm, example_inputs)
-
-        def inner_compile(
-            captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
-        ) -> Callable[..., Any]:
-            weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
-            fake_mode = CompileState({}).fake_mode
-            return mark_boxed(run_of(Analysis(captured, weights, config, fake_mode)))
-
-        return compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS, Int4TileTensor)
-
-    return backend

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from fxint4.config.layer_patterns import first_match
 from fxint4.errors import CheckpointError
+from fxint4.frontends.candidates import Candidate, use_of
 from fxint4.frontends.checkpoints import awq, compressed_tensors, gptq, torchao
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
-from fxint4.frontends.parameters import Candidate, record_of, use_of
+from fxint4.frontends.parameters import record_of
 from fxint4.graph.names import layer_name, parameters_of
 from fxint4.quant.tile_layout import DTYPES
 from fxint4.report import GraphReport, Record, Report

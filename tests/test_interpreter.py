@@ -14,7 +14,7 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.site import Site
 from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
-from fxint4.runs.tracing import capturing_backend, compiled_anew
+from fxint4.runs.tracing import traced
 
 E, N, K, M = 4, 48, 64, 6
 OFFS = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
@@ -30,7 +30,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Each: what the model does, its weight, its input, and the rows [M, K] that the weight multiplies.
+# Each: the forward, its weight, its input, and a function from that to the rows [M, K] multiplied.
 FORMS: dict[str, tuple[Callable[..., Tensor], nn.Parameter, Tensor, Callable[[Tensor], Tensor]]] = {
     "linear": (
         lambda m, x: torch.nn.functional.linear(x, m.w).relu(),
@@ -74,7 +74,7 @@ FORMS: dict[str, tuple[Callable[..., Tensor], nn.Parameter, Tensor, Callable[[Te
 
 
 class Watched:
-    """Replays every graph of a model, and notes what its weights multiplied."""
+    """Runs every graph of a model in the interpreter; keeps what its weights multiplied."""
 
     def __init__(self, matrix_of: Callable[..., Tensor] = own_matrix, calls: int = 1) -> None:
         self.seen: list[tuple[Site, Sequence[Activation]]] = []
@@ -86,21 +86,22 @@ class Watched:
         return self._matrix_of(site, roots, seen)
 
     def run(self, model: nn.Module, *args: Any) -> list[Any]:
-        """The graph's outputs, of each call."""
+        """Run the model; return the outputs of its graphs, one entry for each call."""
         outputs: list[Any] = []
 
-        def run_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
+        def runner_of(analysis: Analysis) -> Callable[[list[Any]], Sequence[Any]]:
             sites = [entry for entry in analysis.found if isinstance(entry, Site)]
-            replay = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
+            interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
 
             def run(arguments: list[Any]) -> Sequence[Any]:
-                results = replay.run([list(arguments) for _ in range(self._calls)], self)
+                results = interpreter.run([list(arguments) for _ in range(self._calls)], self)
                 outputs.extend(results)
                 return results[0]
 
             return run
 
-        compiled_anew(model, capturing_backend(Int4Config(), run_of))(args, {})
+        with traced(model, Int4Config(), runner_of) as run_model:
+            run_model(args, {})
         return outputs
 
 
@@ -146,7 +147,7 @@ def test_every_expert_gets_its_rows() -> None:
 
 
 def test_calls_run_side_by_side() -> None:
-    """Each weight is asked for once, with the activations of all calls."""
+    """`matrix_of` is called once for each weight, with the activations of all calls."""
     model = nn.Sequential(nn.Linear(K, K), nn.ReLU(), nn.Linear(K, N)).eval()
     watched = Watched(calls=3)
     outputs = watched.run(model, noise(M, K))

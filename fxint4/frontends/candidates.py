@@ -1,0 +1,326 @@
+"""Which parameters of a model could be packed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxint4._pytorch.aot import example_size
+from fxint4._pytorch.tensors import aten, real_tensors
+from fxint4.config.int4_config import Int4Config
+from fxint4.graph.names import plain_name
+from fxint4.passes.pipeline import Analysis
+from fxint4.passes.site import Site
+from fxint4.quant.tile_layout import choose_shape
+from fxint4.report import Record
+from fxint4.runs.state_guard import StateGuard
+from fxint4.runs.tracing import GraphRunner, traced
+from fxint4.tensor import Int4TileTensor
+from fxint4.tensor.core import NEW_AXIS
+
+__all__ = [
+    "Candidate",
+    "Owners",
+    "candidates_of_graph",
+    "candidates_of_model",
+    "candidates_of_modules",
+    "is_pointwise",
+    "use_of",
+]
+
+
+class Owners:
+    """The modules that own each parameter; a shared parameter has several.
+
+    Args:
+        modules: The outermost modules, each with a prefix for the names of its parameters.
+
+    Attributes:
+        parameters: All parameters, by id.
+    """
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        self._places: dict[int, list[tuple[nn.Module, str, str]]] = {}
+        self.parameters: dict[int, nn.Parameter] = {}
+        for prefix, outer in modules:
+            for path, module in outer.named_modules(prefix=prefix):
+                for name, parameter in module.named_parameters(recurse=False):
+                    full = plain_name(f"{path}.{name}" if path else name)
+                    places = self._places.setdefault(id(parameter), [])
+                    if not any(owner is module and own == name for owner, own, _ in places):
+                        places.append((module, name, full))
+                    self.parameters[id(parameter)] = parameter
+
+    def of(self, parameter: nn.Parameter) -> list[nn.Module]:
+        """The modules that hold a parameter."""
+        return [module for module, _, _ in self._places.get(id(parameter), [])]
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """Full name of a parameter; the layer's, where a layer and an embedding share it."""
+        places = self._places[id(parameter)]
+        names = [name for module, _, name in places if not isinstance(module, nn.Embedding)]
+        return names[0] if names else places[0][2]
+
+    def replace(self, parameter: nn.Parameter, new: nn.Parameter) -> None:
+        """Put `new` in the place of a parameter in all modules, and forget the parameter."""
+        for module, name, _ in self._places.pop(id(parameter)):
+            setattr(module, name, new)
+        del self.parameters[id(parameter)]
+
+
+@dataclass
+class Candidate:
+    """A parameter that may be packed.
+
+    Attributes:
+        parameter: The parameter.
+        op: The op that multiplies by it, as in `Record.op`.
+        k_axis: Its axis K: -1 for ``[..., N, K]``, -2 for ``[..., K, N]``, 1 for a convolution's
+            ``[N, K, 1...]``.
+        fault: Why it can't be packed; empty where it can.
+        turned: Whether packing along its other axis was tried before, and failed.
+        source: The line of the user's code that multiplies by it, where a graph tells.
+        pre_scaled: Whether it gets a pre-scale, where a graph tells.
+    """
+
+    parameter: nn.Parameter
+    op: str
+    k_axis: int
+    fault: str = ""
+    turned: bool = False
+    source: str = ""
+    pre_scaled: bool = False
+
+    @property
+    def as_stored(self) -> Tensor:
+        """The parameter as ``[..., N, K]``."""
+        values = self.parameter.detach()
+        if self.k_axis == 1 and values.ndim > 2:
+            return values.flatten(1)
+        return values if self.k_axis == -1 else values.transpose(-1, -2)
+
+    def logical(self, packed: Int4TileTensor) -> Int4TileTensor:
+        """`packed`, which is ``[..., N, K]``, viewed with the axes of the parameter."""
+        axes = list(range(packed.ndim))
+        if self.k_axis == 1 and self.parameter.ndim > 2:
+            axes += [NEW_AXIS] * (self.parameter.ndim - 2)
+        elif self.k_axis == -2:
+            axes[-2:] = axes[:-3:-1]
+        return packed.like(axes=tuple(axes))
+
+
+# --- by module -----------------------------------------------------------------------------------
+
+
+def candidates_of_modules(owners: Owners) -> list[Candidate]:
+    """Parameters of modules of known types: Linear, Conv1D, 1x1 Conv, attention, experts."""
+    found = []
+    for parameter in owners.parameters.values():
+        if not _is_plain(parameter) or parameter.ndim < 2:
+            continue
+        candidate = _known_use(parameter, owners)
+        if candidate is not None:
+            found.append(candidate)
+    return found
+
+
+def _known_use(parameter: nn.Parameter, owners: Owners) -> Candidate | None:
+    uses = [use_of(module, parameter) for module in owners.of(parameter)]
+    known = [use for use in uses if use is not None]
+    if not known:
+        return None
+    op, k_axis = known[0]
+    fault = ""
+    if any(isinstance(module, nn.Embedding) for module in owners.of(parameter)):
+        fault = _EMBEDDED
+    elif len(known) < len(uses) or any(use != known[0] for use in known):
+        fault = "shared by modules that use it in different ways"
+    return Candidate(parameter, op, k_axis, fault)
+
+
+_EMBEDDED = "also read by an embedding, whose rows would become int4 too"
+
+
+def use_of(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None:
+    """How a module multiplies by a parameter.
+
+    Returns:
+        The op and the axis K, as in `Candidate`; None for a module or parameter that is not known.
+    """
+    if isinstance(module, nn.Linear) and parameter is module.weight:
+        return "linear", -1
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        ways_in = [getattr(module, name) for name in names]
+        return ("linear", -1) if any(parameter is way for way in ways_in) else None
+    if is_pointwise(module):
+        return ("convolution", 1) if parameter is module.weight else None
+    if parameter.ndim != 2:
+        # transformers' experts tell whether their weights are transposed; no others are known.
+        transposed = getattr(module, "is_transposed", None)
+        if parameter.ndim == 3 and isinstance(transposed, bool):
+            return "experts", -2 if transposed else -1
+        return None
+    if type(module).__name__ == "Conv1D":  # transformers': x @ weight
+        return "addmm", -2
+    return None
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a 1x1 convolution: one matrix times the channels of every position."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    plain = {*module.kernel_size, *module.stride} == {1} and module.groups == 1
+    return plain and not any(module.padding)
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter
+
+
+# --- by graph ------------------------------------------------------------------------------------
+
+
+def candidates_of_model(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
+) -> tuple[list[Candidate], list[Record]]:
+    """Parameters that a model's graphs multiply by, found by running it once, uncompiled.
+
+    The run leaves the model as it was, see `fxint4.runs.state_guard.StateGuard`.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        config: What to pack.
+
+    Returns:
+        The parameters, and records of the matmuls that stay as they are.
+    """
+    candidates: dict[int, Candidate] = {}
+    kept: list[Record] = []
+    guard = StateGuard(model)
+
+    def runner_of(analysis: Analysis) -> GraphRunner:
+        kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
+        for candidate in candidates_of_graph(analysis):
+            known = candidates.setdefault(id(candidate.parameter), candidate)
+            if known.k_axis != candidate.k_axis:
+                known.fault = known.fault or "multiplied along different axes"
+            known.fault = known.fault or candidate.fault
+        captured, written = analysis.captured, analysis.weights.written
+
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            guard.keep(arguments[position] for position in written)
+            return cast("Sequence[Any]", captured(*arguments))
+
+        return run
+
+    with traced(model, config, runner_of) as run_model, guard.run(args, kwargs) as own:
+        run_model(*own)
+    return list(candidates.values()), kept
+
+
+def candidates_of_graph(analysis: Analysis) -> list[Candidate]:
+    """Parameters that matmuls of a captured graph multiply by, and whether they may be packed.
+
+    A parameter may be packed if all ops of the graph that read it work with a packed one. That is
+    tried out on meta tensors, which have no data.
+    """
+    sites = [entry for entry in analysis.found if isinstance(entry, Site)]
+    tensors = analysis.weights.tensors
+    candidates: dict[fx.Node, Candidate] = {}
+    for site in sites:
+        for root in site.weight.roots:
+            parameter = tensors[root]
+            if isinstance(parameter, nn.Parameter) and _is_plain(parameter) and parameter.ndim > 1:
+                direct = site.weight.node is root
+                k_axis = _K_AXES.get(site.weight.axes, -1) if direct else -1
+                record = site.record
+                candidate = Candidate(parameter, record.op, k_axis, source=record.source)
+                candidate = candidates.setdefault(root, candidate)
+                candidate.pre_scaled |= direct and site.shape.pre_scaled
+    trying = dict(candidates)
+    while trying:
+        with real_tensors():
+            failed = _first_failure(analysis.captured, trying)
+        if failed is None:
+            break
+        roots, reason = failed
+        for root in roots:
+            candidate = trying[root]
+            if candidate.turned or candidate.k_axis == 1:
+                candidate.fault = reason
+                del trying[root]
+            else:
+                candidate.k_axis = -3 - candidate.k_axis  # -1 for -2, -2 for -1
+                candidate.turned = True
+    return list(candidates.values())
+
+
+_K_AXES = {"KN": -2, "*KN": -2, "EKN": -2, "NK1": 1}
+
+
+def _first_failure(
+    gm: fx.GraphModule, candidates: Mapping[fx.Node, Candidate]
+) -> tuple[set[fx.Node], str] | None:
+    """Run the nodes that read the candidates, on packed tensors without data.
+
+    Returns:
+        The candidates that the first failing node depends on, and why it fails; None if all work.
+    """
+    packed: dict[fx.Node, Any] = {}
+    origins: dict[fx.Node, set[fx.Node]] = {}
+    for root, candidate in candidates.items():
+        packed[root] = _without_data(candidate)
+        origins[root] = {root}
+    for node in gm.graph.nodes:
+        reads = [operand for operand in node.all_input_nodes if operand in packed]
+        if not reads or node in candidates:
+            continue
+        origin = set().union(*(origins[operand] for operand in reads))
+        if node.op == "output":
+            return origin, "the model returns it"
+        if node.target is aten.embedding.default:
+            return origin, _EMBEDDED
+        try:
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs),
+                lambda operand: packed[operand] if operand in packed else _meta(operand),
+            )
+            result = node.target(*args, **kwargs)
+        except Exception as error:
+            name = str(node.target).removeprefix("aten.").removesuffix(".default")
+            detail = "" if isinstance(error, NotImplementedError) else f" ({error})"
+            return origin, f"read by {name}, which packed weights don't support{detail}"
+        parts = result if isinstance(result, (list, tuple)) else [result]
+        if any(isinstance(part, Int4TileTensor) for part in parts):
+            packed[node], origins[node] = result, origin
+    return None
+
+
+def _without_data(candidate: Candidate) -> Int4TileTensor:
+    *batch, n, k = candidate.as_stored.shape
+    shape = choose_shape(n, k, 32, 2, batch=tuple(batch))
+    packed = Int4TileTensor.empty(shape, candidate.parameter.dtype, torch.device("meta"))
+    if candidate.pre_scaled:
+        packed = packed.like(pre_scale=torch.empty(shape.k_padded, device="meta"))
+    return candidate.logical(packed)
+
+
+def _meta(node: fx.Node) -> Any:
+    """The value of a node as meta tensors; dynamic sizes are those of the example inputs."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            sizes = [example_size(size) or 1 for size in value.shape]
+            return torch.empty(sizes, dtype=value.dtype, device="meta")
+        if isinstance(value, torch.SymInt):
+            return example_size(value) or 1
+        return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(node.meta["val"])
