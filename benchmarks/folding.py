@@ -32,7 +32,7 @@ from fxint4.graph.constants import Constants, Role
 from fxint4.quant.recipe import Recipe
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.weights.cache import PackedWeight
-from fxint4.weights.formats import Dense, Form, int4_format, rows_multiple
+from fxint4.weights.formats import Dense, Format, int4_format, rows_multiple
 
 #: N x K of a Llama-3-8B layer's projections: q and o, k and v, gate and up, down.
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
@@ -84,12 +84,12 @@ def fold_one(
 ) -> list[dict[str, Any]]:
     """A row for each set of formats."""
     parameter = nn.Parameter((torch.randn(n, k, device=device) / k**0.5).to(dtype), False)
-    int4: Form = int4_format(device)
-    sets: dict[str, set[Form]] = {"int4": {int4}}
+    int4: Format = int4_format(device)
+    sets: dict[str, set[Format]] = {"int4": {int4}}
     if device.type == "cpu":
         sets["int4, dense"] = {int4, Dense(dtype, (n, k), (k, 1), "NK")}
 
-    def fold(forms: set[Form]) -> PackedWeight:
+    def fold(forms: set[Format]) -> PackedWeight:
         packed = empty_packed(parameter, group_size, method)
         packed.fold(forms, [parameter])
         if packed.fault:

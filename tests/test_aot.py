@@ -362,7 +362,10 @@ def test_a_package_on_the_gpu_has_our_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)],
+)
 def test_fused_projections_and_dtypes_in_a_package(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = module(lambda m, x: (x @ m.q.t(), x @ m.k.t()), q=(96, 128), k=(64, 128))

@@ -317,7 +317,11 @@ def original_bytes(model: nn.Module) -> int:
 @gpu
 @pytest.mark.parametrize(
     ("function", "dtype"),
-    [(by_ends, BF16), (by_index, torch.float16), (in_a_batch, torch.float32)],
+    [
+        (by_ends, BF16),
+        pytest.param(by_index, torch.float16, marks=pytest.mark.full),
+        (in_a_batch, torch.float32),
+    ],
 )
 def test_a_package_of_experts(
     function: Callable[..., Tensor], dtype: torch.dtype, tmp_path: Path
@@ -351,7 +355,7 @@ def test_a_package_of_few_rows_that_name_their_experts(tmp_path: Path) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("packed_by", ["rewrite", "pack_"])
+@pytest.mark.parametrize("packed_by", ["rewrite", pytest.param("pack_", marks=pytest.mark.full)])
 def test_a_package_of_experts_that_were_packed_before(packed_by: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = module(by_ends, w=(COUNT, N, K)).to("cuda", BF16)
@@ -371,7 +375,11 @@ def test_a_package_of_experts_that_were_packed_before(packed_by: str, tmp_path: 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled on the fly:UserWarning")
 @pytest.mark.parametrize(
-    ("kind", "experts"), [("Mixtral", "grouped_mm"), ("Qwen3Moe", "batched_mm")]
+    ("kind", "experts"),
+    [
+        ("Mixtral", "grouped_mm"),
+        pytest.param("Qwen3Moe", "batched_mm", marks=pytest.mark.full),
+    ],
 )
 def test_a_package_of_a_model_of_transformers(kind: str, experts: str, tmp_path: Path) -> None:
     """Every token goes to all experts, so that no rounding can change the choice."""
