@@ -32,7 +32,7 @@ from kernel_support import make_experts, raise_record, rows
 from pretended_gpu import generated, int4pack_mm, packed_specs
 from support import FP32, assert_within
 from test_kernels_stress import assert_right, captured
-from test_lowering import kernels, with_int4_weights
+from test_lowering_dense import kernels, with_int4_weights
 from torch import Tensor, nn
 
 import fxint4

@@ -1,4 +1,5 @@
-"""Writes what the CUDA packer makes of a few small matrices, for test_tiles.py to hold pack() to.
+"""Writes what the CUDA packer makes of a few small matrices, for test_quant_tile_layout.py to hold
+pack() to.
 
 Run once on a machine with a CUDA GPU (sm_80 or newer):
 

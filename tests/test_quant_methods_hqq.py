@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_quantize import make
+from test_quant_primitives import make
 from torch import Tensor
 
 from fxint4.quant.methods.hqq import hqq_parameters

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_quantize import check_form, make
+from test_quant_primitives import check_form, make
 from torch import Tensor
 
 from fxint4.quant.methods.gptq import Gptq

@@ -409,7 +409,7 @@ def lines_of(function: Callable[..., Any]) -> list[int]:
 def test_a_matmul_has_the_innermost_line_that_is_not_of_torch() -> None:
     model = Twice().eval()
     x = torch.randn(2, 64)
-    expected = [f"test_names.py:{line} in forward" for line in lines_of(Twice.forward)]
+    expected = [f"test_graph_names.py:{line} in forward" for line in lines_of(Twice.forward)]
     assert len(expected) == 2
     assert [record.source for record in fxint4.explain(model, x).records] == expected
     fxint4.rewrite(torch.export.export(model, (x,)))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_quantize import make
+from test_quant_primitives import make
 from torch import Tensor
 
 from fxint4.quant.methods.awq import awq_scale

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import correlated, module
-from test_interpreter import FORMS, IDS, OFFS, E, K, M, N, noise
+from test_runs_interpreter import FORMS, IDS, OFFS, E, K, M, N, noise
 from torch import Tensor, nn
 
 import fxint4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantize import KINDS, make
+from test_quant_primitives import KINDS, make
 from torch import Tensor
 
 from fxint4.quant.methods.hqq import hqq_parameters
