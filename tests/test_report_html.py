@@ -438,6 +438,7 @@ const type = (text) => {
 
 
 @needs_chromium
+@pytest.mark.compiles
 def test_the_table_sorts(tmp_path: Path) -> None:
     report = report_of(
         record("layer.10", n=1, sqnr_db=None, bytes_before=1000),
@@ -467,6 +468,7 @@ def test_the_table_sorts(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.compiles
 def test_the_table_can_be_searched(tmp_path: Path) -> None:
     report = report_of(
         record("encoder.query", kernels=["M<=16: registers"]),
@@ -496,6 +498,7 @@ def test_the_table_can_be_searched(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.compiles
 def test_a_layer_opens_and_closes(tmp_path: Path) -> None:
     given = record("fc", kernels=["M<=16: registers"], source="model.py:7", output_error=0.0123)
     script = """
@@ -533,6 +536,7 @@ def test_a_layer_opens_and_closes(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.compiles
 def test_the_keyboard_reaches_everything(tmp_path: Path) -> None:
     script = """
     document.querySelector("td .name").click();
@@ -557,6 +561,7 @@ def test_the_keyboard_reaches_everything(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.compiles
 def test_names_are_text_in_the_browser(tmp_path: Path) -> None:
     report = report_of(*(record(name, source=name, parameters=["fc.weight"]) for name in NASTY))
     script = """
@@ -569,6 +574,7 @@ def test_names_are_text_in_the_browser(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.compiles
 def test_a_phone_shows_it_without_scrolling_sideways(tmp_path: Path) -> None:
     """Chromium's window can't be as narrow as a phone; a frame in it can."""
     report = report_of(
@@ -596,6 +602,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(tmp_path: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.compiles
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_page_is_dark_where_that_is_preferred(dark: bool, tmp_path: Path) -> None:
     """And in both its text can be read: WCAG asks for a contrast of 4.5."""
@@ -622,6 +629,7 @@ def test_the_page_is_dark_where_that_is_preferred(dark: bool, tmp_path: Path) ->
 
 
 @needs_chromium
+@pytest.mark.compiles
 def test_a_thousand_matmuls_sort_and_filter_at_once(tmp_path: Path) -> None:
     """A second is far more than it takes; a slip to quadratic time takes longer."""
     names = [f"model.layers.{number}.mlp" for number in range(1000)]
