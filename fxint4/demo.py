@@ -62,7 +62,7 @@ SENTENCES = (
     "Honey keeps for years.",
     "Honey hardly ever spoils, because it holds too little water for bacteria to live in it.",
     "Green and black tea come from the same plant.",
-    "The leaves for black tea are left to oxidize before they are dried, while those for green tea "
+    "The leaves for black tea are left to oxidise before they are dried, while those for green tea "
     "are heated soon after picking, although both grow on one kind of bush.",
     "To make a simple soup, simmer vegetables in stock.",
     "Soften a chopped onion in butter, add diced carrots and potatoes, cover everything with "
@@ -100,7 +100,7 @@ SENTENCES = (
     "plains, bare rock and mountains, some of which rise to more than three thousand metres and "
     "now and then see snow.",
     "Vaccines train the immune system.",
-    "After a vaccination the immune system recognizes a germ that it has never met before.",
+    "After a vaccination the immune system recognises a germ that it has never met before.",
     "The heart of a resting adult beats about seventy times a minute.",
     "At rest the human heart beats between sixty and a hundred times a minute, more slowly in "
     "trained athletes, and pumps about five litres of blood through the body in that time.",
