@@ -1,4 +1,4 @@
-"""Find every matmul with a constant weight, and decide without its values whether to pack it."""
+"""Find every matmul with a constant weight, and what is planned for it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.constants import Constants
-from fxint4.graph.names import layer_name, source_line
+from fxint4.graph.names import Origin, layer_name, source_line
 from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import Kept, Match, Pattern, PrepackedMatch
-from fxint4.passes.plan import outgrown, recipe_of, refusal
+from fxint4.passes.pattern import Match, Pattern, PrepackedMatch, Unmatched
+from fxint4.passes.plan import Plans
 from fxint4.passes.site import Site
-from fxint4.quant.recipe import RTN
+from fxint4.quant.tile_layout import choose_shape
 from fxint4.report import Record
 from fxint4.weights.expression import Weight
 from fxint4.weights.formats import (
@@ -26,8 +25,8 @@ from fxint4.weights.formats import (
     Format,
     int4_format,
     most_int4_rows,
-    rows_multiple,
 )
+from fxint4.weights.identity import WeightIdentity
 
 __all__ = ["find"]
 
@@ -38,7 +37,8 @@ def find(
     constants: Constants,
     tensors: Mapping[fx.Node, Tensor],
     names: Mapping[fx.Node, str],
-    config: Int4Config,
+    plans: Plans,
+    origins: Mapping[int, Origin],
 ) -> list[Site | Record]:
     """Find every matmul with a constant weight.
 
@@ -48,42 +48,49 @@ def find(
         constants: The role of each node.
         tensors: The real tensor of each constant placeholder.
         names: Full name of the parameter of each constant placeholder.
-        config: What the user asked for.
+        plans: Decides about each weight.
+        origins: Where the real tensors are in the model, by `id`, as far as that is known.
 
     Returns:
-        For each matmul, in the order they run, a site to pack, or the record of one that is kept.
+        For each matmul, in the order they run, a site with its plan; or the record of a matmul that
+        stays as it is with any weight of this shape.
     """
     by_op = {op: pattern for pattern in patterns for op in pattern.ops}
     found: list[Site | Record] = []
     for node in gm.graph.nodes:
         pattern = by_op.get(node.target) if node.op == "call_function" else None
-        outcome = pattern.match(node, constants) if pattern else None
-        if pattern is None or outcome is None:
+        if pattern is None:
             continue
-        if isinstance(outcome, Kept):
+        outcome = pattern.match(node, constants) or _not_constant(node, constants)
+        if outcome is None:
+            continue
+        if isinstance(outcome, Unmatched):
             weight = constants.weight(outcome.weight, "NK")
             record = _record(node, outcome, weight, tensors, names)
             found.append(replace(record, reason=outcome.reason))
             continue
         weight = outcome.constant(constants)
         record = _record(node, outcome, weight, tensors, names)
-        own, key, reason = config, "", None
-        if not isinstance(outcome, PrepackedMatch):
-            value = value_of(outcome.weight)
-            key = weight.key(record.parameters, [tensors[root] for root in weight.roots])
-            own = config.for_weight(record.name, record.parameters, key)
-            reason = refusal(record, value.dtype, value.device, config)
-            reason = reason or outgrown(record) or config.kept_by_budget(key)
-        if reason:
-            found.append(replace(record, reason=reason))
-        else:
-            found.append(_site(node, pattern, outcome, weight, record, own, key))
+        roots = [tensors[root] for root in weight.roots]
+        site = plans.captured(_site(node, pattern, outcome, weight, record), roots, origins)
+        found.append(replace(site.record, reason=site.kept) if site.alike else site)
     return found
+
+
+def _not_constant(node: fx.Node, constants: Constants) -> Unmatched | None:
+    """`Unmatched` if an operand is computed from weights alone, but by an op that is not folded."""
+    for operand in node.all_input_nodes:
+        op = constants.custom_op_of(operand)
+        if op is not None and value_of(operand).ndim > 1:
+            *batch, rows, columns = map(int, value_of(operand).shape)
+            reason = f"computed by {op}, a custom op, which may read more than its operands"
+            return Unmatched(operand, reason, rows, columns, math.prod(batch))
+    return None
 
 
 def _record(
     node: fx.Node,
-    outcome: Match | Kept,
+    outcome: Match | Unmatched,
     weight: Weight,
     tensors: Mapping[fx.Node, Tensor],
     names: Mapping[fx.Node, str],
@@ -97,7 +104,7 @@ def _record(
         held = 0
     else:
         value = value_of(outcome.weight)
-        batch = outcome.batch if isinstance(outcome, Kept) else math.prod(outcome.batch)
+        batch = outcome.batch if isinstance(outcome, Unmatched) else math.prod(outcome.batch)
         size = min(value.numel() * value.element_size(), held)
     return Record(
         name=layer_name(parameters[0]),
@@ -114,7 +121,7 @@ def _record(
         held_bytes=held,
         parameters=parameters,
         source=source_line(node),
-        weight_key=(*(id(tensors[root]) for root in weight.roots), weight.signature),
+        weight_key=WeightIdentity([tensors[root] for root in weight.roots], weight.signature),
     )
 
 
@@ -124,27 +131,17 @@ def _op_name(target: Any) -> str:
     return name.removeprefix("aten::").replace("::", ".")
 
 
-def _site(
-    node: fx.Node,
-    pattern: Pattern,
-    match: Match,
-    weight: Weight,
-    record: Record,
-    config: Int4Config,
-    key: str,
-) -> Site:
+#: Stands for the packed shape of a site until that is planned.
+_UNPLANNED = choose_shape(1, 1)
+
+
+def _site(node: fx.Node, pattern: Pattern, match: Match, weight: Weight, record: Record) -> Site:
+    """A site without a plan."""
     value = value_of(match.weight)
-    shape = match.shape(config, rows_multiple(value.device))
     int4 = int4_format(value.device)
-    on_gpu = value.device.type == "cuda"
     prepacked = isinstance(match, PrepackedMatch)
-    recipe = RTN
-    if not prepacked:
-        with real_tensors():
-            recipe = recipe_of(config, key, (*shape.batch, shape.n, shape.k))
-        shape = replace(shape, pre_scaled=recipe.pre_scale is not None)
     fallback: Format | None
-    if on_gpu or (prepacked and shape.batch):
+    if value.device.type == "cuda" or (prepacked and match.batch):
         fallback = int4  # its op takes any number of rows
     elif prepacked:
         fallback = None
@@ -152,5 +149,5 @@ def _site(
         fallback = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
     most_rows = UNBOUNDED if prepacked else most_int4_rows(value.device, value.dtype)
     return Site(
-        node, pattern, match, weight, shape, int4, fallback, most_rows, record, config, recipe
+        node, pattern, match, weight, int4, fallback, most_rows, record, _UNPLANNED, Int4Config()
     )

@@ -20,7 +20,7 @@ from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight, WeightCache, weight_cache
 from fxint4.weights.formats import Dense, Format, choose_format
 
-__all__ = ["fold", "folded_record"]
+__all__ = ["fold", "fold_failure", "folded_record"]
 
 
 def fold(
@@ -60,6 +60,9 @@ def fold(
             if isinstance(entry, Record):
                 records.append(entry)
                 continue
+            if entry.kept:
+                records.append(dataclasses.replace(entry.record, reason=entry.kept))
+                continue
             format = choose_format(entry.int4, entry.fallback, entry.most_rows, rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
             packed = weights.find(entry.weight, roots, entry.shape, entry.recipe)
@@ -71,7 +74,7 @@ def fold(
             except Exception as error:
                 for packed in new:
                     packed.clear()
-                raise FoldError(_failure(entry, error)) from error
+                raise FoldError(fold_failure(entry, error)) from error
             record = folded_record(entry, packed, format)
             records.append(record)
             if record.action == "packed":
@@ -79,14 +82,16 @@ def fold(
     return sites, records
 
 
-def folded_record(site: Site, packed: PackedWeight, format: Format | None) -> Record:
+def folded_record(site: Site, packed: PackedWeight | None, format: Format | None) -> Record:
     """The record of a site after folding.
 
     Args:
         site: The site.
-        packed: Its weight, folded.
+        packed: Its weight, folded; None where the plan keeps it.
         format: The format that it runs with.
     """
+    if packed is None:
+        return dataclasses.replace(site.record, reason=site.kept)
     sqnr_db = None if packed.fault else packed.sqnr_db
     fault = packing_fault(packed, site.config)
     if fault is not None:
@@ -117,8 +122,8 @@ def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[
         yield f"activations cast from {str(dtype).removeprefix('torch.')} to bfloat16"
 
 
-def _failure(site: Site, error: Exception) -> str:
-    """The message of a `FoldError`."""
+def fold_failure(site: Site, error: Exception) -> str:
+    """The message of a `FoldError` for the weight of a site."""
     record = site.record
     return (
         f"could not fold the weight of {record.name} ({record.n}x{record.k}, made of "

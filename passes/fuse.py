@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import fx
 
+from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
@@ -19,7 +20,7 @@ from fxint4.passes.site import Site
 from fxint4.report import Record
 from fxint4.weights.formats import Dense, Format, aten_op, fuses
 
-__all__ = ["matmuls", "with_matmuls"]
+__all__ = ["matmuls", "pre_scale_numbers", "with_matmuls"]
 
 
 def matmuls(
@@ -37,19 +38,44 @@ def matmuls(
         itself if it shares its activation with no other.
     """
     values = value_numbers(sites[0].node.graph) if sites else {}
+    pre_scales = pre_scale_numbers(sites)
     groups: dict[Hashable, list[int]] = {}
     for position, (site, format) in enumerate(zip(sites, formats, strict=True)):
         if format is None or isinstance(format, Dense):
             continue
         fused = config.fuse_projections and not (site.shape.batch or site.only_aten)
         fused = fused and fuses(value_of(site.match.weight).device)
-        key = _shared(site, format, values) if fused else position
+        shared = (pre_scales[position], _shared(site, format, values))
+        key = shared if fused else position
         groups.setdefault(key, []).append(position)
     return [
         tuple(group[start : start + MOST_WEIGHTS])
         for group in groups.values()
         for start in range(0, len(group), MOST_WEIGHTS)
     ]
+
+
+def pre_scale_numbers(sites: Sequence[Site]) -> list[int | None]:
+    """A number for the pre-scale of each site, equal for equal ones; None where there is none."""
+    known: list[torch.Tensor] = []
+    numbers: list[int | None] = []
+    for site in sites:
+        pre_scale = None if site.kept else site.recipe.pre_scale
+        if pre_scale is None:
+            numbers.append(None)
+            continue
+        same = (number for number, other in enumerate(known) if _equal(other, pre_scale))
+        numbers.append(next(same, len(known)))
+        if numbers[-1] == len(known):
+            known.append(pre_scale)
+    return numbers
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one is other:
+        return True
+    with real_tensors():
+        return one.shape == other.shape and torch.equal(one, other)
 
 
 def with_matmuls(
@@ -84,7 +110,7 @@ def with_matmuls(
 def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tuple[str, ...]:
     """`Record.kernels` of the matmul of these sites."""
     match = sites[0].match
-    weights = {(site.weight.roots, site.weight.signature): site.shape for site in sites}
+    weights = {site.weight: site.shape for site in sites}
     shape, *_ = shapes = list(weights.values())
     if format != "tiles" or shape.batch:
         return ()
@@ -110,4 +136,4 @@ def _shared(site: Site, format: Format, values: dict[fx.Node, int]) -> Hashable:
     """A key for a site; one matmul can serve all sites with equal keys."""
     shape = site.shape
     layout = (format, shape.k_padded, shape.group_size, shape.inner_k_tiles)
-    return (activation_of(site, values), *layout, id(site.recipe.pre_scale))
+    return (activation_of(site, values), *layout)

@@ -20,11 +20,11 @@ from fxint4.graph.symbolic import value_of
 from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.weights.expression import AXES, Prepacked, Weight
 
-__all__ = ["Kept", "Match", "Multiply", "Pattern", "PrepackedMatch", "kept_pick"]
+__all__ = ["Match", "Multiply", "Pattern", "PrepackedMatch", "Unmatched", "kept_pick"]
 
 
 @dataclass(frozen=True)
-class Kept:
+class Unmatched:
     """A matmul with a constant weight that a pattern does not rewrite.
 
     Attributes:
@@ -172,7 +172,7 @@ class Pattern(ABC):
     ops: tuple[Any, ...]
 
     @abstractmethod
-    def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
+    def match(self, node: fx.Node, constants: Constants) -> Match | Unmatched | None:
         """Match one node; changes nothing.
 
         Args:
@@ -180,8 +180,8 @@ class Pattern(ABC):
             constants: The role of each node.
 
         Returns:
-            A `Match`; `Kept` if the weight is constant but the matmul can't be rewritten; None if
-            there is no constant weight.
+            A `Match`; `Unmatched` if the weight is constant but the matmul can't be rewritten; None
+            if there is no constant weight.
         """
 
     @abstractmethod
@@ -217,8 +217,8 @@ _PICKS = (
 )
 
 
-def kept_pick(operands: Iterable[Any], constants: Constants) -> Kept | None:
-    """`Kept` if an operand picks varying matrices out of a constant weight, else None."""
+def kept_pick(operands: Iterable[Any], constants: Constants) -> Unmatched | None:
+    """`Unmatched` if an operand picks varying matrices out of a constant weight, else None."""
     for operand in operands:
         node = operand
         while isinstance(node, fx.Node) and node.target in _PICKS:
@@ -227,5 +227,5 @@ def kept_pick(operands: Iterable[Any], constants: Constants) -> Kept | None:
                 *batch, rows, columns = value_of(node).shape  # type: ignore[arg-type]
                 count = math.prod(map(int, batch))
                 reason = f"picked out of {count} matrices in a form that is not packed"
-                return Kept(node, reason, int(rows), int(columns), count)  # type: ignore[arg-type]
+                return Unmatched(node, reason, int(rows), int(columns), count)  # type: ignore[arg-type]
     return None

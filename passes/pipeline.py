@@ -15,6 +15,8 @@ from fxint4.graph.placeholders import GraphWeights
 from fxint4.passes.find import find
 from fxint4.passes.inline import inline_regions
 from fxint4.passes.patterns import PATTERNS
+from fxint4.passes.plan import Plans
+from fxint4.passes.site import Site
 
 __all__ = ["Analysis"]
 
@@ -33,8 +35,8 @@ class Analysis:
         weights: Its constant placeholders.
         fake_mode: The FakeTensorMode of the graph's values.
         constants: The role of each node.
-        found: A `Site` for each matmul to pack and a `Record` for each that stays, as `find`
-            returns them.
+        plans: Decides about the weights that the graph is called with.
+        found: What `find` returns.
     """
 
     def __init__(
@@ -45,6 +47,18 @@ class Analysis:
         self.fake_mode = fake_mode
         inline_regions(captured, fake_mode)
         self.constants = Constants(captured, weights.roles)
+        self.plans = Plans(config)
         self.found = find(
-            captured, PATTERNS, self.constants, weights.tensors, weights.names, config
+            captured,
+            PATTERNS,
+            self.constants,
+            weights.tensors,
+            weights.names,
+            self.plans,
+            weights.origins,
         )
+
+    @property
+    def sites(self) -> list[Site]:
+        """The matmuls that can be packed, with those whose own weight is kept."""
+        return [entry for entry in self.found if isinstance(entry, Site)]

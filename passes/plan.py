@@ -1,45 +1,105 @@
-"""The decisions about a weight: whether to pack it, why not, and how to choose its codes."""
+"""What becomes of a weight: packed, and how, or kept as it is, and why.
+
+`decide` is the one place where that is decided, wherever a weight is met: when a graph is compiled,
+when compiled code meets another layer's weight, when a model is packed in place, calibrated,
+measured or rewritten. `Plans` asks it once for each weight of a graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.layer_patterns import first_match
-from fxint4.graph.names import layer_name, weight_names
+from fxint4.graph.names import Origin, layer_name, origins_in_call
+from fxint4.graph.symbolic import value_of
+from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.site import Site
-from fxint4.quant.recipe import WITHOUT_DATA, Recipe
-from fxint4.quant.tile_layout import DTYPES
+from fxint4.quant.recipe import RTN, WITHOUT_DATA, Recipe
+from fxint4.quant.tile_layout import DTYPES, TileShape
 from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight
-from fxint4.weights.formats import device_fault
+from fxint4.weights.formats import device_fault, rows_multiple
+from fxint4.weights.identity import WeightIdentity
 
-if TYPE_CHECKING:
-    from fxint4.passes.rewrite import Slot
-
-__all__ = ["outgrown", "packing_fault", "recipe_at_run_time", "recipe_of", "refusal", "sqnr_fault"]
+__all__ = ["Kept", "Plan", "Plans", "decide", "packing_fault", "recipe_of", "sqnr_fault"]
 
 
-def refusal(
-    record: Record, dtype: torch.dtype, device: torch.device, config: Int4Config
-) -> str | None:
-    """Why the config, the device or the dtype forbids packing a weight, or None.
+@dataclass(frozen=True)
+class Plan:
+    """How a weight is packed.
+
+    Attributes:
+        config: What the user asked for this weight.
+        shape: The packed shape.
+        recipe: How its codes are chosen.
+    """
+
+    config: Int4Config
+    shape: TileShape
+    recipe: Recipe = RTN
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A weight that stays as it is.
+
+    Attributes:
+        reason: Why.
+        alike: Whether the reason holds for every weight of this shape, dtype and device.
+    """
+
+    reason: str
+    alike: bool = False
+
+
+def decide(
+    record: Record,
+    dtype: torch.dtype,
+    device: torch.device,
+    key: str,
+    config: Int4Config,
+    shape_of: Callable[[Int4Config], TileShape],
+) -> Plan | Kept:
+    """Decide what becomes of a weight, without its values; see `packing_fault` for these.
 
     Args:
         record: Names and sizes of the weight.
         dtype: Its dtype.
         device: Where it is to run.
+        key: Its key in the calibration statistics, see `fxint4.weights.expression.Weight.key`.
         config: What the user asked for.
+        shape_of: Returns the packed shape, for what the user asked for this weight.
     """
+    reason = _never(record, dtype, device, config)
+    if reason is not None:
+        return Kept(reason, alike=True)
     skipped = first_match(record.name, record.parameters, config.skip)
     if skipped is not None:
-        return f"skip={skipped!r}"
+        return Kept(f"skip={skipped!r}")
     if config.include and first_match(record.name, record.parameters, config.include) is None:
-        return "no pattern of include matches it"
+        return Kept("no pattern of include matches it")
+    reason = config.kept_by_budget(key)
+    if reason is not None:
+        return Kept(reason)
+    own = config.for_weight(record.name, record.parameters, key)
+    shape = shape_of(own)
+    with real_tensors():
+        recipe = recipe_of(own, key, (*shape.batch, shape.n, shape.k))
+    shape = dataclasses.replace(shape, pre_scaled=recipe.pre_scale is not None)
+    return Plan(own, shape, recipe)
+
+
+def _never(
+    record: Record, dtype: torch.dtype, device: torch.device, config: Int4Config
+) -> str | None:
+    """Why no weight of this shape, dtype and device is packed, or None."""
     fault = device_fault(device)
     if fault:
         return fault
@@ -49,22 +109,132 @@ def refusal(
         return "the weight has no elements"
     if min(record.n, record.k) < config.min_features:
         return f"{record.n}x{record.k} is small: min_features is {config.min_features}"
-    return None
+    return _outgrown(record)
 
 
-def outgrown(record: Record) -> str | None:
+def _outgrown(record: Record) -> str | None:
     """Why a batch of weights would take more memory packed than the parameters it is made of.
 
     An example is one matrix that the model repeats for each member of a batch. A single matrix is
     always packed, even if its parameters are smaller (int2), because only int4 can be multiplied.
-
-    Returns:
-        The reason not to pack the weight, or None.
     """
     codes = record.batch * record.n * record.k // 2  # bytes
     if record.batch == 1 or codes <= record.held_bytes:
         return None
     return f"computed: {codes} bytes as int4, of parameters of {record.held_bytes} bytes"
+
+
+class Plans:
+    """The plans of the weights of one graph, for whatever parameters it is called with.
+
+    A graph that was captured with the weights of one layer runs those of the layers that share its
+    code, and each has names, and so options, of its own. Each weight is decided once.
+
+    Args:
+        config: What the user asked for.
+    """
+
+    def __init__(self, config: Int4Config) -> None:
+        self._config = config
+        self._planned: dict[tuple[fx.Node, WeightIdentity], Site] = {}
+
+    def captured(self, site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin]) -> Site:
+        """The site with the plan of the weight that its graph was captured with.
+
+        Args:
+            site: The site, with the names of this weight in its record.
+            roots: The real tensors that its weight is computed from.
+            origins: Where these are in the model, by `id`, as far as that is known.
+        """
+        return self._of(site, WeightIdentity(roots, site.weight.signature), roots, origins)
+
+    def of(
+        self, site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin] | None = None
+    ) -> Site:
+        """The site with the plan of the weight that it has in a call.
+
+        Args:
+            site: The site, as captured.
+            roots: The real tensors of the call.
+            origins: Where these are in the modules being called, by `id`; looked up if None.
+        """
+        identity = WeightIdentity(roots, site.weight.signature)
+        planned = self._planned.get((site.node, identity))
+        if planned is not None:
+            return planned
+        self._planned = {key: of for key, of in self._planned.items() if not key[1].gone}
+        if origins is None:
+            origins = origins_in_call(roots)
+        parameters = _parameters(site.record, roots, origins)
+        record = dataclasses.replace(
+            site.record, name=layer_name(parameters[0]), parameters=parameters
+        )
+        return self._of(dataclasses.replace(site, record=record), identity, roots, origins)
+
+    def _of(
+        self,
+        site: Site,
+        identity: WeightIdentity,
+        roots: Sequence[Tensor],
+        origins: Mapping[int, Origin],
+    ) -> Site:
+        place = tuple(origins[id(root)].place for root in roots if id(root) in origins)
+        record = dataclasses.replace(site.record, weight_key=identity, place=place or None)
+        site = dataclasses.replace(site, record=record, kept="")
+        planned = planned_site(site, roots, self._config)
+        self._planned[site.node, identity] = planned
+        return planned
+
+
+def _parameters(
+    record: Record, roots: Sequence[Tensor], origins: Mapping[int, Origin]
+) -> tuple[str, ...]:
+    """Full names of the parameters that a weight is made of in a call, the largest first.
+
+    Args:
+        record: Of the weight that the graph was captured with.
+        roots: The real tensors of the call.
+        origins: Where these are in the modules being called, by `id`.
+    """
+    largest_first = sorted(roots, key=lambda root: -root.numel())
+    known = record.parameters
+    names = []
+    for index, root in enumerate(largest_first):
+        origin, captured = origins.get(id(root)), known[min(index, len(known) - 1)]
+        # Where no module holds it, the name is that of a variable, the same in every call.
+        unknown = captured if record.place is None else f"{captured}?"
+        names.append(unknown if origin is None else origin.name)
+    return tuple(dict.fromkeys(names))
+
+
+def planned_site(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Site:
+    """A site with what is decided of its weight, by the names in its record.
+
+    Args:
+        site: The site.
+        roots: The real tensors that its weight is computed from.
+        config: What the user asked for.
+    """
+    match, record = site.match, site.record
+    value = value_of(match.weight)
+    if isinstance(match, PrepackedMatch):
+        decided: Plan | Kept = Plan(config, match.shape(config, rows_multiple(value.device)))
+        key = ""
+    else:
+        key = site.weight.key(record.parameters, roots)
+        decided = decide(
+            record,
+            value.dtype,
+            value.device,
+            key,
+            config,
+            lambda own: match.shape(own, rows_multiple(value.device)),
+        )
+    if isinstance(decided, Kept):
+        return dataclasses.replace(site, kept=decided.reason, alike=decided.alike, key=key)
+    return dataclasses.replace(
+        site, config=decided.config, shape=decided.shape, recipe=decided.recipe, key=key
+    )
 
 
 def packing_fault(packed: PackedWeight, config: Int4Config) -> str | None:
@@ -110,29 +280,3 @@ def recipe_of(config: Int4Config, key: str, shape: Sequence[int]) -> Recipe:
         return Recipe(WITHOUT_DATA, remark=f"{WITHOUT_DATA}: no row reached it in the calibration")
     remark = f"{WITHOUT_DATA} for {missed} weights that no row reached" if missed else ""
     return Recipe(config.method, statistics, remark)
-
-
-def recipe_at_run_time(
-    slot: Slot | Site, roots: Sequence[Tensor], config: Int4Config
-) -> Recipe | None:
-    """How to choose the codes of a weight that compiled code is called with for the first time.
-
-    Its group size is that of the compiled code, whatever the config asks for this weight.
-
-    Args:
-        slot: The slot or site of the weight that the graph was captured with.
-        roots: The real tensors that the new weight is computed from.
-        config: What the user asked for.
-
-    Returns:
-        The recipe; None if a budget keeps the weight unpacked.
-    """
-    if not (config.overrides or config.needs_calibration or config.budget):
-        return slot.recipe
-    names = weight_names(roots)
-    key = slot.weight.key(names, roots)
-    if config.kept_by_budget(key):
-        return None
-    config = config.for_weight(layer_name(names[0]), names, key)
-    recipe = recipe_of(config, key, (*slot.shape.batch, slot.shape.n, slot.shape.k))
-    return recipe if slot.shape.pre_scaled else recipe.without_pre_scale()

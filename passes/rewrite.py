@@ -17,7 +17,6 @@ from fxint4.graph.symbolic import in_order, is_aligned, same_strides, value_of
 from fxint4.passes.fuse import matmuls
 from fxint4.passes.pattern import Match
 from fxint4.passes.site import Site
-from fxint4.quant.recipe import Recipe
 from fxint4.quant.tile_layout import TileShape
 from fxint4.weights.expression import Weight
 from fxint4.weights.formats import Dense, Format, aten_op, format_specs
@@ -34,16 +33,12 @@ class Slot:
         shape: The packed shape.
         format: The format that the inputs hold. `Dense` has one input, the others have tiles and
             scale_and_zero, and with `shape.pre_scaled` the pre-scale of the activation ``[K]``.
-        config: What the user asked for the weight.
-        recipe: How to choose the weight's codes.
         name: Full name of the largest parameter that the weight is computed from.
     """
 
     weight: Weight
     shape: TileShape
     format: Format
-    config: Int4Config
-    recipe: Recipe
     name: str
 
 
@@ -56,7 +51,6 @@ class Rewritten:
         kept_inputs: Positions of the captured graph's placeholders that it still has.
         slots: The slots that its other placeholders belong to.
         labels: What to call these placeholders, such as "fc.weight.tiles", by node name.
-        alike: Groups of slots that share a matmul, so that their pre-scales must be equal.
         copies: For each node of the captured graph its copy or replacement, which may have been
             erased.
     """
@@ -65,7 +59,6 @@ class Rewritten:
     kept_inputs: tuple[int, ...]
     slots: tuple[Slot, ...]
     labels: Mapping[str, str]
-    alike: tuple[tuple[Slot, ...], ...]
     copies: Mapping[fx.Node, fx.Node]
 
 
@@ -103,12 +96,7 @@ def rewrite(
     kept = _drop_unread(captured, copies, droppable)
     gm.graph.lint()
     gm.recompile()
-    alike = tuple(
-        matmul.slots
-        for matmul in made.values()
-        if len(matmul.slots) > 1 and matmul.slots[0].shape.pre_scaled
-    )
-    return Rewritten(gm, kept, tuple(inputs.nodes), inputs.labels, alike, copies)
+    return Rewritten(gm, kept, tuple(inputs.nodes), inputs.labels, copies)
 
 
 class _PackedInputs:
@@ -134,10 +122,10 @@ class _PackedInputs:
 
     def slot(self, site: Site, format: Format) -> Slot:
         """The slot of one format of a site's weight; the first site to ask adds placeholders."""
-        key = (site.weight.roots, site.weight.signature, site.shape, format)
+        key = (site.weight, site.shape, format)
         if key not in self._slots:
             name, device = site.record.parameters[0], value_of(site.match.weight).device
-            slot = Slot(site.weight, site.shape, format, site.config, site.recipe, name)
+            slot = Slot(site.weight, site.shape, format, name)
             number, again = len(self._slots), self._slots_named[name]
             self._slots_named[name] += 1
             self.nodes[slot] = tuple(
@@ -220,16 +208,13 @@ class _Int4Matmul:
         sites: The sites.
         format: The format that all of them read.
         inputs: The placeholders of the graph's packed weights.
-
-    Attributes:
-        slots: The slot of each site.
     """
 
     def __init__(self, sites: Sequence[Site], format: Format, inputs: _PackedInputs) -> None:
         self._format = format
         self._dtype = sites[0].activation_dtype
-        self.slots = tuple(inputs.slot(site, format) for site in sites)
-        self._shapes = {inputs.nodes[slot]: slot.shape for slot in self.slots}
+        slots = [inputs.slot(site, format) for site in sites]
+        self._shapes = {inputs.nodes[slot]: slot.shape for slot in slots}
         self._product: fx.Node | None = None
 
     def columns(self, packed: tuple[fx.Node, ...], x: fx.Node, build: Build) -> fx.Node:

@@ -28,14 +28,17 @@ class Site:
         pattern: The pattern that matched it.
         match: Its operands.
         weight: The computation behind the weight.
-        shape: The packed shape.
         int4: The packed format that the device's int4 op reads.
         fallback: The format for more than `most_rows` rows: a dequantized copy, int4 if its op
             takes any number of rows, or None if the matmul then stays as it is.
         most_rows: The largest M for the int4 op.
         record: Its record as long as the weight is not folded.
+        shape: The packed shape, if the weight is packed.
         config: What the user asked for the weight.
         recipe: How to choose the weight's codes.
+        kept: Why the weight is not packed; empty if it is to be packed.
+        alike: Whether `kept` holds for every weight of this shape, dtype and device.
+        key: The weight's key in the calibration statistics.
         only_aten: Whether its rewrite uses ATen ops only, which run without fxint4.
     """
 
@@ -43,13 +46,16 @@ class Site:
     pattern: Pattern
     match: Match
     weight: Weight
-    shape: TileShape
     int4: Format
     fallback: Format | None
     most_rows: int
     record: Record
+    shape: TileShape
     config: Int4Config
     recipe: Recipe = RTN
+    kept: str = ""
+    alike: bool = False
+    key: str = ""
     only_aten: bool = False
 
     @property

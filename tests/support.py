@@ -19,6 +19,7 @@ from fxint4 import Int4Config, Record, Report
 from fxint4.graph.constants import Constants, Role
 from fxint4.passes.find import find
 from fxint4.passes.patterns import PATTERNS
+from fxint4.passes.plan import Plans
 from fxint4.passes.rewrite import Rewritten, rewrite
 from fxint4.passes.site import Site
 from fxint4.weights.cache import weight_cache
@@ -401,7 +402,7 @@ class Captured:
         tensors = dict(zip(nodes, weights, strict=False))
         constants = Constants(gm, dict.fromkeys(tensors, Role.WEIGHT))
         names = {node: f"w{number}" for number, node in enumerate(tensors)}
-        found = find(gm, PATTERNS, constants, tensors, names, Int4Config())
+        found = find(gm, PATTERNS, constants, tensors, names, Plans(Int4Config()), {})
         return Captured(gm, tensors, [site for site in found if isinstance(site, Site)])
 
     def rewrite(self, *formats: Format | None, config: Int4Config | None = None) -> Rewritten:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxint4
-from fxint4.graph.names import Inputs, layer_name, names_in_call, parameters_in_call, source_line
+from fxint4.graph.names import (
+    Inputs,
+    layer_name,
+    named_from,
+    names_in_call,
+    parameters_in_call,
+    source_line,
+)
 
 K = 4
 
@@ -357,8 +365,42 @@ def test_names_are_those_in_the_outermost_module_called() -> None:
         id(model.other.weight): "other.weight",
         id(model.scale): "scale",
     }
-    assert child() == {id(child.fc.weight): "fc.weight"}
+    # It keeps the name that it had in the larger model, as long as that lives.
+    assert child() == {id(child.fc.weight): "child.fc.weight"}
+    with named_from(child):
+        assert child() == {id(child.fc.weight): "fc.weight"}
     assert names_in_call([child.fc.weight]) == {}
+
+
+def test_a_name_in_a_larger_model_ends_with_that_model() -> None:
+    child = Looks(lambda: names_in_call([child.fc.weight]))
+    model = Calls(child)
+    assert model() == child() == {id(child.fc.weight): "child.fc.weight"}
+    del model
+    gc.collect()
+    assert child() == {id(child.fc.weight): "fc.weight"}
+
+
+class AnotherName(nn.Module):
+    """Its methods do not call it `self`."""
+
+    def __init__(this, child: nn.Module) -> None:
+        super().__init__()
+        this.child = child
+
+    def forward(this) -> Any:
+        return this.child()
+
+
+def holds_a_module(model: nn.Module) -> Any:
+    return model.child()  # type: ignore[operator]
+
+
+def test_modules_are_found_by_their_methods_not_by_a_variable_name() -> None:
+    child = Looks(lambda: names_in_call([child.fc.weight]))
+    model = AnotherName(AnotherName(child))
+    assert holds_a_module(AnotherName(child)) == {id(child.fc.weight): "fc.weight"}
+    assert model() == {id(child.fc.weight): "child.child.fc.weight"}
 
 
 def test_candidates_are_asked_where_no_module_is_called() -> None:

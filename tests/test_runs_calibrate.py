@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import fxint4
 from fxint4 import OptionError, PackedFormatError, TrainingError
-from fxint4.lowering.graph import _check_equal
 from fxint4.quant.statistics import Calibration, Choice, Statistics, Trade
 
 EPSILON = 2.0**-24
@@ -523,17 +522,6 @@ def test_a_budget_holds_for_layers_that_share_code() -> None:
 @dataclass(frozen=True)
 class _Named:
     name: str
-
-
-def test_pre_scales_that_one_matmul_shares_are_equal() -> None:
-    scale = torch.ones(K)
-    first, second = (_Named(name) for name in ("q.weight", "k.weight"))
-    alike: Any = [first, second]
-    _check_equal(alike, {first: scale, second: scale.clone()})  # type: ignore[dict-item]
-    with pytest.raises(
-        fxint4.FoldError, match=r"q\.weight, k\.weight, or by those of a layer like"
-    ):
-        _check_equal(alike, {first: scale, second: 2 * scale})  # type: ignore[dict-item]
 
 
 @pytest.mark.compiles

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "MATMULS",
-    "TensorState",
+    "Geometry",
     "aten",
     "call_into",
+    "custom_op",
     "disabled_torch_function",
     "flat",
+    "holds_own_values",
     "is_elementwise",
     "is_pure",
     "make_wrapper",
@@ -28,6 +32,10 @@ __all__ = [
     "mkldnn_supports",
     "real_tensors",
     "share_storage",
+    "storage_key",
+    "storage_pin",
+    "version_of",
+    "when_storage_dies",
 ]
 
 aten = torch.ops.aten
@@ -63,6 +71,17 @@ def is_pure(target: Any) -> bool:
         and not target._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
     )
+
+
+#: Namespaces of ops that compute their result from their operands alone.
+_CLOSED = ("aten", "prims", "quantized_decomposed", "fxint4")
+
+
+def custom_op(target: Any) -> str | None:
+    """The name of an op that may read state outside of the graph; None for PyTorch's own."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace in _CLOSED:
+        return None
+    return target._schema.name.replace("::", ".")
 
 
 def is_elementwise(target: Any) -> bool:
@@ -135,32 +154,83 @@ def share_storage(one: Tensor, other: Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
-class TensorState:
-    """The data that a tensor holds now: its storage, address and in-place version.
+def storage_key(tensor: Tensor) -> int:
+    """A number of a tensor's storage, which no other storage has as long as this one lives."""
+    return int(tensor.untyped_storage()._cdata)
 
-    The weak reference to the storage keeps its identity from being reused. So `matches` is exact,
-    even if the allocator reuses a freed address.
+
+def when_storage_dies(tensor: Tensor, call: Callable[[Any], Any]) -> weakref.ref[Any]:
+    """A weak reference to a tensor's storage, with a callback at the storage's end.
+
+    A weak reference to the tensor itself would forbid `torch.utils.swap_tensors`.
+    """
+    return weakref.ref(tensor.untyped_storage(), call)
+
+
+def storage_pin(tensor: Tensor) -> Any:
+    """What keeps the number of a tensor's storage from being used again, but not its memory."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def version_of(tensor: Tensor) -> int:
+    """The in-place version of a tensor; 0 for inference tensors, which have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def holds_own_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values are in its own storage.
+
+    They are in a plain tensor, a parameter, and a subclass that only adds attributes and methods.
+    They are not in a subclass that makes its values of other tensors.
+    """
+    dispatch = type(tensor).__torch_dispatch__
+    return dispatch is Tensor.__torch_dispatch__ and not isinstance(tensor, FakeTensor)
+
+
+class Geometry:
+    """Dtypes, shapes and strides of some tensors, to be compared in few microseconds.
+
+    `x.data = x.data.t()` changes strides, and nothing else that a tensor shows cheaply.
+
+    Args:
+        tensors: The tensors.
     """
 
-    __slots__ = ("_address", "_storage", "_version")
+    __slots__ = ("_guards", "_known")
 
-    def __init__(self, tensor: Tensor) -> None:
-        """Record the state of `tensor`."""
-        from torch.multiprocessing.reductions import StorageWeakRef
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Record the geometry of the tensors."""
+        self._known = _geometry_of(tensors)
+        self._guards = self._guards_of(tensors)
 
-        self._storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self._address = tensor.data_ptr()
-        self._version = _version(tensor)
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors have the same geometry."""
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        # Dynamo's guards look at more: requires_grad, and inference mode.
+        if self._known != _geometry_of(tensors):
+            return False
+        self._guards = self._guards_of(tensors)
+        return True
 
-    def matches(self, tensor: Tensor) -> bool:
-        """Whether `tensor` still holds the same data."""
-        return (
-            tensor.untyped_storage()._cdata == self._storage.cdata
-            and tensor.data_ptr() == self._address
-            and _version(tensor) == self._version
+    def _guards_of(self, tensors: Sequence[Tensor]) -> Any:
+        from torch._C._dynamo.guards import TensorGuards
+
+        _, sizes, strides = self._known
+        if not tensors:
+            return None
+        return TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=cast("Any", [list(size) for size in sizes]),
+            dynamic_dims_strides=cast("Any", [list(stride) for stride in strides]),
         )
 
 
-def _version(tensor: Tensor) -> int:
-    # Inference tensors have no version counter and raise when asked.
-    return 0 if tensor.is_inference() else tensor._version
+def _geometry_of(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any], list[Any]]:
+    return (
+        [tensor.dtype for tensor in tensors],
+        [tensor.shape for tensor in tensors],
+        [tensor.stride() for tensor in tensors],
+    )

@@ -10,23 +10,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxint4._pytorch.aot import CompileState, compile_fx, warn_if_untested
-from fxint4._pytorch.dynamo import frame_id, graph_break_reason, restart_trace
-from fxint4._pytorch.tensors import real_tensors
+from fxint4._pytorch.dynamo import frame_id, graph_break_reason
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.frontends.candidates import Owners, candidates_of_graph, candidates_of_modules
-from fxint4.frontends.parameters import replace_parameters
-from fxint4.graph.names import Inputs, outermost_in_call, parameters_in_call
+from fxint4.graph.names import Inputs, parameters_in_call
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
+from fxint4.lowering.bound_records import BoundRecords, bound_records
 from fxint4.lowering.dense import compile_graph
 from fxint4.lowering.graph import Int4Graph, expected_rows
-from fxint4.lowering.late_weights import LateRecords
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.fold import fold
-from fxint4.passes.fuse import with_matmuls
 from fxint4.passes.pipeline import Analysis
+from fxint4.passes.site import Site
 from fxint4.report import GraphReport, Report
 from fxint4.report.graph_text import graph_text
 from fxint4.report.latest import remember, report_of_caller
@@ -101,66 +98,40 @@ def compile_captured(
         state = CompileState(patches)
         weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
         analysis = Analysis(captured, weights, config, state.fake_mode)
-        if config.free_weights and _pack_parameters(analysis, inputs, config):
-            restart_trace()  # the parameters are packed ones now
-        sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
+        _, records = fold(analysis.found, weights.tensors, expected_rows, config)
         policy = Policy.now(config)
         key = (frame_id(), *sorted(weights.parameters))
         names, labels = weights.labels, dict[str, str]()
         before = after = graph_text(captured, names, labels)
-        if sites:
-            on_late = LateRecords(report, key, sites, config, policy)
-            tensors = weights.tensors
+        graph = None
+        if analysis.sites:
             graph = Int4Graph(
-                captured, fake_inputs, sites, tensors, config, policy, state, kwargs, on_late
+                captured,
+                fake_inputs,
+                analysis.sites,
+                analysis.plans,
+                tuple(weights.tensors),
+                config,
+                policy,
+                state,
+                kwargs,
+                BoundRecords(report, key, config, policy),
             )
-            after = graph.compile_first(
-                lambda made: graph_text(made.gm, {**names, **made.labels}, labels)
+            after, binding = graph.compile_first(
+                weights.tensors,
+                lambda made: graph_text(made.gm, {**names, **made.labels}, labels),
             )
-            packed = [record for record in records if record.action == "packed"]
-            packed = with_matmuls(packed, sites, graph.expected_formats, config, policy)
-            records = [packed.pop(0) if record.action == "packed" else record for record in records]
+            bound = iter(bound_records(binding, config, policy))
+            records = [
+                next(bound) if isinstance(entry, Site) else record
+                for entry, record in zip(analysis.found, records, strict=True)
+            ]
         parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
         remember(report)
-        return graph if sites else compile_graph(captured, fake_inputs, policy, **kwargs)
+        return graph or compile_graph(captured, fake_inputs, policy, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor)
-
-
-def _pack_parameters(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:
-    """Pack the parameters of a graph, and of its modules, in place.
-
-    Returns:
-        Whether any parameter was packed.
-    """
-    owners = Owners(_sharing_code(inputs.outermost_modules))
-    found = {id(candidate.parameter): candidate for candidate in candidates_of_modules(owners)}
-    for candidate in candidates_of_graph(analysis):
-        if id(candidate.parameter) in owners.parameters:
-            found[id(candidate.parameter)] = candidate
-    free = [candidate for candidate in found.values() if not candidate.fault]
-    with real_tensors():
-        records = replace_parameters(free, owners, config)
-    return any(record.action == "packed" for record in records)
-
-
-def _sharing_code(compiled: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The modules being compiled, and all modules of the same types, with their full names.
-
-    Equal layers that are compiled one by one share compiled code, which takes either packed weights
-    or plain ones. So all of them are packed at once; other modules of the model stay as they are.
-    """
-    kinds = {type(module) for module in compiled.values()}
-    kinds -= {kind for kind in kinds if kind.__module__.startswith("torch.")}
-    prefixes = {id(module): name for name, module in compiled.items()}
-    found = []
-    for outer in outermost_in_call(compiled.values()):
-        prefix = prefixes.get(id(outer), "")
-        for name, module in outer.named_modules(prefix=prefix):
-            if type(module) in kinds or any(module is one for one in compiled.values()):
-                found.append((name, module))
-    return found
 
 
 def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:

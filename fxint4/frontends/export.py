@@ -151,7 +151,7 @@ def rewrite_program(
             for spec in program.graph_signature.input_specs
             if spec.arg.name in weights.labels
         }
-        program = _Program(program, weights, rewritten, cache, fake_mode).build()
+        program = _Program(program, weights, rewritten, sites, cache, fake_mode).build()
         targets = {
             spec.arg.name: shown.get(spec.target, spec.target)
             for spec in program.graph_signature.input_specs
@@ -189,13 +189,17 @@ def _measured(
         for position, spec in enumerate(signature.output_specs)
         if spec.kind is OutputKind.USER_OUTPUT
     ]
-    return measure_graph(program.graph_module, sites, fake_mode, arguments, outputs, config)
+    return measure_graph(
+        program.graph_module, sites, fake_mode, arguments, outputs, config.progress
+    )
 
 
 def _for_program(entry: Site | Record, only_aten: bool) -> Site | Record:
     """A site with the one format that a program has, or the record of a matmul that is kept."""
     if isinstance(entry, Record):
         return entry
+    if entry.kept:
+        return dataclasses.replace(entry.record, reason=entry.kept)
     fault = package_fault(value_of(entry.match.weight).device)
     if entry.shape.batch and not only_aten and fault is not None:
         return dataclasses.replace(entry.record, reason=fault)
@@ -269,6 +273,7 @@ class _Program:
         program: The program whose graph was rewritten.
         weights: Of the program.
         rewritten: The graph.
+        sites: Its sites.
         weight_cache: Has the packed weights.
         fake_mode: The FakeTensorMode of the graph's values.
     """
@@ -278,6 +283,7 @@ class _Program:
         program: ExportedProgram,
         weights: GraphWeights,
         rewritten: Rewritten,
+        sites: Sequence[Site],
         weight_cache: WeightCache,
         fake_mode: Any,
     ) -> None:
@@ -296,7 +302,7 @@ class _Program:
         user_inputs = [n for n, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT]
         self._first_user_input = next(iter(user_inputs), None)
         self._buffers: dict[str, Tensor] = {}
-        self._add_packed(iter(nodes[kept:]), rewritten, weight_cache)
+        self._add_packed(iter(nodes[kept:]), rewritten, sites, weight_cache)
         if any(slot.format == "cpu" for slot in rewritten.slots):
             self._add_check()
 
@@ -335,13 +341,18 @@ class _Program:
         )
 
     def _add_packed(
-        self, nodes: Iterator[fx.Node], rewritten: Rewritten, weight_cache: WeightCache
+        self,
+        nodes: Iterator[fx.Node],
+        rewritten: Rewritten,
+        sites: Sequence[Site],
+        weight_cache: WeightCache,
     ) -> None:
         """Add buffers for the inputs that take packed weights."""
+        recipes = {site.weight: site.recipe for site in sites}
         for slot in rewritten.slots:
-            tensors = [self._weights.tensors[root] for root in slot.weight.roots]
-            packed = weight_cache.find(slot.weight, tensors, slot.shape, slot.recipe)
-            for tensor in packed.formats[slot.format]:
+            roots = [self._weights.tensors[root] for root in slot.weight.roots]
+            packed = weight_cache.find(slot.weight, roots, slot.shape, recipes[slot.weight])
+            for tensor in packed.tensors(slot.format, roots):
                 node = next(nodes)
                 part = node.name.rpartition("_")[0]
                 self._add(node, f"{slot.name}_{part}", tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,7 @@ def _measured(
         name: the largest one, where several weights are made of a parameter.
     """
     found = {id(candidate.parameter): candidate for candidate in candidates}
+    parameters_of_weight: dict[Hashable, list[nn.Parameter]] = {}
 
     def quantized(root: Tensor) -> Tensor | None:
         candidate = found.get(id(root))
@@ -170,6 +171,9 @@ def _measured(
         made = [quantized(root) for root in roots]
         if all(root is None for root in made):
             return None
+        parameters_of_weight[site.record.weight_key] = [
+            found[id(root)].parameter for root in roots if id(root) in found
+        ]
         both = zip(roots, made, strict=True)
         return site.weight.evaluate([old if new is None else new for old, new in both]).to(dtype)
 
@@ -179,9 +183,9 @@ def _measured(
     finally:
         guard.forget()
     of_parameters: dict[str, float] = {}
-    for (*roots, _), error in errors.of_weights.items():
-        for identity in found.keys() & set(roots):
-            name = owners.name(found[identity].parameter)
+    for identity, error in errors.of_weights.items():
+        for parameter in parameters_of_weight.get(identity, ()):
+            name = owners.name(parameter)
             of_parameters[name] = max(error, of_parameters.get(name, 0.0))
     return errors.output, of_parameters
 

@@ -14,10 +14,10 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
 from fxint4.frontends.candidates import Candidate, Owners, is_pointwise
 from fxint4.graph.names import layer_name
-from fxint4.passes.plan import recipe_of, refusal, sqnr_fault
+from fxint4.passes.plan import Kept, Plan, decide, sqnr_fault
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import transposed_key
-from fxint4.quant.tile_layout import choose_shape
+from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
 
@@ -44,7 +44,8 @@ def materialize_parametrized(model: nn.Module, config: Int4Config) -> None:
             *(f"{prefix}parametrizations.weight.{p}" for p, _ in parts),
         ]
         record = record_of(name, tuple(parameters), "linear", matrix, weight)
-        kept = refusal(record, weight.dtype, weight.device, config) or nonfinite_fault(matrix)
+        kept = isinstance(_decided(record, matrix, f"{prefix}weight", config), Kept)
+        kept = kept or nonfinite_fault(matrix) is not None
         del weight, matrix
         if not kept:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -120,24 +121,20 @@ def packed_candidate(
     name = owners.name(parameter)
     record = record_of(layer_name(name), (name,), candidate.op, stored, parameter)
     record = dataclasses.replace(record, source=candidate.source)
-    fault = candidate.fault or refusal(record, stored.dtype, device or stored.device, config)
-    if fault:
-        return None, dataclasses.replace(record, reason=fault)
+    if candidate.fault:
+        return None, dataclasses.replace(record, reason=candidate.fault)
     key = transposed_key(name) if candidate.k_axis == -2 else name
-    fault = config.kept_by_budget(key)
-    if fault:
-        return None, dataclasses.replace(record, reason=fault)
-    config = config.for_weight(record.name, record.parameters, key)
-    recipe = recipe_of(config, key, stored.shape)
+    plan = _decided(record, stored, key, config, device)
+    if isinstance(plan, Kept):
+        return None, dataclasses.replace(record, reason=plan.reason)
+    recipe = plan.recipe
     try:
         with torch.no_grad():
             moved = stored if device is None else stored.to(device, non_blocking=True)
             fault = nonfinite_fault(moved)
             if fault:
                 return None, dataclasses.replace(record, reason=fault)
-            *batch, n, k = moved.shape
-            shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
-            packed, sqnr_db = Int4TileTensor.quantized(moved, shape, recipe)
+            packed, sqnr_db = Int4TileTensor.quantized(moved, plan.shape, recipe)
             del moved
     except Exception as error:
         raise FoldError(
@@ -146,7 +143,7 @@ def packed_candidate(
             "are as they were; "
             f"leave it out with options={{'skip': [{record.name!r}]}}"
         ) from error
-    fault = sqnr_fault(sqnr_db, config)
+    fault = sqnr_fault(sqnr_db, plan.config)
     if fault:
         return None, dataclasses.replace(record, reason=fault, sqnr_db=sqnr_db)
     return packed, dataclasses.replace(
@@ -159,6 +156,22 @@ def packed_candidate(
         bytes_after=packed.packed_bytes,
         held_bytes=0,
     )
+
+
+def _decided(
+    record: Record,
+    stored: Tensor,
+    key: str,
+    config: Int4Config,
+    device: torch.device | None = None,
+) -> Plan | Kept:
+    """What is decided of a weight ``[..., N, K]`` that goes to a device."""
+    *batch, n, k = stored.shape
+
+    def shape_of(own: Int4Config) -> TileShape:
+        return choose_shape(n, k, own.group_size, own.inner_k_tiles, batch=tuple(batch))
+
+    return decide(record, stored.dtype, device or stored.device, key, config, shape_of)
 
 
 def record_of(

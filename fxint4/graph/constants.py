@@ -12,7 +12,7 @@ from enum import IntEnum
 
 from torch import Tensor, fx
 
-from fxint4._pytorch.tensors import MATMULS, aten, is_pure
+from fxint4._pytorch.tensors import MATMULS, aten, custom_op, is_pure
 from fxint4.weights.expression import Prepacked, PrepackedWeight, Weight
 
 __all__ = ["Constants", "Role"]
@@ -52,12 +52,20 @@ class Constants:
         """Compute the role of each node from those of its operands."""
         self._gm = gm
         self._role: dict[fx.Node, Role] = {}
+        self._computed_by: dict[fx.Node, str] = {}
         for node in gm.graph.nodes:
             self._role[node] = self._role_of(node, roles)
 
     def is_weight(self, value: object) -> bool:
         """Whether a value is a node that is constant and computed from at least one weight."""
         return isinstance(value, fx.Node) and self._role.get(value) is Role.WEIGHT
+
+    def custom_op_of(self, value: object) -> str | None:
+        """The custom op that a value would be a weight without; None if there is none.
+
+        A custom op may read state outside of the graph, so what it computes is not constant.
+        """
+        return self._computed_by.get(value) if isinstance(value, fx.Node) else None
 
     def weight(self, node: fx.Node, axes: str) -> Weight:
         """The computation behind a constant node.
@@ -104,6 +112,16 @@ class Constants:
         if node.op != "call_function" or not is_pure(node.target):
             return Role.VARIES
         operands = [self._role[operand] for operand in node.all_input_nodes]
+        by = next(filter(None, map(self._computed_by.get, node.all_input_nodes)), None)
+        by = by or custom_op(node.target)
+        if by is not None:
+            constant = (
+                role is not Role.VARIES or operand in self._computed_by
+                for operand, role in zip(node.all_input_nodes, operands, strict=True)
+            )
+            if all(constant) and (by != custom_op(node.target) or Role.WEIGHT in operands):
+                self._computed_by[node] = by
+            return Role.VARIES
         if node.target in MATMULS and node.meta["val"].ndim > 1:
             # A float buffer times a parameter is an activation (say, a cache) times a weight. A
             # vector is not: spectral_norm computes one this way, to scale a weight by it.

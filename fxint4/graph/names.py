@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import re
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import FrameType, MappingProxyType, MethodType
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import CodeType, FrameType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxint4._pytorch.dynamo import frame_scope, source_name
+from fxint4.report.parameters import Place
 from fxint4.tensor import Int4TileTensor
 
 __all__ = [
     "OWN_CODE",
     "Inputs",
+    "Origin",
     "layer_name",
+    "named_from",
     "names_in_call",
-    "outermost_in_call",
+    "origins_in_call",
     "parameters_in_call",
     "parameters_of",
     "plain_name",
     "source_line",
-    "weight_names",
 ]
 
 #: Suffix of a user's function name in a copy of its code that fxint4 compiles for its own runs.
@@ -41,6 +48,8 @@ _LIBRARY_FOLDERS = tuple(
 )
 _STEP = re.compile(r"\['(?P<key>[^']*)'\]|\[(?P<index>-?\d+)\]|\.(?P<attr>\w+)")
 _LOCAL_ROOT = re.compile(r"L\['(?P<name>[^']*)'\]")
+#: The name of the code that follows a graph break, as Dynamo gives it.
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<name>.+)_at_\d+")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 #: Parts of a Dynamo source that are no part of a name.
 _PLUMBING = ("__closure__", "cell_contents", "__self__", "__wrapped__", "_orig_mod", *_REGISTRIES)
@@ -56,6 +65,7 @@ class Inputs:
     Attributes:
         names: A name for each input: its full name in a module, its name in the user's code, or
             that of the placeholder.
+        origins: Where inputs are in the modules being called, by `id`.
         outermost_modules: Modules that hold inputs and are part of no other such module, by the
             prefix of their parameters' names.
     """
@@ -66,11 +76,15 @@ class Inputs:
         self._local, self._global = frame_scope()
         tensors = [value for value in values if isinstance(value, Tensor)]
         self.outermost_modules = self._outermost_modules()
-        by_identity = names_in_call(tensors, self.outermost_modules)
+        self.origins = origins_in_call(tensors, self.outermost_modules)
         self.names = [
-            by_identity.get(id(value)) or self._readable(source) or node.name
+            self._name(value) or self._readable(source) or node.name
             for node, source, value in zip(placeholders, self._sources, values, strict=True)
         ]
+
+    def _name(self, value: Any) -> str | None:
+        origin = self.origins.get(id(value))
+        return None if origin is None else origin.name
 
     def is_registered_buffer(self, index: int) -> bool:
         """Whether input `index` is a module's registered buffer, not, say, a KV cache in a list."""
@@ -145,45 +159,141 @@ def source_line(node: fx.Node) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor is in the module that is called.
+
+    Attributes:
+        name: Its full name.
+        place: The module that holds it and its name there, which stay when it is replaced.
+        outermost: The module that the full name starts from.
+    """
+
+    name: str
+    place: Place
+    outermost: weakref.ref[nn.Module]
+
+
 def names_in_call(
     tensors: Iterable[Tensor], candidates: Mapping[str, nn.Module] = MappingProxyType({})
 ) -> Mapping[int, str]:
-    """Full names of `tensors`, by `id`, within the outermost module being called.
+    """Full names of `tensors`, by `id`; see `origins_in_call`."""
+    return {key: origin.name for key, origin in origins_in_call(tensors, candidates).items()}
+
+
+def origins_in_call(
+    tensors: Iterable[Tensor], candidates: Mapping[str, nn.Module] = MappingProxyType({})
+) -> Mapping[int, Origin]:
+    """Where `tensors` are, by `id`: their full names within the outermost module being called.
 
     After a graph break Dynamo compiles an inner module's forward by itself and names its
-    parameters relative to it. The modules on the Python stack give the rest of the name.
+    parameters relative to it. The modules on the Python stack give the rest of the name. A module
+    that is called alone keeps the name that it has in a larger one, once that was called.
 
     Args:
         tensors: The tensors to name. The result lacks those that no module owns.
         candidates: Further modules to search, by the prefix of their parameters' names.
     """
     wanted = {id(tensor) for tensor in tensors}
-    names: dict[int, str] = {}
-    innermost_first = [*candidates.items(), *(("", module) for module in _modules_in_call())]
-    for prefix, module in innermost_first:
-        for name, tensor in _named_tensors(module):
+    found: dict[int, Origin] = {}
+    calling = _modules_in_call()
+    for prefix, module in [*candidates.items(), *(("", module) for module in calling)]:
+        if not wanted:
+            break
+        for path, owner, name, tensor in _owned_tensors(module):
             if id(tensor) in wanted:
-                full = f"{prefix}.{name}" if prefix else name
-                names[id(tensor)] = plain_name(full)
-    return names
+                wanted.discard(id(tensor))
+                outermost, full = _path_in_call(owner, calling) or (module, _joined(prefix, path))
+                found[id(tensor)] = Origin(
+                    plain_name(_joined(full, name)), Place(owner, name), weakref.ref(outermost)
+                )
+    return found
 
 
-def weight_names(roots: Sequence[Tensor]) -> tuple[str, ...]:
-    """Full names of the tensors that a weight is computed from, the largest first.
+@contextlib.contextmanager
+def named_from(model: object) -> Iterator[None]:
+    """While it holds, full names start from this module, whatever larger one was called before."""
+    owner = _module_of(model)
+    token = _root.set(None if owner is None else owner)
+    try:
+        yield
+    finally:
+        _root.reset(token)
+
+
+_root: ContextVar[nn.Module | None] = ContextVar("fxint4_root", default=None)
+
+#: The path of each module in each module that was called and holds it.
+_paths: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]]
+_paths = weakref.WeakKeyDictionary()
+#: For each module a larger one that was called.
+_larger: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def _path_in_call(owner: nn.Module, calling: Sequence[nn.Module]) -> tuple[nn.Module, str] | None:
+    """The outermost module that holds `owner`, and the path from there; None if none is called.
 
     Args:
-        roots: The tensors. The name is "" for those that no module being called owns.
+        owner: A module.
+        calling: The modules being called, innermost first.
     """
-    by_identity = names_in_call(roots)
-    largest_first = sorted(roots, key=lambda root: -root.numel())
-    return tuple(dict.fromkeys(by_identity.get(id(root), "") for root in largest_first))
+    root = _root.get()
+    for outermost in [*([root] if root is not None else []), *reversed(calling)]:
+        path = _path(outermost, owner)
+        if path is None:
+            continue
+        if outermost is not root:
+            ref = _larger.get(outermost)
+            larger = ref() if ref is not None else None
+            before = None if larger is None else _path(larger, outermost)
+            if larger is not None and before is not None:
+                return larger, _joined(before, path)
+        return outermost, path
+    return None
+
+
+def _path(outermost: nn.Module, inner: nn.Module) -> str | None:
+    """The path of a module in another, "" for itself; None if it is not there."""
+    if inner is outermost:
+        return ""
+    known = _paths.get(outermost)
+    path = None if known is None else known.get(inner)
+    if path is not None and _at(outermost, path) is inner:
+        return path
+    paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+    for path, module in outermost.named_modules():
+        if module is not outermost:
+            paths[module] = path
+    _paths[outermost] = paths
+    if _root.get() is not outermost:
+        of_outermost = _larger.get(outermost)
+        for module in paths:
+            _larger[module] = of_outermost or weakref.ref(outermost)
+    return paths.get(inner)
+
+
+def _at(outermost: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = outermost
+    for step in path.split("."):
+        module = None if module is None else module._modules.get(step)
+    return module
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's parameters and buffers with their full names, each tensor once.
+    """A module's parameters and buffers with their full names, each tensor once."""
+    for path, _, name, tensor in _owned_tensors(module):
+        yield _joined(path, name), tensor
 
-    A weight that a layer shares with an embedding gets the layer's name, because the layer
-    multiplies by it and is what a user would skip.
+
+def _owned_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """A module's parameters and buffers: path and module that hold it, name there, tensor.
+
+    Each tensor comes once. A weight that a layer shares with an embedding comes as the layer's,
+    because the layer multiplies by it and is what a user would skip.
     """
     seen: set[int] = set()
     embeddings_last = sorted(
@@ -194,10 +304,10 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in named(recurse=False):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    full = f"{path}.{name}" if path else name
-                    yield full, tensor
+                    yield path, owner, name, tensor
                     if isinstance(tensor, Int4TileTensor):
-                        yield from ((full, buffer) for buffer in tensor.buffers.values())
+                        for buffer in tensor.buffers.values():
+                            yield path, owner, name, buffer
 
 
 def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int]]:
@@ -227,28 +337,33 @@ def parameters_of(module: nn.Module) -> Mapping[int, tuple[str, int]]:
 
 def _modules_in_call() -> list[nn.Module]:
     """Modules whose methods are running, innermost first."""
-    selves = [frame.get("self") for frame in _frames()]
-    modules = [value for value in selves if isinstance(value, nn.Module)]
-    return list(dict.fromkeys(reversed(modules)))
-
-
-def outermost_in_call(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of `modules` and of the modules being called that are part of no other of them."""
-    known = list(dict.fromkeys([*modules, *_modules_in_call()]))
-    inner = {part for module in known for part in module.modules() if part is not module}
-    return [module for module in known if module not in inner]
-
-
-def _frames() -> Iterator[Mapping[str, Any]]:
-    """Local variables of the Python frames that have a `self`, outermost first."""
-    stack = []
-    frame: FrameType | None = sys._getframe()
+    found: dict[nn.Module, None] = {}
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        stack.append(frame)
+        code = frame.f_code
+        if code.co_argcount:
+            arguments = code.co_varnames[: code.co_argcount]
+            values = frame.f_locals
+            for argument in arguments:
+                value = values.get(argument)
+                if isinstance(value, nn.Module) and (argument == "self" or _is_method(code, value)):
+                    found.setdefault(value)
         frame = frame.f_back
-    for called in reversed(stack):
-        if "self" in called.f_code.co_varnames:
-            yield called.f_locals
+    return list(found)
+
+
+def _is_method(code: CodeType, module: nn.Module) -> bool:
+    """Whether code is that of a method of a module, as it is or as Dynamo compiled it.
+
+    What follows a graph break in a method is a function of its own, with the method's variables.
+    """
+    name = code.co_name.removesuffix(OWN_CODE)
+    resumed = _RESUMED.fullmatch(name)
+    method = getattr(type(module), resumed["name"] if resumed else name, None)
+    own = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+    if own is None or own.co_filename != code.co_filename:
+        return False
+    return bool(resumed) or own.co_firstlineno == code.co_firstlineno
 
 
 def _module_of(value: object) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from fxint4._pytorch.aot import inputs_mutated_by_graph, outer_input
-from fxint4._pytorch.tensors import aten
+from fxint4._pytorch.tensors import aten, holds_own_values
 from fxint4.graph.constants import Role
-from fxint4.graph.names import Inputs
+from fxint4.graph.names import Inputs, Origin
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["GraphWeights", "inputs_of", "program_tensor", "role_of"]
@@ -39,6 +39,7 @@ class GraphWeights:
         labels: What to call placeholders in printed graphs, by node name; has entries for those
             that are not constant, too.
         parameters: Full name and number of elements of each parameter, by `id`.
+        origins: Where the real tensors are in the modules being called, by `id`.
         written: Positions of the placeholders that the graph writes to. They are not constant.
     """
 
@@ -48,6 +49,7 @@ class GraphWeights:
         self.roles: dict[fx.Node, Role] = {}
         self.labels: dict[str, str] = {}
         self.parameters: dict[int, tuple[str, int]] = {}
+        self.origins: Mapping[int, Origin] = {}
         self.written: list[int] = []
 
     @classmethod
@@ -67,6 +69,7 @@ class GraphWeights:
             example_inputs: The real inputs of Dynamo's graph.
         """
         made = cls()
+        made.origins = inputs.origins
         mutated = inputs_mutated_by_graph()
         by_ops = _written_placeholders(captured)
         for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
@@ -140,8 +143,10 @@ def role_of(value: object, is_buffer: bool) -> Role:
     """
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return Role.VARIES
+    if isinstance(value, Int4TileTensor):
+        return Role.WEIGHT
     # Other subclasses compute their values in ways of their own.
-    if type(value) in (nn.Parameter, Int4TileTensor):
+    if isinstance(value, nn.Parameter) and holds_own_values(value):
         return Role.WEIGHT
     if type(value) is Tensor and is_buffer:
         return Role.WEIGHT if value.dtype in _QUANTIZED_DTYPES else Role.HELPER

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxint4._pytorch.aot import CompileState, evaluate_size, example_size, symbols_of
-from fxint4._pytorch.tensors import real_tensors
+from fxint4._pytorch.tensors import Geometry, real_tensors, version_of
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
+from fxint4.graph.names import Origin, origins_in_call
+from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import compile_graph
-from fxint4.passes.plan import packing_fault, recipe_at_run_time
-from fxint4.passes.rewrite import Rewritten, Slot, rewrite
+from fxint4.passes.fold import fold_failure
+from fxint4.passes.fuse import pre_scale_numbers
+from fxint4.passes.plan import Plans, packing_fault
+from fxint4.passes.rewrite import Rewritten, rewrite
 from fxint4.passes.site import Site
-from fxint4.quant.recipe import Recipe
-from fxint4.weights.cache import Lookup, PackedWeight, picker, weight_cache
-from fxint4.weights.formats import Dense, Format, choose_format
+from fxint4.quant.tile_layout import TileShape
+from fxint4.weights.cache import PackedWeight, picker, weight_cache
+from fxint4.weights.expression import PrepackedWeight, Weight
+from fxint4.weights.formats import Format, choose_format
+from fxint4.weights.identity import WeightIdentity
 
-__all__ = ["Int4Graph", "LateWeights", "expected_rows"]
+__all__ = ["Binding", "Int4Graph", "expected_rows"]
 
-#: Packed weights, by the roots and the signature of the computation behind each.
-_PackedWeights = dict[tuple[tuple[fx.Node, ...], str], PackedWeight]
+#: What compiled code depends on, of one site: None where it multiplies by the weight as it is; else
+#: the packing format, the packed shape, and a number that is equal for equal pre-scales.
+_Choice = tuple[Format, TileShape, int | None] | None
 
-#: The packing format that each site of a graph reads, in the order of the sites; None where it
-#: multiplies by the weight as it is.
+#: The packing format that each site of a graph reads; None where the weight stays as it is.
 _Formats = tuple[Format | None, ...]
 
-#: Combinations of dynamic sizes whose choice of formats is remembered, at most.
+#: Combinations of dynamic sizes whose code and buffers are remembered, at most, for each binding.
 _SIZES_REMEMBERED = 4096
+
+_version = attrgetter("_version")
 
 
 def expected_rows(site: Site) -> int | None:
@@ -41,40 +48,53 @@ def expected_rows(site: Site) -> int | None:
     return example_size(site.match.m)
 
 
-@dataclass(frozen=True)
-class LateWeights:
-    """Weights that this call used for the first time.
-
-    For example those of layer 5, running code that was compiled for layer 0.
+@dataclass(eq=False)
+class Binding:
+    """The weights that a graph has for some parameters.
 
     Attributes:
-        packed: The packed weights, by the roots and the signature of the computation behind each.
-        formats: The format that each site of the graph reads in this call; None for a dense matmul.
-        tensors: The real tensor of each constant placeholder in this call.
+        sites: The graph's sites, each with the plan of its weight.
+        packed: The packed weights. Those that are kept are missing.
+        formats: The format that each site reads first; None where it stays as it is.
+        origins: Where the parameters are in the model, by `id`, as far as that is known.
+        geometry: Of the parameters.
+        remove: Removes it from its graph.
+        runs: What runs, by the values of the graph's dynamic sizes.
     """
 
-    packed: Mapping[tuple[tuple[fx.Node, ...], str], PackedWeight]
+    sites: tuple[Site, ...]
+    packed: Mapping[Weight, PackedWeight]
     formats: _Formats
-    tensors: Mapping[fx.Node, Tensor]
+    origins: Mapping[int, Origin]
+    geometry: Geometry
+    remove: Callable[[], None]
+    runs: dict[tuple[int, ...], _Run] = field(default_factory=dict)
+
+    def outdate(self) -> None:
+        """Let go of the packed weights; the next call binds anew."""
+        self.remove()
+        self.runs.clear()
 
 
 class Int4Graph:
     """A captured graph, and the code that it was compiled to.
 
     Weights stay inputs of the graph, because Dynamo reuses compiled code for other parameters, and
-    parameters change. So each call finds the packed weights of the parameters among its arguments.
-    The graph is compiled once for each combination of formats that a call needs.
+    parameters change. So each call finds the packed weights of the parameters among its arguments:
+    one look-up by their addresses and versions. What is found for other parameters may differ, so
+    the graph is compiled once for each combination of plans and formats that a call needs.
 
     Args:
         captured: The graph as captured.
         fake_inputs: Its inputs as the compiler sees them.
         sites: Its matmuls that can be packed.
-        tensors: The real tensor of each constant placeholder.
+        plans: Decides about their weights.
+        constants: Its constant placeholders.
         config: What the user asked for.
         policy: Which kernels to choose.
         state: Of the compiler, restored for later compiles.
         kwargs: For Inductor's last stage.
-        on_late: Called with the weights that a call used for the first time.
+        on_bound: Called with each new binding that a call makes.
     """
 
     #: AOTAutograd passes the arguments as one list, which the call empties.
@@ -85,50 +105,56 @@ class Int4Graph:
         captured: fx.GraphModule,
         fake_inputs: Sequence[Any],
         sites: Sequence[Site],
-        tensors: Mapping[fx.Node, Tensor],
+        plans: Plans,
+        constants: Sequence[fx.Node],
         config: Int4Config,
         policy: Policy,
         state: CompileState,
         kwargs: Mapping[str, Any],
-        on_late: Callable[[LateWeights], None],
+        on_bound: Callable[[Binding], None],
     ) -> None:
         self._captured = captured
         self._fake_inputs = fake_inputs
-        self._sites = sites
-        self._constants = tuple(tensors)
-        self._tensors = {node: weakref.ref(tensor) for node, tensor in tensors.items()}
+        self._sites = tuple(sites)
+        self._plans = plans
+        self._constants = tuple(constants)
         self._config = config
         self._policy = policy
         self._state = state
         self._kwargs = kwargs
-        self._on_late = on_late
-        self._variants: dict[_Formats, _Variant] = {}
-        self._formats_by_sizes: dict[tuple[int, ...], _Formats] = {}
+        self._on_bound = on_bound
         placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
         self._positions = {node: position for position, node in enumerate(placeholders)}
         symbols = symbols_of(placeholders)
         dynamic = any(not isinstance(site.match.m, int) for site in sites)
         self._symbols = symbols if dynamic else {}
+        weights = dict.fromkeys(site.weight for site in sites)
+        self._roots = tuple(dict.fromkeys(root for weight in weights for root in weight.roots))
+        self._watched: set[fx.Node] = set()
+        self._watch(root for weight in weights if not _is_direct(weight) for root in weight.roots)
+        self._variants: dict[tuple[_Choice, ...], _Variant] = {}
+        self._bindings: dict[tuple[Any, ...], Binding] = {}
+        self._states: dict[tuple[WeightIdentity, ...], tuple[Any, ...]] = {}
 
-    def compile_first(self, describe: Callable[[Rewritten], str]) -> str:
-        """Compile for the sizes of the example inputs, inside the compiler.
+    def compile_first(
+        self, tensors: Mapping[fx.Node, Tensor], describe: Callable[[Rewritten], str]
+    ) -> tuple[str, Binding]:
+        """Compile for the example inputs, inside the compiler.
 
         Args:
+            tensors: The real tensor of each constant placeholder.
             describe: Called with the rewritten graph, before Inductor's last passes change it.
 
         Returns:
-            What `describe` said.
+            What `describe` said, and the binding of these tensors.
         """
-        formats = self.expected_formats
-        rewritten = self._rewrite(formats)
+        roots = {root: tensors[root] for root in self._roots}
+        binding = self._bind(roots, expected_rows, {})
+        rewritten = self._rewrite(binding, binding.formats)
         description = describe(rewritten)
-        self._variants[formats] = self._compile(rewritten)
-        return description
-
-    @property
-    def expected_formats(self) -> _Formats:
-        """The format of each site for the sizes of the example inputs."""
-        return self._choose(expected_rows)
+        choices = self._choices(binding, binding.formats)
+        self._variants[choices] = self._compile(rewritten)
+        return description, binding
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run the graph.
@@ -136,61 +162,145 @@ class Int4Graph:
         Args:
             args: In the order of the captured graph's placeholders; emptied.
         """
-        formats = self._formats(args)
-        late: _PackedWeights = {}
-        while True:
-            variant = self._variants.get(formats) or self._compile_later(formats)
-            buffers = variant.buffers(args, late)
-            if not isinstance(buffers, Slot):
-                break
-            # The parameters of that slot, unlike those compiled with, can't be packed.
-            formats = self._without(buffers, formats)
-        if late:
-            tensors = {node: args[self._positions[node]] for node in self._constants}
-            self._on_late(LateWeights(late, formats, tensors))
-        inputs = [*variant.kept(args), *buffers]
-        args.clear()
-        return variant.compiled(inputs)
-
-    def _formats(self, args: Sequence[Any]) -> _Formats:
+        roots, watched = self._pick_roots(args), self._pick_watched(args)
+        binding = self._bindings.get(self._state_of(roots, watched))
         sizes = tuple(
             args[position] if dim is None else args[position].shape[dim]
             for position, dim in self._symbols.values()
         )
-        formats = self._formats_by_sizes.get(sizes)
-        if formats is None:
-            values = dict(zip(self._symbols, sizes, strict=True))
-            formats = self._choose(lambda site: evaluate_size(site.match.m, values))
-            if len(self._formats_by_sizes) >= _SIZES_REMEMBERED:
-                self._formats_by_sizes.clear()
-            self._formats_by_sizes[sizes] = formats
-        return formats
+        if binding is None or not binding.geometry.matches(watched):
+            of_roots = dict(zip(self._roots, roots, strict=True))
+            binding = self._bind(of_roots, self._rows_of(sizes), None)
+            self._on_bound(binding)
+        run = binding.runs.get(sizes)
+        if run is None:
+            run = self._run(binding, args, sizes)
+        inputs = run.inputs(args)
+        args.clear()
+        return run.compiled(inputs)
 
-    def _choose(self, rows: Callable[[Site], int | None]) -> _Formats:
+    # --- bindings --------------------------------------------------------------------------------
+
+    def _bind(
+        self,
+        roots: Mapping[fx.Node, Tensor],
+        rows: Callable[[Site], int | None],
+        origins: Mapping[int, Origin] | None,
+    ) -> Binding:
+        """Plan and fold the weights of these roots.
+
+        Args:
+            roots: The real tensors, in the order of `self._roots`.
+            rows: Returns M of a site.
+            origins: Where the tensors are; looked up if None.
+        """
+        origins = origins_in_call(roots.values()) if origins is None else origins
+        sites, packed = [], dict[Weight, PackedWeight]()
+        with real_tensors():
+            for captured in self._sites:
+                of_site = [roots[root] for root in captured.weight.roots]
+                site = self._plans.of(captured, of_site, origins)
+                sites.append(site)
+                if site.kept:
+                    continue
+                format = _format_of(site, rows) or site.int4
+                found = weight_cache.find(site.weight, of_site, site.shape, site.recipe)
+                _fold(site, found, format, of_site)
+                packed[site.weight] = found
+                if _is_direct(site.weight) and not found.fault and found.holds(format):
+                    self._watch(site.weight.roots)
+            watched = [roots[node] for node in self._order_watched]
+            state = self._state_of(list(roots.values()), watched)
+            geometry = Geometry(watched)
+        identities = tuple(_identity(site) for site in sites)
+        formats = tuple(_planned_format(site, packed, rows) for site in sites)
+        binding = Binding(
+            tuple(sites),
+            packed,
+            formats,
+            origins,
+            geometry,
+            lambda: self._forget(state, identities),
+        )
+        before = self._states.get(identities)
+        if before is not None:
+            self._bindings.pop(before, None)
+        self._states[identities] = state
+        self._bindings[state] = binding
+        for found in packed.values():
+            found.read_by(binding)
+        return binding
+
+    def _forget(self, state: tuple[Any, ...], identities: tuple[WeightIdentity, ...]) -> None:
+        self._bindings.pop(state, None)
+        self._states.pop(identities, None)
+
+    def _watch(self, roots: Any) -> None:
+        """Compare versions and geometry of these roots, too, from now on."""
+        if self._watched.issuperset(roots := set(roots)):
+            roots = set()
+        self._watched |= roots
+        self._order_watched = tuple(root for root in self._roots if root in self._watched)
+        self._pick_roots = picker([self._positions[root] for root in self._roots])
+        self._pick_watched = picker([self._positions[root] for root in self._order_watched])
+        if roots:
+            self._bindings, self._states = {}, {}
+
+    def _state_of(self, roots: Sequence[Tensor], watched: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The addresses of all roots, and the versions of those that are watched.
+
+        While a binding exists, no other memory gets an address of its roots: it is removed when one
+        of their storages dies.
+        """
+        try:
+            versions = tuple(map(_version, watched))
+        except RuntimeError:  # inference tensors have none
+            versions = tuple(map(version_of, watched))
+        return tuple(map(Tensor.data_ptr, roots)), versions
+
+    # --- what runs -------------------------------------------------------------------------------
+
+    def _run(self, binding: Binding, args: Sequence[Any], sizes: tuple[int, ...]) -> _Run:
+        """Compile, if necessary, and fold what a binding needs for these sizes."""
+        rows = self._rows_of(sizes)
+        formats = tuple(_planned_format(site, binding.packed, rows) for site in binding.sites)
+        choices = self._choices(binding, formats)
+        variant = self._variants.get(choices)
+        if variant is None:
+            with self._state.restored():
+                variant = self._variants.get(choices)  # another thread may have compiled it
+                if variant is None:
+                    variant = self._compile(self._rewrite(binding, formats))
+                    self._variants[choices] = variant
+        run = _Run(variant, len(args))
+        site_of = {site.weight: site for site in binding.sites}
+        for slot in variant.rewritten.slots:
+            packed = binding.packed[slot.weight]
+            positions = [self._positions[root] for root in slot.weight.roots]
+            with real_tensors():
+                _fold(site_of[slot.weight], packed, slot.format, [args[i] for i in positions])
+            run.add(packed, slot.format, positions, direct=_is_direct(slot.weight))
+        run.finish()
+        if len(binding.runs) >= _SIZES_REMEMBERED:
+            binding.runs.clear()
+        binding.runs[sizes] = run
+        return run
+
+    def _rows_of(self, sizes: tuple[int, ...]) -> Callable[[Site], int | None]:
+        values = dict(zip(self._symbols, sizes, strict=True))
+        return lambda site: evaluate_size(site.match.m, values)
+
+    def _choices(self, binding: Binding, formats: _Formats) -> tuple[_Choice, ...]:
+        numbers = pre_scale_numbers(binding.sites)
         return tuple(
-            choose_format(site.int4, site.fallback, site.most_rows, rows(site))
-            for site in self._sites
+            None if format is None else (format, site.shape, number)
+            for site, format, number in zip(binding.sites, formats, numbers, strict=True)
         )
 
-    def _without(self, slot: Slot, formats: _Formats) -> _Formats:
-        """The formats with None for all sites that multiply by the weight of a slot."""
-        key = (slot.weight.roots, slot.weight.signature)
-        return tuple(
-            None if (site.weight.roots, site.weight.signature) == key else format
-            for site, format in zip(self._sites, formats, strict=True)
-        )
-
-    def _compile_later(self, formats: _Formats) -> _Variant:
-        with self._state.restored():
-            variant = self._variants.get(formats)  # another thread may have compiled it
-            if variant is None:
-                variant = self._variants[formats] = self._compile(self._rewrite(formats))
-            return variant
-
-    def _rewrite(self, formats: _Formats) -> Rewritten:
+    def _rewrite(self, binding: Binding, formats: _Formats) -> Rewritten:
         return rewrite(
             self._captured,
-            self._sites,
+            binding.sites,
             formats,
             self._config,
             self._constants,
@@ -209,127 +319,111 @@ class Int4Graph:
         compiled = compile_graph(
             rewritten.gm, inputs, self._policy, **{**self._kwargs, "static_input_idxs": static_now}
         )
-        slots = [
-            _SlotWeight(slot, self._positions, self._tensors, self._config)
-            for slot in rewritten.slots
-        ]
-        return _Variant(rewritten, slots, compiled)
+        return _Variant(rewritten, compiled)
 
 
+def _is_direct(weight: Weight) -> bool:
+    """Whether a weight is prepacked, and its roots are the buffers that kernels read."""
+    return isinstance(weight, PrepackedWeight) and len(weight.steps) == len(weight.roots) == 2
+
+
+def _format_of(site: Site, rows: Callable[[Site], int | None]) -> Format | None:
+    return choose_format(site.int4, site.fallback, site.most_rows, rows(site))
+
+
+def _planned_format(
+    site: Site, packed: Mapping[Weight, PackedWeight], rows: Callable[[Site], int | None]
+) -> Format | None:
+    """The format that a site reads; None where its weight stays as it is."""
+    found = packed.get(site.weight)
+    if found is None or site.kept or packing_fault(found, site.config):
+        return None
+    return _format_of(site, rows)
+
+
+def _fold(site: Site, packed: PackedWeight, format: Format, roots: Sequence[Tensor]) -> None:
+    """Fold a weight; a failure names the layer."""
+    for root, node in zip(roots, site.weight.roots, strict=True):
+        if root.shape != value_of(node).shape:
+            raise FoldError(
+                f"{site.record.name}: a parameter {tuple(value_of(node).shape)} is now "
+                f"{tuple(root.shape)}, and PyTorch calls the code of the old shape: call "
+                "torch.compiler.reset() after such a change"
+            )
+    try:
+        weight_cache.fold(packed, (format,), roots)
+    except Exception as error:
+        raise FoldError(fold_failure(site, error)) from error
+
+
+def _identity(site: Site) -> WeightIdentity:
+    identity = site.record.weight_key
+    assert isinstance(identity, WeightIdentity)
+    return identity
+
+
+@dataclass(frozen=True)
 class _Variant:
-    """A graph compiled for one combination of formats.
+    """A graph compiled for one combination of plans and formats.
 
-    Args:
+    Attributes:
         rewritten: The graph.
-        slots: Of the packed weights among its inputs.
         compiled: Its code.
     """
 
-    def __init__(
-        self,
-        rewritten: Rewritten,
-        slots: Sequence[_SlotWeight],
-        compiled: Callable[[list[Any]], Sequence[Any]],
-    ) -> None:
-        self.rewritten = rewritten
-        self.slots = slots
-        self.compiled = compiled
-        self.kept = picker(rewritten.kept_inputs)
-        positions = dict.fromkeys(position for slot in slots for position in slot.positions)
-        self._roots = picker(tuple(positions))
-        self._lookups: dict[tuple[int, ...], Lookup] = {}
-
-    def buffers(self, args: Sequence[Any], late: _PackedWeights) -> list[Tensor] | Slot:
-        """The packed tensors of all slots for the parameters in `args`.
-
-        Args:
-            args: Of the captured graph.
-            late: Gets the packed weights that are used for the first time.
-
-        Returns:
-            The tensors, or the first slot whose parameters can't be packed.
-        """
-        roots = self._roots(args)
-        identity = tuple(map(id, roots))
-        lookup = self._lookups.get(identity)
-        if lookup is None or not lookup.is_current() or not lookup.matches(roots):
-            lookup = Lookup(roots)
-            pre_scales: dict[Slot, Tensor] = {}
-            for slot in self.slots:
-                found = slot.buffers(args, late)
-                if not found:
-                    return slot.slot
-                lookup.add(found, [args[position] for position in slot.positions])
-                if slot.slot.shape.pre_scaled and not isinstance(slot.slot.format, Dense):
-                    pre_scales[slot.slot] = found[2]
-            lookup.finish(roots)
-            for alike in self.rewritten.alike:
-                _check_equal(alike, pre_scales)
-            kept = {key: old for key, old in self._lookups.items() if old.is_current()}
-            self._lookups = {**kept, identity: lookup}
-        return lookup.tensors()
+    rewritten: Rewritten
+    compiled: Callable[[list[Any]], Sequence[Any]]
 
 
-def _check_equal(slots: Sequence[Slot], pre_scales: Mapping[Slot, Tensor]) -> None:
-    first, *others = (pre_scales[slot] for slot in slots)
-    if not all(torch.equal(first, other) for other in others):
-        names = ", ".join(slot.name for slot in slots)
-        raise FoldError(
-            f"compiled code multiplies one activation by {names}, or by those of a layer like it, "
-            "and their calibrated pre-scales differ; give them the same method, or compile with "
-            "options={'fuse_projections': False}"
-        )
-
-
-class _SlotWeight:
-    """Finds the packed weight of one slot; keeps the one it found last.
+class _Run:
+    """One variant of a graph with the packed weights of one binding.
 
     Args:
-        slot: The slot.
-        positions: Of each constant placeholder among the graph's arguments.
-        tensors: The real tensors that the graph was compiled with.
-        config: What the user asked for.
+        variant: The variant.
+        count: Number of arguments of the captured graph.
+
+    Attributes:
+        compiled: The variant's code.
     """
 
-    def __init__(
-        self,
-        slot: Slot,
-        positions: Mapping[fx.Node, int],
-        tensors: Mapping[fx.Node, weakref.ref[Tensor]],
-        config: Int4Config,
-    ) -> None:
-        self.slot = slot
-        self._format = slot.format
-        self._compiled_with = [tensors[root] for root in slot.weight.roots]
-        self.positions = tuple(positions[root] for root in slot.weight.roots)
-        self._config = config
-        self._packed: PackedWeight | None = None
+    def __init__(self, variant: _Variant, count: int) -> None:
+        self.compiled = variant.compiled
+        self._positions = list(variant.rewritten.kept_inputs)
+        self._held: list[Tensor] = []
+        self._views: list[tuple[int, Callable[[Sequence[Any]], list[Tensor]]]] = []
+        self._count = count
 
-    def buffers(self, args: Sequence[Any], late: _PackedWeights) -> Sequence[Tensor]:
-        """The packed tensors for the parameters in `args`; empty where these can't be packed.
+    def add(
+        self, packed: PackedWeight, format: Format, positions: Sequence[int], direct: bool
+    ) -> None:
+        """Add the inputs that hold one format of a packed weight.
 
         Args:
-            args: Of the captured graph.
-            late: Gets the packed weight if it is not the one found last.
+            packed: The packed weight.
+            format: The format.
+            positions: Of its roots among the arguments.
+            direct: Whether these are the buffers, where the packed weight holds none.
         """
-        roots = [args[position] for position in self.positions]
-        packed = self._packed
-        if packed is None or not packed.is_current(roots) or self._format not in packed.formats:
-            with real_tensors():
-                recipe = self._recipe(roots)
-                if recipe is None:
-                    return ()
-                self._packed = packed = weight_cache.find(
-                    self.slot.weight, roots, self.slot.shape, recipe
-                )
-                weight_cache.fold(packed, (self._format,), roots)
-            late[self.slot.weight.roots, self.slot.weight.signature] = packed
-        return () if packing_fault(packed, self.slot.config) else packed.formats[self._format]
+        if packed.holds(format):
+            start = self._count + len(self._held)
+            self._held += packed.formats[format]
+            self._positions += range(start, self._count + len(self._held))
+        elif direct:
+            self._positions += positions
+        else:  # views of the roots
+            pick = picker(positions)
+            self._views.append(
+                (len(self._positions), lambda args: packed.tensors(format, pick(args)))
+            )
+            self._positions += [0, 0]
 
-    def _recipe(self, roots: Sequence[Tensor]) -> Recipe | None:
-        """How to quantize the weight made of `roots`; None where it stays as it is.
+    def finish(self) -> None:
+        """Make the function that picks the inputs, after all packed weights are added."""
+        self._pick = picker(self._positions)
 
-        The slot's own recipe holds for the weight that the graph was compiled with.
-        """
-        known = all(ref() is root for ref, root in zip(self._compiled_with, roots, strict=True))
-        return self.slot.recipe if known else recipe_at_run_time(self.slot, roots, self._config)
+    def inputs(self, args: Sequence[Any]) -> list[Any]:
+        """The inputs of the compiled code, for arguments of the captured graph."""
+        inputs = list(self._pick([*args, *self._held]))
+        for position, view in self._views:
+            inputs[position : position + 2] = view(args)
+        return inputs

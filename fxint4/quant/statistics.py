@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -204,8 +203,7 @@ def computed_key(parameters: Sequence[str], signature: str) -> str:
         parameters: The full names of the parameters, the largest first.
         signature: The signature of the computation, see `fxint4.weights.expression.Weight`.
     """
-    steps = re.sub(r"literal \d+", "literal", signature)
-    return f"{'+'.join(parameters)}#{hashlib.sha256(steps.encode()).hexdigest()[:8]}"
+    return f"{'+'.join(parameters)}#{hashlib.sha256(signature.encode()).hexdigest()[:8]}"
 
 
 def transposed_key(parameter: str) -> str:

@@ -79,6 +79,7 @@ class Record:
     method: str = ""
     output_error: float | None = None
     weight_key: Hashable = field(default=None, compare=False, repr=False)
+    place: Hashable = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as values that JSON can hold.
@@ -89,7 +90,7 @@ class Record:
         values = {
             name: getattr(self, name)
             for name in (f.name for f in dataclasses.fields(self))
-            if name != "weight_key"
+            if name not in ("weight_key", "place")
         }
         for name in _TUPLES:
             values[name] = list(values[name])
@@ -111,7 +112,11 @@ class Record:
             KeyError: A field is missing.
             TypeError: A value has a wrong type.
         """
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "weight_key"]
+        names = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.name not in ("weight_key", "place")
+        ]
         given = {name: checked(values, name, *_TYPES.get(name, (int,))) for name in names}
         for name in _TUPLES:
             if not all(isinstance(item, str) for item in given[name]):

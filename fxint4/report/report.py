@@ -104,6 +104,9 @@ class Report:
         )
         self._write_file()
 
+    def add_later(self, key: Hashable, make: Any) -> None:
+        self.add(key, *make())
+
     def measured(self, output_error: float | None, of_weights: Mapping[Any, float]) -> None:
         """Add measured errors.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from fxint4._pytorch.tensors import flat, real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
-from fxint4.passes.plan import recipe_at_run_time, sqnr_fault
+from fxint4.passes.plan import sqnr_fault
 from fxint4.passes.site import Site
 from fxint4.quant.blockwise import dequantize_block, quantized_blocks
 from fxint4.quant.metrics import nonfinite_fault, sqnr_db
@@ -43,7 +43,8 @@ __all__ = [
 _ELEMENTS = 1 << 24
 
 #: Returns the quantized and dequantized weight of a site, ``[..., N, K]``, or None where the weight
-#: stays as it is. Takes the site, the real tensors that the weight is made of, and a dtype.
+#: stays as it is. Takes the site with the plan of its weight, the real tensors that the weight is
+#: made of, and a dtype.
 QuantizedOf = Callable[[Site, Sequence[Tensor], torch.dtype], Tensor | None]
 
 
@@ -58,37 +59,24 @@ class Errors:
     """
 
     output: float | None
-    of_weights: Mapping[tuple[Any, ...], float]
+    of_weights: Mapping[Hashable, float]
 
 
-def _quantized_by(config: Int4Config) -> QuantizedOf:
-    """The `QuantizedOf` that decides and quantizes as the backend and `rewrite` do."""
-
-    def quantized(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-        if isinstance(site.match, PrepackedMatch):
-            return None
-        weight = site.weight.evaluate(roots)
-        if nonfinite_fault(weight) is not None:
-            return None
-        known = _key(site, roots) == site.record.weight_key
-        recipe = site.recipe if known else recipe_at_run_time(site, roots, config)
-        if recipe is None:
-            return None
-        made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        signal = noise = 0.0
-        for block in quantized_blocks(weight, site.shape, recipe):
-            values = dequantize_block(block, site.shape, recipe, dtype)
-            made[block.start : block.start + len(values)] = values
-            signal += block.signal
-            noise += block.noise
-        return None if sqnr_fault(sqnr_db(signal, noise), site.config) else made
-
-    return quantized
-
-
-def _key(site: Site, roots: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The `Record.weight_key` of the weight that a site multiplies by."""
-    return (*map(id, roots), site.weight.signature)
+def _quantized(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """The `QuantizedOf` that quantizes as the backend and `rewrite` do."""
+    if isinstance(site.match, PrepackedMatch) or site.kept:
+        return None
+    weight = site.weight.evaluate(roots)
+    if nonfinite_fault(weight) is not None:
+        return None
+    made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    signal = noise = 0.0
+    for block in quantized_blocks(weight, site.shape, site.recipe):
+        values = dequantize_block(block, site.shape, site.recipe, dtype)
+        made[block.start : block.start + len(values)] = values
+        signal += block.signal
+        noise += block.noise
+    return None if sqnr_fault(sqnr_db(signal, noise), site.config) else made
 
 
 def measure(
@@ -111,11 +99,12 @@ def measure(
         guard: Of the model.
         quantized_of: Quantizes the weights; as the backend does if None.
     """
-    meter = _Meter(quantized_of or _quantized_by(config), config.progress)
+    meter = _Meter(quantized_of or _quantized, config.progress)
 
     def runner_of(analysis: Analysis) -> GraphRunner:
-        sites = [entry for entry in analysis.found if isinstance(entry, Site)]
-        interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
+        interpreter = GraphInterpreter(
+            analysis.captured, analysis.sites, analysis.fake_mode, analysis.plans
+        )
         written = analysis.weights.written
 
         def run(arguments: list[Any]) -> Sequence[Any]:
@@ -142,7 +131,7 @@ def measure_graph(
     fake_mode: Any,
     arguments: Sequence[Any],
     outputs: Sequence[int],
-    config: Int4Config,
+    progress: bool,
 ) -> Errors:
     """Measure what quantizing does to one graph that writes to none of its inputs.
 
@@ -152,10 +141,10 @@ def measure_graph(
         fake_mode: The FakeTensorMode of its values.
         arguments: Its inputs, weights included.
         outputs: Positions of the outputs that are compared.
-        config: What the user asked for.
+        progress: Whether to show a bar.
     """
     interpreter = GraphInterpreter(captured, sites, fake_mode)
-    with _Meter(_quantized_by(config), config.progress) as meter:
+    with _Meter(_quantized, progress) as meter:
 
         def run() -> list[Tensor]:
             with real_tensors(), forked_random_state():
@@ -181,7 +170,7 @@ class _Meter:
     def __init__(self, quantized_of: QuantizedOf, progress: bool) -> None:
         self.use_quantized = False
         self._quantized_of = quantized_of
-        self._sums: dict[tuple[Any, ...], list[float]] = {}
+        self._sums: dict[Hashable, list[float]] = {}
         self._bar = tqdm(
             desc="fxint4: measuring errors", unit="matmul", disable=not progress, leave=False
         )
@@ -203,7 +192,7 @@ class _Meter:
                 return quantized
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:
-                sums = self._sums.setdefault(_key(site, roots), [0.0, 0.0])
+                sums = self._sums.setdefault(site.record.weight_key, [0.0, 0.0])
                 for activation in activations:
                     changes = _squares(activation, matrix, quantized)
                     sums[:] = (have + more for have, more in zip(sums, changes, strict=True))

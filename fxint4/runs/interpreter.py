@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fxint4.graph.build import Build, copy_graph
+from fxint4.passes.plan import Plans
 from fxint4.passes.site import Site
 from fxint4.tensor import Int4TileTensor
 
@@ -83,7 +84,7 @@ class MatrixOf(Protocol):
         """The weight to multiply by.
 
         Args:
-            site: The matmul.
+            site: The matmul, with the plan of its weight in this run.
             roots: The real tensors that its weight is made of.
             activations: What the site multiplies in each call of the run.
 
@@ -107,13 +108,22 @@ class GraphInterpreter:
         captured: The graph; not changed.
         sites: Its matmuls whose weights may be replaced.
         fake_mode: The FakeTensorMode of the graph's values.
+        plans: Decides about the weights of each call; None if all calls have those that the graph
+            was captured with.
 
     Attributes:
         sites: The same sites.
     """
 
-    def __init__(self, captured: fx.GraphModule, sites: Sequence[Site], fake_mode: Any) -> None:
+    def __init__(
+        self,
+        captured: fx.GraphModule,
+        sites: Sequence[Site],
+        fake_mode: Any,
+        plans: Plans | None = None,
+    ) -> None:
         self.sites = tuple(sites)
+        self._plans = plans
         self._gm, copies = copy_graph(captured)
         for position, site in enumerate(self.sites):
             _put_product(site, position, copies, fake_mode)
@@ -131,6 +141,10 @@ class GraphInterpreter:
     def roots(self, site: Site, arguments: Sequence[Any]) -> list[Tensor]:
         """The real tensors behind the weight of a site, among the arguments of a call."""
         return [arguments[position] for position in self._roots[self.sites.index(site)]]
+
+    def planned(self, site: Site, roots: Sequence[Tensor]) -> Site:
+        """A site with the plan of its weight in a call."""
+        return site if self._plans is None else self._plans.of(site, roots)
 
     def run(
         self, calls: Sequence[Sequence[Any]], matrix_of: MatrixOf = own_matrix
@@ -179,7 +193,8 @@ class GraphInterpreter:
             Activation(*(operand and of_call[operand] for operand in operands))
             for of_call in values
         ]
-        matrix = matrix_of(site, self.roots(site, calls[0]), activations)
+        roots = self.roots(site, calls[0])
+        matrix = matrix_of(self.planned(site, roots), roots, activations)
         return [activation.times(matrix) for activation in activations]
 
 

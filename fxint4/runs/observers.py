@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
-from fxint4.graph.names import weight_names
 from fxint4.passes.activations import same_activation, scales_freely
 from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
@@ -222,18 +221,17 @@ class ObservedGraph:
     """
 
     def __init__(self, analysis: Analysis, observer: Observer) -> None:
-        found = [entry for entry in analysis.found if isinstance(entry, Site)]
-        sites = [site for site in found if not isinstance(site.match, PrepackedMatch)]
+        sites = [site for site in analysis.sites if not isinstance(site.match, PrepackedMatch)]
         self.written = analysis.weights.written
-        self._interpreter = GraphInterpreter(analysis.captured, sites, analysis.fake_mode)
-        self._captured_with = analysis.weights.tensors
+        self._interpreter = GraphInterpreter(
+            analysis.captured, sites, analysis.fake_mode, analysis.plans
+        )
         self._observer = observer
-        self._group_of: dict[int, list[Site]] = {}  # sites of one activation, by id of each
+        self._group_of: dict[fx.Node, list[Site]] = {}  # sites of one activation, by node of each
         groups: dict[Any, list[Site]] = {}
         for site, shared in zip(sites, same_activation(sites), strict=True):
-            self._group_of[id(site)] = groups.setdefault(shared, [])
-            self._group_of[id(site)].append(site)
-        self._weights_of: dict[tuple[int, ...], Weights] = {}
+            self._group_of[site.node] = groups.setdefault(shared, [])
+            self._group_of[site.node].append(site)
         self._arguments: Sequence[Any] = ()
 
     def observe(self, arguments: list[Any]) -> Sequence[Any]:
@@ -243,7 +241,8 @@ class ObservedGraph:
             site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
         ) -> Tensor:
             with real_tensors():
-                self.sum_up(site, activations)
+                if not site.kept:
+                    self.sum_up(site, activations)
                 return own_matrix(site, roots, activations)
 
         return self.run([arguments], matrix)[0]
@@ -261,7 +260,7 @@ class ObservedGraph:
         def matrix(
             site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
         ) -> Tensor:
-            other = matrix_of(self.key_of(site))
+            other = None if site.kept else matrix_of(site.key)
             if other is not None:
                 return other.to(activations[0].x.dtype)
             with real_tensors():
@@ -277,52 +276,29 @@ class ObservedGraph:
         finally:
             self._arguments = ()
 
-    def sum_up(self, site: Site, activations: Sequence[Activation]) -> tuple[str, ActivationSums]:
+    def sum_up(self, site: Site, activations: Sequence[Activation]) -> ActivationSums:
         """Add what a site multiplies to the sums; once where several sites multiply the same.
 
         Args:
-            site: The matmul.
+            site: The matmul, with the plan of its weight in this call.
             activations: Of each call.
 
         Returns:
-            The key of the site's weight, and the sums.
+            The sums.
         """
-        group = self._group_of[id(site)]
-        weights = self._weights(group)
+        weights: Weights = {}
+        first: Site | None = None
+        for captured in self._group_of[site.node]:
+            roots = self._interpreter.roots(captured, self._arguments)
+            planned = self._interpreter.planned(captured, roots)
+            if not planned.kept:
+                weights[planned.key] = (planned, roots)
+                first = first or planned
         sums = self._observer.sums_of(weights, activations[0])
-        if site is group[0] and sums.active:
+        if first is not None and first.node is site.node and sums.active:
             for activation in activations:
                 sums.add(activation)
-        return self.key_of(site), sums
-
-    def key_of(self, site: Site) -> str:
-        """The key of a site's weight in this call."""
-        weights = self._weights(self._group_of[id(site)])
-        return next(key for key, (of, _) in weights.items() if _same_weight(of, site))
-
-    def _weights(self, group: Sequence[Site]) -> Weights:
-        """The weights of some sites in this call, by key."""
-        roots = [self._interpreter.roots(site, self._arguments) for site in group]
-        identity = tuple(id(root) for of_site in roots for root in of_site)
-        weights = self._weights_of.get(identity)
-        if weights is None:
-            weights = self._weights_of[identity] = {
-                site.weight.key(self._names(site, of_site), of_site): (site, of_site)
-                for site, of_site in zip(group, roots, strict=True)
-            }
-        return weights
-
-    def _names(self, site: Site, roots: Sequence[Tensor]) -> tuple[str, ...]:
-        """Names of the parameters that a weight is made of, the largest first."""
-        captured_with = [self._captured_with[root] for root in site.weight.roots]
-        if all(root is known for root, known in zip(roots, captured_with, strict=True)):
-            return site.record.parameters
-        return weight_names(roots)
-
-
-def _same_weight(site: Site, other: Site) -> bool:
-    ours, theirs = site.weight, other.weight
-    return ours.roots == theirs.roots and ours.signature == theirs.signature
+        return sums
 
 
 def _pre_scale(weights: Sequence[Tensor], statistics: Statistics, group_size: int) -> Tensor | None:

@@ -84,7 +84,9 @@ class _SequentialRuns:
     ) -> Tensor:
         """The `MatrixOf` of a graph: sums up the activations, then quantizes with them."""
         with real_tensors():
-            key, sums = graph.sum_up(site, activations)
+            if site.kept:
+                return own_matrix(site, roots, activations)
+            key, sums = site.key, graph.sum_up(site, activations)
             if key not in self._matrices:
                 if sums.pre_scale is None:
                     self._observer.find_pre_scale(sums)

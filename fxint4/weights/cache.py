@@ -1,33 +1,35 @@
-"""A cache of packed weights, keyed by the identity of the parameters they were made from.
+"""A cache of packed weights, keyed by the identity of the weights they were made from.
 
 All graphs that use the same computation of the same parameters share one packed weight: tied
-weights, recompiles, graph breaks, dynamic shapes. It lives as long as its parameters, and is
-packed again, into the same memory, when their data changes.
+weights, recompiles, graph breaks, dynamic shapes. It lives as long as the memory of its parameters,
+and is packed again, into the same memory, when their values change.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import chain
-from operator import attrgetter, itemgetter
-from typing import Any, ClassVar, Protocol
+from operator import itemgetter
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fxint4._pytorch.tensors import TensorState
+from fxint4._pytorch.tensors import storage_key, version_of, when_storage_dies
 from fxint4.quant.blockwise import Block, dequantize_block, pack_block, quantized_blocks
 from fxint4.quant.metrics import nonfinite_fault, sqnr_db
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 from fxint4.tensor import Int4TileTensor
+from fxint4.tensor.views import when_written
 from fxint4.weights.expression import AXES
 from fxint4.weights.formats import Dense, Format, format_specs
+from fxint4.weights.identity import WeightIdentity
 
-__all__ = ["Computation", "Lookup", "PackedWeight", "WeightCache", "picker", "weight_cache"]
+__all__ = ["Computation", "PackedWeight", "WeightCache", "picker", "weight_cache"]
 
 
 class Computation(Protocol):
@@ -49,55 +51,39 @@ class PackedWeight:
 
     Args:
         weight: The computation of the weight.
-        roots: The real tensors it is computed from; held weakly.
+        identity: Its identity, which its roots have for as long as it is used.
         shape: The packed shape.
         recipe: How its codes are chosen.
 
     Attributes:
-        formats: The tensors of each format; their values are current after `fold`.
+        identity: The same identity.
+        formats: The tensors of each format; their values are current after `fold`. The tiles of a
+            prepacked weight are not among them where they are the roots' own memory, see `tensors`.
         fault: Why the weight cannot be packed, or None.
         sqnr_db: Signal-to-quantization-noise ratio of the weight, in dB; None if it came prepacked.
         recipe: How its codes are chosen.
-        epoch: Shared by all packed weights; a new object whenever one of them is folded or freed.
     """
-
-    epoch: ClassVar[object] = object()
 
     def __init__(
         self,
         weight: Computation,
-        roots: Sequence[Tensor],
+        identity: WeightIdentity,
         shape: TileShape,
         recipe: Recipe = RTN,
     ) -> None:
         self._weight = weight
         self._shape = shape
+        self.identity = identity
         self.recipe = recipe
-        self._roots = tuple(weakref.ref(root) for root in roots)
-        self._device = roots[0].device
-        self._states: tuple[TensorState, ...] = ()
+        self._versions: tuple[int, ...] | None = None
+        self._readers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.formats: dict[Format, list[Tensor]] = {}
         self.fault: str | None = None
         self.sqnr_db: float | None = None
 
-    def is_made_from(self, roots: Sequence[Tensor]) -> bool:
-        """Whether it was made from these tensor objects, on their device; values may differ."""
-        return self._device == roots[0].device and all(
-            ref() is root for ref, root in zip(self._roots, roots, strict=True)
-        )
-
-    def uses(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is one of its roots."""
-        return any(ref() is tensor for ref in self._roots)
-
     def is_current(self, roots: Sequence[Tensor]) -> bool:
-        """Whether it was made from these tensor objects and from their current values."""
-        if not self._states:
-            return False
-        for ref, state, root in zip(self._roots, self._states, roots):  # noqa: B905 (hot)
-            if ref() is not root or not state.matches(root):
-                return False
-        return True
+        """Whether it was made from the current values of its roots."""
+        return self._versions == tuple(map(version_of, roots))
 
     def fold(self, formats: Collection[Format], roots: Sequence[Tensor]) -> None:
         """Make these formats and bring all formats up to date, or set `fault`."""
@@ -106,39 +92,65 @@ class PackedWeight:
         elif self.fault is None and not self.formats.keys() >= set(formats):
             self._fold(roots, {*formats} - self.formats.keys())
 
+    def holds(self, format: Format) -> bool:
+        """Whether it holds the tensors of a format itself; else they are the roots' own memory."""
+        return bool(self.formats[format])
+
+    def tensors(self, format: Format, roots: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a format, after `fold`."""
+        if self.holds(format):
+            return self.formats[format]
+        weight = self._weight.evaluate(roots)
+        assert isinstance(weight, Int4TileTensor)
+        return [weight.tiles.detach(), weight.scale_and_zero.detach()]
+
+    def read_by(self, reader: Any) -> None:
+        """Have `reader.outdate()` called when the memory is freed or the values are doubted."""
+        self._readers.add(reader)
+
+    def doubt(self) -> None:
+        """Take the values for outdated, whatever the versions of the roots say."""
+        self._versions = None
+        for reader in tuple(self._readers):
+            reader.outdate()
+
     def clear(self) -> None:
         """Free all formats."""
-        PackedWeight.epoch = object()
-        for made in self.formats.values():
-            made.clear()  # a `Lookup` holds the list
+        self.doubt()
         self.formats.clear()
-        self._states = ()
 
     def _fold(self, roots: Sequence[Tensor], formats: set[Format]) -> None:
-        PackedWeight.epoch = object()
         # Fresh tensors must be neither inference tensors (they are updated in place later, outside
         # inference mode) nor part of a gradient graph.
         with torch.inference_mode(False), torch.no_grad():
-            states = tuple(TensorState(root) for root in roots)
+            versions = tuple(map(version_of, roots))
             weight = self._weight.evaluate(roots)
             prepacked = isinstance(weight, Int4TileTensor)
             self.fault = None if prepacked else nonfinite_fault(weight)
             if self.fault is None:
-                self._states = ()  # not current while the formats are written
-                made = {format: self._memory(format, weight) for format in formats}
+                self._versions = None  # not current while the formats are written
+                made = {format: self._memory(format, weight, roots) for format in formats}
                 if isinstance(weight, Int4TileTensor):
                     self._take(weight, made)
                 else:
                     self._quantize(weight, made)
+                if weight.is_cuda:
+                    # A call on another stream may read the formats next.
+                    torch.cuda.current_stream(weight.device).synchronize()
                 self.formats.update(made)
-        self._states = states
+        self._versions = versions
 
-    def _memory(self, format: Format, weight: Tensor) -> list[Tensor]:
-        """The tensors of a format: existing ones, whose addresses graphs know, or new ones."""
+    def _memory(self, format: Format, weight: Tensor, roots: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a format: existing ones, whose addresses graphs know, or new ones.
+
+        None at all for tiles in the roots' own memory: to hold a view of it would keep it alive.
+        """
         if isinstance(weight, Int4TileTensor) and format == "tiles":
-            # Detached, because holding the roots themselves would keep them alive.
             buffers = (weight.tiles, weight.scale_and_zero)
-            return [buffer.detach().contiguous() for buffer in buffers]
+            own = set(map(storage_key, roots))
+            if all(b.is_contiguous() and storage_key(b) in own for b in buffers):
+                return []
+            return [b.detach().clone(memory_format=torch.contiguous_format) for b in buffers]
         return self.formats.get(format) or [
             torch.empty(size, dtype=dtype, device=weight.device)
             if stride is None
@@ -188,102 +200,23 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]
     return lambda items: [items[position] for position in positions]
 
 
-_storage_id = attrgetter("_cdata")
-_version = attrgetter("_version")
-
-
-class Lookup:
-    """Caches the buffers of all weights of one graph.
-
-    Valid while no packed weight changed (`epoch`) and every root has the same address, version and
-    storage. That is as exact as asking each packed weight, in a quarter of the time: while the
-    epoch is the same, packed weights keep the identities of their roots and storages from being
-    reused. If a root is itself a buffer, as for a prepacked weight, only its address is compared.
-
-    Args:
-        roots: The roots of all weights, before the weights are looked up.
-    """
-
-    def __init__(self, roots: Sequence[Tensor]) -> None:
-        self._epoch = PackedWeight.epoch
-        self._made_from = tuple(range(len(roots)))
-        # Inference tensors have no version and raise when asked.
-        self._versioned = tuple(i for i, root in enumerate(roots) if not root.is_inference())
-        self._pick()
-        self._state = self._state_of(roots)
-        self._found: list[Sequence[Tensor]] = []
-        self._copied: set[int] = set()
-
-    def add(self, found: Sequence[Tensor], roots: Sequence[Tensor]) -> None:
-        """Add one packed weight.
-
-        Args:
-            found: The list of its tensors; `PackedWeight.clear` empties that list.
-            roots: The roots of this weight.
-        """
-        self._found.append(found)
-        if not all(any(_same_memory(tensor, root) for root in roots) for tensor in found):
-            self._copied.update(map(id, roots))
-
-    def finish(self, roots: Sequence[Tensor]) -> None:
-        """Drop comparisons that are not needed, once all weights are added."""
-        addresses, versions, storages = self._state
-        version_of = dict(zip(self._versioned, versions, strict=True))
-        self._made_from = tuple(i for i, root in enumerate(roots) if id(root) in self._copied)
-        self._versioned = tuple(i for i in self._made_from if i in version_of)
-        self._pick()
-        self._state = (
-            addresses,
-            tuple(version_of[i] for i in self._versioned),
-            tuple(storages[i] for i in self._made_from),
-        )
-
-    def is_current(self) -> bool:
-        """Whether no packed weight has been folded or freed since it was made."""
-        return self._epoch is PackedWeight.epoch
-
-    def matches(self, roots: Sequence[Tensor]) -> bool:
-        """Whether these roots have the same buffers, provided `is_current`."""
-        return self._state == self._state_of(roots)
-
-    def tensors(self) -> list[Tensor]:
-        """The buffers of all weights."""
-        return list(chain.from_iterable(self._found))
-
-    def _pick(self) -> None:
-        self._pick_versioned = picker(self._versioned)
-        self._pick_made_from = picker(self._made_from)
-
-    def _state_of(self, roots: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-        return (
-            tuple(map(Tensor.data_ptr, roots)),
-            tuple(map(_version, self._pick_versioned(roots))),
-            tuple(map(_storage_id, map(Tensor.untyped_storage, self._pick_made_from(roots)))),
-        )
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.stride() == other.stride()
-        and _storage_id(one.untyped_storage()) == _storage_id(other.untyped_storage())
-    )
-
-
 class WeightCache:
-    """All packed weights of the process. Safe to use from several threads."""
+    """All packed weights of the process. Safe to use from several threads, and after a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._packed: dict[tuple[object, ...], dict[object, PackedWeight]] = {}
+        self._packed: dict[WeightIdentity, dict[object, PackedWeight]] = {}
+        #: For each storage a reference with a callback, and the weights that are made of it.
+        self._storages: dict[int, tuple[weakref.ref[Any], set[WeightIdentity]]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._packed.values()))
 
     def of(self, tensor: Tensor) -> list[PackedWeight]:
-        """The packed weights that have a parameter among their roots."""
-        made = (packed for family in self._packed.values() for packed in family.values())
-        return [packed for packed in made if packed.uses(tensor)]
+        """The packed weights that are made of a tensor's memory."""
+        _, made_of = self._storages.get(storage_key(tensor), (None, ()))
+        families = [self._packed.get(identity, {}) for identity in tuple(made_of)]
+        return [packed for family in families for packed in family.values()]
 
     def find(
         self,
@@ -300,19 +233,20 @@ class WeightCache:
             shape: The packed shape, part of the key.
             recipe: How its codes are chosen, part of the key.
         """
-        key = (*map(id, roots), weight.signature)
+        identity = WeightIdentity(roots, weight.signature)
         with self._lock:
-            family = self._packed.setdefault(key, {})
-            for made_as, old in list(family.items()):
-                # A model that moved to another device keeps its parameters.
-                if not old.is_made_from(roots):
-                    old.clear()
-                    del family[made_as]
-            if not family:
+            if identity not in self._packed:
+                self._packed[identity] = {}
                 for root in roots:
-                    weakref.finalize(root, self._forget, key).atexit = False
-            packed = PackedWeight(weight, roots, shape, recipe)
+                    self._watch(root, identity)
+            family = self._packed[identity]
+            packed = PackedWeight(weight, identity, shape, recipe)
             return family.setdefault((shape, recipe), packed)
+
+    def doubt(self, tensor: Tensor) -> None:
+        """Fold all that is made of a tensor's memory again, when it is used next."""
+        for packed in self.of(tensor):
+            packed.doubt()
 
     def fold(
         self, packed: PackedWeight, formats: Collection[Format], roots: Sequence[Tensor]
@@ -321,11 +255,32 @@ class WeightCache:
         with self._lock:
             packed.fold(formats, roots)
 
-    def _forget(self, key: tuple[object, ...]) -> None:
+    def _watch(self, root: Tensor, identity: WeightIdentity) -> None:
+        """Forget the weight when the storage of a root dies."""
+        key = storage_key(root)
+        if key not in self._storages:
+            self._storages[key] = (when_storage_dies(root, partial(self._forget, key)), set())
+        self._storages[key][1].add(identity)
+
+    def _forget(self, key: int, _: object) -> None:
         # Runs in the thread that drops the last reference, which may hold the lock. It takes none,
         # because popping from a dict is atomic.
-        for packed in self._packed.pop(key, {}).values():
-            packed.clear()
+        _, made_of = self._storages.pop(key, (None, set[WeightIdentity]()))
+        for identity in made_of:
+            for packed in self._packed.pop(identity, {}).values():
+                packed.clear()
+            for other in identity.storages - {key}:
+                _, rest = self._storages.get(other, (None, set[WeightIdentity]()))
+                rest.discard(identity)
+                if not rest:
+                    self._storages.pop(other, None)
+
+    def after_fork(self) -> None:
+        """Make a new lock: in a child process no thread lives that could give back the old one."""
+        self._lock = threading.RLock()
 
 
 weight_cache = WeightCache()
+when_written.append(weight_cache.doubt)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=weight_cache.after_fork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ AXES: Mapping[str, Callable[[Tensor], Tensor]] = {
 class Weight:
     """A constant operand of a matmul, computed from placeholders of the graph, its roots.
 
+    Equal weights are equal computations of the same roots, whatever nodes of the graph do them.
+
     Attributes:
         node: The constant node; transposes right before the matmul are in `axes` instead.
         axes: The order of the node's axes, a key of `AXES`.
@@ -50,6 +53,14 @@ class Weight:
     steps: tuple[fx.Node, ...]
     literals: Mapping[fx.Node, Tensor]
 
+    def __hash__(self) -> int:
+        return hash((self.roots, self.signature))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Weight):
+            return NotImplemented
+        return self.roots == other.roots and self.signature == other.signature
+
     @cached_property
     def signature(self) -> str:
         """The computation as text, equal for equal computations."""
@@ -62,7 +73,7 @@ class Weight:
             if step.op == "placeholder":
                 lines.append(f"{number[step]} = root {self.roots.index(step)}")
             elif step.op == "get_attr":
-                lines.append(f"{number[step]} = literal {id(self.literals[step])}")
+                lines.append(f"{number[step]} = literal {_digest(self.literals[step])}")
             else:
                 arguments = fx.map_arg((step.args, step.kwargs), lambda node: number[node])
                 lines.append(f"{number[step]} = {step.target} {arguments}")
@@ -179,6 +190,14 @@ class PrepackedWeight(Weight):
     def evaluate(self, roots: Sequence[Tensor]) -> Tensor:
         """Compute the buffers and wrap them; `roots` as in `Weight.evaluate`."""
         return self.prepacked.evaluate(self._values((self.node, self.scale_and_zero), roots))
+
+
+def _digest(literal: Tensor) -> str:
+    """A digest of a tensor's dtype, shape and values, the same in every process."""
+    with real_tensors():
+        values = literal.detach().cpu().clone(memory_format=torch.contiguous_format)
+        made = hashlib.sha256(bytes(values.untyped_storage()))
+    return f"{literal.dtype} {tuple(literal.shape)} {made.hexdigest()[:32]}"
 
 
 def _reusable(

@@ -15,7 +15,7 @@ from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
 from fxint4.graph.symbolic import known, value_of
-from fxint4.passes.pattern import Kept, Match, Multiply, Pattern, kept_pick
+from fxint4.passes.pattern import Match, Multiply, Pattern, Unmatched, kept_pick
 
 
 class BatchedMatMul(Pattern):
@@ -23,7 +23,7 @@ class BatchedMatMul(Pattern):
 
     ops = (aten.bmm.default, aten.baddbmm.default)
 
-    def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
+    def match(self, node: fx.Node, constants: Constants) -> Match | Unmatched | None:
         """Match a weight on either side, broadcast, batched or picked by an index."""
         bias = node.args[0] if node.target is aten.baddbmm.default else None
         left, right = (_unexpanded(operand) for operand in node.args[-2:])

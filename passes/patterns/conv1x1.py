@@ -8,7 +8,7 @@ from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
 from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import Kept, Match, Multiply, Pattern
+from fxint4.passes.pattern import Match, Multiply, Pattern, Unmatched
 
 
 class Conv1x1(Pattern):
@@ -16,8 +16,8 @@ class Conv1x1(Pattern):
 
     ops = (aten.convolution.default,)
 
-    def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
-        """Match kernel 1, stride 1, no padding and one group; `Kept` for any other convolution."""
+    def match(self, node: fx.Node, constants: Constants) -> Match | Unmatched | None:
+        """Match kernel 1, stride 1, no padding and one group; others are `Unmatched`."""
         x, weight, bias, stride, padding, _, transposed, _, groups = node.args
         if not isinstance(weight, fx.Node) or not constants.is_weight(weight):
             return None
@@ -33,7 +33,7 @@ class Conv1x1(Pattern):
             reason = f"a convolution with {groups} groups (only 1 is packed)"
         else:
             return Match(weight, "NK1", x, bias)  # type: ignore[arg-type]
-        return Kept(weight, reason, int(shape[0]), int(shape[1:].numel()))
+        return Unmatched(weight, reason, int(shape[0]), int(shape[1:].numel()))
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """Move the channels last, multiply all positions at once, and move the channels back."""

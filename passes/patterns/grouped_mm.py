@@ -11,7 +11,7 @@ from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
 from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import Kept, Match, Multiply, Pattern
+from fxint4.passes.pattern import Match, Multiply, Pattern, Unmatched
 
 
 class GroupedMatMul(Pattern):
@@ -26,7 +26,7 @@ class GroupedMatMul(Pattern):
         fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
         return (aten._grouped_mm.default, *([fallback.default] if fallback else []))
 
-    def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
+    def match(self, node: fx.Node, constants: Constants) -> Match | Unmatched | None:
         """Match a constant W whose groups are rows of x."""
         arguments = dict(zip(("x", "weight", "offs", "bias", "out_dtype"), node.args, strict=False))
         arguments.update({_NAMES.get(name, name): value for name, value in node.kwargs.items()})
@@ -44,7 +44,7 @@ class GroupedMatMul(Pattern):
             reason = f"a grouped matmul with out_dtype={arguments['out_dtype']}"
         else:
             return Match(weight, "EKN", x, offs=offs)
-        return Kept(weight, reason, int(shape[-1]), int(shape[-2]), int(shape[:-2].numel()))
+        return Unmatched(weight, reason, int(shape[-1]), int(shape[-2]), int(shape[:-2].numel()))
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """Multiply the same groups by packed weights."""

@@ -11,7 +11,7 @@ from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
 from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import Kept, Match, Multiply, Pattern
+from fxint4.passes.pattern import Match, Multiply, Pattern, Unmatched
 
 control_flow = torch.ops.higher_order
 
@@ -33,8 +33,8 @@ class LeftAlone(Pattern):
     }
     ops = tuple(_REASONS)
 
-    def match(self, node: fx.Node, constants: Constants) -> Kept | None:
-        """`Kept` for the largest constant operand with at least two axes."""
+    def match(self, node: fx.Node, constants: Constants) -> Unmatched | None:
+        """`Unmatched` for the largest constant operand with at least two axes."""
         weights = [
             operand
             for operand in node.all_input_nodes
@@ -44,7 +44,7 @@ class LeftAlone(Pattern):
             return None
         weight = max(weights, key=lambda operand: value_of(operand).numel())
         *_, rows, columns = value_of(weight).shape
-        return Kept(weight, self._REASONS[node.target], int(rows), int(columns))
+        return Unmatched(weight, self._REASONS[node.target], int(rows), int(columns))
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
         """Not called, because `match` never returns a `Match`."""

@@ -9,7 +9,7 @@ from torch import fx
 from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
-from fxint4.passes.pattern import Kept, Match, Multiply, Pattern, kept_pick
+from fxint4.passes.pattern import Match, Multiply, Pattern, Unmatched, kept_pick
 from fxint4.passes.patterns.bmm import picked
 
 
@@ -18,7 +18,7 @@ class MatMul(Pattern):
 
     ops = (aten.mm.default, aten.addmm.default)
 
-    def match(self, node: fx.Node, constants: Constants) -> Match | Kept | None:
+    def match(self, node: fx.Node, constants: Constants) -> Match | Unmatched | None:
         """Match a weight on either side; if both are constant, the product is itself a weight."""
         bias, left, right = _operands(node)
         if constants.is_weight(left) and constants.is_weight(right):

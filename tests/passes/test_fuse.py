@@ -760,8 +760,7 @@ def test_kernels_are_named_for_the_mode_asked_for(
         told.append(policy.cuda_graphs)
         return with_matmuls(records, sites, forms, config, policy)
 
-    for user in ("frontends.backend", "lowering.late_weights"):
-        monkeypatch.setattr(f"fxint4.{user}.with_matmuls", spy)
+    monkeypatch.setattr("fxint4.lowering.bound_records.with_matmuls", spy)
 
     class Layer(Heads):
         pass  # code that Dynamo shares
@@ -771,4 +770,7 @@ def test_kernels_are_named_for_the_mode_asked_for(
         for layer in layers:
             layer.compile(backend="int4tile", mode=mode)
             layer(torch.randn(M, K))
+    report = fxint4.last_report()
+    assert report is not None
+    assert report.records  # which makes those of the second layer
     assert told == [cuda_graphs] * 2  # when it was compiled, and when the second layer was met

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxint4.graph.constants import Constants, Role
-from fxint4.passes.pattern import Kept
+from fxint4.passes.pattern import Unmatched
 from fxint4.passes.patterns.left_alone import LeftAlone
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
@@ -64,7 +64,7 @@ def test_ops_that_have_no_place_on_a_cpu(op: torch._ops.OpOverload, reason: str)
     scale.meta["val"] = torch.empty(4)
     roles = {w: Role.WEIGHT, scale: Role.WEIGHT}
     gm = fx.GraphModule({}, graph)
-    assert LeftAlone().match(node, Constants(gm, roles)) == Kept(w, reason, N, K)
+    assert LeftAlone().match(node, Constants(gm, roles)) == Unmatched(w, reason, N, K)
     assert LeftAlone().match(node, Constants(gm, {scale: Role.WEIGHT})) is None
 
 
