@@ -18,7 +18,7 @@ from fxint4.passes.plan import Plans
 from fxint4.passes.site import Site
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.report import Record
-from fxint4.weights.expression import Weight
+from fxint4.weights.expression import AXES, Weight
 from fxint4.weights.formats import (
     UNBOUNDED,
     Dense,
@@ -131,6 +131,21 @@ def _op_name(target: Any) -> str:
     return name.removeprefix("aten::").replace("::", ".")
 
 
+def _strides(weight: Tensor, axes: str) -> tuple[int, ...]:
+    """Strides for a copy of a weight: its own, or contiguous ones if its rows share memory.
+
+    Args:
+        weight: The weight as the matmul reads it.
+        axes: The order of its axes, a key of `fxint4.weights.expression.AXES`.
+    """
+    matrix = AXES[axes](weight)
+    if all(stride or size == 1 for size, stride in zip(matrix.shape, matrix.stride(), strict=True)):
+        return weight.stride()
+    expanded = weight.ndim - matrix.ndim if axes.startswith("*") else 0
+    shape = weight.shape[expanded:]
+    return (*[0] * expanded, *(math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
+
+
 #: Stands for the packed shape of a site until that is planned.
 _UNPLANNED = choose_shape(1, 1)
 
@@ -146,7 +161,7 @@ def _site(node: fx.Node, pattern: Pattern, match: Match, weight: Weight, record:
     elif prepacked:
         fallback = None
     else:
-        fallback = Dense(value.dtype, tuple(value.shape), value.stride(), match.axes)
+        fallback = Dense(value.dtype, tuple(value.shape), _strides(value, match.axes), match.axes)
     most_rows = UNBOUNDED if prepacked else most_int4_rows(value.device, value.dtype)
     return Site(
         node, pattern, match, weight, int4, fallback, most_rows, record, _UNPLANNED, Int4Config()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -15,11 +17,11 @@ from torch import fx
 
 __all__ = [
     "compile_request",
+    "compiles_forgotten",
     "frame_id",
     "frame_scope",
     "graph_break_reason",
     "has_forward_hooks",
-    "restart_trace",
     "roomy_recompile_limit",
     "source_name",
 ]
@@ -71,13 +73,6 @@ def compile_request(depth: int) -> object | None:
     return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
 
 
-def restart_trace() -> None:
-    """Leave the backend and make Dynamo trace the frame again, because its inputs changed."""
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-
-    raise TensorifyScalarRestartAnalysis
-
-
 @contextlib.contextmanager
 def roomy_recompile_limit() -> Iterator[None]:
     """Lift Dynamo's recompile limit, beyond which a function would fall back to eager."""
@@ -85,6 +80,54 @@ def roomy_recompile_limit() -> Iterator[None]:
 
     with dynamo_config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         yield
+
+
+@contextlib.contextmanager
+def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[None]:
+    """Drop at the end what Dynamo compiled meanwhile in this thread, and the backend, from it.
+
+    Code that frames were compiled to before stays, and so does what other threads compile.
+    """
+    from torch._dynamo.convert_frame import register_bytecode_hook
+    from torch._dynamo.eval_frame import (
+        _debug_get_cache_entry_list,
+        cached_backends,
+        reset_code,
+    )
+
+    thread = threading.get_ident()
+    made: list[tuple[CodeType, CodeType]] = []
+
+    def hook(code: CodeType, new_code: CodeType) -> CodeType | None:
+        if threading.get_ident() == thread:
+            made.append((code, new_code))
+        return None
+
+    handle = register_bytecode_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for code, transformed in made:
+            entries = _debug_get_cache_entry_list(code)
+            for entry in entries:
+                if entry.code is transformed:
+                    _invalidate(entry)
+            # What is invalidated stays in the list, and counts as a compile.
+            if all(entry.code is None for entry in entries):
+                reset_code(code)
+        for key, known in list(cached_backends.items()):
+            if backend in (known, getattr(known, "compiler_fn", None)):
+                del cached_backends[key]
+
+
+def _invalidate(entry: Any) -> None:
+    """Remove a cache entry, as Dynamo does when an object that its guards look at dies."""
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    state = entry.guard_manager.extra_state
+    if state is not None:
+        state.invalidate(entry, DeletedGuardManagerWrapper("made for one run"))
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:

@@ -17,7 +17,7 @@ from fxint4.errors import OptionError, TrainingError
 from fxint4.graph.names import Inputs, parameters_in_call
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
-from fxint4.lowering.bound_records import BoundRecords, bound_records
+from fxint4.lowering.bound_records import BoundRecords
 from fxint4.lowering.dense import compile_graph
 from fxint4.lowering.graph import Int4Graph, expected_rows
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
@@ -28,6 +28,7 @@ from fxint4.report import GraphReport, Report
 from fxint4.report.graph_text import graph_text
 from fxint4.report.latest import remember, report_of_caller
 from fxint4.tensor import Int4TileTensor
+from fxint4.weights.cache import WeightCache, weight_cache
 
 __all__ = ["compile_captured", "int4tile"]
 
@@ -73,6 +74,7 @@ def compile_captured(
     config: Int4Config,
     patches: Mapping[str, Any],
     report: Report,
+    cache: WeightCache = weight_cache,
 ) -> Callable[..., Any]:
     """Compile one captured graph and add it to a report; see `int4tile`.
 
@@ -82,6 +84,7 @@ def compile_captured(
         config: What to pack.
         patches: Of Inductor's config.
         report: Gets this graph.
+        cache: Holds the packed weights.
 
     Raises:
         TrainingError: A module in training mode, or an input that requires grad.
@@ -98,30 +101,32 @@ def compile_captured(
         state = CompileState(patches)
         weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
         analysis = Analysis(captured, weights, config, state.fake_mode)
-        _, records = fold(analysis.found, weights.tensors, expected_rows, config)
+        _, records = fold(analysis.found, weights.tensors, expected_rows, config, cache)
         policy = Policy.now(config)
         key = (frame_id(), *sorted(weights.parameters))
         names, labels = weights.labels, dict[str, str]()
         before = after = graph_text(captured, names, labels)
         graph = None
         if analysis.sites:
+            of_bindings = BoundRecords(report, key, config, policy)
             graph = Int4Graph(
                 captured,
                 fake_inputs,
                 analysis.sites,
                 analysis.plans,
                 tuple(weights.tensors),
+                cache,
                 config,
                 policy,
                 state,
                 kwargs,
-                BoundRecords(report, key, config, policy),
+                of_bindings,
             )
             after, binding = graph.compile_first(
                 weights.tensors,
                 lambda made: graph_text(made.gm, {**names, **made.labels}, labels),
             )
-            bound = iter(bound_records(binding, config, policy))
+            bound = iter(of_bindings.first(binding))
             records = [
                 next(bound) if isinstance(entry, Site) else record
                 for entry, record in zip(analysis.found, records, strict=True)

@@ -16,6 +16,7 @@ from fxint4.runs.calibrate import with_budget_choices
 from fxint4.runs.errors_of import Errors, measure
 from fxint4.runs.state_guard import StateGuard
 from fxint4.runs.tracing import compiled_anew
+from fxint4.weights.cache import WeightCache
 
 __all__ = ["explain"]
 
@@ -53,20 +54,22 @@ def explain(
     config = with_budget_choices(config, model, args, kwargs)
     report = Report(config, patches)
 
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_captured(gm, example_inputs, config, patches, report)
+    cache = WeightCache()  # packed copies go when the report is made
 
-    compiled = compiled_anew(model, backend)
-    if config.measure is False:
-        compiled(args, kwargs)
-        return report
-    guard = StateGuard(model)
-    try:
-        errors = _measured(model, args, kwargs, config, guard)
-        with guard.run(args, kwargs) as (own_args, own_kwargs):
-            compiled(own_args, own_kwargs)
-    finally:
-        guard.forget()
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_captured(gm, example_inputs, config, patches, report, cache)
+
+    with compiled_anew(model, backend) as compiled:
+        if config.measure is False:
+            compiled(args, kwargs)
+            return report
+        guard = StateGuard(model)
+        try:
+            errors = _measured(model, args, kwargs, config, guard)
+            with guard.run(args, kwargs) as (own_args, own_kwargs):
+                compiled(own_args, own_kwargs)
+        finally:
+            guard.forget()
     if errors is not None:
         report.measured(errors.output, errors.of_weights)
     return report

@@ -341,8 +341,9 @@ def _modules_in_call() -> list[nn.Module]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_argcount:
-            arguments = code.co_varnames[: code.co_argcount]
+        arguments = code.co_varnames[: code.co_argcount]
+        # To read `f_locals` keeps what they hold alive, so only those of methods are read.
+        if arguments and ("self" in arguments or _may_be_method(code)):
             values = frame.f_locals
             for argument in arguments:
                 value = values.get(argument)
@@ -350,6 +351,14 @@ def _modules_in_call() -> list[nn.Module]:
                     found.setdefault(value)
         frame = frame.f_back
     return list(found)
+
+
+def _may_be_method(code: CodeType) -> bool:
+    """Whether code is that of a method by its name, as far as that tells."""
+    if _RESUMED.match(code.co_name):
+        return True
+    parents = getattr(code, "co_qualname", "Class.method").split(".")[:-1]  # from Python 3.11 on
+    return bool(parents) and parents[-1] != "<locals>"
 
 
 def _is_method(code: CodeType, module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.names import parameters_of
@@ -12,10 +13,10 @@ from fxint4.passes.fold import folded_record
 from fxint4.passes.fuse import with_matmuls
 from fxint4.report import Record, Report
 
-__all__ = ["BoundRecords", "bound_records"]
+__all__ = ["BoundRecords"]
 
 
-def bound_records(binding: Binding, config: Int4Config, policy: Policy) -> list[Record]:
+def _records(binding: Binding, config: Int4Config, policy: Policy) -> list[Record]:
     """The record of each site of a graph, for the weights of a binding.
 
     Args:
@@ -49,16 +50,30 @@ class BoundRecords:
         self._key = key
         self._config = config
         self._policy = policy
+        self._known: dict[Any, tuple[str, str]] = {}
+
+    def first(self, binding: Binding) -> list[Record]:
+        """The record of each site for the weights that the graph was compiled with."""
+        records = _records(binding, self._config, self._policy)
+        self._new(records)
+        return records
 
     def __call__(self, binding: Binding) -> None:
-        """Add the weights of a binding."""
+        """Add the weights of a binding that a call made."""
         self._report.add_later(
             self._key,
             lambda: (
-                bound_records(binding, self._config, self._policy),
+                self._new(_records(binding, self._config, self._policy)),
                 _parameters(binding),
             ),
         )
+
+    def _new(self, records: Sequence[Record]) -> list[Record]:
+        """Those whose weight was not met before, or has another outcome now."""
+        outcomes = {record.weight_key: (record.action, record.reason) for record in records}
+        known = {key: outcome for key, outcome in self._known.items() if not key.gone}
+        self._known = {**known, **outcomes}
+        return [r for r in records if known.get(r.weight_key) != outcomes[r.weight_key]]
 
 
 def _parameters(binding: Binding) -> Mapping[int, tuple[str, int]]:

@@ -23,7 +23,7 @@ from fxint4.passes.plan import Plans, packing_fault
 from fxint4.passes.rewrite import Rewritten, rewrite
 from fxint4.passes.site import Site
 from fxint4.quant.tile_layout import TileShape
-from fxint4.weights.cache import PackedWeight, picker, weight_cache
+from fxint4.weights.cache import PackedWeight, WeightCache, picker
 from fxint4.weights.expression import PrepackedWeight, Weight
 from fxint4.weights.formats import Format, choose_format
 from fxint4.weights.identity import WeightIdentity
@@ -90,6 +90,7 @@ class Int4Graph:
         sites: Its matmuls that can be packed.
         plans: Decides about their weights.
         constants: Its constant placeholders.
+        cache: Holds the packed weights.
         config: What the user asked for.
         policy: Which kernels to choose.
         state: Of the compiler, restored for later compiles.
@@ -107,6 +108,7 @@ class Int4Graph:
         sites: Sequence[Site],
         plans: Plans,
         constants: Sequence[fx.Node],
+        cache: WeightCache,
         config: Int4Config,
         policy: Policy,
         state: CompileState,
@@ -118,6 +120,7 @@ class Int4Graph:
         self._sites = tuple(sites)
         self._plans = plans
         self._constants = tuple(constants)
+        self._cache = cache
         self._config = config
         self._policy = policy
         self._state = state
@@ -204,8 +207,8 @@ class Int4Graph:
                 if site.kept:
                     continue
                 format = _format_of(site, rows) or site.int4
-                found = weight_cache.find(site.weight, of_site, site.shape, site.recipe)
-                _fold(site, found, format, of_site)
+                found = self._cache.find(site.weight, of_site, site.shape, site.recipe)
+                self._fold(site, found, format, of_site)
                 packed[site.weight] = found
                 if _is_direct(site.weight) and not found.fault and found.holds(format):
                     self._watch(site.weight.roots)
@@ -258,6 +261,22 @@ class Int4Graph:
             versions = tuple(map(version_of, watched))
         return tuple(map(Tensor.data_ptr, roots)), versions
 
+    def _fold(
+        self, site: Site, packed: PackedWeight, format: Format, roots: Sequence[Tensor]
+    ) -> None:
+        """Fold a weight; a failure names the layer."""
+        for root, node in zip(roots, site.weight.roots, strict=True):
+            if root.shape != value_of(node).shape:
+                raise FoldError(
+                    f"{site.record.name}: a parameter {tuple(value_of(node).shape)} is now "
+                    f"{tuple(root.shape)}, and PyTorch calls the code of the old shape: call "
+                    "torch.compiler.reset() after such a change"
+                )
+        try:
+            self._cache.fold(packed, (format,), roots)
+        except Exception as error:
+            raise FoldError(fold_failure(site, error)) from error
+
     # --- what runs -------------------------------------------------------------------------------
 
     def _run(self, binding: Binding, args: Sequence[Any], sizes: tuple[int, ...]) -> _Run:
@@ -278,7 +297,7 @@ class Int4Graph:
             packed = binding.packed[slot.weight]
             positions = [self._positions[root] for root in slot.weight.roots]
             with real_tensors():
-                _fold(site_of[slot.weight], packed, slot.format, [args[i] for i in positions])
+                self._fold(site_of[slot.weight], packed, slot.format, [args[i] for i in positions])
             run.add(packed, slot.format, positions, direct=_is_direct(slot.weight))
         run.finish()
         if len(binding.runs) >= _SIZES_REMEMBERED:
@@ -339,21 +358,6 @@ def _planned_format(
     if found is None or site.kept or packing_fault(found, site.config):
         return None
     return _format_of(site, rows)
-
-
-def _fold(site: Site, packed: PackedWeight, format: Format, roots: Sequence[Tensor]) -> None:
-    """Fold a weight; a failure names the layer."""
-    for root, node in zip(roots, site.weight.roots, strict=True):
-        if root.shape != value_of(node).shape:
-            raise FoldError(
-                f"{site.record.name}: a parameter {tuple(value_of(node).shape)} is now "
-                f"{tuple(root.shape)}, and PyTorch calls the code of the old shape: call "
-                "torch.compiler.reset() after such a change"
-            )
-    try:
-        weight_cache.fold(packed, (format,), roots)
-    except Exception as error:
-        raise FoldError(fold_failure(site, error)) from error
 
 
 def _identity(site: Site) -> WeightIdentity:

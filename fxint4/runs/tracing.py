@@ -11,7 +11,11 @@ import torch
 from torch import fx, nn
 
 from fxint4._pytorch.aot import CompileState, compile_fx, mark_boxed
-from fxint4._pytorch.dynamo import has_forward_hooks, roomy_recompile_limit
+from fxint4._pytorch.dynamo import (
+    compiles_forgotten,
+    has_forward_hooks,
+    roomy_recompile_limit,
+)
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import Int4Error
 from fxint4.graph.names import OWN_CODE, named_from
@@ -61,26 +65,29 @@ def traced(
         return compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS, Int4TileTensor)
 
     try:
-        yield compiled_anew(model, backend)
+        with compiled_anew(model, backend) as run:
+            yield run
     finally:
         held.clear()
 
 
-def compiled_anew(model: Callable[..., Any], backend: Callable[..., Any]) -> ModelRunner:
+@contextlib.contextmanager
+def compiled_anew(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterator[ModelRunner]:
     """Compile a model with a backend of ours, apart from the user's compiles of it.
 
     Dynamo remembers by code object what it compiled and how often, and by the code's file, line and
     name which sizes varied. So a copy of the model's code under another name is compiled: our run
-    is no recompile of the model, no size becomes dynamic in the user's compile because ours saw
-    two values of it, and what Dynamo compiled goes away with the copy.
+    is no recompile of the model, and no size becomes dynamic in the user's compile because ours saw
+    two values of it. Inner functions are compiled as they are, where the graph breaks. In the end
+    all that was compiled is dropped.
 
     Args:
         model: A module or a function.
         backend: A backend for `torch.compile`. An `Int4Error` that it raises reaches the caller
             itself, not wrapped by Dynamo.
 
-    Returns:
-        What runs the compiled model, under `torch.no_grad`.
+    Yields:
+        What runs the compiled model, under `torch.no_grad`, until the context is left.
     """
     compiled = torch.compile(_with_own_code(model), backend=backend)
 
@@ -94,7 +101,8 @@ def compiled_anew(model: Callable[..., Any], backend: Callable[..., Any]) -> Mod
                     raise cause from None
                 raise
 
-    return run
+    with compiles_forgotten(backend):
+        yield run
 
 
 def _with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -305,13 +305,11 @@ def test_groups_of_another_size_are_not_fused() -> None:
     torch.testing.assert_close(y, eager, rtol=2 * BF16, atol=2 * BF16)
 
 
-@pytest.mark.parametrize("free", [True, False])
-def test_packed_parameters(free: bool) -> None:
+def test_packed_parameters() -> None:
     model, x = Heads(48, 32, 40, bias=(True, False, True)), torch.randn(2, M, K)
     original = copy.deepcopy(model)
-    if not free:
-        fxint4.pack_(model)
-    y, report = compile_and_report(model, x, options={"free_weights": free})
+    fxint4.pack_(model)
+    y, report = compile_and_report(model, x)
     assert isinstance(model.q.weight, Int4TileTensor)
     assert fused(report) == [[48, 32, 40]]
     assert_rounded(y, original, [x], report, weights_of(original))
