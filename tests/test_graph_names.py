@@ -371,7 +371,10 @@ def test_candidates_are_asked_where_no_module_is_called() -> None:
 def test_all_parameters_of_the_modules_called_are_counted() -> None:
     child = Looks(lambda: parameters_in_call([child.fc.weight]))
     model = Calls(child)
-    assert model() == {id(p): (name, p.numel()) for name, p in model.named_parameters()}
+    assert {key: value[:3] for key, value in model().items()} == {
+        id(p): (name, p.numel(), "Linear") for name, p in model.named_parameters()
+    }
+    assert len({value.place for value in model().values()}) == len(list(model.parameters()))
     assert len(model()) == 4
     assert child() == {id(p): (name, p.numel()) for name, p in child.named_parameters()}
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxint4._pytorch.dynamo import frame_scope, source_name
+from fxint4.graph.parameters import described
+from fxint4.report import Parameter
 from fxint4.tensor import Int4TileTensor
 
 __all__ = [
@@ -200,10 +202,10 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield from ((full, buffer) for buffer in tensor.buffers.values())
 
 
-def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int]]:
+def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, Parameter]:
     """`parameters_of` the modules being called that own at least one of `tensors`."""
     wanted = {id(tensor) for tensor in tensors}
-    found: dict[int, tuple[str, int]] = {}
+    found: dict[int, Parameter] = {}
     for module in _modules_in_call():
         own = parameters_of(module)
         if wanted & own.keys():
@@ -216,10 +218,15 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def parameters_of(module: nn.Module) -> Mapping[int, tuple[str, int]]:
-    """Full name, as in `names_in_call`, and number of elements of each parameter, by `id`."""
+def parameters_of(module: nn.Module) -> Mapping[int, Parameter]:
+    """What a report says of each parameter, by `id`; the names are those of `names_in_call`."""
+    owners = {
+        (f"{path}.{attribute}" if path else attribute): owner
+        for path, owner in module.named_modules()
+        for attribute, _ in owner.named_parameters(recurse=False)
+    }
     return {
-        id(tensor): (plain_name(name), tensor.numel())
+        id(tensor): described(plain_name(name), tensor, owners[name])
         for name, tensor in _named_tensors(module)
         if isinstance(tensor, nn.Parameter)
     }

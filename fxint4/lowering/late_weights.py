@@ -12,7 +12,7 @@ from fxint4.lowering.graph import LateWeights
 from fxint4.passes.fold import folded_record
 from fxint4.passes.fuse import with_matmuls
 from fxint4.passes.site import Site
-from fxint4.report import Report
+from fxint4.report import Parameter, Report
 
 __all__ = ["LateRecords"]
 
@@ -78,6 +78,6 @@ class LateRecords:
         self._known.update(keys[position] for position in new)
         new_roots = [root for position in new for root in roots[position]]
         parameters = parameters_in_call(new_roots) or {
-            id(root): (by_identity.get(id(root), ""), root.numel()) for root in new_roots
+            id(root): Parameter(by_identity.get(id(root), ""), root.numel()) for root in new_roots
         }
         self._report.add(self._key, [records[position] for position in new], parameters)

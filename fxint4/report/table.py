@@ -18,6 +18,7 @@ __all__ = [
     "dimensions",
     "error_text",
     "group_text",
+    "harmless",
     "shortened",
     "size_text",
     "text",
@@ -28,6 +29,8 @@ __all__ = [
 SHARE_SHOWN = 0.01
 #: With more rows, equal layers are merged into one.
 ROWS_SHOWN = 20
+#: Control characters, but for the end of a line, other line ends, and lone surrogates.
+_HARMFUL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 #: Characters that layers and reasons need side by side; with fewer, reasons go below the table.
 _ROOM_FOR_REASONS = 48
 
@@ -52,11 +55,18 @@ def text(
         trade: What a budget reached, as text; None without one.
         columns: Most characters a line.
     """
-    table, notes = _table(records, columns)
-    headline = _wrapped(_headline(totals, coverage, graph_breaks), columns)
+    named = [dataclasses.replace(record, name=harmless(record.name)) for record in records]
+    table, notes = _table(named, columns)
+    lines = _headline(totals, coverage, graph_breaks)
+    headline = _wrapped(lines, columns)
     footnotes = _wrapped(_footnotes(totals, output_error, trade), columns)
     parts = [headline, table, _wrapped(notes, columns), footnotes]
-    return "\n\n".join(filter(None, parts))
+    return harmless("\n\n".join(filter(None, parts)))
+
+
+def harmless(text: str) -> str:
+    """Escape what a terminal would obey or can't show; a name may hold anything."""
+    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _headline(
