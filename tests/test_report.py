@@ -385,6 +385,39 @@ def test_a_report_can_be_copied_and_pickled() -> None:
         assert len(copied.records) == len(report.records) + 1
 
 
+# --- patterns that match nothing -----------------------------------------------------------------
+
+
+def test_a_pattern_that_matches_no_layer_is_said(tmp_path: Path, terminal: Any) -> None:
+    report = Report(
+        Int4Config(
+            skip=["fc", "encoder.*", "re:head|x"],
+            include=["model", "decoder*"],
+            overrides={"a.b.*": {"group_size": 32}, "*.weight": {"group_size": 64}},
+        )
+    )
+    assert report.unmatched_patterns == []  # nothing was compiled yet
+    parameters = {1: Parameter("model.fc.weight", 9)}
+    report.put("f", GraphReport((record("fc"),), parameters, "g", "g"))
+    expected = [
+        "skip: 'encoder.*' matched no layer",
+        "skip: 're:head|x' matched no layer",
+        "include: 'decoder*' matched no layer",
+        "overrides: 'a.b.*' matched no layer",
+    ]
+    assert report.unmatched_patterns == expected
+    assert report.to_dict()["unmatched_patterns"] == expected
+    assert "\n".join(f"  {line}" for line in expected) in str(report)
+    assert "skip: &#x27;encoder.*&#x27; matched no layer" in page(report.to_dict())
+    report.save(tmp_path / "run.json")
+    assert Report.load(tmp_path / "run.json").unmatched_patterns == expected
+    # Another graph has the rest of the model.
+    rest = {2: Parameter("encoder.fc.weight", 9), 3: Parameter("head", 1)}
+    report.put("g", GraphReport((record("decoder.0", parameters=("a.b.c",)),), rest, "g", "g"))
+    assert report.unmatched_patterns == []
+    assert "matched no layer" not in str(report)
+
+
 def test_what_a_name_holds_does_not_reach_the_terminal(tmp_path: Path) -> None:
     report = report_of(record("a\x1b[2Jb\x85\ud800"), parameters=sizes(b=1))
     assert "a\\x1b[2Jb\\x85\\ud800" in str(report)

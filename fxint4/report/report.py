@@ -21,6 +21,7 @@ from fxint4._pytorch.dynamo import frame_id
 from fxint4._pytorch.tensors import MATMULS
 from fxint4.atomic_files import write_whole
 from fxint4.config.int4_config import REPORT_SUFFIXES, Int4Config
+from fxint4.config.layer_patterns import without_match
 from fxint4.errors import OptionError, ReportError
 from fxint4.report import graph_text, table
 from fxint4.report.html import page
@@ -38,6 +39,8 @@ _MATMULS = {str(op).removesuffix(".default") for op in MATMULS}
 SCHEMA = 3
 #: Width of a report in a text file, in characters.
 _FILE_COLUMNS = 120
+#: Options that hold patterns of layers; those of `overrides` are the keys of a dict.
+_PATTERNS = ("skip", "include", "overrides")
 #: With more late additions waiting they are made at once, so that they don't pile up.
 _MOST_WAITING = 256
 
@@ -317,6 +320,20 @@ class Report:
         """Why Dynamo ended graphs early, one entry a break."""
         return [graph.graph_break for graph in self.graphs if graph.graph_break]
 
+    @property
+    def unmatched_patterns(self) -> list[str]:
+        """Patterns of skip, include and overrides that match no layer of the graphs, as text."""
+        graphs = self.graphs
+        names = {parameter.name for graph in graphs for parameter in graph.parameters.values()}
+        for graph in graphs:
+            for record in graph.records:
+                names.update((record.name, *record.parameters))
+        return [
+            f"{option}: {pattern!r} matched no layer"
+            for option in _PATTERNS
+            for pattern in (without_match(names, self.options.get(option) or ()) if graphs else ())
+        ]
+
     def _parameters(self) -> list[Parameter]:
         """The parameters of all graphs, each once."""
         found: dict[Hashable, Parameter] = {}
@@ -362,7 +379,7 @@ class Report:
         """Return the whole report as values that JSON can hold.
 
         Keys: schema (`SCHEMA`); fxint4 and torch (versions); options; coverage; graph_breaks;
-        totals; output_error; graphs (each with before, after, graph_break and
+        unmatched_patterns; totals; output_error; graphs (each with before, after, graph_break and
         parameters); records (those of `Record.to_dict`, each with the number of its graph and of
         its weight; records with equal numbers share one weight).
         """
@@ -397,6 +414,7 @@ class Report:
             "options": self.options,
             "coverage": self.coverage,
             "graph_breaks": self.graph_breaks,
+            "unmatched_patterns": self.unmatched_patterns,
             "totals": self.totals,
             "output_error": self.output_error,
             "graphs": entries,
@@ -511,6 +529,7 @@ class Report:
             self.totals,
             self.coverage,
             self.graph_breaks,
+            self.unmatched_patterns,
             self.output_error,
             self.options.get("trade"),
             columns,
