@@ -376,7 +376,9 @@ def test_all_parameters_of_the_modules_called_are_counted() -> None:
     }
     assert len({value.place for value in model().values()}) == len(list(model.parameters()))
     assert len(model()) == 4
-    assert child() == {id(p): (name, p.numel()) for name, p in child.named_parameters()}
+    assert {key: value[:2] for key, value in child().items()} == {
+        id(p): (name, p.numel()) for name, p in child.named_parameters()
+    }
 
 
 def test_modules_without_a_part_in_it_are_not_counted() -> None:

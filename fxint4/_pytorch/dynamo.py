@@ -19,7 +19,6 @@ __all__ = [
     "frame_scope",
     "graph_break_reason",
     "has_forward_hooks",
-    "restart_trace",
     "roomy_recompile_limit",
     "source_name",
 ]
@@ -69,13 +68,6 @@ def compile_request(depth: int) -> object | None:
     """
     caller = sys._getframe(depth).f_locals.get("self")
     return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
-
-
-def restart_trace() -> None:
-    """Leave the backend and make Dynamo trace the frame again, because its inputs changed."""
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-
-    raise TensorifyScalarRestartAnalysis
 
 
 @contextlib.contextmanager

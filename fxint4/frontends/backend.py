@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxint4._pytorch.aot import CompileState, compile_fx, warn_if_untested
-from fxint4._pytorch.dynamo import frame_id, graph_break_reason, restart_trace
-from fxint4._pytorch.tensors import real_tensors
+from fxint4._pytorch.dynamo import frame_id, graph_break_reason
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.frontends.candidates import Owners, candidates_of_graph, candidates_of_modules
-from fxint4.frontends.parameters import replace_parameters
-from fxint4.graph.names import Inputs, outermost_in_call, parameters_in_call
+from fxint4.graph.names import Inputs, parameters_in_call
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import compile_graph
@@ -101,8 +98,6 @@ def compile_captured(
         state = CompileState(patches)
         weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
         analysis = Analysis(captured, weights, config, state.fake_mode)
-        if config.free_weights and _pack_parameters(analysis, inputs, config):
-            restart_trace()  # the parameters are packed ones now
         sites, records = fold(analysis.found, weights.tensors, expected_rows, config)
         policy = Policy.now(config)
         key = (frame_id(), *sorted(weights.parameters))
@@ -126,41 +121,6 @@ def compile_captured(
         return graph if sites else compile_graph(captured, fake_inputs, policy, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor)
-
-
-def _pack_parameters(analysis: Analysis, inputs: Inputs, config: Int4Config) -> bool:
-    """Pack the parameters of a graph, and of its modules, in place.
-
-    Returns:
-        Whether any parameter was packed.
-    """
-    owners = Owners(_sharing_code(inputs.outermost_modules))
-    found = {id(candidate.parameter): candidate for candidate in candidates_of_modules(owners)}
-    for candidate in candidates_of_graph(analysis):
-        if id(candidate.parameter) in owners.parameters:
-            found[id(candidate.parameter)] = candidate
-    free = [candidate for candidate in found.values() if not candidate.fault]
-    with real_tensors():
-        records = replace_parameters(free, owners, config)
-    return any(record.action == "packed" for record in records)
-
-
-def _sharing_code(compiled: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The modules being compiled, and all modules of the same types, with their full names.
-
-    Equal layers that are compiled one by one share compiled code, which takes either packed weights
-    or plain ones. So all of them are packed at once; other modules of the model stay as they are.
-    """
-    kinds = {type(module) for module in compiled.values()}
-    kinds -= {kind for kind in kinds if kind.__module__.startswith("torch.")}
-    prefixes = {id(module): name for name, module in compiled.items()}
-    found = []
-    for outer in outermost_in_call(compiled.values()):
-        prefix = prefixes.get(id(outer), "")
-        for name, module in outer.named_modules(prefix=prefix):
-            if type(module) in kinds or any(module is one for one in compiled.values()):
-                found.append((name, module))
-    return found
 
 
 def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:

@@ -22,7 +22,6 @@ __all__ = [
     "Inputs",
     "layer_name",
     "names_in_call",
-    "outermost_in_call",
     "parameters_in_call",
     "parameters_of",
     "plain_name",
@@ -237,13 +236,6 @@ def _modules_in_call() -> list[nn.Module]:
     selves = [frame.get("self") for frame in _frames()]
     modules = [value for value in selves if isinstance(value, nn.Module)]
     return list(dict.fromkeys(reversed(modules)))
-
-
-def outermost_in_call(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of `modules` and of the modules being called that are part of no other of them."""
-    known = list(dict.fromkeys([*modules, *_modules_in_call()]))
-    inner = {part for module in known for part in module.modules() if part is not module}
-    return [module for module in known if module not in inner]
 
 
 def _frames() -> Iterator[Mapping[str, Any]]:

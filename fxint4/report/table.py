@@ -166,7 +166,7 @@ def _footnotes(
     if totals["held_bytes"]:
         lines.append(
             f"original parameters: {size_text(totals['held_bytes'])} stay in memory beside them; "
-            "fxint4.pack_(model), or options={'free_weights': True}, releases them"
+            "fxint4.pack_(model) releases them"
         )
     if totals["dense_bytes"]:
         lines.append(

@@ -32,7 +32,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import fxint4
-from fxint4 import Int4Config, Int4TileTensor, Report
+from fxint4 import Int4Config, Report
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import MatmulShape
 from fxint4.passes import find as finding
@@ -305,14 +305,11 @@ def test_groups_of_another_size_are_not_fused() -> None:
     torch.testing.assert_close(y, eager, rtol=2 * BF16, atol=2 * BF16)
 
 
-@pytest.mark.parametrize("free", [True, False])
-def test_packed_parameters(free: bool) -> None:
+def test_packed_parameters() -> None:
     model, x = Heads(48, 32, 40, bias=(True, False, True)), torch.randn(2, M, K)
     original = copy.deepcopy(model)
-    if not free:
-        fxint4.pack_(model)
-    y, report = compile_and_report(model, x, options={"free_weights": free})
-    assert isinstance(model.q.weight, Int4TileTensor)
+    fxint4.pack_(model)
+    y, report = compile_and_report(model, x)
     assert fused(report) == [[48, 32, 40]]
     assert_rounded(y, original, [x], report, weights_of(original))
 
