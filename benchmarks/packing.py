@@ -122,20 +122,6 @@ def run_once(model: nn.Module) -> float:
     return time.perf_counter() - start
 
 
-def freed_at_compile(layers: int) -> dict[str, Any]:
-    """Measure packing by `free_weights`, in the first compiled call."""
-    model = llama(layers, "cuda")
-    compiled = torch.compile(model, backend="int4tile", options={"free_weights": True})
-    ids = torch.arange(8, device="cuda")[None]
-
-    def first_call(_: nn.Module) -> Any:
-        with torch.no_grad():
-            compiled(ids, use_cache=False)
-        return fxint4.last_report()
-
-    return measured("free_weights, compile included", model, first_call)
-
-
 def main() -> None:
     """Measure, print, write."""
     made = parser(__doc__)
@@ -157,7 +143,6 @@ def main() -> None:
         del model
         torch._dynamo.reset()
 
-    rows.append(freed_at_compile(arguments.layers))
     torch._dynamo.reset()
 
     model = llama(arguments.layers, "cpu")

@@ -16,6 +16,7 @@ from fxint4.frontends.explain import explain
 from fxint4.frontends.export import rewrite
 from fxint4.frontends.pack import pack_
 from fxint4.frontends.package import package
+from fxint4.frontends.unpack import dequantize_
 from fxint4.quant.statistics import Calibration
 from fxint4.report import Record, Report
 from fxint4.report.latest import last_report
@@ -42,6 +43,7 @@ __all__ = [
     "UnsupportedOpError",
     "calibrate",
     "calibration_cost",
+    "dequantize_",
     "dequantizing",
     "explain",
     "last_report",

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor import list_mode_options
 
+import fxint4
 from fxint4 import Int4Config, OptionError, calibrate
 from fxint4.config.layer_patterns import first_match
 from fxint4.config.options import split_options
@@ -87,7 +89,6 @@ BAD_VALUES = [
     ("min_features", False, "min_features is False; it takes a whole number"),
     ("min_features", float("inf"), "min_features is inf; it takes a whole number"),
     ("progress", 1, "progress is 1; it takes True or False"),
-    ("free_weights", "yes", "free_weights is 'yes'; it takes True or False"),
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
     ("measure", 1, "measure is 1; it takes True, False or None"),
     ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
@@ -121,7 +122,6 @@ GOOD_VALUES = [
     ("min_sqnr_db", float("inf")),
     ("min_features", 0),
     ("progress", True),
-    ("free_weights", True),
     ("fuse_projections", False),
     ("kernel", "aten"),
     ("report", "out/run.HTML"),
@@ -167,7 +167,6 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "min_sqnr_db": 20.0,
         "min_features": 8,
         "progress": True,
-        "free_weights": True,
         "fuse_projections": False,
         "kernel": "triton",
         "method": "mse",
@@ -240,7 +239,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, calibration, overrides, "
             "target_error, max_bytes, include, skip, min_sqnr_db, min_features, progress, "
-            "free_weights, fuse_projections, kernel, measure, report",
+            "fuse_projections, kernel, measure, report",
         ),
     ],
 )
@@ -250,6 +249,37 @@ def test_an_unknown_option_names_the_nearest_known_one(key: str, hint: str) -> N
     assert str(caught.value) == (
         f"unknown option {key!r} for backend 'int4tile': {hint} (Inductor options work too)"
     )
+
+
+def compiled(model: nn.Module, options: dict[str, Any]) -> None:
+    torch.compile(model, backend="int4tile", options=options)(torch.randn(2, 64))
+
+
+WAYS: dict[str, Any] = {
+    "torch.compile": compiled,
+    "explain": lambda model, options: fxint4.explain(model, torch.randn(2, 64), options=options),
+    "pack_": lambda model, options: fxint4.pack_(model, options=options),
+    "pack_ with arguments": lambda model, options: fxint4.pack_(
+        model, (torch.randn(2, 64),), options
+    ),
+    "calibrate": lambda model, options: calibrate(model, [torch.randn(2, 64)], options=options),
+    "rewrite": lambda model, options: fxint4.rewrite(
+        torch.export.export(model, (torch.randn(2, 64),)), options
+    ),
+}
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("key", ["free_weights", "free-weights"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_key_that_is_gone_names_what_to_call(way: str, key: str) -> None:
+    model = nn.Linear(64, 64).eval()
+    message = r"free_weights is no option: fxint4\.pack_\(model\)"
+    with pytest.raises(Exception, match=message) as caught:
+        WAYS[way](model, {key: True})
+    # torch.compile wraps it.
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), OptionError)
+    assert type(model.weight) is nn.Parameter
 
 
 @pytest.mark.parametrize("options", [Int4Config(), "skip", ["skip"], {64: "group_size"}])

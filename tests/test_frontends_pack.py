@@ -1,4 +1,4 @@
-"""`fxint4.pack_` and `free_weights`: packed weights in the place of a model's parameters."""
+"""`fxint4.pack_`: packed weights in the place of a model's parameters."""
 
 from __future__ import annotations
 
@@ -477,93 +477,9 @@ class Layers(nn.Module):
         return x @ self.w
 
 
-FREE = {"free_weights": True}
-
-
-@pytest.mark.compiles
-@pytest.mark.by_aten
-def test_free_weights_packs_when_it_first_compiles() -> None:
-    torch.manual_seed(0)
-    model = Layers().eval()
-    x = torch.randn(3, 64)
-    originals = [weakref.ref(parameter) for parameter in model.parameters() if parameter.ndim > 1]
-    with torch.no_grad():
-        expected = torch.compile(model, backend="int4tile")(x)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="int4tile", options=FREE)
-        assert torch.equal(compiled(x), expected)
-        assert packed_names(model) == {"w", *(f"layers.{i}.fc.weight" for i in range(12))}
-        gc.collect()
-        assert [ref() for ref in originals] == [None] * 13
-        assert torch.equal(compiled(x), expected)
-        assert_near(model(x), expected)
-    report = fxint4.last_report()
-    assert report is not None
-    assert (report.totals["packed"], report.totals["held_bytes"]) == (13, 0)
-    assert "stay in memory" not in str(report)
-
-
 def assert_near(y: Tensor, expected: Tensor) -> None:
     """Assert that outputs are equal but for roundings to bf16."""
     assert (y - expected).norm() / expected.norm() < 2.0**-6
-
-
-@pytest.mark.compiles
-@pytest.mark.by_aten
-def test_layers_compiled_one_by_one_are_all_freed_and_share_one_compile() -> None:
-    torch.manual_seed(0)
-    model = Layers().eval()
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        expected = x
-        for layer in model.layers:
-            weight = dequantized(layer.fc.weight, 128, torch.float32)
-            expected = expected + F.linear(expected, weight, layer.fc.bias)
-    for layer in model.layers:
-        layer.compile(backend="int4tile", options=FREE)
-    torch._dynamo.utils.counters.clear()
-    with torch.no_grad():
-        y = model(x)
-        model(x)
-    assert {f"layers.{i}.fc.weight" for i in range(12)} <= packed_names(model)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-    weight = model.w.dequantize() if isinstance(model.w, Int4TileTensor) else model.w
-    assert_near(y, expected @ weight)
-
-
-@pytest.mark.compiles
-@pytest.mark.by_aten
-def test_modules_that_are_not_compiled_are_left_alone() -> None:
-    model = nn.ModuleDict(
-        {"one": Layer(), "two": nn.Sequential(nn.Linear(64, 64)), "three": Layer()}
-    )
-    model.eval()
-
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.parts["three"](self.parts["two"](self.parts["one"](x)))
-
-    outer = Outer().eval()
-    model["one"].compile(backend="int4tile", options=FREE)
-    with torch.no_grad():
-        outer(torch.randn(2, 64))
-    # "three" is of the kind that was compiled, and shares its code.
-    assert packed_names(model) == {"one.fc.weight", "three.fc.weight"}
-
-
-@pytest.mark.compiles
-@pytest.mark.by_aten
-def test_names_to_skip_are_those_of_the_whole_model() -> None:
-    model = Layers(3).eval()
-    for layer in model.layers:
-        layer.compile(backend="int4tile", options={**FREE, "skip": ["layers.1"]})
-    with torch.no_grad():
-        model(torch.randn(2, 64))
-    assert packed_names(model) == {"layers.0.fc.weight", "layers.2.fc.weight"}
 
 
 @pytest.mark.compiles

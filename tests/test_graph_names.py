@@ -19,7 +19,8 @@ from fxint4.graph.names import (
     layer_name,
     named_from,
     names_in_call,
-    parameters_in_call,
+    origins_in_call,
+    parameters_around,
     source_line,
 )
 
@@ -411,15 +412,21 @@ def test_candidates_are_asked_where_no_module_is_called() -> None:
 
 
 def test_all_parameters_of_the_modules_called_are_counted() -> None:
-    child = Looks(lambda: parameters_in_call([child.fc.weight]))
+    child = Looks(lambda: parameters_around(origins_in_call([child.fc.weight]).values()))
     model = Calls(child)
-    assert model() == {id(p): (name, p.numel()) for name, p in model.named_parameters()}
+    assert {key: value[:3] for key, value in model().items()} == {
+        id(p): (name, p.numel(), "Linear") for name, p in model.named_parameters()
+    }
+    assert len({value.place for value in model().values()}) == len(list(model.parameters()))
     assert len(model()) == 4
-    assert child() == {id(p): (name, p.numel()) for name, p in child.named_parameters()}
+    with named_from(child):
+        assert {key: value[:2] for key, value in child().items()} == {
+            id(p): (name, p.numel()) for name, p in child.named_parameters()
+        }
 
 
 def test_modules_without_a_part_in_it_are_not_counted() -> None:
-    stranger = Looks(lambda: parameters_in_call([parameter()]))
+    stranger = Looks(lambda: parameters_around(origins_in_call([parameter()]).values()))
     assert Calls(stranger)() == {}
 
 

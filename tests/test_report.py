@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import json
 import math
 import operator
 import os
+import pickle
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxint4
 from fxint4 import Int4Config, OptionError, Record, Report, ReportError
-from fxint4.report import SCHEMA, GraphReport
+from fxint4.report import SCHEMA, GraphReport, Parameter, Place
 from fxint4.report.graph_text import calls, defined_by, graph_text, operands_of
+from fxint4.report.html import page
 
 aten = torch.ops.aten
 
@@ -203,6 +208,224 @@ def test_what_a_graph_meets_later_is_added_to_it() -> None:
     )
 
 
+# --- weights that are replaced, models that are gone ---------------------------------------------
+
+
+class Layer:
+    """What owns a weight."""
+
+
+def placed(layer: Layer, key: object, **fields: Any) -> Record:
+    """A record of a weight of `layer`; another `key` stands for another weight there."""
+    return record(str(key), place=Place(layer, "weight"), weight_key=key, **fields)
+
+
+def test_a_place_is_an_attribute_of_one_module() -> None:
+    class Equal(Layer):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    one, other = Equal(), Equal()
+    place = Place(one, "weight")
+    assert (place, hash(place)) == (Place(one, "weight"), hash(Place(one, "weight")))
+    assert place not in (Place(other, "weight"), Place(one, "bias"), None, "weight")
+    copies = (place, Place(one, "weight"), Place(other, "weight"))
+    assert not place.gone
+    before = hash(place)
+    del one, other
+    assert place.gone
+    assert hash(place) == before
+    assert copies[0] == copies[1] != copies[2]
+
+
+def test_a_weight_that_is_replaced_gives_way_to_its_successor() -> None:
+    first, second, layers = Layer(), Layer(), [0, 1]
+    report = report_of(placed(first, 0, n=1), placed(second, 1, n=2), record("function"))
+    for key in range(2, 40, 2):
+        layers = [key, key + 1]
+        report.add("graph", [placed(first, key, n=1), placed(second, key + 1, n=2)], {})
+    assert [(each.name, each.n) for each in report.records] == [
+        (str(layers[0]), 1),
+        (str(layers[1]), 2),
+        ("function", 64),
+    ]
+
+
+def test_parts_of_a_replaced_weight_keep_their_order() -> None:
+    layer, other = Layer(), Layer()
+    report = report_of(placed(layer, "q"), placed(other, "o"), placed(layer, "k", op="mm"))
+    report.add(
+        "graph", [placed(layer, "q2"), placed(layer, "k2", op="mm"), placed(layer, "v2")], {}
+    )
+    assert [each.name for each in report.records] == ["q2", "o", "k2", "v2"]
+
+
+def test_a_layer_that_shares_compiled_code_is_added() -> None:
+    layers = [Layer() for _ in range(3)]
+    report = report_of(placed(layers[0], 0))
+    for key in (1, 2):
+        report.add("graph", [placed(layers[key], key)], {})
+    report.add("graph", [record("3"), record("4")], {})
+    assert [each.name for each in report.records] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_replaced_parameter_counts_once() -> None:
+    layer = Layer()
+    at = [{key: Parameter("fc.weight", 640, place=Place(layer, "weight"))} for key in range(3)]
+    report = report_of(parameters={**at[0], 7: Parameter("fc.bias", 10)})
+    report.put("other", GraphReport((), {**at[0], 8: Parameter("other", 5)}, "g", "g"))
+    for parameters in at[1:]:
+        report.add("graph", [], parameters)
+    assert report.totals["parameters"] == 655
+    # The number of the old parameter is that of another one now.
+    report.add("graph", [], {0: Parameter("new", 100, place=Place(layer, "new"))})
+    assert report.totals["parameters"] == 755
+
+
+def test_records_of_a_model_that_is_gone_stay_until_the_next_compile() -> None:
+    gone, alive = Layer(), Layer()
+    there = {1: Parameter("gone", 5, place=Place(gone, "weight")), 2: Parameter("kept", 6)}
+    both = record("both", place=(Place(alive, "a"), Place(gone, "b")))
+    report = report_of(placed(gone, "gone"), placed(alive, "alive"), both, parameters=there)
+    del gone
+    gc.collect()
+    assert len(report.records) == 3
+    report.put("other", GraphReport((record("new"),), {}, "g", "g"))
+    assert [each.name for each in report.records] == ["alive", "new"]
+    assert report.totals["parameters"] == 6
+
+
+def test_a_recompile_with_a_replaced_weight_takes_the_place_of_the_older_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, other = Layer(), Layer()
+    report = Report()
+    for frame, key, records in [
+        (0, "a", [placed(layer, 1), placed(other, 2)]),
+        (1, "b", [placed(layer, 1)]),  # what follows a graph break, say
+        (0, "c", [placed(layer, 3), placed(other, 2)]),
+        (None, "d", [placed(other, 4)]),
+    ]:
+        monkeypatch.setattr("fxint4.report.report.frame_id", lambda frame=frame: frame)
+        report.put(key, GraphReport(tuple(records), {}, "g", "g"))
+    assert [each.name for each in report.records] == ["2", "1", "3", "2", "4"]
+
+
+def test_late_weights_are_described_when_the_report_is_read() -> None:
+    made: list[int] = []
+
+    def later(number: int) -> Any:
+        def make() -> Any:
+            made.append(number)
+            return [record(str(number))], {number: Parameter(str(number), 1)}
+
+        return make
+
+    report = report_of(record("first"))
+    for number in range(3):
+        report.add_later("graph", later(number))
+    report.add_later("no graph", later(9))
+    assert made == []
+    assert [each.name for each in report.records] == ["first", "0", "1", "2"]
+    assert report.totals["parameters"] == 3
+    report.add_later("graph", later(4))
+    report.put("graph", GraphReport((record("again"),), {}, "g", "g"))
+    assert [each.name for each in report.records] == ["again"]
+    for number in range(10_000):
+        report.add_later("graph", later(number))
+    assert len(made) > 9000  # they don't pile up where nobody reads the report
+
+
+def test_late_weights_are_described_at_once_for_a_file(tmp_path: Path) -> None:
+    report = Report(Int4Config(report=tmp_path / "run.json"))
+    report.put("f", GraphReport((), {}, "g", "g"))
+    report.add_later("f", lambda: ([record("late")], {}))
+    assert [each.name for each in Report.load(tmp_path / "run.json").records] == ["late"]
+
+
+def test_late_weights_that_cannot_be_described_do_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    report = report_of(record("first"))
+    report.add_later("graph", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    report.add_later("graph", lambda: ([record("last")], {}))
+    assert [each.name for each in report.records] == ["first", "last"]
+    assert caplog.messages == ["a report lacks weights that were used late"]
+
+
+def test_threads_may_write_and_read_one_report() -> None:
+    report, count = Report(), 100
+
+    def work(thread: int) -> None:
+        report.put(thread, GraphReport((), {}, "g", "g"))
+        for number in range(count):
+            made = [record(f"{thread}.{number}")], {(thread, number): Parameter("", 1)}
+            if number % 2:
+                report.add(thread, *made)  # type: ignore[arg-type]
+            else:
+                report.add_later(thread, lambda made=made: made)  # type: ignore[misc]
+            if number % 20 == 0:
+                values = report.to_dict()
+                assert len(values["records"]) == values["totals"]["matmuls"]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(report.records) == 4 * count
+    assert report.totals["parameters"] == 4 * count
+
+
+def test_a_report_can_be_copied_and_pickled() -> None:
+    report, layer = full_report(), Layer()
+    report.put("placed", GraphReport((placed(layer, 1),), {}, "g", "g"))
+    report.add_later("placed", lambda: ([record("late")], {}))
+    for copied in (copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
+        assert copied.to_dict() == report.to_dict()
+        copied.add("placed", [record("more")], {})
+        assert len(copied.records) == len(report.records) + 1
+
+
+# --- patterns that match nothing -----------------------------------------------------------------
+
+
+def test_a_pattern_that_matches_no_layer_is_said(tmp_path: Path, terminal: Any) -> None:
+    report = Report(
+        Int4Config(
+            skip=["fc", "encoder.*", "re:head|x"],
+            include=["model", "decoder*"],
+            overrides={"a.b.*": {"group_size": 32}, "*.weight": {"group_size": 64}},
+        )
+    )
+    assert report.unmatched_patterns == []  # nothing was compiled yet
+    parameters = {1: Parameter("model.fc.weight", 9)}
+    report.put("f", GraphReport((record("fc"),), parameters, "g", "g"))
+    expected = [
+        "skip: 'encoder.*' matched no layer",
+        "skip: 're:head|x' matched no layer",
+        "include: 'decoder*' matched no layer",
+        "overrides: 'a.b.*' matched no layer",
+    ]
+    assert report.unmatched_patterns == expected
+    assert report.to_dict()["unmatched_patterns"] == expected
+    assert "\n".join(f"  {line}" for line in expected) in str(report)
+    assert "skip: &#x27;encoder.*&#x27; matched no layer" in page(report.to_dict())
+    report.save(tmp_path / "run.json")
+    assert Report.load(tmp_path / "run.json").unmatched_patterns == expected
+    # Another graph has the rest of the model.
+    rest = {2: Parameter("encoder.fc.weight", 9), 3: Parameter("head", 1)}
+    report.put("g", GraphReport((record("decoder.0", parameters=("a.b.c",)),), rest, "g", "g"))
+    assert report.unmatched_patterns == []
+    assert "matched no layer" not in str(report)
+
+
+def test_what_a_name_holds_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    report = report_of(record("a\x1b[2Jb\x85\ud800"), parameters=sizes(b=1))
+    assert "a\\x1b[2Jb\\x85\\ud800" in str(report)
+    for suffix in ("txt", "html", "json"):
+        report.save(tmp_path / f"run.{suffix}")
+    assert Report.load(tmp_path / "run.json").records == report.records
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 WIDE = [
@@ -222,6 +445,7 @@ WIDE = [
     ),
     kept_record("model.vision_tower.vision_model.mlp", reason="skip='" + "x" * 200 + "'"),
 ]
+HELD = "stay in memory beside them; fxint4.pack_(model) releases them"
 LONG_BREAK = "Call to `torch._dynamo.graph_break()` in a function whose name goes on and on " * 3
 
 
@@ -277,8 +501,8 @@ def test_a_narrow_terminal_cuts_names_at_the_head_and_numbers_the_reasons(termin
             "2: skip='lm_head'",
             "",
             "packed weights: 49.2 kB -> 13.1 kB, 36.1 kB less",
-            "original parameters: 49.2 kB stay in memory beside them; fxint4.pack_(model), or",
-            "  options={'free_weights': True}, releases them",
+            "original parameters: 49.2 kB stay in memory beside them; fxint4.pack_(model)",
+            "  releases them",
         ]
     )
 
@@ -302,9 +526,7 @@ def test_a_short_report_in_full(terminal: Any) -> None:
             "8x128 is small: min_features is 32",
             "",
             "packed weights: 16.4 kB -> 4.4 kB, 12.0 kB less",
-            "original parameters: 16.4 kB stay in memory beside them; fxint4.pack_(model), or "
-            "options={'free_weights': True},",
-            "  releases them",
+            f"original parameters: 16.4 kB {HELD}",
             "dense (dequantized) copies: 16.4 kB, "
             "held because a dense matmul is faster than int4 here at these numbers of rows",
         ]
@@ -323,9 +545,7 @@ def test_measured_errors_have_a_column_and_a_line(terminal: Any) -> None:
         "",
         "output of the model: 12.3% off the original's, for the example inputs",
         "packed weights: 32.8 kB -> 8.7 kB, 24.1 kB less",
-        "original parameters: 32.8 kB stay in memory beside them; fxint4.pack_(model), or "
-        "options={'free_weights': True},",
-        "  releases them",
+        f"original parameters: 32.8 kB {HELD}",
     ]
 
 

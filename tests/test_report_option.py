@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,16 +82,65 @@ def test_every_way_gives_one_kind_of_report_and_writes_it(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"torch.compile"}))
 def test_a_folder_that_is_not_there_is_an_error_before_anything_is_done(
     way: str, model: Model, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "out" / "run.json")
-    with pytest.raises(Exception, match=r"there is no folder .*; make it first") as caught:
+    with pytest.raises(ReportError, match=r"there is no folder .*; make it first"):
         WAYS[way](model, {"report": path})
-    error = getattr(caught.value, "inner_exception", caught.value)  # torch.compile wraps it
-    assert isinstance(error, ReportError)
     assert type(model.fc.weight) is nn.Parameter
+
+
+@pytest.mark.compiles
+def test_a_package_whose_report_cannot_be_written_is_an_error_before_anything_is_done(
+    model: Model, tmp_path: Path
+) -> None:
+    options = {"report": str(tmp_path / "out" / "run.json")}
+    with pytest.raises(ReportError, match=r"there is no folder .*; make it first"):
+        fxint4.package(export(model, (X,)), tmp_path / "model.pt2", options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.compiles
+def test_a_compiled_call_runs_though_its_report_cannot_be_written(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "out"
+    path = folder / "run.json"
+    compiled = torch.compile(model, backend="int4tile", options={"report": str(path)})
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "fxint4"):
+        y = compiled(X)
+        [warning] = caplog.messages
+        assert f"the report {str(path)!r} can't be written: there is no folder" in warning
+        folder.mkdir()
+        torch.testing.assert_close(compiled(X[:3]), y[:3])  # compiled once more, for other shapes
+        report = fxint4.last_report()
+        assert report is not None
+        assert Report.load(path).to_dict() == report.to_dict()
+        shutil.rmtree(folder)
+        compiled(X[:1])
+    assert len(caplog.messages) == 2
+
+
+@pytest.mark.compiles
+def test_layers_that_share_compiled_code_run_though_the_folder_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = [Model().bfloat16().eval() for _ in range(3)]
+    options = {"report": str(tmp_path / "out" / "run.json")}
+    (tmp_path / "out").mkdir()
+    for layer in layers:
+        layer.compile(backend="int4tile", options=options)
+    with torch.no_grad():
+        layers[0](X)
+        report = fxint4.last_report()
+        shutil.rmtree(tmp_path / "out")
+        for layer in layers[1:]:
+            layer(X)
+    assert report is not None
+    assert [each.name for each in report.records if each.action == "packed"] == ["fc"] * 3
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.compiles

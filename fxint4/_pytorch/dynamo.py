@@ -88,12 +88,9 @@ def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[None]:
 
     Code that frames were compiled to before stays, and so does what other threads compile.
     """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo.convert_frame import register_bytecode_hook
-    from torch._dynamo.eval_frame import (
-        _debug_get_cache_entry_list,
-        cached_backends,
-        reset_code,
-    )
+    from torch._dynamo.eval_frame import cached_backends
 
     thread = threading.get_ident()
     made: list[tuple[CodeType, CodeType]] = []

@@ -58,8 +58,6 @@ class Int4Config:
             signal-to-quantization-noise ratio, in dB.
         min_features: Keep a matmul with fewer in or out features.
         progress: Show a tqdm bar while weights are folded.
-        free_weights: Replace the model's parameters by packed ones at the first compile, so that
-            the originals are freed; see `fxint4.pack_`.
         fuse_projections: On the GPU, multiply weights that share an activation (q, k and v; gate
             and up) in one matmul.
         kernel: On the GPU, how to multiply for every M: "triton" (unpack weights in registers),
@@ -91,7 +89,6 @@ class Int4Config:
     min_sqnr_db: float | None = None
     min_features: int = 32
     progress: bool = False
-    free_weights: bool = False
     fuse_projections: bool = True
     kernel: str | None = None
     measure: bool | None = field(default=None, compare=False)
@@ -133,7 +130,7 @@ class Int4Config:
             )
         if not _is_number(self.min_features) or self.min_features % 1 != 0:  # inf % 1 is NaN
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")
-        for name in ("progress", "free_weights", "fuse_projections"):
+        for name in ("progress", "fuse_projections"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it takes True or False")
         if self.measure is not None and not isinstance(self.measure, bool):

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from fxint4.errors import OptionError
 
-__all__ = ["checked_patterns", "first_match"]
+__all__ = ["checked_patterns", "first_match", "without_match"]
 
 
 def first_match(name: str, parameters: Iterable[str], patterns: Iterable[str]) -> str | None:
@@ -32,6 +32,19 @@ def first_match(name: str, parameters: Iterable[str], patterns: Iterable[str]) -
         if any(expression.fullmatch(candidate) for candidate in candidates):
             return pattern
     return None
+
+
+def without_match(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Return the patterns that match none of the layers, parameters and modules that hold them.
+
+    Args:
+        names: Full names of layers and parameters.
+        patterns: As for `first_match`.
+    """
+    candidates = {part for full in names for part in _with_parents(full)}
+    return [
+        pattern for pattern in patterns if not any(map(_compiled(pattern).fullmatch, candidates))
+    ]
 
 
 @lru_cache(maxsize=1024)

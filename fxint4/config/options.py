@@ -27,8 +27,8 @@ def split_options(
         The config, and the Inductor config patches.
 
     Raises:
-        OptionError: A key or mode that neither fxint4 nor Inductor knows; the nearest known key
-            is named. Or a value outside its range.
+        OptionError: A key or mode that neither fxint4 nor Inductor knows; the nearest known key, or
+            the function to call, is named. Or a value outside its range.
     """
     patches = dict(inductor_mode_options(mode))
     ours: dict[str, Any] = {}
@@ -37,6 +37,11 @@ def split_options(
         name = key.replace("-", "_")
         if name in own_names:
             ours[name] = value
+        elif name == "free_weights":
+            raise OptionError(
+                "free_weights is no option: fxint4.pack_(model) puts packed weights in the place "
+                "of the parameters and frees those; compile the model after it"
+            )
         elif name in inductor_option_names():
             patches[name] = value
         else:

@@ -14,7 +14,7 @@ from fxint4._pytorch.dynamo import frame_id, graph_break_reason
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.graph.names import Inputs, parameters_in_call
+from fxint4.graph.names import Inputs, parameters_around
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.bound_records import BoundRecords
@@ -131,7 +131,7 @@ def compile_captured(
                 next(bound) if isinstance(entry, Site) else record
                 for entry, record in zip(analysis.found, records, strict=True)
             ]
-        parameters = {**weights.parameters, **parameters_in_call(weights.tensors.values())}
+        parameters = {**weights.parameters, **parameters_around(weights.origins.values())}
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
         remember(report)
         return graph or compile_graph(captured, fake_inputs, policy, **kwargs)

@@ -124,8 +124,6 @@ def rewrite_program(
     """
     _check_program(program)
     config.require_choices()
-    if config.free_weights:
-        raise OptionError("free_weights is for torch.compile: a program lets go of its own weights")
     report = Report(config)
     warn_if_untested()
     program = program.run_decompositions(decompositions(DECOMPOSITIONS))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxint4._pytorch.dynamo import frame_scope, source_name
-from fxint4.report.parameters import Place
+from fxint4.graph.parameters import described
+from fxint4.report.parameters import Parameter, Place
 from fxint4.tensor import Int4TileTensor
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
     "named_from",
     "names_in_call",
     "origins_in_call",
-    "parameters_in_call",
+    "parameters_around",
     "parameters_of",
     "plain_name",
     "source_line",
@@ -166,12 +167,13 @@ class Origin:
     Attributes:
         name: Its full name.
         place: The module that holds it and its name there, which stay when it is replaced.
-        outermost: The module that the full name starts from.
+        outermost: The module being called that the full name starts from; None where it starts from
+            a variable.
     """
 
     name: str
     place: Place
-    outermost: weakref.ref[nn.Module]
+    outermost: weakref.ref[nn.Module] | None
 
 
 def names_in_call(
@@ -203,9 +205,11 @@ def origins_in_call(
         for path, owner, name, tensor in _owned_tensors(module):
             if id(tensor) in wanted:
                 wanted.discard(id(tensor))
-                outermost, full = _path_in_call(owner, calling) or (module, _joined(prefix, path))
+                outermost, full = _path_in_call(owner, calling) or (None, _joined(prefix, path))
                 found[id(tensor)] = Origin(
-                    plain_name(_joined(full, name)), Place(owner, name), weakref.ref(outermost)
+                    plain_name(_joined(full, name)),
+                    Place(owner, name),
+                    None if outermost is None else weakref.ref(outermost),
                 )
     return found
 
@@ -283,12 +287,6 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's parameters and buffers with their full names, each tensor once."""
-    for path, _, name, tensor in _owned_tensors(module):
-        yield _joined(path, name), tensor
-
-
 def _owned_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """A module's parameters and buffers: path and module that hold it, name there, tensor.
 
@@ -310,14 +308,13 @@ def _owned_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Ten
                             yield path, owner, name, buffer
 
 
-def parameters_in_call(tensors: Iterable[Tensor]) -> Mapping[int, tuple[str, int]]:
-    """`parameters_of` the modules being called that own at least one of `tensors`."""
-    wanted = {id(tensor) for tensor in tensors}
-    found: dict[int, tuple[str, int]] = {}
-    for module in _modules_in_call():
-        own = parameters_of(module)
-        if wanted & own.keys():
-            found.update(own)
+def parameters_around(origins: Iterable[Origin]) -> Mapping[int, Parameter]:
+    """`parameters_of` the modules that some full names start from."""
+    found: dict[int, Parameter] = {}
+    for ref in dict.fromkeys(origin.outermost for origin in origins):
+        module = None if ref is None else ref()
+        if module is not None:
+            found.update(parameters_of(module))
     return found
 
 
@@ -326,11 +323,11 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def parameters_of(module: nn.Module) -> Mapping[int, tuple[str, int]]:
-    """Full name, as in `names_in_call`, and number of elements of each parameter, by `id`."""
+def parameters_of(module: nn.Module) -> Mapping[int, Parameter]:
+    """What a report says of each parameter, by `id`; the names are those of `names_in_call`."""
     return {
-        id(tensor): (plain_name(name), tensor.numel())
-        for name, tensor in _named_tensors(module)
+        id(tensor): described(plain_name(_joined(path, name)), tensor, owner)
+        for path, owner, name, tensor in _owned_tensors(module)
         if isinstance(tensor, nn.Parameter)
     }
 

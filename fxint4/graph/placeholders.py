@@ -14,6 +14,7 @@ from fxint4._pytorch.aot import inputs_mutated_by_graph, outer_input
 from fxint4._pytorch.tensors import aten, holds_own_values
 from fxint4.graph.constants import Role
 from fxint4.graph.names import Inputs, Origin
+from fxint4.report import Parameter
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["GraphWeights", "inputs_of", "program_tensor", "role_of"]
@@ -48,7 +49,7 @@ class GraphWeights:
         self.names: dict[fx.Node, str] = {}
         self.roles: dict[fx.Node, Role] = {}
         self.labels: dict[str, str] = {}
-        self.parameters: dict[int, tuple[str, int]] = {}
+        self.parameters: dict[int, Parameter] = {}
         self.origins: Mapping[int, Origin] = {}
         self.written: list[int] = []
 
@@ -126,7 +127,7 @@ class GraphWeights:
         """Add a placeholder that holds `value`, or the inner tensor `attribute` of it."""
         self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
         if isinstance(value, nn.Parameter):
-            self.parameters[id(value)] = (name, value.numel())
+            self.parameters[id(value)] = Parameter(name, value.numel())
         role = role_of(value, is_buffer)
         if role is not Role.VARIES and not written:
             self.roles[node] = role

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.graph.names import parameters_of
+from fxint4.graph.names import parameters_around
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.graph import Binding
 from fxint4.passes.fold import folded_record
@@ -64,7 +64,7 @@ class BoundRecords:
             self._key,
             lambda: (
                 self._new(_records(binding, self._config, self._policy)),
-                _parameters(binding),
+                parameters_around(binding.origins.values()),
             ),
         )
 
@@ -74,13 +74,3 @@ class BoundRecords:
         known = {key: outcome for key, outcome in self._known.items() if not key.gone}
         self._known = {**known, **outcomes}
         return [r for r in records if known.get(r.weight_key) != outcomes[r.weight_key]]
-
-
-def _parameters(binding: Binding) -> Mapping[int, tuple[str, int]]:
-    """Name and size of each parameter of the modules that a binding's weights are in, by `id`."""
-    found: dict[int, tuple[str, int]] = {}
-    for ref in dict.fromkeys(origin.outermost for origin in binding.origins.values()):
-        module = ref()
-        if module is not None:
-            found.update(parameters_of(module))
-    return found

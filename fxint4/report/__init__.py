@@ -2,12 +2,15 @@
 
 from fxint4.report.diff import changes
 from fxint4.report.graph_text import stdout_has_colour
+from fxint4.report.parameters import Parameter, Place
 from fxint4.report.records import GraphReport, Record
 from fxint4.report.report import SCHEMA, Report
 
 __all__ = [
     "SCHEMA",
     "GraphReport",
+    "Parameter",
+    "Place",
     "Record",
     "Report",
     "changes",

@@ -34,6 +34,8 @@ def remember(report: Report) -> None:
 def report_of_caller(config: Int4Config, patches: Mapping[str, Any]) -> Report:
     """Return the report of the `torch.compile` call that is compiling; a new call gets a new one.
 
+    A file that can't be written does not keep the call from compiling, see `Report`.
+
     Args:
         config: The user's options.
         patches: Options of Inductor.
@@ -43,7 +45,7 @@ def report_of_caller(config: Int4Config, patches: Mapping[str, Any]) -> Report:
     for ref, report in _reports:
         if request is not None and ref() is request:
             return report
-    report = Report(config, patches)
+    report = Report(config, patches, must_write=False)
     if request is not None:
         _reports.append((weakref.ref(request), report))
     return report

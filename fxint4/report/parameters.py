@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-__all__ = ["Parameter", "Place", "is_gone", "merged"]
+__all__ = ["Parameter", "Place", "is_gone"]
 
 
 class Place:
@@ -81,12 +81,3 @@ class Parameter(NamedTuple):
     owner: str = ""
     reason: str = ""
     place: Hashable = None
-
-
-def merged(
-    older: Mapping[int, Parameter], newer: Mapping[int, Parameter]
-) -> Mapping[int, Parameter]:
-    """Merge parameters, by `id`; one gives way to a newer one in its place."""
-    taken = {parameter.place for parameter in newer.values()} - {None}
-    kept = {key: parameter for key, parameter in older.items() if parameter.place not in taken}
-    return {**kept, **newer}

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
+from fxint4.report.parameters import Parameter
+
 __all__ = ["GraphReport", "Record", "checked"]
 
 #: The types that JSON has for fields of a record; a field not listed is a whole number.
@@ -25,6 +27,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "output_error": (float, int, NoneType),
     **dict.fromkeys(_TUPLES, (list,)),
 }
+#: Fields that only this process can use; `Record.to_dict` leaves them out.
+_HIDDEN = ("weight_key", "place")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Record:
             where it was not measured, or no x reached the weight, or the product is all zeros.
         weight_key: Equal for matmuls that share one weight. `to_dict` leaves it out;
             `Report.to_dict` has a number in its place.
+        place: Where the weight sits, a `Place` or a tuple of them; None where that is not known.
+            `to_dict` leaves it out.
     """
 
     name: str
@@ -90,7 +96,7 @@ class Record:
         values = {
             name: getattr(self, name)
             for name in (f.name for f in dataclasses.fields(self))
-            if name not in ("weight_key", "place")
+            if name not in _HIDDEN
         }
         for name in _TUPLES:
             values[name] = list(values[name])
@@ -112,11 +118,7 @@ class Record:
             KeyError: A field is missing.
             TypeError: A value has a wrong type.
         """
-        names = [
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.name not in ("weight_key", "place")
-        ]
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in _HIDDEN]
         given = {name: checked(values, name, *_TYPES.get(name, (int,))) for name in names}
         for name in _TUPLES:
             if not all(isinstance(item, str) for item in given[name]):
@@ -133,18 +135,23 @@ class GraphReport:
 
     Attributes:
         records: Its matmuls with constant weights, in the order they run.
-        parameters: Full name and number of elements of every parameter that the graph reads, and of
-            the other parameters of the modules that are called; by `id`.
+        parameters: Every parameter that the graph reads, and the other parameters of the modules
+            that are called; by `id`. A tuple of name and elements becomes a `Parameter`.
         before: The captured graph as text; empty where there is none (`fxint4.pack_`).
         after: The rewritten graph as text.
         graph_break: Why Dynamo ended the graph early, or None.
     """
 
     records: tuple[Record, ...]
-    parameters: Mapping[int, tuple[str, int]]
+    parameters: Mapping[int, Parameter]
     before: str
     after: str
     graph_break: str | None = None
+
+    def __post_init__(self) -> None:
+        """Turn pairs of name and elements into a `Parameter` each."""
+        parameters = {key: Parameter(*value) for key, value in self.parameters.items()}
+        object.__setattr__(self, "parameters", parameters)
 
 
 def checked(values: Mapping[str, Any], name: str, *types: type) -> Any:

@@ -4,36 +4,68 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Hashable, Iterable, Mapping
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from fxint4._pytorch.dynamo import frame_id
 from fxint4._pytorch.tensors import MATMULS
 from fxint4.atomic_files import write_whole
 from fxint4.config.int4_config import REPORT_SUFFIXES, Int4Config
+from fxint4.config.layer_patterns import without_match
 from fxint4.errors import OptionError, ReportError
 from fxint4.report import graph_text, table
 from fxint4.report.html import page
+from fxint4.report.parameters import Parameter, is_gone
 from fxint4.report.records import GraphReport, Record, checked
 from fxint4.version import __version__
 
 __all__ = ["SCHEMA", "Report"]
 
+logger = logging.getLogger("fxint4")
+
 #: Names of the matmul ops, as `graph_text` writes them.
 _MATMULS = {str(op).removesuffix(".default") for op in MATMULS}
 #: Version of `to_dict`. Increase it when fields are added, removed or change their meaning.
-SCHEMA = 2
+SCHEMA = 3
 #: Width of a report in a text file, in characters.
 _FILE_COLUMNS = 120
+#: Options that hold patterns of layers; those of `overrides` are the keys of a dict.
+_PATTERNS = ("skip", "include", "overrides")
+#: With more late additions waiting they are made at once, so that they don't pile up.
+_MOST_WAITING = 256
+
+#: What makes late additions: records, and parameters as in `GraphReport`.
+Made: TypeAlias = tuple[Iterable[Record], Mapping[int, Parameter]]
+
+
+#: All reports of the process.
+_live: weakref.WeakSet[Report] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """Replace all locks in a forked process: a thread that it lacks may hold them."""
+    for report in _live:
+        report._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Report:
     """What one `torch.compile(...)`, `explain`, `rewrite` or `pack_` did; it grows with each graph.
+
+    Safe to use from several threads.
 
     Attributes:
         options: The user's options: fields of `Int4Config`, and options of Inductor.
@@ -44,14 +76,20 @@ class Report:
     """
 
     def __init__(
-        self, config: Int4Config | None = None, patches: Mapping[str, Any] | None = None
+        self,
+        config: Int4Config | None = None,
+        patches: Mapping[str, Any] | None = None,
+        *,
+        must_write: bool = True,
     ) -> None:
         """Create an empty report.
 
         Args:
             config: The user's options. If `config.report` names a file, the report is written to it
-                now and after each change.
+                now and after each change. If a later write fails, a warning is logged and the next
+                change tries again.
             patches: Options of Inductor.
+            must_write: Whether it is an error that the file can't be written now.
 
         Raises:
             ReportError: That file can't be written.
@@ -62,50 +100,93 @@ class Report:
         self.options: dict[str, Any] = {name: _plain(value) for name, value in asked.items()}
         self.versions: dict[str, str] = {"fxint4": __version__, "torch": str(torch.__version__)}
         self.output_error: float | None = None
-        self._graphs: dict[Hashable, GraphReport] = {}
+        #: Never changed, but replaced as a whole, so that readers need no lock.
+        self._graphs: Mapping[Hashable, GraphReport] = {}
+        #: Dynamo's number of the frame that each graph is of.
+        self._frames: dict[Hashable, int | None] = {}
+        self._waiting: deque[tuple[Hashable, Callable[[], Made]]] = deque()
+        self._lock = threading.RLock()
+        _live.add(self)
         self._path = None if config.report is None else Path(config.report).absolute()
-        self._write_file()
+        self._unwritten = False
+        if self._path is not None and must_write:
+            self.save(self._path)
+        else:
+            self._write_file()
 
     def put(self, key: Hashable, graph: GraphReport) -> None:
-        """Add a graph.
+        """Add a graph, and drop what is known of deleted modules and of replaced weights.
 
         Args:
             key: What is compiled; a graph with an equal key (a recompile) replaces the older one.
             graph: The graph.
-
-        Raises:
-            ReportError: The file of the option `report` can't be written.
         """
-        self._graphs.pop(key, None)
-        self._graphs[key] = graph
-        self._write_file()
+        frame = frame_id()
+        with self._lock:
+            graphs = {}
+            for known, older in self._settled().items():
+                if known == key:
+                    continue
+                again = frame is not None and self._frames.get(known) == frame
+                graphs[known] = _without_stale(older, graph.records if again else ())
+            self._frames[key] = frame
+            self._graphs = {**graphs, key: graph}
+            self._write_file()
 
     def add(
-        self,
-        key: Hashable,
-        records: Iterable[Record],
-        parameters: Mapping[int, tuple[str, int]],
+        self, key: Hashable, records: Iterable[Record], parameters: Mapping[int, Parameter]
     ) -> None:
         """Add what a compiled graph does with parameters that it was not compiled with.
 
+        A weight that is new in its place (`Record.place`) takes the position of the older one.
+
         Args:
             key: The key of the graph, see `put`.
-            records: Its matmuls with those parameters.
+            records: Its matmuls with those parameters, in the order they run.
             parameters: See `GraphReport.parameters`.
 
         Raises:
-            ReportError: The file of the option `report` can't be written.
+            KeyError: There is no such graph.
         """
-        graph = self._graphs[key]
-        self._graphs[key] = dataclasses.replace(
-            graph,
-            records=(*graph.records, *records),
-            parameters={**graph.parameters, **parameters},
-        )
-        self._write_file()
+        with self._lock:
+            graphs = self._settled()
+            self._graphs = {**graphs, key: _grown(graphs[key], [(records, parameters)])}
+            self._write_file()
 
-    def add_later(self, key: Hashable, make: Any) -> None:
-        self.add(key, *make())
+    def add_later(self, key: Hashable, make: Callable[[], Made]) -> None:
+        """Add to a graph what a function makes; it is called when the report is read.
+
+        Where the option `report` names a file, it is called at once.
+
+        Args:
+            key: The key of the graph, see `put`; if there is none by then, nothing is added.
+            make: Returns the records and parameters, see `add`. It must not wait for a lock that
+                the caller of this method may hold.
+        """
+        self._waiting.append((key, make))  # one step, which needs no lock
+        if self._path is not None:
+            with self._lock:
+                self._settled()
+                self._write_file()
+        elif len(self._waiting) > _MOST_WAITING:
+            self._settled()
+
+    def _settled(self) -> Mapping[Hashable, GraphReport]:
+        """Make what waits to be added, and return all graphs, by key."""
+        if self._waiting:
+            with self._lock:
+                made: dict[Hashable, list[Made]] = {}
+                while self._waiting:
+                    key, make = self._waiting.popleft()
+                    if key not in self._graphs:
+                        continue
+                    try:
+                        made.setdefault(key, []).append(make())
+                    except Exception:  # whoever runs a model or reads a report can't mend it
+                        logger.warning("a report lacks weights that were used late", exc_info=True)
+                grown = {key: _grown(self._graphs[key], made[key]) for key in made}
+                self._graphs = {**self._graphs, **grown}
+        return self._graphs
 
     def measured(self, output_error: float | None, of_weights: Mapping[Any, float]) -> None:
         """Add measured errors.
@@ -114,35 +195,59 @@ class Report:
             output_error: Error of the whole model; see `Report.output_error`.
             of_weights: Errors of the packed matmuls, by `Record.weight_key`; see
                 `Record.output_error`.
-
-        Raises:
-            ReportError: The file of the option `report` can't be written.
         """
-        self.output_error = output_error
-        for key, graph in self._graphs.items():
+
+        def measured(graph: GraphReport) -> GraphReport:
             records = tuple(
                 dataclasses.replace(record, output_error=of_weights.get(record.weight_key))
                 if record.action == "packed"
                 else record
                 for record in graph.records
             )
-            self._graphs[key] = dataclasses.replace(graph, records=records)
-        self._write_file()
+            return dataclasses.replace(graph, records=records)
+
+        with self._lock:
+            self.output_error = output_error
+            self._graphs = {key: measured(graph) for key, graph in self._settled().items()}
+            self._write_file()
 
     def _write_file(self) -> None:
-        """Write the report to the file of the option `report`, if there is one."""
-        if self._path is not None:
+        """Write the report to the file of the option `report`, if there is one.
+
+        A model that runs is worth more than its report: if it can't be written, a warning is
+        logged, once until it can be written again.
+        """
+        if self._path is None:
+            return
+        try:
             self.save(self._path)
+            self._unwritten = False
+        except ReportError as error:
+            if not self._unwritten:
+                logger.warning("%s; the model runs on, and later changes are tried again", error)
+            self._unwritten = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied or pickled: all but the lock, and what waits to be added."""
+        self._settled()
+        hidden = ("_lock", "_waiting")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Make a copy of what `__getstate__` returned."""
+        self.__dict__.update(state)
+        self._waiting, self._lock = deque(), threading.RLock()
+        _live.add(self)
 
     @property
     def graphs(self) -> list[GraphReport]:
         """The graphs, in the order they were compiled."""
-        return list(self._graphs.values())
+        return list(self._settled().values())
 
     @property
     def records(self) -> list[Record]:
         """Every matmul-like node with a constant weight, graph by graph."""
-        return [record for graph in self._graphs.values() for record in graph.records]
+        return [record for graph in self.graphs for record in graph.records]
 
     @property
     def graph_diff(self) -> str:
@@ -159,7 +264,7 @@ class Report:
         if colour is None:
             colour = graph_text.stdout_has_colour()
         lines: list[str] = []
-        for number, graph in enumerate(self._graphs.values()):
+        for number, graph in enumerate(self.graphs):
             lines += graph_text.unified_diff(graph.before, graph.after, f"graph {number}")
         return "\n".join(graph_text.coloured(lines) if colour else lines)
 
@@ -177,8 +282,8 @@ class Report:
         weights = _weights(packed)
         before = sum(record.bytes_before for record in weights)
         after = sum(record.bytes_after for record in weights)
-        parameters = list(self._parameters().values())
-        elements = sum(size for _, size in parameters)
+        parameters = self._parameters()
+        elements = sum(parameter.elements for parameter in parameters)
         return {
             "matmuls": len(records),
             "packed": len(packed),
@@ -193,8 +298,8 @@ class Report:
             "parameter_share": min(1.0, _covered(weights, parameters) / elements)
             if elements
             else 0.0,
-            "graphs": sum(bool(graph.before) for graph in self._graphs.values()),
-            "graph_breaks": sum(graph.graph_break is not None for graph in self._graphs.values()),
+            "graphs": sum(bool(graph.before) for graph in self.graphs),
+            "graph_breaks": sum(graph.graph_break is not None for graph in self.graphs),
         }
 
     @property
@@ -213,18 +318,33 @@ class Report:
     @property
     def graph_breaks(self) -> list[str]:
         """Why Dynamo ended graphs early, one entry a break."""
-        return [graph.graph_break for graph in self._graphs.values() if graph.graph_break]
+        return [graph.graph_break for graph in self.graphs if graph.graph_break]
 
-    def _parameters(self) -> dict[int, tuple[str, int]]:
-        """Full name and number of elements of the parameters of all graphs, by `id`."""
-        found: dict[int, tuple[str, int]] = {}
-        for graph in self._graphs.values():
-            found.update(graph.parameters)
-        return found
+    @property
+    def unmatched_patterns(self) -> list[str]:
+        """Patterns of skip, include and overrides that match no layer of the graphs, as text."""
+        graphs = self.graphs
+        names = {parameter.name for graph in graphs for parameter in graph.parameters.values()}
+        for graph in graphs:
+            for record in graph.records:
+                names.update((record.name, *record.parameters))
+        return [
+            f"{option}: {pattern!r} matched no layer"
+            for option in _PATTERNS
+            for pattern in (without_match(names, self.options.get(option) or ()) if graphs else ())
+        ]
+
+    def _parameters(self) -> list[Parameter]:
+        """The parameters of all graphs, each once."""
+        found: dict[Hashable, Parameter] = {}
+        for graph in self.graphs:
+            for identity, parameter in graph.parameters.items():
+                found[_identity(identity, parameter)] = parameter
+        return list(found.values())
 
     def _largest_not_packed(self) -> list[dict[str, Any]]:
         parameters = self._parameters()
-        total = sum(size for _, size in parameters.values())
+        total = sum(parameter.elements for parameter in parameters)
         packed = {record.weight_key for record in self.records if record.action == "packed"}
         kept = {
             record.weight_key: (record.name, record.batch * record.n * record.k, record.reason)
@@ -233,9 +353,9 @@ class Report:
         }
         multiplied = {name for record in self.records for name in record.parameters}
         unread = [
-            (name, size, self._why_in_no_matmul(name))
-            for name, size in parameters.values()
-            if name not in multiplied and size >= table.SHARE_SHOWN * total
+            (parameter.name, parameter.elements, self._why_in_no_matmul(parameter))
+            for parameter in parameters
+            if parameter.name not in multiplied and parameter.elements >= table.SHARE_SHOWN * total
         ]
         large = [
             entry for entry in (*kept.values(), *unread) if entry[1] >= table.SHARE_SHOWN * total
@@ -246,7 +366,8 @@ class Report:
             for name, size, reason in largest
         ]
 
-    def _why_in_no_matmul(self, name: str) -> str:
+    def _why_in_no_matmul(self, parameter: Parameter) -> str:
+        name = parameter.name
         ops = {op: None for graph in self.graphs for op in graph_text.readers(graph.before, name)}
         if not ops:
             return "in no matmul that was found"
@@ -258,27 +379,30 @@ class Report:
         """Return the whole report as values that JSON can hold.
 
         Keys: schema (`SCHEMA`); fxint4 and torch (versions); options; coverage; graph_breaks;
-        totals; output_error; graphs (each with before, after, graph_break and parameters); records
-        (those of `Record.to_dict`, each with the number of its graph and of its weight; records
-        with equal numbers share one weight).
+        unmatched_patterns; totals; output_error; graphs (each with before, after, graph_break and
+        parameters); records (those of `Record.to_dict`, each with the number of its graph and of
+        its weight; records with equal numbers share one weight).
         """
-        identities: dict[int, int] = {}
+        with self._lock:  # what the values say of each other is true
+            return self._to_dict()
+
+    def _to_dict(self) -> dict[str, Any]:
+        identities: dict[Hashable, int] = {}
         weights: dict[Hashable, int] = {}
         entries, records = [], []
-        for number, graph in enumerate(self._graphs.values()):
+        for number, graph in enumerate(self.graphs):
+            parameters = []
+            for key, parameter in graph.parameters.items():
+                identity = identities.setdefault(_identity(key, parameter), len(identities))
+                values = parameter._asdict()
+                del values["place"]
+                parameters.append({"id": identity, **values})
             entries.append(
                 {
                     "before": graph.before,
                     "after": graph.after,
                     "graph_break": graph.graph_break,
-                    "parameters": [
-                        {
-                            "id": identities.setdefault(identity, len(identities)),
-                            "name": name,
-                            "elements": elements,
-                        }
-                        for identity, (name, elements) in graph.parameters.items()
-                    ],
+                    "parameters": parameters,
                 }
             )
             for record in graph.records:
@@ -290,6 +414,7 @@ class Report:
             "options": self.options,
             "coverage": self.coverage,
             "graph_breaks": self.graph_breaks,
+            "unmatched_patterns": self.unmatched_patterns,
             "totals": self.totals,
             "output_error": self.output_error,
             "graphs": entries,
@@ -322,7 +447,8 @@ class Report:
         else:
             text = self._text(_FILE_COLUMNS)
         try:
-            write_whole(path, f"{text.rstrip()}\n")
+            # A lone surrogate in a name becomes an escape, which JSON reads back.
+            write_whole(path, f"{text.rstrip()}\n".encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise ReportError(f"the report {str(path)!r} can't be written: {error}") from error
 
@@ -370,21 +496,25 @@ class Report:
         for entry in checked(values, "records", list):
             record = Record.from_dict(entry, checked(entry, "weight", int))
             records[checked(entry, "graph", int)].append(record)
+        graphs: dict[Hashable, GraphReport] = {}
         for number, entry in enumerate(values["graphs"]):
             parameters = {
-                checked(each, "id", int): (
+                checked(each, "id", int): Parameter(
                     checked(each, "name", str),
                     checked(each, "elements", int),
+                    checked(each, "owner", str),
+                    checked(each, "reason", str),
                 )
                 for each in checked(entry, "parameters", list)
             }
-            report._graphs[number] = GraphReport(
+            graphs[number] = GraphReport(
                 tuple(records[number]),
                 parameters,
                 checked(entry, "before", str),
                 checked(entry, "after", str),
                 checked(entry, "graph_break", str, type(None)),
             )
+        report._graphs = graphs
         return report
 
     def __str__(self) -> str:
@@ -392,13 +522,14 @@ class Report:
         return self._text(shutil.get_terminal_size((120, 24)).columns)
 
     def _text(self, columns: int) -> str:
-        if not self._graphs:
+        if not self.graphs:
             return "fxint4: no graph was compiled"
         return table.text(
             self.records,
             self.totals,
             self.coverage,
             self.graph_breaks,
+            self.unmatched_patterns,
             self.output_error,
             self.options.get("trade"),
             columns,
@@ -415,18 +546,90 @@ def _weights(packed: Iterable[Record]) -> list[Record]:
     return list(weights.values())
 
 
-def _covered(weights: Iterable[Record], parameters: Iterable[tuple[str, int]]) -> int:
+def _identity(key: int, parameter: Parameter) -> Hashable:
+    """Return what is equal for entries of one parameter in several graphs.
+
+    Args:
+        key: Its `id`, or a number in its place. Of a parameter that was replaced, a later one may
+            have the same.
+        parameter: The entry.
+    """
+    return key if parameter.place is None else parameter.place
+
+
+def _grown(graph: GraphReport, additions: Iterable[Made]) -> GraphReport:
+    """Return a graph with more records and parameters.
+
+    A record takes the position of the first older one with the same op whose weight sat in the same
+    place; the next such record of the same addition, of another part of that weight, takes that of
+    the second. A parameter takes the place of the older one.
+    """
+    rows = list(graph.records)
+    parameters = dict(graph.parameters)
+    positions: dict[Hashable, list[int]] = {}
+    for position, row in enumerate(rows):
+        positions.setdefault((row.place, row.op), []).append(position)
+    by_place = {parameter.place: key for key, parameter in parameters.items()}
+    for records, added in additions:
+        counts: Counter[Hashable] = Counter()
+        for record in records:
+            use = record.place, record.op
+            older = positions.setdefault(use, [])
+            number = counts[use]
+            counts[use] += 1
+            if record.place is not None and number < len(older):
+                rows[older[number]] = record
+            else:
+                older.append(len(rows))
+                rows.append(record)
+        for key, parameter in GraphReport((), added, "", "").parameters.items():
+            place = parameter.place
+            replaced = by_place.get(place)
+            if place is not None and replaced is not None and parameters[replaced].place == place:
+                del parameters[replaced]
+            parameters[key] = parameter
+            by_place[place] = key
+    return dataclasses.replace(graph, records=tuple(rows), parameters=parameters)
+
+
+def _without_stale(graph: GraphReport, newer: Iterable[Record]) -> GraphReport:
+    """Return a graph without what is known of deleted modules and replaced weights.
+
+    Args:
+        graph: The graph.
+        newer: Records of a later compile of the same frame. Another weight in the place of an older
+            one has replaced it.
+    """
+    weights: dict[Hashable, set[Hashable]] = {}
+    for record in newer:
+        if record.place is not None:
+            weights.setdefault(record.place, set()).add(record.weight_key)
+    records = [
+        record
+        for record in graph.records
+        if not is_gone(record.place)
+        and record.weight_key in weights.get(record.place, (record.weight_key,))
+    ]
+    parameters = {
+        key: parameter
+        for key, parameter in graph.parameters.items()
+        if not is_gone(parameter.place)
+    }
+    return dataclasses.replace(graph, records=tuple(records), parameters=parameters)
+
+
+def _covered(weights: Iterable[Record], parameters: Iterable[Parameter]) -> int:
     """Count the elements of parameters that packed weights cover, each element once.
 
     A weight may be a part of a parameter or made of several, and repeat them.
 
     Args:
         weights: One record for each packed weight.
-        parameters: Full name and number of elements of each parameter.
+        parameters: All parameters.
     """
     left: dict[str, int] = {}
-    for name, size in parameters:
-        left[name] = left.get(name, 0) + size
+    for parameter in parameters:
+        left[parameter.name] = left.get(parameter.name, 0) + parameter.elements
     covered = 0
     for record in weights:
         rest = record.batch * record.n * record.k

@@ -18,6 +18,7 @@ __all__ = [
     "dimensions",
     "error_text",
     "group_text",
+    "harmless",
     "shortened",
     "size_text",
     "text",
@@ -28,6 +29,8 @@ __all__ = [
 SHARE_SHOWN = 0.01
 #: With more rows, equal layers are merged into one.
 ROWS_SHOWN = 20
+#: Control characters, but for the end of a line, other line ends, and lone surrogates.
+_HARMFUL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 #: Characters that layers and reasons need side by side; with fewer, reasons go below the table.
 _ROOM_FOR_REASONS = 48
 
@@ -37,6 +40,7 @@ def text(
     totals: Mapping[str, Any],
     coverage: Mapping[str, Any],
     graph_breaks: list[str],
+    unmatched_patterns: list[str],
     output_error: float | None,
     trade: str | None,
     columns: int,
@@ -48,15 +52,24 @@ def text(
         totals: See `Report.totals`.
         coverage: See `Report.coverage`.
         graph_breaks: See `Report.graph_breaks`.
+        unmatched_patterns: See `Report.unmatched_patterns`.
         output_error: See `Report.output_error`.
         trade: What a budget reached, as text; None without one.
         columns: Most characters a line.
     """
-    table, notes = _table(records, columns)
-    headline = _wrapped(_headline(totals, coverage, graph_breaks), columns)
+    named = [dataclasses.replace(record, name=harmless(record.name)) for record in records]
+    table, notes = _table(named, columns)
+    lines = _headline(totals, coverage, graph_breaks)
+    lines += [f"  {pattern}" for pattern in unmatched_patterns]
+    headline = _wrapped(lines, columns)
     footnotes = _wrapped(_footnotes(totals, output_error, trade), columns)
     parts = [headline, table, _wrapped(notes, columns), footnotes]
-    return "\n\n".join(filter(None, parts))
+    return harmless("\n\n".join(filter(None, parts)))
+
+
+def harmless(text: str) -> str:
+    """Escape what a terminal would obey or can't show; a name may hold anything."""
+    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _headline(
@@ -153,7 +166,7 @@ def _footnotes(
     if totals["held_bytes"]:
         lines.append(
             f"original parameters: {size_text(totals['held_bytes'])} stay in memory beside them; "
-            "fxint4.pack_(model), or options={'free_weights': True}, releases them"
+            "fxint4.pack_(model) releases them"
         )
     if totals["dense_bytes"]:
         lines.append(

@@ -844,7 +844,8 @@ def _unsupported(func: Any, operands: Any) -> str:
     return (
         f"{func} is not supported for packed int4 weights{form} (here {shapes}). Supported: "
         f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within "
-        "`with fxint4.dequantizing():` where it does not write to the weight"
+        "`with fxint4.dequantizing():` where it does not write to the weight. Where it does, as "
+        "merging an adapter does, call fxint4.dequantize_(model) first, and pack the result"
     )
 
 
