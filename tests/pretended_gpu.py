@@ -27,7 +27,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxint4.kernels.policy import Policy
-from fxint4.lowering.dense import our_lowerings
+from fxint4.lowering.dense import our_compile
+from fxint4.lowering.own_ops import use_own_ops
 
 _H200 = types.SimpleNamespace(
     name="NVIDIA H200",
@@ -114,9 +115,10 @@ def generated(
         pretended_gpu(),
         V.set_fake_mode(fake),
         V.set_debug_handler(DebugContext()),
-        our_lowerings(Policy(kernel, cuda_graphs, package=package)),
+        our_compile(),
         _without_compiled_kernels() if package else contextlib.nullcontext(),
     ):
+        use_own_ops(gm, Policy(kernel, cuda_graphs, package=package))
         graph = GraphLowering(
             gm, example_inputs=made, shape_env=env, aot_mode=package, cpp_wrapper=package
         )

@@ -16,7 +16,6 @@ from fxint4.kernels.select import (
     Gpu,
     Launcher,
     MatmulShape,
-    _gpu_of,
     by_m,
     choose,
     choose_blocks,
@@ -145,11 +144,11 @@ def test_each_gpu_of_a_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None
     gpus = [(9, 114), (8, 142)]  # an H100 and an L40S
     properties = [SimpleNamespace(major=major, multi_processor_count=n) for major, n in gpus]
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda gpu: properties[gpu.index])
-    _gpu_of.cache_clear()
+    gpu_of.cache_clear()
     for current, expected in enumerate([Gpu(114, True), Gpu(142, False)]):
         monkeypatch.setattr("torch.cuda.current_device", lambda current=current: current)
         assert gpu_of(torch.device("cuda")) == gpu_of(torch.device("cuda", current)) == expected
-    _gpu_of.cache_clear()
+    gpu_of.cache_clear()
     assert gpu_of(torch.device("cpu")) == Gpu(132, True)
 
 

@@ -35,6 +35,7 @@ def _forgotten() -> Iterator[None]:
 
 def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "hip", hip)
 
 
@@ -63,6 +64,19 @@ def test_an_older_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPat
     assert device_fault(CUDA) == (
         "the GPU has compute capability 7.5; int4 tiles need 8.0 (Ampere) or newer"
     )
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_each_gpu_of_a_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0), hip=None)
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+    )
+    for current, fine in ((0, True), (1, False), (0, True)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        for device in (CUDA, torch.device("cuda", current)):
+            assert (device_fault(device) is None) == fine
 
 
 @pytest.mark.usefixtures("_forgotten")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import threading
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import fx
@@ -35,12 +36,14 @@ __all__ = [
     "empty",
     "floor_div",
     "indicator",
+    "int4pack_mm_for_cpu",
     "is_aot",
     "is_graph_input",
     "launch_triton",
-    "lowerings_overridden",
     "matmul_into",
+    "our_compile",
     "persistent_zeros",
+    "register_lowerings",
     "static",
     "to_dtype",
     "uses_cuda_graphs",
@@ -67,34 +70,43 @@ def compile_fx_inner(
 
 
 @contextlib.contextmanager
-def lowerings_overridden(lowerings: Mapping[Any, Callable[..., Any]], key: str) -> Iterator[None]:
-    """Override Inductor's lowerings of some ops.
+def our_compile(version: str) -> Iterator[None]:
+    """A context for compiles of graphs that hold ops of ours.
 
     Args:
-        lowerings: The lowering of each op, called like the op.
-        key: Identifies the lowerings in Inductor's caches, whose own keys do not cover them.
+        version: Identifies our code in Inductor's caches, whose own keys do not cover it.
     """
     import torch.compiler.config as compiler_config
-    from torch._inductor import lowering
 
-    # Inductor has no lowering of mv and addmv, because it usually decomposes them.
-    calls = {
-        op: functools.partial(call_fallback, op) for op in (aten.mv.default, aten.addmv.default)
-    }
-    # The CPU's int4 op needs contiguous operands, which Inductor's lowering does not ensure.
-    contiguous_operands = {
-        aten._weight_int4pack_mm_for_cpu.default: lowering.require_contiguous,
-    }
-    tag = f"{compiler_config.cache_key_tag}fxint4 {key}"
+    tag = f"{compiler_config.cache_key_tag}fxint4 {version}"
     with (
-        _overlaid(lowering.lowerings, {**calls, **lowerings}),
-        _overlaid(lowering._maybe_layout_constraints, contiguous_operands),
         compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
         warnings.catch_warnings(),
     ):
         # Kernels that cast an fp16 activation to bf16 are intended.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
         yield
+
+
+def register_lowerings(lowerings: Mapping[Any, Callable[..., Any]]) -> None:
+    """Give ops of ours their lowerings, for the life of the process.
+
+    Inductor has one table of lowerings for all compiles of a process, those of other threads and of
+    other backends included. So no entry of another library's op is ever added or changed. An op
+    that has a lowering keeps it.
+
+    Args:
+        lowerings: The lowering of each op, called like the op.
+    """
+    from torch._inductor import lowering
+
+    with _registering:
+        for op, function in lowerings.items():
+            if op not in lowering.lowerings:
+                lowering.register_lowering(op, type_promotion_kind=None)(function)
+
+
+_registering = threading.Lock()
 
 
 def uses_cuda_graphs() -> bool:
@@ -202,24 +214,49 @@ def persistent_zeros(count: Any, like: Any) -> Any:
     For kernels that restore the zeros. If the count is static, all such kernels of a graph share
     one buffer.
     """
-    from torch._inductor.virtualized import V
-
     known = static(count)
     if known is None:
-        return _zeros(count, like)
-    of_graph = _counters.setdefault(V.graph, {})
-    key = (like.get_device(), 1 << max(10, (known - 1).bit_length()))
+        return _full([count], 0, torch.int32, like.get_device())
+    enough = 1 << max(10, (known - 1).bit_length())
+    return _full_once([enough], 0, torch.int32, like.get_device())
+
+
+def int4pack_mm_for_cpu(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:
+    """ATen's int4 matmul on the CPU, in a package.
+
+    AOTInductor has a C function for it that takes the group size as a tensor. Inductor's own
+    lowering makes this tensor a constant of the package, one without a name that the program
+    knows; here the code of the package fills it.
+
+    Args:
+        x: bf16 ``[M, K]``, contiguous.
+        tiles: uint8 ``[N, K/2]``, contiguous.
+        group_size: Neighbouring k that share a scale and a zero.
+        scale_and_zero: bf16 ``[K/group_size, N, 2]``, contiguous.
+    """
+    from torch._inductor import ir, mkldnn_ir
+
+    size = _full_once([], group_size, torch.int64, x.get_device())
+    product = mkldnn_ir.WeightInt4PackMatmul.create(x, tiles, size, scale_and_zero)
+    return ir.TensorBox.create(product)
+
+
+def _full_once(size: Sequence[int], fill: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A buffer as `_full` makes it, one for the whole graph."""
+    from torch._inductor.virtualized import V
+
+    of_graph = _filled.setdefault(V.graph, {})
+    key = (tuple(size), fill, dtype, device)
     if key not in of_graph:
-        of_graph[key] = _zeros(key[1], like)
+        of_graph[key] = _full(size, fill, dtype, device)
     return of_graph[key]
 
 
-_counters: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_filled: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def _zeros(count: Any, like: Any) -> Any:
-    device = like.get_device()
-    value = call(aten.full.default, [count], 0, dtype=torch.int32, device=device)
+def _full(size: Sequence[Any], fill: int, dtype: torch.dtype, device: torch.device) -> Any:
+    value = call(aten.full.default, list(size), fill, dtype=dtype, device=device)
     value.realize()
     return value
 
@@ -337,38 +374,48 @@ def _with_config(kernel: Any, warps: int, stages: int) -> Any:
 
 @contextlib.contextmanager
 def _mutated_arguments(written: Collection[str]) -> Iterator[None]:
-    """Tell Inductor which arguments a kernel writes.
+    """Tell Inductor which arguments a kernel writes, in this thread.
 
     Otherwise it compiles the kernel at each launch to find out, and fails to tell apart pointers
     that a program chooses among.
     """
+    _tell_written()
+    token = _written.set(tuple(written))
+    try:
+        yield
+    finally:
+        _written.reset(token)
+
+
+#: The arguments that the kernel being launched writes; None for kernels of others.
+_written: ContextVar[tuple[str, ...] | None] = ContextVar("fxint4 written arguments", default=None)
+
+
+@functools.cache
+def _tell_written() -> None:
+    """Have Inductor's function that finds the arguments answer from `_written` where that is set.
+
+    It is done once for the process: undone after each launch, it would be undone under another
+    thread, too. For kernels of others Inductor's own function answers.
+    """
     from torch._higher_order_ops import triton_kernel_wrap
 
-    if hasattr(triton_kernel_wrap, "identify_mutated_tensors"):  # torch 2.11
-        name = "identify_mutated_tensors"
-        answer: Any = list(written)
-    else:
+    old = hasattr(triton_kernel_wrap, "identify_mutated_tensors")  # torch 2.11
+    name = "identify_mutated_tensors" if old else "identify_accessed_tensors"
+    theirs = getattr(triton_kernel_wrap, name)
+
+    @functools.wraps(theirs)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        written = _written.get()
+        if written is None:
+            return theirs(*args, **kwargs)
+        if old:
+            return list(written)
         from torch._inductor.dependencies import ReadWrites, StarDep
         from torch.utils._ordered_set import OrderedSet
 
         writes: Any = OrderedSet(StarDep(argument) for argument in written)
         accesses = ReadWrites(OrderedSet(), writes, OrderedSet())
-        name = "identify_accessed_tensors"
-        answer = triton_kernel_wrap.TensorAccesses(accesses, can_fuse_epilogue=False)
-    with mock.patch.object(triton_kernel_wrap, name, return_value=answer):
-        yield
+        return triton_kernel_wrap.TensorAccesses(accesses, can_fuse_epilogue=False)
 
-
-@contextlib.contextmanager
-def _overlaid(table: dict[Any, Any], entries: Mapping[Any, Any]) -> Iterator[None]:
-    """Put entries into a table and restore it later; unlike mock.patch it never clears the rest."""
-    before = {key: table[key] for key in entries if key in table}
-    table.update(entries)
-    try:
-        yield
-    finally:
-        for key in entries:
-            if key in before:
-                table[key] = before[key]
-            else:
-                del table[key]
+    setattr(triton_kernel_wrap, name, told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -24,8 +25,9 @@ from fxint4.config.options import split_options
 from fxint4.errors import OptionError, UnsupportedOpError
 from fxint4.frontends.export import is_rewritten, placeholders, remade, rewrite_program
 from fxint4.kernels.policy import Policy
-from fxint4.lowering.dense import our_lowerings
+from fxint4.lowering.dense import our_compile
 from fxint4.lowering.experts import package_fault
+from fxint4.lowering.own_ops import use_own_ops
 
 __all__ = ["METADATA", "package"]
 
@@ -78,14 +80,14 @@ def package(
             "the program has no example inputs, which AOTInductor needs: set its example_inputs to "
             "(args, kwargs)"
         )
-    program = _for_aotinductor(program)
+    program = _for_aotinductor(program, Policy(config.kernel, package=True))
     known = patches.get("aot_inductor.metadata") or {}
     patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
     # PyTorch's writer ends the process if the disk is full, so it writes to a temporary folder. The
     # file at `path` stays until it can be replaced.
     with tempfile.TemporaryDirectory() as folder, draft_of(Path(path)) as draft:
         made = os.path.join(folder, os.path.basename(path))
-        with our_lowerings(Policy(config.kernel, package=True)):
+        with our_compile():
             aoti_package(program, made, patches)
         shutil.copyfile(made, draft)
     return path
@@ -130,8 +132,8 @@ def _check_ops(program: ExportedProgram) -> None:
             )
 
 
-def _for_aotinductor(program: ExportedProgram) -> ExportedProgram:
-    """The program with tensors that AOTInductor handles well.
+def _for_aotinductor(program: ExportedProgram, policy: Policy) -> ExportedProgram:
+    """The program with ops that we lower, and with tensors that AOTInductor handles well.
 
     AOTInductor writes whole storages, so each tensor gets a storage of its own size. It copies
     buffers while it compiles, but not parameters, so buffers that are only read become parameters.
@@ -173,9 +175,11 @@ def _for_aotinductor(program: ExportedProgram) -> ExportedProgram:
             return value
         return parameters.setdefault(id(value), nn.Parameter(value, False))
 
+    graph_module = copy.deepcopy(program.graph_module)
+    use_own_ops(graph_module, policy)
     return remade(
         program,
-        program.graph_module,
+        graph_module,
         dataclasses.replace(signature, input_specs=specs),
         state_dict={name: of_state(name, value) for name, value in program.state_dict.items()},
         constants={name: alone(value) for name, value in program.constants.items()},

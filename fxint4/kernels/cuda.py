@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxint4.kernels import nvrtc
+from fxint4.kernels.devices import PerDevice
 from fxint4.kernels.tensor_map import TensorMap, tensor_map
 
 __all__ = [
@@ -282,10 +283,10 @@ def available(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.cuda is None or nvrtc.version() is None:
         return False
-    return _loads(nvrtc.with_index(device))
+    return _loads(device)
 
 
-@functools.cache
+@PerDevice
 def _loads(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False

@@ -31,7 +31,6 @@ __all__ = [
     "in_context",
     "needed",
     "version",
-    "with_index",
 ]
 
 logger = logging.getLogger("fxint4")
@@ -79,12 +78,6 @@ def architecture(major: int, minor: int) -> str | None:
     _, known = found[0].nvrtcGetSupportedArchs()
     fit = [each for each in (10 * major + minor, 10 * major) if each in known]
     return f"sm_{fit[0]}{'a' if fit[0] == 90 else ''}" if fit else None
-
-
-def with_index(device: torch.device) -> torch.device:
-    """A CUDA device with its index; a device without one becomes the current device."""
-    index: Any = device.index
-    return torch.device("cuda", torch.cuda.current_device()) if index is None else device
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,17 +25,26 @@ class Policy:
         cuda_graphs: Whether kernels are replayed from CUDA graphs, and none launched from Python.
         measured: Whether kernels are chosen by measuring them.
         package: Whether a package launches them, which has no CUDA C++ kernels.
+        in_cuda: Whether kernels in CUDA C++ load on the GPU; None asks the GPU.
     """
 
     kernel: str | None = None
     cuda_graphs: bool = False
     measured: bool = False
     package: bool = False
+    in_cuda: bool | None = None
 
     @classmethod
     def now(cls, config: Int4Config) -> Policy:
         """The policy of the compile in progress, by the options of the user and of Inductor."""
         return cls(config.kernel, inductor.uses_cuda_graphs(), inductor.autotunes())
+
+    def on(self, device: torch.device) -> Policy:
+        """The policy for one device, which need not be asked again.
+
+        Code that was compiled by it may be cached, and run only where a driver says the same.
+        """
+        return replace(self, in_cuda=not self.package and cuda.available(device))
 
     def choose(self, shape: MatmulShape, device: torch.device) -> Choice:
         """The kernel for a matmul whose m is known while the graph is compiled.
@@ -45,15 +54,16 @@ class Policy:
             device: The GPU.
         """
         if self.kernel is not None or not self.measured:
-            return select_kernel(shape, device, self._launcher("inductor"), self.kernel)
+            return self._by_rule(shape, device, "inductor")
         folder = inductor.cache_folder()
-        in_cuda = not self.package and cuda.available(device)
+        known = self if self.in_cuda is not None else self.on(device)
         with real_tensors(), torch.cuda.device(device):
-            return fastest(shape, folder, in_cuda, self.cuda_graphs)
+            return fastest(shape, folder, bool(known.in_cuda), self.cuda_graphs)
 
     def choose_at_run_time(self, shape: MatmulShape, device: torch.device) -> Choice:
         """The kernel for a matmul whose m is known only when the graph runs. See `choose`."""
-        return select_kernel(shape, device, self._launcher("python"), self.kernel)
+        return self._by_rule(shape, device, "python")
 
-    def _launcher(self, usual: Launcher) -> Launcher:
-        return "package" if self.package else "cuda_graph" if self.cuda_graphs else usual
+    def _by_rule(self, shape: MatmulShape, device: torch.device, usual: Launcher) -> Choice:
+        launcher = "package" if self.package else "cuda_graph" if self.cuda_graphs else usual
+        return select_kernel(shape, device, launcher, self.kernel, self.in_cuda)

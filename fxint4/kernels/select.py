@@ -17,7 +17,7 @@ import torch
 
 from fxint4.kernels import cuda
 from fxint4.kernels.cuda import FEW_ROWS, STEP, CudaBlocks, FewRows, ManyRows
-from fxint4.kernels.nvrtc import with_index
+from fxint4.kernels.devices import PerDevice
 from fxint4.kernels.triton_common import Blocks, triton
 
 __all__ = [
@@ -126,7 +126,11 @@ _ATEN_ELEMENTS = 80_000_000
 
 
 def select_kernel(
-    shape: MatmulShape, device: torch.device, launcher: Launcher, kernel: str | None = None
+    shape: MatmulShape,
+    device: torch.device,
+    launcher: Launcher,
+    kernel: str | None = None,
+    in_cuda: bool | None = None,
 ) -> Choice:
     """The kernel of a matmul on a GPU, by rule and by the user's option.
 
@@ -139,6 +143,7 @@ def select_kernel(
         device: The GPU.
         launcher: Who launches the kernel.
         kernel: See `Int4Config.kernel`; None is the fastest by rule.
+        in_cuda: Whether kernels in CUDA C++ load on the GPU; None asks the GPU.
     """
     few = shape.m <= 8 or -(-shape.m // 16) * shape.n * shape.k <= _ATEN_ELEMENTS
     if launcher == "python" and kernel is None and few and shape.dtype is torch.bfloat16:
@@ -147,7 +152,12 @@ def select_kernel(
         return Choice("triton", choose_blocks(shape, gpu_of(device)))
     asked = kernel == "cuda"  # then a missing kernel is an error, not another choice
     if kernel is None or asked:
-        in_cuda = launcher != "package" and (asked or cuda.available(device))
+        if launcher == "package":
+            in_cuda = False
+        elif asked:
+            in_cuda = True
+        elif in_cuda is None:
+            in_cuda = cuda.available(device)
         return choose(shape, gpu_of(device), in_cuda, launcher == "cuda_graph" or asked)
     return Choice("aten" if kernel == "aten" else "dequantize")
 
@@ -255,16 +265,14 @@ def _count(m: int, n: int, blocks: Blocks) -> int:
     return -(-m // blocks.rows) * -(-n // blocks.features)
 
 
+@PerDevice
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU that a device is, the current one where the device has no index.
 
     `H200` for devices that are no GPUs, on which graphs are rewritten for one.
     """
-    return _gpu_of(with_index(device)) if device.type == "cuda" else H200
-
-
-@functools.cache
-def _gpu_of(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return H200
     properties = torch.cuda.get_device_properties(device)
     return Gpu(properties.multi_processor_count, properties.major == 9)
 

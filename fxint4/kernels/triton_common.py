@@ -13,7 +13,10 @@ bf16 or fp16, so one weight in thousands differs in its last bit.)
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -43,6 +46,8 @@ __all__ = [
     "triton",
     "unpack",
 ]
+
+logger = logging.getLogger("fxint4")
 
 triton: Any
 tl: Any  # the bodies of the kernels look it up by this name
@@ -144,7 +149,7 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
     Triton looks at each argument of each launch to find the compiled variant, which can cost the
     host more time than the GPU needs for a small matmul. So the variant is cached by all that it
     depends on, if all tensors are aligned: the device, the dtypes, and the arguments that do not
-    vary.
+    vary. A Triton whose variants may be launched in another way is asked each time.
 
     Args:
         launch: Kernel, grid and arguments.
@@ -160,6 +165,7 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
         dtypes = tuple(t.dtype for t in given)
         key = (kernel.__name__, device, dtypes, fixed, launch.warps, launch.stages)
         usual = all(t.data_ptr() % 16 == 0 for t in given) and all(v < 2**31 for v in varying)
+        usual = usual and _takes_all_arguments()
         variant = _compiled.get(key) if usual else None
         if variant is not None:
             variant[(launch.programs, 1, 1)](*arguments)
@@ -169,6 +175,25 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
         )
         if usual and not interpreted(kernel):
             _compiled[key] = variant
+
+
+#: The first and the last version of Triton whose compiled kernels were seen to take all arguments
+#: of their signature, constants included, as in `run`. Triton documents no way to launch them.
+_OLDEST, _NEWEST = (3, 6), (3, 9)
+
+
+@functools.cache
+def _takes_all_arguments() -> bool:
+    """Whether a compiled kernel of the installed Triton is launched as in `run`."""
+    version = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
+    known = _OLDEST <= version <= _NEWEST
+    if not known:
+        logger.debug(
+            "Triton %s is none that fxint4 knows how to launch quickly: a launch takes the host "
+            "longer",
+            triton.__version__,
+        )
+    return known
 
 
 def need_triton() -> None:

@@ -14,7 +14,6 @@ Importing this module works without Triton, calling it does not.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, no_type_check
@@ -22,6 +21,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from fxint4.kernels.devices import PerDevice
 from fxint4.kernels.triton_common import (
     VARYING,
     Blocks,
@@ -214,7 +214,7 @@ def blocks_by_rows(
     return list(zip(firsts, [*ends, None], blocks, strict=True))
 
 
-@functools.cache
+@PerDevice
 def shared_of(device: torch.device) -> int:
     """Bytes of shared memory that a program may have on a device; an H200's if it is no GPU."""
     if device.type != "cuda":

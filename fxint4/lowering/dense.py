@@ -1,4 +1,6 @@
-"""Lowers int4 matmuls on a GPU to Inductor's code. The lowerings hold only inside our compile.
+"""Lowers int4 matmuls to Inductor's code.
+
+On the CPU the code calls ATen's op. The rest is about GPUs.
 
 If the number of rows M is known, the kernel is chosen while the graph is compiled. Inductor
 launches Triton kernels and cuBLAS itself. If the sum over K is split among programs, they leave
@@ -13,8 +15,8 @@ no programs, and takes no memory for W.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,15 +25,16 @@ from torch import fx
 
 from fxint4._pytorch import inductor
 from fxint4._pytorch.tensors import aten
-from fxint4.kernels import nvrtc, triton_common, triton_linear
+from fxint4.kernels import triton_common, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import Choice, MatmulShape, by_m
 from fxint4.kernels.source_version import source_version
 from fxint4.kernels.triton_common import Blocks, Launch
 from fxint4.lowering import experts
+from fxint4.lowering.own_ops import use_own_ops
 
-__all__ = ["compile_graph", "our_lowerings"]
+__all__ = ["compile_graph", "our_compile"]
 
 
 def compile_graph(
@@ -40,7 +43,7 @@ def compile_graph(
     """Compile an aten graph with Inductor.
 
     Args:
-        gm: The graph.
+        gm: The graph, which Inductor and `fxint4.lowering.own_ops` change.
         example_inputs: Its inputs.
         policy: How to choose kernels.
         **kwargs: For Inductor's compile_fx_inner.
@@ -48,44 +51,47 @@ def compile_graph(
     Returns:
         The compiled graph, which takes its inputs as a list and empties that list.
     """
-    with our_lowerings(policy):
+    use_own_ops(gm, policy)
+    with our_compile():
         return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 
 
-def our_lowerings(policy: Policy) -> AbstractContextManager[None]:
-    """A context in which Inductor lowers int4 matmuls by the functions of this module.
-
-    Args:
-        policy: How to choose kernels.
-    """
+@contextlib.contextmanager
+def our_compile() -> Iterator[None]:
+    """A context in which Inductor compiles graphs with ops of `fxint4.lowering.own_ops`."""
+    inductor.register_lowerings(
+        {
+            torch.ops.fxint4.linears.by_policy: _linears,
+            torch.ops.fxint4.linear.for_cpu: _for_cpu,
+            **experts.lowerings(),
+        }
+    )
     # These packages hold all code that decides how a graph is lowered.
     version = source_version("fxint4.kernels", "fxint4.lowering", "fxint4._pytorch")
-    return inductor.lowerings_overridden(
-        _lowerings(policy), f"{version} {policy} NVRTC {nvrtc.version()}"
-    )
+    with inductor.our_compile(version):
+        yield
 
 
-def _lowerings(policy: Policy) -> Mapping[Any, Callable[..., Any]]:
-    """The function that lowers each op of int4 matmuls."""
+def _linears(
+    x: Any,
+    tiles: Sequence[Any],
+    scale_and_zero: Sequence[Any],
+    group_size: int,
+    n: Sequence[int],
+    **policy: Any,
+) -> Any:
+    return _Matmul(x, tiles, scale_and_zero, group_size, n).lower(Policy(**policy))
 
-    def int4pack_mm(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:
-        n = int(scale_and_zero.get_size()[1])
-        return linears(x, [tiles], [scale_and_zero], group_size, [n])
 
-    def linears(
-        x: Any,
-        tiles: Sequence[Any],
-        scale_and_zero: Sequence[Any],
-        group_size: int,
-        n: Sequence[int],
-    ) -> Any:
-        return _Matmul(x, tiles, scale_and_zero, group_size, n).lower(policy)
-
-    return {
-        aten._weight_int4pack_mm.default: int4pack_mm,
-        torch.ops.fxint4.linears.default: linears,
-        **experts.lowerings(),
-    }
+def _for_cpu(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:
+    """The CPU's int4 matmul, whose operands must be contiguous."""
+    x, tiles, scale_and_zero = map(inductor.contiguous, (x, tiles, scale_and_zero))
+    if inductor.is_aot():
+        return inductor.int4pack_mm_for_cpu(x, tiles, group_size, scale_and_zero)
+    # With max-autotune Inductor measures a template in C++ against ATen's kernel.
+    multiply = inductor.call if inductor.autotunes() else inductor.call_fallback
+    op = aten._weight_int4pack_mm_for_cpu.default
+    return multiply(op, x, tiles, group_size, scale_and_zero)
 
 
 @dataclass(frozen=True)

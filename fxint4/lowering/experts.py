@@ -8,7 +8,6 @@ for each size of blocks, and all but the one that suits the number have no progr
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,21 +33,13 @@ def package_fault(device: torch.device) -> str | None:
 
 
 def lowerings() -> Mapping[Any, Callable[..., Any]]:
-    """The function that lowers each op of experts."""
+    """The function that lowers each op of experts in a package."""
     ours = torch.ops.fxint4
-    multiply: dict[Any, Callable[..., Any]] = {
-        ours.bmm.default: _bmm,
-        ours.grouped_mm.default: _grouped_mm,
-        ours.indexed_mm.default: _indexed_mm,
+    return {
+        ours.bmm.packaged: _bmm,
+        ours.grouped_mm.packaged: _grouped_mm,
+        ours.indexed_mm.packaged: _indexed_mm,
     }
-    return {op: functools.partial(_lower, op, function) for op, function in multiply.items()}
-
-
-def _lower(op: Any, multiply: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The op as launches in a package for a GPU, and as a call elsewhere."""
-    if inductor.is_aot() and package_fault(x.get_device()) is None:
-        return multiply(x, *args, **kwargs)
-    return inductor.call_fallback(op, x, *args, **kwargs)
 
 
 # Below, tensors are values of Inductor's IR. `fxint4.weights.ops` describes shapes and dtypes.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
 from fxint4._pytorch.tensors import aten, mkldnn_supports
+from fxint4.kernels.devices import PerDevice
 from fxint4.quant.tile_layout import TileShape
 
 __all__ = [
@@ -55,7 +55,7 @@ class Dense:
 Format = str | Dense
 
 
-@cache
+@PerDevice
 def device_fault(device: torch.device) -> str | None:
     """Why packed weights do not run on a device, or None if they do."""
     if device.type == "cpu":

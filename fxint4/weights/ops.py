@@ -5,6 +5,10 @@ or float32 and returns that dtype. In between, products of bfloat16 are summed i
 float16 in `linear` and `linears` on the GPU if x is float16). x may have fewer columns than the
 weights; the rest count as zeros. Buffers may be views. On the GPU no op waits for the device.
 
+The overloads `linears.by_policy`, `linear.for_cpu`, `bmm.packaged`, `grouped_mm.packaged` and
+`indexed_mm.packaged` are in graphs that `fxint4.lowering` gives to Inductor, and nowhere else. They
+have lowerings there; called by themselves they give the same products.
+
 Args:
     tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``; on the CPU also uint8
         ``[..., N, K/2]``, as `fxint4.quant.tile_layout.pack_for_cpu` packs them.
@@ -40,6 +44,12 @@ _SCHEMAS = (
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
     "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
     "bool replayed=False, str? kernel=None, int[] sizes=[], bool lasting=False) -> Tensor",
+    "linears.by_policy(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
+    "*, str? kernel, bool cuda_graphs, bool measured, bool package, bool in_cuda) -> Tensor",
+    "linear.for_cpu(Tensor x, Tensor tiles, int group_size, Tensor scale_and_zero) -> Tensor",
+    f"bmm.packaged(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
+    f"grouped_mm.packaged(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
+    f"indexed_mm.packaged(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
 )
 _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -127,6 +137,29 @@ def _linears_cpu(
 ) -> Tensor:
     weights = zip(tiles, scale_and_zero, n, strict=True)
     return torch.cat([_linear_cpu(x, t, p, group_size, rows) for t, p, rows in weights], -1)
+
+
+def _by_policy(
+    x: Tensor,
+    tiles: Sequence[Tensor],
+    scale_and_zero: Sequence[Tensor],
+    group_size: int,
+    n: Sequence[int],
+    *,
+    kernel: str | None,
+    cuda_graphs: bool,
+    **_: bool,
+) -> Tensor:
+    """`linears`; the further arguments are those of `fxint4.kernels.policy.Policy`."""
+    given = (x, tiles, scale_and_zero, group_size, n)
+    return torch.ops.fxint4.linears(*given, cuda_graphs, kernel)  # type: ignore[no-any-return]
+
+
+def _for_cpu(x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
+    """`aten._weight_int4pack_mm_for_cpu`, for operands that need not be contiguous."""
+    return aten._weight_int4pack_mm_for_cpu(  # type: ignore[no-any-return]
+        x.contiguous(), tiles.contiguous(), group_size, scale_and_zero.contiguous()
+    )
 
 
 def _bmm_cuda(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int) -> Tensor:
@@ -286,6 +319,21 @@ def _fake_linears(
     return x.new_empty((*x.shape[:-1], sum(n)))
 
 
+def _fake_by_policy(
+    x: Tensor,
+    tiles: Sequence[Tensor],
+    scale_and_zero: Sequence[Tensor],
+    group_size: int,
+    n: Sequence[int],
+    **_: Any,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(n)))
+
+
+def _fake_for_cpu(x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], tiles.shape[0]))
+
+
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _cpu, _cuda, _shape in (
@@ -294,7 +342,13 @@ for _name, _cpu, _cuda, _shape in (
     ("bmm", _bmm_cpu, _bmm_cuda, _fake),
     ("grouped_mm", _grouped_cpu, _grouped_cuda, _fake),
     ("indexed_mm", _indexed_cpu, _indexed_cuda, _fake),
+    ("linears.by_policy", _by_policy, _by_policy, _fake_by_policy),
+    ("linear.for_cpu", _for_cpu, None, _fake_for_cpu),
+    ("bmm.packaged", _bmm_cpu, _bmm_cuda, _fake),
+    ("grouped_mm.packaged", _grouped_cpu, _grouped_cuda, _fake),
+    ("indexed_mm.packaged", _indexed_cpu, _indexed_cuda, _fake),
 ):
     _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _cuda, "CUDA")
+    if _cuda is not None:
+        _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"fxint4::{_name}", _shape, lib=_library)
