@@ -20,6 +20,7 @@ from fxint4.errors import OptionError, ReportError
 from fxint4.report import graph_text, table
 from fxint4.report.html import page
 from fxint4.report.records import GraphReport, Record, checked
+from fxint4.untrusted_files import read_json
 from fxint4.version import __version__
 
 __all__ = ["SCHEMA", "Report"]
@@ -334,14 +335,7 @@ class Report:
             ReportError: The file can't be read, is damaged, or has another schema.
         """
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ReportError(f"{str(path)!r} can't be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ReportError(
-                f"{str(path)!r} is no report in JSON, or a damaged one: {error}"
-            ) from error
+        values = read_json(path, ReportError)
         schema = values.get("schema") if isinstance(values, dict) else None
         if not isinstance(schema, int) or isinstance(schema, bool):
             raise ReportError(f"{str(path)!r} is no report: it has no schema")

@@ -445,6 +445,16 @@ class Int4TileTensor(Tensor):
         if self.dtype not in DTYPES:
             raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {DTYPES}")
 
+    def check_values(self) -> None:
+        """Raise PackedFormatError if scales, zeros or the pre-scale hold inf or NaN.
+
+        Waits for the device.
+        """
+        for name in ("scale_and_zero", "pre_scale"):
+            values = self.buffers.get(name)
+            if values is not None and not bool(values.isfinite().all()):
+                raise PackedFormatError(f"{name} holds inf or NaN")
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape, dtype, device, packing format, bytes, and whether there is a pre-scale."""
         return (
@@ -806,6 +816,8 @@ def _rebuild(
 ) -> Int4TileTensor:
     """Called by `torch.load`; it checks all that the file holds."""
     made = checked(tiles, scale_and_zero, metadata, pre_scale)
+    if type(tiles) is Tensor and not tiles.is_meta:  # no fake tensor
+        made.check_values()
     return nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
 
 
