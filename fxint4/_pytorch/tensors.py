@@ -28,6 +28,7 @@ __all__ = [
     "mkldnn_supports",
     "real_tensors",
     "share_storage",
+    "view_like",
 ]
 
 aten = torch.ops.aten
@@ -133,6 +134,17 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 def share_storage(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same storage; works for tensors without data, too."""
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def view_like(base: Tensor, view: Tensor) -> Tensor:
+    """A view of `base` with the place, size and strides of `view`, which has the same storage.
+
+    Unlike a view that is made within `__torch_dispatch__`, where autograd's bookkeeping is off, it
+    shares the in-place version of its base: a write to one of them shows in both.
+    """
+    tracked = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+    with torch.inference_mode(False), torch.no_grad(), tracked:
+        return base.as_strided(view.size(), view.stride(), view.storage_offset())
 
 
 class TensorState:

@@ -565,7 +565,7 @@ def _factors(weight: Int4TileTensor) -> Tensor:
     """The pre-scale, float32 ``[K]``; ones if there is none."""
     if weight.pre_scale is not None:
         return weight.pre_scale
-    return torch.ones(weight.stored.k_padded, device=weight.device)
+    return torch.ones(weight.stored.k_padded, dtype=torch.float32, device=weight.device)
 
 
 def _cat_rows(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:
