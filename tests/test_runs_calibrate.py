@@ -672,6 +672,7 @@ WRONG_HEADERS: dict[str, Callable[[dict[str, Any]], None]] = {
     "a trade of text": put("much", "trade", "nbytes"),
     "a trade for half a byte": put(0.5, "trade", "nbytes"),
     "a trade with an error of NaN": put(float("nan"), "trade", "error"),
+    "a trade with an error beyond floats": put(10**400, "trade", "error"),
     "a trade without a budget": put(None, "trade", "budget"),
 }
 

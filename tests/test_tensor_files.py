@@ -137,6 +137,13 @@ def test_only_tensors_are_written(tmp_path: Path) -> None:
         fxint4.save_file({"step": 3}, tmp_path / "x")  # type: ignore[dict-item]
 
 
+def test_names_are_text(tmp_path: Path) -> None:
+    for name in (5, None, b"w"):
+        with pytest.raises(TypeError, match="names must be text"):
+            fxint4.save_file({name: torch.ones(3)}, tmp_path / "x")  # type: ignore[dict-item]
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_has_no_values_to_write_is_named(tmp_path: Path) -> None:
     packed = Int4TileTensor.from_float(torch.randn(64, 256))
     for value in (torch.ones(3, device="meta"), packed.to("meta"), torch.eye(3).to_sparse()):

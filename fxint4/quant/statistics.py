@@ -184,7 +184,7 @@ class Calibration:
                 {key: _choice(key, choice) for key, choice in header["choices"].items()},
                 None if trade is None else _trade(trade),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, PackedFormatError):
                 raise
             raise PackedFormatError(
@@ -234,24 +234,22 @@ def _checked(key: str, parts: Mapping[str, Tensor]) -> Statistics:
 
 def _choice(key: str, values: Mapping[str, Any]) -> Choice:
     """A choice from a file; ValueError if it can't be one."""
-    choice = Choice(**values)
-    packed = choice.group_size in GROUP_SIZES and choice.method in METHODS
-    kept = choice.group_size is None and choice.method == ""
-    if not (packed or kept) or isinstance(choice.group_size, float):
+    size, method = values["group_size"], values["method"]
+    packed = type(size) is int and size in GROUP_SIZES and method in METHODS
+    if not (packed or (size is None and method == "")):
         raise ValueError(
-            f"the choice for {key} is {choice.group_size!r} by {choice.method!r}; it must be one "
-            f"of {GROUP_SIZES} by one of {METHODS}, or None"
+            f"the choice for {key} is {size!r} by {method!r}; it must be one of {GROUP_SIZES} by "
+            f"one of {METHODS}, or None"
         )
-    return choice
+    return Choice(**values)
 
 
 def _trade(values: Mapping[str, Any]) -> Trade:
     """A trade from a file; ValueError if it can't be one."""
-    trade = Trade(**values)
-    texts = isinstance(trade.budget, str) and isinstance(trade.next_step, str)
-    if not texts or type(trade.nbytes) is not int or not math.isfinite(trade.error):
+    texts = all(isinstance(values[name], str) for name in ("budget", "next_step"))
+    if not texts or type(values["nbytes"]) is not int or not math.isfinite(values["error"]):
         raise ValueError(f"the trade is {dict(values)!r}")
-    return trade
+    return Trade(**values)
 
 
 def computed_key(parameters: Sequence[str], signature: str) -> str:

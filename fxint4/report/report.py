@@ -18,7 +18,7 @@ from fxint4.atomic_files import write_whole
 from fxint4.config.int4_config import REPORT_SUFFIXES, Int4Config
 from fxint4.errors import OptionError, ReportError
 from fxint4.report import graph_text, table
-from fxint4.report.html import page
+from fxint4.report.html import page, printable_report
 from fxint4.report.records import GraphReport, Record, checked
 from fxint4.untrusted_files import read_json
 from fxint4.version import __version__
@@ -314,7 +314,8 @@ class Report:
                 f"{str(path.parent)!r}; make it first"
             )
         if suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+            values = printable_report(self.to_dict())
+            text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
         elif suffix == ".html":
             text = page(self.to_dict())
         else:

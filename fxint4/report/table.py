@@ -10,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxint4.errors import printable
 from fxint4.report.records import Record
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "dimensions",
     "error_text",
     "group_text",
+    "printable_record",
+    "printable_values",
     "shortened",
     "size_text",
     "text",
@@ -52,11 +55,42 @@ def text(
         trade: What a budget reached, as text; None without one.
         columns: Most characters a line.
     """
-    table, notes = _table(records, columns)
+    coverage = printable_values(coverage)
+    graph_breaks = printable_values(graph_breaks, keep="\n")  # wrapped as one paragraph below
+    trade = printable_values(trade)
+    table, notes = _table(list(map(printable_record, records)), columns)
     headline = _wrapped(_headline(totals, coverage, graph_breaks), columns)
     footnotes = _wrapped(_footnotes(totals, output_error, trade), columns)
     parts = [headline, table, _wrapped(notes, columns), footnotes]
     return "\n\n".join(filter(None, parts))
+
+
+def printable_values(value: Any, keep: str = "") -> Any:
+    """Return a value that JSON can hold with every text in it, keys too, as `printable`.
+
+    Args:
+        value: The value; tuples are kept as tuples.
+        keep: Characters to leave as they are.
+    """
+    if isinstance(value, str):
+        return printable(value, keep)
+    if isinstance(value, Mapping):
+        return {
+            printable_values(key, keep): printable_values(each, keep) for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)(printable_values(each, keep) for each in value)
+    return value
+
+
+def printable_record(record: Record) -> Record:
+    """Return a record whose texts are all `printable`."""
+    texts = {
+        field.name: getattr(record, field.name)
+        for field in dataclasses.fields(record)
+        if isinstance(getattr(record, field.name), (str, tuple)) and field.compare
+    }
+    return dataclasses.replace(record, **printable_values(texts))
 
 
 def _headline(

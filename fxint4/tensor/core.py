@@ -485,7 +485,7 @@ class Int4TileTensor(Tensor):
 
     def like(self, **changes: Any) -> Int4TileTensor:
         """A copy with other values for the named constructor arguments; buffers are shared."""
-        values = {
+        values: dict[str, Any] = {
             "tiles": self.tiles,
             "scale_and_zero": self.scale_and_zero,
             "pre_scale": self.pre_scale,

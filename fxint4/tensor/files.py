@@ -57,8 +57,9 @@ def save_file(
     first: dict[object, str] = {}
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise PackedFormatError(f"{name} is a {kind}; safetensors holds only tensors")
+            raise PackedFormatError(
+                f"{name} is a {type(value).__name__}; safetensors holds only tensors"
+            )
         if value.is_meta or value.layout is not torch.strided:
             kind = "on the meta device" if value.is_meta else f"a {value.layout} tensor"
             raise PackedFormatError(
@@ -135,6 +136,9 @@ def _check_state_dict(given: object) -> None:
     if not isinstance(given, Mapping):
         kind = type(given).__name__
         raise TypeError(f"got a {kind}, need a state dict: what model.state_dict() returns")
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"the state dict has the name {name!r}; names must be text")
 
 
 def _entries(path: object, header: Any) -> tuple[dict[str, Any], dict[str, str], list[str]]:

@@ -136,8 +136,8 @@ def format_of_zeros(checkpoint: Checkpoint, layers: Layers) -> str | None:
         if len(scales) != 2 or dtype is not torch.int32:
             return None  # not what GPTQ writes: an error, once the shape of the weight is known
         zeros = nibbles(checkpoint.read(parts["qzeros"])).flatten(-2)[..., : scales[1]]
-        stored.update(zeros.unique().tolist())
-    return {(7,): "gptq", (8,): "gptq_v2"}.get(tuple(stored))
+        stored.update(torch.unique(zeros).tolist())
+    return "gptq" if stored == {7} else "gptq_v2" if stored == {8} else None
 
 
 def pattern(text: str, checkpoint: Checkpoint) -> re.Pattern[str]:
