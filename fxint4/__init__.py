@@ -10,6 +10,7 @@ from fxint4.errors import (
     ReportError,
     TrainingError,
     UnsupportedOpError,
+    WriteError,
 )
 from fxint4.frontends.checkpoints import load_
 from fxint4.frontends.explain import explain
@@ -41,6 +42,7 @@ __all__ = [
     "ReportError",
     "TrainingError",
     "UnsupportedOpError",
+    "WriteError",
     "calibrate",
     "calibration_cost",
     "dequantize_",

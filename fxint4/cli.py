@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import shutil
 import statistics
 import sys
 import time
 import warnings
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,8 @@ import fxint4
 from fxint4._pytorch.export import aoti_inputs, aoti_leaves, aoti_load
 from fxint4._pytorch.tensors import flat, map_tensors
 from fxint4.config.int4_config import METHODS
-from fxint4.errors import CommandError, ReportError, first_line
-from fxint4.frontends.package import METADATA
+from fxint4.errors import CommandError, PackedFormatError, ReportError, first_line, printable
+from fxint4.frontends.package import read_metadata
 from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES
 from fxint4.report import Report, changes, stdout_has_colour
 
@@ -126,7 +123,7 @@ def export(argv: Sequence[str]) -> int:
             _next_stage(bar, "folding and compiling")
             fxint4.package(program, args.output, {**options, "progress": on_terminal})
     print(fxint4.last_report())
-    print(f"\nwrote {args.output}, {os.path.getsize(args.output) / 1e6:.1f} MB")
+    print(f"\nwrote {printable(args.output)}, {os.path.getsize(args.output) / 1e6:.1f} MB")
     return 0
 
 
@@ -255,14 +252,16 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--bench", action="store_true", help=f"time {_CALLS} calls")
     args = parser.parse_args(argv)
 
-    metadata = _metadata(args.package)
+    try:
+        metadata, described = read_metadata(args.package)
+    except PackedFormatError as error:
+        raise CommandError(str(error)) from error
     device = _device(metadata.get("AOTI_DEVICE_KEY", "cpu"))
     _check_cpu(args.package, metadata.get("AOTI_CPU_ISA", ""))
     try:
         model = aoti_load(args.package)
     except Exception as error:
         raise CommandError(f"{args.package} can't be loaded: {first_line(error)}") from error
-    described = json.loads(metadata[METADATA]) if METADATA in metadata else None
     if args.inputs is not None:
         leaves = _loaded(args.inputs, described["names"] if described else [], model)
     elif described is not None:
@@ -324,39 +323,13 @@ def diff(argv: Sequence[str]) -> int:
         raise CommandError(str(error), status=2) from error
     if after is None:
         text = before.diff()
-        print(text or f"{args.before}: no graph changed")
+        print(text or f"{printable(args.before)}: no graph changed")
         return int(bool(text))
     columns = shutil.get_terminal_size((120, 24)).columns
     names = args.before, args.after
     differs, text = changes(before, after, names, columns, colour=stdout_has_colour())
     print(text)
     return int(differs)
-
-
-def _metadata(path: str) -> dict[str, str]:
-    """Read the metadata of a package without running any of its code."""
-    if not Path(path).is_file():
-        raise CommandError(f"there is no file {path!r}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            inside = [name for name in names if "/data/aotinductor/" in name]
-            texts = [archive.read(name) for name in inside if name.endswith("_metadata.json")]
-            damaged = archive.testzip()  # the loader does not look
-        found = {key: value for text in texts for key, value in json.loads(text).items()}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise CommandError(f"{path} is damaged, or no package: {first_line(error)}") from error
-    if damaged is not None:
-        raise CommandError(
-            f"{path} is damaged: its part {damaged} has changed since it was written"
-        )
-    if not inside:
-        raise CommandError(
-            f"{path} holds no compiled model; fxint4.package(torch.export.load(...), ...) makes one"
-            if any("/models/" in name for name in names)
-            else f"{path} is no package of AOTInductor"
-        )
-    return found
 
 
 def _check_cpu(path: str, instructions: str) -> None:

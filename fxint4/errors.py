@@ -12,12 +12,18 @@ __all__ = [
     "ReportError",
     "TrainingError",
     "UnsupportedOpError",
+    "WriteError",
     "first_line",
+    "printable",
 ]
 
 
 class Int4Error(Exception):
     """Base of every error that fxint4 raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message, see `printable`: it may hold names from files."""
+        return printable(super().__str__(), keep="\n")
 
 
 class OptionError(Int4Error, ValueError):
@@ -44,6 +50,10 @@ class ReportError(Int4Error, ValueError):
     """A file that is no report or has another schema, or a report that can't be written."""
 
 
+class WriteError(Int4Error, OSError):
+    """A file that can't be written: a full disk, no folder, no permission. What was there stays."""
+
+
 class CommandError(Int4Error):
     """An argument that a command of `python -m fxint4` can't use; the message is one line.
 
@@ -64,4 +74,23 @@ class UnsupportedOpError(Int4Error, NotImplementedError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return a text that a terminal shows and obeys nothing of, and that any file can hold.
+
+    Names come from files and modules of others. Control characters (also those that begin a
+    terminal's escape sequences), invisible ones, those that turn the direction of a line, and lone
+    surrogates are written as in a Python literal: ``\x1b``, ``\u202e``, ``\ud800``.
+
+    Args:
+        text: Any text.
+        keep: Characters to leave as they are, such as the ends of lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )

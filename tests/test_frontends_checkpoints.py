@@ -7,6 +7,7 @@ without anything of the reader. What comes out is held to `(code - zero_point) *
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,6 +155,16 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": False, "des
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 
 
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "data_type": "int",
+}
+
+
 def compressed_config(**weights: Any) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", **weights}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
@@ -183,6 +194,14 @@ CASES = {
     "gptq": Case(gptq, GPTQ),
     "gptq, symmetric": Case(gptq, {**GPTQ, "sym": True}, symmetric=True),
     "gptq v2": Case(lambda made: gptq(made, version=2), {**GPTQ, "checkpoint_format": "gptq_v2"}),
+    "gptq v2, symmetric": Case(
+        lambda made: gptq(made, version=2),
+        {**GPTQ, "sym": True, "checkpoint_format": "gptq_v2"},
+        symmetric=True,
+    ),
+    "gptq v2, symmetric, not said": Case(
+        lambda made: gptq(made, version=2), {**GPTQ, "sym": True}, symmetric=True
+    ),
     "gptq, groups of 32": Case(gptq, {**GPTQ, "group_size": 32}, 32, stored_group=32),
     "gptq, groups of 96": Case(gptq, {**GPTQ, "group_size": 96}, 96, k=384, stored_group=32),
     "gptq, one group": Case(gptq, {**GPTQ, "group_size": -1}, 512, stored_group=256),
@@ -192,6 +211,24 @@ CASES = {
     "awq, bf16 scales": Case(awq, AWQ, dtype=torch.bfloat16),
     "awq, groups of 64": Case(awq, {**AWQ, "group_size": 64}, 64, stored_group=64),
     "awq, one group": Case(awq, {**AWQ, "group_size": -1}, 576, k=576, stored_group=64),
+    "auto-round": Case(gptq, AUTO_ROUND, symmetric=True),
+    "auto-round, asymmetric": Case(gptq, {**AUTO_ROUND, "sym": False}),
+    "auto-round, its own format": Case(
+        lambda made: gptq(made, version=2),
+        {**AUTO_ROUND, "packing_format": "auto_round", "sym": False},
+    ),
+    "auto-round, for gptqmodel": Case(
+        lambda made: gptq(made, version=2),
+        {**AUTO_ROUND, "packing_format": "auto_round:gptqmodel", "sym": False},
+    ),
+    "auto-round, awq": Case(
+        awq, {**AUTO_ROUND, "packing_format": "auto_round:auto_awq", "sym": False}
+    ),
+    "auto-round, an older release": Case(
+        gptq,
+        {**AUTO_ROUND, "quant_method": "intel/auto-round", "packing_format": None},
+        symmetric=True,
+    ),
     "compressed": Case(compressed, compressed_config(group_size=128)),
     "compressed, symmetric": Case(
         compressed, compressed_config(group_size=128, symmetric=True), symmetric=True
@@ -309,7 +346,9 @@ def test_a_layer_is_what_its_format_says(name: str, tmp_path: Path) -> None:
     assert record.reason.startswith("from ")
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "compressed", "compressed, symmetric"])
+@pytest.mark.parametrize(
+    "name", ["gptq, symmetric", "gptq v2, symmetric", "awq", "compressed", "compressed, symmetric"]
+)
 def test_without_a_config_names_and_shapes_tell_the_format(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     write_layer(tmp_path / "with", case)
@@ -327,8 +366,9 @@ def test_a_config_may_be_given(tmp_path: Path) -> None:
     fxint4.load_(model, tmp_path, quantization_config=case.config)
     zero = model.fc.weight.get_plain()[2].double()
     assert_within(zero, (8 - made.zero_point) * made.scale.double(), 3 * BF16 * 8 * 0.06)
+    as_v1 = {"quant_method": "gptq"}  # the format's own default: zero points are one off
     other = Layer(case.n, case.k)
-    fxint4.load_(other, tmp_path)  # as v1, so that zero points are one off
+    fxint4.load_(other, tmp_path, quantization_config=as_v1)
     assert not torch.equal(other.fc.weight, model.fc.weight)
 
 
@@ -339,6 +379,72 @@ def test_the_quantizers_own_config_is_read(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps({"w_bit": 3, "q_group_size": 64, "version": "GEMM"}))
     with pytest.raises(CheckpointError, match="AWQ of 3 bits"):
         fxint4.load_(Layer(case.n, case.k), tmp_path)
+
+
+def without_g_idx(made: Quantized) -> Tensors:
+    return changed(gptq(made), g_idx=None)
+
+
+def two_groups(first: str, second: str) -> dict[str, Any]:
+    """A config of compressed-tensors with groups of 128 for one target and of 96 for another."""
+    config = compressed_config(group_size=128)
+    groups = [config["config_groups"]["group_0"], compressed_config(group_size=96)]
+    groups[1] = groups[1]["config_groups"]["group_0"]
+    targets = (first, second)
+    named = {f"group_{i}": {**g, "targets": [targets[i]]} for i, g in enumerate(groups)}
+    return {**config, "config_groups": named}
+
+
+#: Writers and configs by which "a" has groups of 128 columns, and "b" of 96; K is 192.
+OPTIONS_OF_LAYERS: dict[str, tuple[Callable[[Quantized], Tensors], dict[str, Any]]] = {
+    "gptq, a prefix": (without_g_idx, {**GPTQ, "dynamic": {"+:b": {"group_size": 96}}}),
+    "gptq, no sign": (without_g_idx, {**GPTQ, "dynamic": {r"b(\..*)?$": {"group_size": 96}}}),
+    "gptq, the first that matches": (
+        without_g_idx,
+        {**GPTQ, "dynamic": {"-:a": {}, "+:c": {"bits": 8}, "+:b": {"group_size": 96}, ".*": {}}},
+    ),
+    "auto-round, a name": (
+        without_g_idx,
+        {**AUTO_ROUND, "sym": False, "extra_config": {"b": {"group_size": 96}}},
+    ),
+    "auto-round, a pattern": (
+        without_g_idx,
+        {
+            **AUTO_ROUND,
+            "sym": False,
+            "extra_config": {"a.": {"bits": 8}, "^b$": {"group_size": 96}},
+        },
+    ),
+    "compressed, a class": (compressed, two_groups("re:.*a", "Linear")),
+    "compressed, a class first": (compressed, two_groups("Linear", "re:b")),
+    "compressed, a name": (compressed, two_groups("re:.*", "b")),
+    "compressed, names": (compressed, two_groups("a", "b")),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS_OF_LAYERS)
+def test_options_of_a_layer(name: str, tmp_path: Path) -> None:
+    """Groups of 128 and 96 columns of 192 are two groups each: shapes do not tell them apart."""
+    write, config = OPTIONS_OF_LAYERS[name]
+    made = {"a": quantized(48, 192, 128), "b": quantized(48, 192, 96, seed=1)}
+    tensors = {**under("a", write(made["a"])), **under("b", write(made["b"]))}
+    write_folder(tmp_path, tensors, config)
+    model = nn.ModuleDict({layer: nn.Linear(192, 48, bias=False) for layer in made})
+    fxint4.load_(model, tmp_path)
+    for layer, quantized_layer in made.items():
+        weight = model[layer].weight.dequantize(torch.float32)
+        assert_within(weight, quantized_layer.weight, quantized_layer.bound + 2 * FP32)
+
+
+@pytest.mark.parametrize("write", [without_g_idx, awq, compressed])
+def test_shapes_that_leave_the_group_size_open(
+    write: Callable[[Quantized], Tensors], tmp_path: Path
+) -> None:
+    made = quantized(48, 192, 96, symmetric=True)
+    write_folder(tmp_path, under("0", write(made)))
+    model = nn.Sequential(nn.Linear(192, 48, bias=False))
+    with pytest.raises(CheckpointError, match="may have 96 columns each, or 128 and a shorter"):
+        fxint4.load_(model, tmp_path)
 
 
 def test_zero_points_of_zero_that_borrowed(tmp_path: Path) -> None:
@@ -600,7 +706,7 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
         "in the format 'marlin'; fxint4 reads 4 bits in the formats gptq, gptq_v2",
     ),
     "gptq of 8 bits, not said": (
-        eight_bits(gptq(MADE)),
+        eight_bits(gptq(quantized(48, 512, 128, symmetric=True))),
         {},
         r"fc \(GPTQ\): qweight is torch.int32 \(128, 48\); here it must be .*\(64, 48\)",
     ),
@@ -623,7 +729,7 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
     "groups that do not divide": (
         changed(gptq(quantized(48, 512, 100)), g_idx=None),
         GPTQ,
-        r"6 groups do not divide 512 columns; the config's group sizes are \[128\]",
+        r"there are 6 groups for 512 columns, and the config's group_size is 128. Give quantiz",
     ),
     "groups that are not there": (
         changed(gptq(MADE), g_idx=torch.arange(512, dtype=torch.int32) // 64),
@@ -658,6 +764,102 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
         compressed_config(group_size=128),
         "fc .*no weight_zero_point, and the config says asymmetric",
     ),
+    "scales without axes": (
+        changed(gptq(MADE), scales=torch.tensor(1.0).half()),
+        GPTQ,
+        r"fc \(GPTQ\): scales is torch.float16 \(\); it must have two axes",
+    ),
+    "awq scales without axes": (
+        changed(awq(MADE), scales=torch.ones(4).half()),
+        AWQ,
+        r"scales is torch.float16 \(4,\); it must have two axes",
+    ),
+    "compressed scales without axes": (
+        changed(compressed(MADE), weight_scale=torch.tensor(1.0).half()),
+        compressed_config(group_size=128),
+        r"weight_scale is torch.float16 \(\); it must have two axes",
+    ),
+    "no groups at all": (
+        changed(gptq(MADE), scales=torch.ones(0, 48).half(), qzeros=torch.zeros(0, 6).int()),
+        GPTQ,
+        "there are 0 groups",
+    ),
+    "zero points above 4 bits": (
+        changed(compressed(MADE, early=True), weight_zero_point=torch.full((48, 4), 127).char()),
+        compressed_config(group_size=128),
+        r"weight_zero_point goes from 127 to 127; of 4 bits it must be in -8\.\.7",
+    ),
+    "zero points below 4 bits": (
+        changed(compressed(MADE, early=True), weight_zero_point=torch.full((48, 4), -9).char()),
+        compressed_config(group_size=128),
+        "weight_zero_point goes from -9 to -9",
+    ),
+    "a shape that is no shape": (
+        changed(compressed(MADE), weight_shape=torch.tensor([[48, 512]])),
+        compressed_config(group_size=128),
+        r"weight_shape is torch.int64 \(1, 2\); here it must be",
+    ),
+    "a scale for all": (
+        compressed(MADE),
+        compressed_config(strategy="tensor", group_size=None),
+        "a scale for each 'tensor'; fxint4 reads one for each 'group' or 'channel'",
+    ),
+    **{
+        f"{key}, a group size of {size!r}": (write(MADE), config_of(size), message)
+        for size in (0, -2, "128", 128.0, True)
+        for key, write, config_of, message in (
+            ("gptq", gptq, lambda size: {**GPTQ, "group_size": size}, f"group_size is {size!r}; "),
+            ("awq", awq, lambda size: {**AWQ, "group_size": size}, f"group_size is {size!r}; "),
+            (
+                "compressed",
+                compressed,
+                lambda size: compressed_config(group_size=size),
+                f"group_size is {size!r}; ",
+            ),
+        )
+    },
+    "a group size beyond all": (
+        changed(gptq(MADE), g_idx=None),
+        {**GPTQ, "group_size": 10**30},
+        "there are 4 groups for 512 columns",
+    ),
+    "gptq of 8 bits in one layer": (
+        gptq(MADE),
+        {**GPTQ, "dynamic": {"-:other": {}, "+:f.$": {"bits": 8}}},
+        r"fc \(GPTQ\): GPTQ of 8 bits",
+    ),
+    "a pattern that is none": (
+        gptq(MADE),
+        {**GPTQ, "dynamic": {"+:(": {}}},
+        r"'\(' in the config is",
+    ),
+    "dynamic options that are none": (
+        gptq(MADE),
+        {**GPTQ, "dynamic": ["fc"]},
+        "the quantizer's config can't be read",
+    ),
+    "asymmetric, and no config": (gptq(MADE), {}, "nothing tells whether zero points are stored"),
+    "AutoRound in another format": (
+        gptq(MADE),
+        {**AUTO_ROUND, "packing_format": "auto_round:mx"},
+        "in the packing_format 'auto_round:mx'; fxint4 reads auto_round, auto_round:gptqmodel, ",
+    ),
+    "AutoRound without a format": (
+        gptq(MADE),
+        {**AUTO_ROUND, "packing_format": None, "sym": False},
+        "has no packing_format",
+    ),
+    "AutoRound of floats": (gptq(MADE), {**AUTO_ROUND, "data_type": "mx_fp"}, "of type 'mx_fp'"),
+    "AutoRound of activations": (
+        gptq(MADE),
+        {**AUTO_ROUND, "act_bits": 8},
+        "activations of 8 bits",
+    ),
+    "AutoRound of 8 bits": (
+        gptq(MADE),
+        {**AUTO_ROUND, "sym": False, "extra_config": {"fc": {"bits": 8}}},
+        r"fc \(AutoRound\): AutoRound of 8 bits",
+    ),
     "a shape that is another": (
         changed(compressed(MADE), weight_shape=torch.tensor([48, 510])),
         compressed_config(group_size=128),
@@ -670,7 +872,8 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
 def test_what_tiles_cannot_hold_is_refused_and_changes_nothing(name: str, tmp_path: Path) -> None:
     tensors, config, message = REFUSED[name]
     write = awq if "awq" in name else gptq if "qweight" in tensors else compressed
-    good = under("good", write(quantized(48, 512, 128, symmetric=config.get("sym") is True)))
+    symmetric = not config or config.get("sym") is True
+    good = under("good", write(quantized(48, 512, 128, symmetric=symmetric)))
     model = nn.ModuleDict({layer: nn.Linear(512, 48, bias=False) for layer in ("good", "fc")})
     before = {name: (value, value.clone()) for name, value in model.named_parameters()}
     write_folder(tmp_path, {**good, **under("fc", tensors)}, config)
@@ -747,8 +950,8 @@ def test_shards(tmp_path: Path) -> None:
     write_shards(tmp_path / "two", shards())
     write_folder(tmp_path / "one", {**under("fc", gptq(MADE)), **plain_tensors(48)})
     two, one = Layer(48, 512), Layer(48, 512)
-    fxint4.load_(two, tmp_path / "two")
-    fxint4.load_(one, str(tmp_path / "one"))
+    fxint4.load_(two, tmp_path / "two", quantization_config=GPTQ)
+    fxint4.load_(one, str(tmp_path / "one"), quantization_config=GPTQ)
     for name, value in one.state_dict().items():
         assert torch.equal(two.state_dict()[name], value), name
 
@@ -798,12 +1001,100 @@ def test_a_file_that_was_cut_short(left: int, tmp_path: Path) -> None:
         fxint4.load_(Layer(48, 512), tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_config_that_is_damaged(text: str, tmp_path: Path) -> None:
-    write_layer(tmp_path, CASES["gptq"])
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+@pytest.mark.parametrize("text", ["{", "[]", '{"a":' * 100_000, '{"a": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "quantize_config.json", "model.safetensors.index.json"]
+)
+def test_a_config_or_index_that_is_damaged(name: str, text: str, tmp_path: Path) -> None:
+    write_layer(tmp_path, CASES["gptq"], with_config=False)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         fxint4.load_(Layer(48, 512), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "quant_config.json", "model.safetensors.index.json"],
+)
+def test_a_fifo_in_the_folder_is_not_read(name: str, tmp_path: Path) -> None:
+    write_layer(tmp_path, CASES["gptq"], with_config=False)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} can't be read: it is a FIFO"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+def test_a_fifo_among_shards_is_not_read(tmp_path: Path) -> None:
+    write_shards(tmp_path, shards())
+    (tmp_path / "model-2.safetensors").unlink()
+    os.mkfifo(tmp_path / "model-2.safetensors")
+    with pytest.raises(CheckpointError, match=r"names 'model-2\.safetensors', .*it is a FIFO"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".safetensors", "\0.safetensors", "x\x1b[2J", ".."])
+def test_an_index_with_names_that_are_none(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"fc.bias": name}})
+    )
+    with pytest.raises(
+        CheckpointError, match=r"which is no \.safetensors file beside it"
+    ) as caught:
+        fxint4.load_(Layer(48, 512), tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_tensor_that_is_in_two_shards(tmp_path: Path) -> None:
+    twice = {name: {**part, "fc.bias": torch.ones(48)} for name, part in shards().items()}
+    write_shards(tmp_path, twice)
+    with pytest.raises(CheckpointError, match=r"fc\.bias is in two files"):
+        fxint4.load_(Layer(48, 512), tmp_path)
+
+
+def test_tiles_in_two_shards(tmp_path: Path) -> None:
+    """Each file of torchao lists its own tensors."""
+    from safetensors.torch import save_file
+
+    weights = [padded_to_1024(48, 512) for _ in range(2)]
+    places = {}
+    for number, weight in enumerate(weights):
+        tensors, entry = tiled(weight)
+        named = under(f"{number}", tensors)
+        name = f"{number}.safetensors"
+        header = {f"{number}.weight": entry, "tensor_names": json.dumps([f"{number}.weight"])}
+        save_file(named, tmp_path / name, metadata=header)
+        places.update(dict.fromkeys(named, name))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    model = nn.Sequential(*(nn.Linear(512, 48, bias=False) for _ in range(2)))
+    fxint4.load_(model, tmp_path)
+    for layer, weight in zip(model, weights, strict=True):
+        assert torch.equal(layer.weight.dequantize(), weight.dequantize(torch.float32))
+
+
+def test_tiles_that_are_not_finite(tmp_path: Path) -> None:
+    weight = padded_to_1024(48, 512)
+    weight.scale_and_zero[0, 0, 0] = torch.nan
+    tensors, entry = tiled(weight)
+    header = {"0.weight": entry, "tensor_names": '["0.weight"]'}
+    write_folder(tmp_path, under("0", tensors), metadata=header)
+    model = nn.Sequential(nn.Linear(512, 48, bias=False))
+    with pytest.raises(CheckpointError, match=r"0 \(torchao\): scale_and_zero holds inf or NaN"):
+        fxint4.load_(model, tmp_path)
+    assert not isinstance(model[0].weight, Int4TileTensor)
+
+
+@pytest.mark.parametrize("listed", ["[" * 100_000, "{}", "[1]", "[[]]", "nothing"])
+def test_tiles_with_a_header_that_is_damaged(listed: str, tmp_path: Path) -> None:
+    tensors, entry = tiled(padded_to_1024(48, 512))
+    for header in (
+        {"0.weight": entry, "tensor_names": listed},
+        {"0.weight": "[" * 100_000, "tensor_names": '["0.weight"]'},
+        {"tensor_names": '["0.weight"]'},
+    ):
+        write_folder(tmp_path, under("0", tensors), metadata=header)
+        with pytest.raises(CheckpointError, match="header"):
+            fxint4.load_(nn.Sequential(nn.Linear(512, 48, bias=False)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -1009,7 +1300,7 @@ def llama(write: Callable[[Quantized], Tensors], folder: Path) -> Llama:
             else:
                 tensors[f"{name}.weight"] = module.weight.bfloat16()
                 module.weight.copy_(tensors[f"{name}.weight"])
-    write_folder(folder, tensors)
+    write_folder(folder, tensors, {"quant_method": "gptq"} if write is gptq else None)
 
     with torch.device("meta"):
         model = make(config, dtype=torch.bfloat16).eval()

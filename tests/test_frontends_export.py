@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram, export
 import fxint4
 from fxint4 import Int4Config, Report
 from fxint4.errors import OptionError
-from fxint4.frontends.export import rewrite_program
+from fxint4.frontends.export import is_rewritten, rewrite_program
 from fxint4.kernels.policy import Policy
 from fxint4.report import Record
 
@@ -382,6 +382,60 @@ def test_a_program_from_a_file_is_rewritten(tmp_path: Path) -> None:
     assert int4_matmuls(program) == 2
     x = torch.randn(7, 64)
     assert torch.equal(program.module()(x), direct.module()(x))
+
+
+class Named(nn.Module):
+    """A layer beside buffers and a parameter that have the names of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("my_scale_and_zero", torch.full((64,), 3.0))
+        self.register_buffer("fc_scale_and_zero", torch.full((64,), 5.0))
+        self.register_buffer("fc_cpu_tiles", torch.full((64,), 7.0), persistent=False)
+        self.register_buffer("fxint4_check_scale_and_zero", torch.full((64,), 11.0))
+        self.fxint4 = nn.ParameterDict({"rewritten": torch.full((64,), 13.0)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x) * self.my_scale_and_zero + self.fc_scale_and_zero + self.fc_cpu_tiles
+        return y + self.fxint4_check_scale_and_zero * self.fxint4["rewritten"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_names_of_buffers_do_not_make_a_program_rewritten(
+    decomposed: bool, saved: bool, tmp_path: Path
+) -> None:
+    model = Named().eval()
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+
+    def elsewhere(program: ExportedProgram) -> ExportedProgram:
+        if saved:
+            torch.export.save(program, tmp_path / "program.pt2")
+            program = torch.export.load(tmp_path / "program.pt2")
+        return program.run_decompositions() if decomposed else program
+
+    program = export(model, (x,))
+    program.graph_module.meta["custom"] = {"theirs": 1}
+    program = elsewhere(program)
+    assert not is_rewritten(program)
+    made = elsewhere(fxint4.rewrite(program))
+    assert is_rewritten(made)
+    assert made.graph_module.meta["custom"]["theirs"] == 1
+    for changed in (
+        fxint4.rewrite,
+        lambda p: fxint4.package(p, tmp_path / "p.pt2", {"method": "mse"}),
+    ):
+        with pytest.raises(OptionError, match="the program is rewritten already"):
+            changed(made)
+    assert int4_matmuls(program) == -1
+    w = dequantized(model.fc.weight, 64, torch.float64)
+    with torch.no_grad():
+        y = made.module()(x)
+        product = (x.double() @ w.double().T + model.fc.bias) * 3
+    bound = 3 * rounding_bound(x, w, model.fc.bias)
+    assert_within(y, product + 5 + 7 + 11 * 13, bound + 2.0**-22 * 200)
 
 
 def test_what_is_no_program_is_an_error() -> None:

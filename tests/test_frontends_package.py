@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxint4
 from fxint4 import Report
-from fxint4.errors import OptionError, UnsupportedOpError
-from fxint4.frontends.package import METADATA
+from fxint4.__main__ import main
+from fxint4.errors import OptionError, PackedFormatError, UnsupportedOpError
+from fxint4.frontends.package import METADATA, read_metadata
 
 pytestmark = pytest.mark.compiles
 
@@ -347,6 +350,120 @@ def test_a_package_is_written_whole_or_not_at_all(
     assert [(path.name, path.read_text()) for path in Path().iterdir()] == [
         ("model.pt2", "a package")
     ]
+
+
+# --- metadata ------------------------------------------------------------------------------------
+
+DESCRIBED: dict[str, Any] = {
+    "names": ["x"],
+    "inputs": [
+        {"shape": [None, 4], "example": [3, 4], "dtype": "float32", "device": "cpu"},
+        {"shape": [2], "example": [2], "dtype": "int64", "device": "cpu", "low": 0, "high": 9},
+        {},
+    ],
+}
+FOLDER = "model/data/aotinductor/model"
+
+
+def archive(path: Path, *metadata: Any, compressed: bool = False) -> Path:
+    """A file that has the parts of a package that are read before any code of it is run."""
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as made:
+        made.writestr(f"{FOLDER}/code.so", b"code")
+        for number, text in enumerate(metadata):
+            text = text if isinstance(text, (str, bytes)) else json.dumps(text)
+            made.writestr(f"{FOLDER}/{number}_metadata.json", text)
+    return path
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    """A description of inputs, the first of them changed."""
+    first = {**DESCRIBED["inputs"][0], **changes}
+    inputs = [{key: value for key, value in first.items() if value != "missing"}]
+    return {**DESCRIBED, "inputs": inputs}
+
+
+def test_metadata_is_read_from_all_parts(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.pt2", {"a": "1"}, {METADATA: json.dumps(DESCRIBED)})
+    entries, inputs = read_metadata(path)
+    assert (entries.keys(), inputs) == ({"a", METADATA}, DESCRIBED)
+    assert read_metadata(archive(path, {"a": "1"}, compressed=True)) == ({"a": "1"}, None)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_metadata_that_unpacks_to_hundreds_of_megabytes(parts: int, tmp_path: Path) -> None:
+    text = b"[" + b"[]," * (300 * MEBI // 3 // parts) + b"[]]"
+    path = archive(tmp_path / "a.pt2", *[text] * parts, compressed=True)
+    assert path.stat().st_size < MEBI
+    del text
+    tracemalloc.start()
+    try:
+        with pytest.raises(PackedFormatError, match="metadata has more than"):
+            read_metadata(path)
+        assert tracemalloc.get_traced_memory()[1] < 100 * MEBI
+    finally:
+        tracemalloc.stop()
+
+
+DAMAGED_METADATA: dict[str, tuple[Any, str]] = {
+    "nested too deep": ("[" * 100_000, "nested too deep"),
+    "no JSON": ("{", "is no JSON"),
+    "no text": (b"\xff", "is no JSON"),
+    "a list": (["a"], "its metadata is no text"),
+    "numbers": ({"a": 1}, "its metadata is no text"),
+    "inputs nested too deep": ({METADATA: "[" * 100_000}, "description of inputs .*too deep"),
+    **{
+        f"inputs {value!r}": ({METADATA: json.dumps(value)}, "description of its inputs is dam")
+        for value in (
+            *([], {}, "text", 3, None),
+            {**DESCRIBED, "names": None},
+            {**DESCRIBED, "names": [1]},
+            {**DESCRIBED, "inputs": {"a": 1}},
+            {**DESCRIBED, "inputs": [3]},
+            described(dtype="missing"),
+            described(dtype="nn"),
+            described(dtype=["float32"]),
+            described(device=3),
+            described(shape=[None]),
+            described(shape=3),
+            described(shape=[None, "4"]),
+            described(shape=[None, -4]),
+            described(shape=[None, 10**30]),
+            described(example=[3, None]),
+            described(example=[3, 4.0]),
+            described(low=0, high="9"),
+            described(low=-(10**30), high=9),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_METADATA)
+def test_metadata_that_is_damaged(name: str, tmp_path: Path) -> None:
+    metadata, message = DAMAGED_METADATA[name]
+    path = archive(tmp_path / "a.pt2", metadata)
+    with pytest.raises(PackedFormatError, match=rf"a\.pt2.*{message}"):
+        read_metadata(path)
+    assert main(["run", str(path)]) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "missing", "no zip", "a password"])
+def test_what_is_no_package(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt2"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "no zip":
+        path.write_bytes(b"PK")
+    elif kind == "a password":
+        data = bytearray(archive(path, {"a": "1"}).read_bytes())
+        central = data.index(b"PK\1\2", data.index(b"PK\1\2") + 1)
+        data[central + 8] |= 1  # the flag of the entry that holds the metadata
+        data[data.rindex(b"PK\3\4") + 6] |= 1
+        path.write_bytes(data)
+    with pytest.raises(PackedFormatError, match=r"a\.pt2 (can't be read|is damaged, or no pack)"):
+        read_metadata(path)
 
 
 def test_what_no_package_is_made_of(tmp_path: Path) -> None:

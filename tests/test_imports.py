@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rooms on one line do not import each other. A package is one room; inside it anything goes.
 # "__init__" is fxint4 itself, with the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "atomic_files", "version"),
-    ("_pytorch",),
+    ("errors", "version"),
+    ("_pytorch", "atomic_files", "untrusted_files"),
     ("quant",),
     ("config",),
     ("kernels",),

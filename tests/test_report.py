@@ -25,8 +25,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxint4
 from fxint4 import Int4Config, OptionError, Record, Report, ReportError
-from fxint4.report import SCHEMA, GraphReport, Parameter, Place
-from fxint4.report.graph_text import calls, defined_by, graph_text, operands_of
+from fxint4.report import SCHEMA, GraphReport, Parameter, Place, changes
+from fxint4.report.graph_text import calls, defined_by, graph_text, operands_of, readers
 from fxint4.report.html import page
 
 aten = torch.ops.aten
@@ -423,7 +423,8 @@ def test_what_a_name_holds_does_not_reach_the_terminal(tmp_path: Path) -> None:
     assert "a\\x1b[2Jb\\x85\\ud800" in str(report)
     for suffix in ("txt", "html", "json"):
         report.save(tmp_path / f"run.{suffix}")
-    assert Report.load(tmp_path / "run.json").records == report.records
+    [loaded] = Report.load(tmp_path / "run.json").records
+    assert loaded.name == "a\\x1b[2Jb\\x85\\ud800"
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -862,10 +863,10 @@ def damaged(change: Any) -> str:
 
 
 DAMAGED = {
-    "empty": ("", "is no report in JSON, or a damaged one"),
-    "cut": (json.dumps({"schema": SCHEMA})[:-1], "is no report in JSON, or a damaged one"),
-    "deep": ("[" * 100_000, "is no report in JSON, or a damaged one"),
-    "bytes": (b"\xff\xfe\x00", "is no report in JSON, or a damaged one"),
+    "empty": ("", "can't be read: it is no JSON"),
+    "cut": (json.dumps({"schema": SCHEMA})[:-1], "can't be read: it is no JSON"),
+    "deep": ("[" * 100_000, "can't be read: it is nested too deep"),
+    "bytes": (b"\xff\xfe\x00", "can't be read: it is no JSON"),
     "a list": ("[]", "is no report: it has no schema"),
     "a text": ('"schema"', "is no report: it has no schema"),
     "no schema": ('{"version": 1}', "is no report: it has no schema"),
@@ -912,13 +913,98 @@ def test_a_damaged_file_is_one_clear_error(kind: str, tmp_path: Path) -> None:
     text, message = DAMAGED[kind]
     path = tmp_path / "run.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ReportError, match=re.escape(f"{str(path)!r} {message}")):
+    with pytest.raises(ReportError, match=rf"{re.escape(str(path))}'? {re.escape(message)}"):
         Report.load(path)
 
 
 def test_a_file_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match=r"run\.json' can't be read: No such file"):
+    with pytest.raises(ReportError, match=r"run\.json can't be read: No such file"):
         Report.load(tmp_path / "run.json")
+
+
+# --- names of others -----------------------------------------------------------------------------
+
+#: Names of layers, and how they are shown.
+NAMES = {
+    "a\x1b[2Jb": r"a\x1b[2Jb",
+    "a\x9b2J\x07b": r"a\x9b2J\x07b",
+    "a\ud800b": r"a\ud800b",
+    "a\r\nb": r"a\r\nb",
+    "a\u202e\u200bb": r"a\u202e\u200bb",
+    "größe": "größe",
+}
+
+
+def named(name: str) -> Report:
+    """A report that holds a name wherever it can hold one."""
+    entry = record(
+        f"layers.0.{name}",
+        **dict.fromkeys(("op", "reason", "source", "method"), name),
+        fused_with=(name,),
+        kernels=(name,),
+        parameters=(f"{name}.weight",),
+    )
+    kept = record(f"layers.1.{name}", action="kept", group_size=None, reason=name)
+    shown = fx.Graph()
+    x = placeholder(shown, "x", torch.ones(2))
+    y = shown.call_function(torch.ops.aten.add.Tensor, (x, name), {"alpha": name})
+    shown.output(y)
+    before = graph_text(fx.GraphModule({}, shown), {"x": f"{name}.weight"})
+    parameters = {1: (f"{name}.weight", 64 * 128), 2: (f"{name}.bias", 64 * 128)}
+    report = report_of(
+        *(entry, kept), before=before, after=f"%{name}", graph_break=name, parameters=parameters
+    )
+    report.options |= {"skip": [name], name: name, "trade": name}
+    return report
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_reaches_a_terminal_or_a_file_raw(name: str, tmp_path: Path, terminal: Any) -> None:
+    shown, report = NAMES[name], named(name)
+    other = report_of(record("other"))
+    texts = [str(report), report.graph_diff, report.diff(colour=False)]
+    texts += [changes(*pair, (name, name), 120)[1] for pair in ((report, other), (other, report))]
+    for suffix in (".txt", ".json", ".html"):
+        report.save(tmp_path / f"run{suffix}")
+        texts.append((tmp_path / f"run{suffix}").read_text(encoding="utf-8"))
+    loaded = Report.load(tmp_path / "run.json")
+    texts += [str(loaded), loaded.graph_diff, changes(loaded, other, (name, name), 120)[1]]
+    for text in texts:
+        assert name == shown or name not in text
+        lines = text.split("\n")
+        assert all(line.isprintable() for line in lines), [
+            ln for ln in lines if not ln.isprintable()
+        ]
+        assert shown in text or shown.replace("\\", "\\\\") in text
+    assert loaded.records[0].name == f"layers.0.{shown}"
+    assert report.records[0].name == f"layers.0.{name}"  # to find the module by
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_a_name_takes_one_line_of_the_table(columns: int, terminal: Any) -> None:
+    terminal(columns)
+    plain, odd = (str(report_of(record(name))) for name in ("fc", "f\nc"))
+    assert len(odd.splitlines()) == len(plain.splitlines())
+    assert "f\\nc" in odd
+
+
+def test_a_weight_of_an_odd_name_is_found_in_its_graph() -> None:
+    """The name is shown in the graph as it is in the page's record."""
+    graph = fx.Graph()
+    x, w = placeholder(graph, "x", torch.ones(2, 4)), placeholder(graph, "w", torch.ones(4, 4))
+    y = graph.call_function(torch.ops.aten.mm.default, (x, w))
+    graph.output(y)
+    text = graph_text(fx.GraphModule({}, graph), {"w": "a\x1bb.weight"})
+    assert readers(text, "a\x1bb.weight") == ["aten.mm"]
+    report = report_of(
+        record("a\x1bb", op="mm", parameters=("a\x1bb.weight",)), before=text, after=text
+    )
+    lines = page_details(page(report.to_dict()))[0]["lines"]
+    assert any(r"a\x1bb.weight" in (row[0] or "") for row in lines)
+
+
+def page_details(text: str) -> Any:
+    return json.loads(re.search(r'type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)[1])
 
 
 # --- graphs as text ------------------------------------------------------------------------------

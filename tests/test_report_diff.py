@@ -286,7 +286,7 @@ def test_the_command_says_what_differs(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "'c.json' can't be read: No such file or directory"),
+        (None, "c.json can't be read: No such file or directory"),
         ("{}", "'c.json' is no report: it has no schema"),
         (f'{{"schema": {SCHEMA}}}', "'c.json' is a damaged report: 'options' is missing"),
     ],

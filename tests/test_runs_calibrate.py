@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -542,3 +543,139 @@ def test_inputs_of_explained_models_go_by_the_names_that_forward_gives_them() ->
     (graph,) = report.to_dict()["graphs"]
     assert "aten.mul" in graph["before"]
     assert report.totals["packed"] == 1
+
+
+# --- files that are damaged ----------------------------------------------------------------------
+
+
+def saved(path: Path, **changes: Any) -> Path:
+    """Save a calibration of a weight [N, K] and of experts [E, N, K], some of its tensors changed.
+
+    A change is a tensor, or None for no tensor, by its part and the weight's name.
+    """
+    parts = {
+        "second_moments": torch.eye(4),
+        "magnitudes": torch.ones(4),
+        "rows": torch.tensor(9),
+        "pre_scale": torch.ones(4),
+    }
+    experts = {
+        "second_moments": torch.eye(4).repeat(2, 1, 1),
+        "magnitudes": torch.ones(2, 4),
+        "rows": torch.tensor([9, 0]),
+    }
+    for name, tensor in changes.items():
+        (experts if name.startswith("e_") else parts)[name.removeprefix("e_")] = tensor
+    choices = {"fc": Choice(64, "gptq"), "kept": Choice(None)}
+    trade = Trade("max_bytes=9", 0.5, 7)
+    Calibration({"fc": Statistics(**parts), "experts": Statistics(**experts)}, choices, trade).save(
+        path
+    )
+    return path
+
+
+WRONG_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "moments that are no square": (
+        {"second_moments": torch.ones(4, 5)},
+        r"second_moments of fc is torch.float32 \(4, 5\); .* must be torch.float32 \(4, 4\)",
+    ),
+    "moments of other channels": ({"second_moments": torch.eye(5)}, "second_moments of fc"),
+    "moments of float64": ({"second_moments": torch.eye(4).double()}, "second_moments of fc"),
+    "moments that are not finite": (
+        {"second_moments": torch.eye(4) * torch.inf},
+        "second_moments of fc holds inf, NaN or numbers below 0",
+    ),
+    "moments below 0": ({"second_moments": -torch.eye(4)}, "second_moments of fc holds"),
+    "moments for one expert less": (
+        {"e_second_moments": torch.eye(4).repeat(1, 1, 1)},
+        r"second_moments of experts is .*\(1, 4, 4\); .* it must be torch.float32 \(2, 4, 4\)",
+    ),
+    "moments for all experts": ({"e_second_moments": torch.eye(4)}, "second_moments of experts"),
+    "magnitudes that are NaN": (
+        {"magnitudes": torch.ones(4) * torch.nan},
+        "magnitudes of fc holds",
+    ),
+    "magnitudes without axes": ({"magnitudes": torch.tensor(1.0)}, "second_moments of fc"),
+    "magnitudes of three axes": ({"magnitudes": torch.ones(2, 2, 4)}, "second_moments of fc"),
+    "rows below 0": ({"rows": torch.tensor(-1)}, "rows of fc holds"),
+    "rows that are floats": ({"rows": torch.tensor(9.0)}, r"rows of fc is torch.float32 \(\)"),
+    "rows of experts for one weight": ({"rows": torch.tensor([9, 9])}, "rows of fc is"),
+    "a pre-scale of 0": ({"pre_scale": torch.tensor([1.0, 0, 1, 1])}, "pre_scale of fc holds"),
+    "a pre-scale below 0": ({"pre_scale": -torch.ones(4)}, "pre_scale of fc holds"),
+    "a pre-scale that is infinite": ({"pre_scale": torch.ones(4) / 0}, "pre_scale of fc holds"),
+    "a pre-scale of other channels": ({"pre_scale": torch.ones(3)}, "pre_scale of fc is"),
+    "no channels": (
+        {"second_moments": torch.ones(0, 0), "magnitudes": torch.ones(0), "pre_scale": None},
+        "second_moments of fc",
+    ),
+    "no rows": ({"rows": None}, "missing 1 required positional argument: 'rows'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_statistics_that_can_be_none(name: str, tmp_path: Path) -> None:
+    changes, message = WRONG_TENSORS[name]
+    loaded = Calibration.load(saved(tmp_path / "good"))
+    assert (list(loaded), loaded.trade) == (["fc", "experts"], Trade("max_bytes=9", 0.5, 7))
+    with pytest.raises(PackedFormatError, match=rf"bad\.safetensors is no calib.*{message}"):
+        Calibration.load(saved(tmp_path / "bad.safetensors", **changes))
+
+
+def no_key(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header.pop(key)
+
+
+def put(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            header = header[key]
+        header[keys[-1]] = value
+
+    return change
+
+
+WRONG_HEADERS: dict[str, Callable[[dict[str, Any]], None]] = {
+    **{f"no {key}": no_key(key) for key in ("version", "weights", "choices", "trade")},
+    **{
+        f"{key} {value!r}": put(value, key)
+        for key in ("weights", "choices", "trade")
+        for value in ([], ["fc"], "fc", 3, {"fc": []}, {"fc": 3}, {"fc": None})
+        if not (key == "trade" and value == [])
+    },
+    "a later version": put(2, "version"),
+    "a part that is none": put("0.rows", "weights", "fc", "columns"),
+    "a tensor that is not there": put("9.rows", "weights", "fc", "rows"),
+    "a tensor that is no name": put(["9.rows"], "weights", "fc", "rows"),
+    "another tensor": put("1.magnitudes", "weights", "fc", "rows"),
+    **{
+        f"a choice of {size!r} by {method!r}": put(
+            {"group_size": size, "method": method}, "choices", "fc"
+        )
+        for size, method in (
+            *((16, "rtn"), (0, "rtn"), (-64, "rtn"), ("64", "rtn"), (64.0, "rtn"), ([64], "rtn")),
+            *((64, ""), (64, "best"), (64, ["rtn"]), (None, "rtn"), (10**400, "rtn")),
+        )
+    },
+    "a choice of more": put({"group_size": 64, "method": "rtn", "x": 1}, "choices", "fc"),
+    "a trade of text": put("much", "trade", "nbytes"),
+    "a trade for half a byte": put(0.5, "trade", "nbytes"),
+    "a trade with an error of NaN": put(float("nan"), "trade", "error"),
+    "a trade with an error beyond floats": put(10**400, "trade", "error"),
+    "a trade without a budget": put(None, "trade", "budget"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_HEADERS)
+def test_a_header_that_was_tampered_with(name: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    key = "fxint4.quant.statistics"
+    with safe_open(saved(tmp_path / "good"), framework="pt") as file:
+        header = json.loads(file.metadata()[key])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    WRONG_HEADERS[name](header)
+    path = tmp_path / "bad.safetensors"
+    save_file(tensors, path, metadata={key: json.dumps(header)})
+    with pytest.raises(PackedFormatError, match=r"bad\.safetensors is "):
+        Calibration.load(path)

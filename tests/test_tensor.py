@@ -195,6 +195,15 @@ def test_an_integer_zero_point_is_a_code(dtype: torch.dtype) -> None:
     assert_within(packed.dequantize(), exact, 2.0**-8 * wide[2].abs() + 2.0**-22 * size)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_codes_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    codes, scale, zero = plain(20, 64, group_size=32)
+    packed = Int4TileTensor.from_plain(codes.to(dtype), scale, zero)
+    made = packed.get_plain()
+    assert made[0].dtype is torch.uint8
+    assert all(torch.equal(a, b) for a, b in zip(made, (codes, scale, zero), strict=True))
+
+
 def test_a_float_scale_is_rounded_to_bfloat16() -> None:
     codes, _, _ = plain(8, 64, group_size=32)
     scale, zero = torch.randn(2, 8, 2)
@@ -211,8 +220,11 @@ def changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (changed(codes=torch.zeros(8, 128, dtype=torch.int32)), "torch.int32"),
-        (changed(codes=torch.full((8, 128), 16, dtype=torch.uint8)), "0..15"),
+        (changed(codes=torch.zeros(8, 128)), r"codes are torch.float32 \(8, 128\)"),
+        (changed(codes=torch.zeros(8, 128, dtype=torch.bool)), "codes are torch.bool"),
+        (changed(codes=torch.full((8, 128), 16, dtype=torch.uint8)), "from 16 to 16; .* 0..15"),
+        (changed(codes=torch.full((8, 128), -1)), "codes go from -1 to -1"),
+        (changed(codes=torch.full((8, 128), 2**32 + 3)), "codes go from 4294967299 to"),
         (changed(codes=torch.zeros(128, dtype=torch.uint8)), r"\(128,\)"),
         (changed(codes=torch.zeros(0, 128, dtype=torch.uint8)), r"\(0, 128\)"),
         (changed(scale=torch.ones(8, 4, dtype=torch.int32)), "torch.int32"),

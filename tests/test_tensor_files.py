@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxint4
 from fxint4 import Int4TileTensor, PackedFormatError
 
-pytest.importorskip("safetensors")
+safe_open = pytest.importorskip("safetensors").safe_open
 
 
 class Model(nn.Module):
@@ -137,6 +137,13 @@ def test_only_tensors_are_written(tmp_path: Path) -> None:
         fxint4.save_file({"step": 3}, tmp_path / "x")  # type: ignore[dict-item]
 
 
+def test_names_are_text(tmp_path: Path) -> None:
+    for name in (5, None, b"w"):
+        with pytest.raises(TypeError, match="names must be text"):
+            fxint4.save_file({name: torch.ones(3)}, tmp_path / "x")  # type: ignore[dict-item]
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_has_no_values_to_write_is_named(tmp_path: Path) -> None:
     packed = Int4TileTensor.from_float(torch.randn(64, 256))
     for value in (torch.ones(3, device="meta"), packed.to("meta"), torch.eye(3).to_sparse()):
@@ -165,6 +172,49 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert torch.equal(fxint4.load_file(path)["w"], torch.ones(3))
 
 
+@pytest.mark.parametrize("lazy", [Tensor.conj, lambda z: z.conj().imag, lambda z: z.conj().mT])
+def test_lazy_views_are_written_as_they_look(
+    lazy: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    z = torch.randn(4, 4, dtype=torch.complex64)
+    state = {"own": z, "lazy": lazy(z), "again": lazy(z)}
+    fxint4.save_file(state, tmp_path / "z")
+    loaded = fxint4.load_file(tmp_path / "z")
+    assert torch.equal(loaded["own"], z)
+    for name in ("lazy", "again"):
+        assert torch.equal(loaded[name], lazy(z).resolve_conj().resolve_neg())
+
+
+@pytest.mark.parametrize("part", ["scale_and_zero", "pre_scale"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite(part: str, value: float, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weight = Int4TileTensor.from_float(torch.randn(64, 256)).like(pre_scale=torch.ones(256))
+    path = tmp_path / "w.safetensors"
+    fxint4.save_file({"fc.weight": weight}, path)
+    getattr(weight, part).view(-1)[3] = value
+    with pytest.raises(PackedFormatError, match=f"^fc.weight can't be saved: {part} holds inf or"):
+        fxint4.save_file({"fc.weight": weight}, path)
+    assert "fc.weight" in fxint4.load_file(path)  # as it was
+
+    torch.save({"fc.weight": weight}, tmp_path / "w.pt")
+    with pytest.raises(PackedFormatError, match=f"{part} holds inf or NaN"):
+        torch.load(tmp_path / "w.pt")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    tensors[f"fc.weight.{part}"] = getattr(weight, part)
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(PackedFormatError, match=rf"w\.safetensors.*fc\.weight.*{part} holds inf"):
+        fxint4.load_file(path)
+
+
+def test_a_file_of_weights_may_be_loaded_without_values(tmp_path: Path) -> None:
+    torch.save(Int4TileTensor.from_float(torch.randn(64, 256)), tmp_path / "w.pt")
+    assert torch.load(tmp_path / "w.pt", map_location="meta").is_meta
+
+
 def test_names_that_collide(tmp_path: Path) -> None:
     weight = Int4TileTensor.from_float(torch.randn(32, 64))
     with pytest.raises(ValueError, match=r"w\.tiles is both a tensor and a part"):
@@ -173,8 +223,6 @@ def test_names_that_collide(tmp_path: Path) -> None:
 
 def test_releases_without_pre_scales_read_files_without_them(tmp_path: Path) -> None:
     """They refuse files with a pre-scale, which they would ignore."""
-    from safetensors import safe_open
-
     plain = Int4TileTensor.from_float(torch.randn(64, 256))
     scaled = plain.like(pre_scale=torch.rand(256))
     versions = {}
@@ -215,6 +263,12 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
     "no ties": lambda h: h.__setitem__("shared", None),
     "a tie to a list": lambda h: h["shared"].__setitem__("v", ["w"]),
     "a number of pre-scales": lambda h: h.__setitem__("pre_scaled", 3),
+    "a group size below 0": lambda h: h["packed"]["w"].__setitem__(3, -128),
+    "a group size of 0": lambda h: h["packed"]["w"].__setitem__(3, 0),
+    "rows beyond all numbers": lambda h: h["packed"]["w"].__setitem__(1, 10**30),
+    "columns beyond all numbers": lambda h: h["packed"]["w"].__setitem__(2, [[0, 10**30]]),
+    "columns from behind": lambda h: h["packed"]["w"].__setitem__(2, [[-64, 64]]),
+    "a dtype that is a list": lambda h: h["packed"]["w"].__setitem__(0, ["float32"]),
     "a later version": lambda h: h.__setitem__("version", 3),
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +17,9 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError
+from fxint4.quant import tile_layout
 from fxint4.quant.tile_layout import GROUP_SIZES
+from fxint4.weights import cache as weights_cache
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OFFS = torch.tensor([2, 2, 5, 7], dtype=torch.int32)
@@ -417,3 +422,127 @@ def test_indexed_mm() -> None:
     assert torch.equal(y, torch.einsum("sk,snk->sn", x, w.dequantize()[ids]))
     with pytest.raises(IndexError, match="4 weights"):
         torch.ops.fxint4.indexed_mm(x, w.tiles, w.scale_and_zero, ids + 1, 32, 20)
+
+
+# --- views on the CPU, where the op reads another packing -----------------------------------------
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each packing for the CPU's op."""
+    made: list[int] = []
+
+    def pack_for_cpu(codes: Tensor) -> Tensor:
+        made.append(codes.shape[-2])
+        return tile_layout.pack_for_cpu(codes)
+
+    monkeypatch.setattr(weights_cache, "pack_for_cpu", pack_for_cpu)
+    return made
+
+
+def products(w: Int4TileTensor, x: Tensor) -> Tensor:
+    x = x[:, : w.shape[-1]]
+    return x.expand(*w.shape[:-2], *x.shape) @ w.mT if w.ndim > 2 else F.linear(x, w)
+
+
+def exact(w: Int4TileTensor, x: Tensor) -> Tensor:
+    return x[:, : w.shape[-1]] @ w.dequantize(torch.float32).mT
+
+
+VIEWS: dict[str, tuple[tuple[int, ...], Callable[[Int4TileTensor], Int4TileTensor]]] = {
+    "a matrix": ((4, 64, 128), lambda w: w[2]),
+    "a matrix of some": ((4, 64, 128), lambda w: w[1:][1]),
+    "an unbound matrix": ((4, 64, 128), lambda w: w.unbind()[3]),
+    "some matrices": ((4, 64, 128), lambda w: w[1:3]),
+    "all matrices": ((4, 64, 128), lambda w: w),
+    "rows": ((64, 128), lambda w: w[16:48]),
+    "rows of rows": ((64, 128), lambda w: w[8:][8:40]),
+    "split rows": ((64, 128), lambda w: w.split(32)[1]),
+    "columns": ((64, 384), lambda w: w[:, 128:]),
+    "rows of a matrix": ((4, 64, 128), lambda w: w[2][16:48]),
+    "itself": ((64, 128), lambda w: w.detach()),
+    "data": ((64, 128), lambda w: w.data),
+    "transposed twice": ((64, 128), lambda w: w.t().t()),
+    "expanded": ((64, 128), lambda w: w.expand(3, 64, 128)),
+    "with an axis more": ((4, 64, 128), lambda w: w.view(2, 2, 64, 128)[1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_view_is_packed_for_the_cpu_once(name: str, mode: Any, packings: list[int]) -> None:
+    shape, view = VIEWS[name]
+    w = Int4TileTensor.from_float(torch.randn(shape))
+    x = torch.randn(2, shape[-1])
+    with mode():
+        expected = products(view(w), x)
+        first = len(packings)
+        assert first > 0
+        for _ in range(3):
+            assert torch.equal(products(view(w), x), expected)
+        assert len(packings) == first
+        view(w)  # one that is not kept
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("write", ["copy", "copy into a part", "buffers", "buffers of a view"])
+def test_what_is_written_shows_in_all_views(name: str, write: str) -> None:
+    """A write to the weight, or to any view of it, is seen through all that were used before."""
+    shape, view = VIEWS[name]
+    w, x = integers(*shape), signs(2, shape[-1])
+    part = w[..., :32, :]
+    with torch.no_grad():
+        used = [w, view(w), part, view(w)]
+        for each in used:
+            products(each, x)
+        if write == "copy":
+            w.copy_(integers(*shape))
+        elif write == "copy into a part":
+            part.copy_(integers(*part.shape))
+        else:
+            (w if write == "buffers" else part).scale_and_zero.neg_()
+        for each in (*used, view(w)):
+            assert torch.equal(products(each, x), exact(each, x))
+
+
+def test_views_that_are_kept_are_bounded(packings: list[int]) -> None:
+    w = Int4TileTensor.from_float(torch.randn(512, 128))
+    x = torch.randn(2, 128)
+    gc.collect()
+    known = len(weights_cache.weight_cache)
+    with torch.no_grad():
+        for start in range(0, 504, 8):
+            F.linear(x, w[start:])
+    kept = w._views._last.values()
+    assert 0 < sum(view.nbytes for view in kept) <= 2 * w.tiles.nbytes
+    assert len(weights_cache.weight_cache) - known <= len(kept)
+    del kept, w
+    gc.collect()
+    assert len(weights_cache.weight_cache) == known
+
+
+def test_copies_have_views_of_their_own() -> None:
+    w = Int4TileTensor.from_float(torch.randn(4, 64, 128))
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        y = F.linear(x, w[1])
+        for copied in (copy.deepcopy(w), w.clone(), copy.copy(w)):
+            assert torch.equal(F.linear(x, copied[1]), y)
+        copied = copy.deepcopy(w)
+        copied.copy_(-w.dequantize())
+        assert torch.equal(F.linear(x, w[1]), y)
+        assert not torch.equal(F.linear(x, copied[1]), y)
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize("backend", ["int4tile", "inductor"])
+def test_views_are_compiled(backend: str) -> None:
+    w, x = integers(4, 64, 128), signs(2, 128)
+    parameters = [nn.Parameter(part, requires_grad=False) for part in (w[1], w[2][16:48])]
+    compiled = torch.compile(lambda x: [F.linear(x, part) for part in parameters], backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            w.copy_(integers(4, 64, 128))
+            for y, part in zip(compiled(x), parameters, strict=True):
+                assert torch.equal(y, exact(part, x))

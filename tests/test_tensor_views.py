@@ -578,3 +578,15 @@ def test_a_look_up_reads_only_its_rows() -> None:
     peak, _ = peak_bytes(lambda: F.embedding(torch.arange(0, 4096, 512), packed))
     # Eight rows as codes, words, parameters and floats, each a few times over.
     assert peak < 8 * 256 * 32
+
+
+def test_columns_join_under_another_default_dtype() -> None:
+    plain, scaled = weight(8, 64), weight(8, 64, pre_scaled=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        joined = torch.cat([plain, scaled], 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    joined.check()
+    expected = torch.cat([plain.dequantize(), scaled.dequantize()], 1)
+    assert torch.equal(joined.dequantize(), expected)

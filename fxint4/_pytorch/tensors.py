@@ -35,6 +35,7 @@ __all__ = [
     "storage_key",
     "storage_pin",
     "version_of",
+    "view_like",
     "when_storage_dies",
 ]
 
@@ -157,6 +158,17 @@ def share_storage(one: Tensor, other: Tensor) -> bool:
 def storage_key(tensor: Tensor) -> int:
     """A number of a tensor's storage, which no other storage has as long as this one lives."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def view_like(base: Tensor, view: Tensor) -> Tensor:
+    """A view of `base` with the place, size and strides of `view`, which has the same storage.
+
+    Unlike a view that is made within `__torch_dispatch__`, where autograd's bookkeeping is off, it
+    shares the in-place version of its base: a write to one of them shows in both.
+    """
+    tracked = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+    with torch.inference_mode(False), torch.no_grad(), tracked:
+        return base.as_strided(view.size(), view.stride(), view.storage_offset())
 
 
 def when_storage_dies(tensor: Tensor, call: Callable[[Any], Any]) -> weakref.ref[Any]:

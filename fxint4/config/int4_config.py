@@ -11,13 +11,13 @@ from typing import Any
 
 from fxint4.config.layer_patterns import checked_patterns, first_match
 from fxint4.errors import OptionError
+from fxint4.quant.methods import METHODS
 from fxint4.quant.statistics import Calibration, Choice
 from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES
 
 __all__ = ["METHODS", "REPORT_SUFFIXES", "Int4Config"]
 
-#: Ways to choose codes; those after "hqq" need statistics of activations.
-METHODS = ("rtn", "mse", "hqq", "gptq", "awq", "gptq+awq")
+#: Methods that need statistics of activations.
 _CALIBRATED = METHODS[3:]
 #: Fields that `overrides` can change.
 _OVERRIDDEN = ("group_size", "inner_k_tiles", "method", "min_sqnr_db")

@@ -308,7 +308,9 @@ def _without_data(candidate: Candidate) -> Int4TileTensor:
     shape = choose_shape(n, k, 32, 2, batch=tuple(batch))
     packed = Int4TileTensor.empty(shape, candidate.parameter.dtype, torch.device("meta"))
     if candidate.pre_scaled:
-        packed = packed.like(pre_scale=torch.empty(shape.k_padded, device="meta"))
+        packed = packed.like(
+            pre_scale=torch.empty(shape.k_padded, dtype=torch.float32, device="meta")
+        )
     return candidate.logical(packed)
 
 

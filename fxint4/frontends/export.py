@@ -42,8 +42,12 @@ from fxint4.report import GraphReport, Record, Report
 from fxint4.report.graph_text import graph_text
 from fxint4.report.latest import remember
 from fxint4.runs.errors_of import Errors, measure_graph
+from fxint4.version import __version__
 from fxint4.weights.cache import WeightCache
 from fxint4.weights.formats import UNBOUNDED
+
+#: The entry of a rewritten program's custom metadata; its value is the version of fxint4.
+_REWRITTEN = "fxint4.rewritten"
 
 __all__ = ["is_rewritten", "placeholders", "remade", "rewrite", "rewrite_program"]
 
@@ -91,17 +95,16 @@ def rewrite(
 def is_rewritten(program: ExportedProgram) -> bool:
     """Whether a program comes from `rewrite`.
 
-    Names of buffers tell, which a saved program keeps. Ops don't: programs from elsewhere may have
-    the same ATen ops, and programs of models that `pack_` packed have ops of fxint4.
+    An entry of its graph's custom metadata tells, which PyTorch writes to files and hands on to
+    decomposed programs. Neither ops nor names do: programs from elsewhere may have the same ATen
+    ops, those of models that `pack_` packed have ops of fxint4, and a buffer may have any name.
 
     Raises:
         TypeError: Not an exported program.
     """
     _check_program(program)
-    return any(
-        spec.kind is InputKind.BUFFER and str(spec.target).endswith("_scale_and_zero")
-        for spec in program.graph_signature.input_specs
-    )
+    custom = program.graph_module.meta.get("custom")
+    return isinstance(custom, Mapping) and _REWRITTEN in custom
 
 
 def _check_program(program: object) -> None:
@@ -322,6 +325,8 @@ class _Program:
                     argument.name = names.get(argument.name, argument.name)
         graph.lint()
         self._gm.recompile()
+        custom = program.graph_module.meta.get("custom") or {}
+        self._gm.meta["custom"] = {**custom, _REWRITTEN: __version__}
         kept = {spec.target for spec in self._specs.values()}
         gone = {spec.target for spec in program.graph_signature.input_specs} - kept
         # For parameters that require grad, a compiler would ask the int4 op for gradients.

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,15 @@ from fxint4._pytorch.tensors import flat
 from fxint4.atomic_files import draft_of
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
-from fxint4.errors import OptionError, UnsupportedOpError
+from fxint4.errors import OptionError, PackedFormatError, UnsupportedOpError, WriteError, first_line
 from fxint4.frontends.export import is_rewritten, placeholders, remade, rewrite_program
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import our_compile
 from fxint4.lowering.experts import package_fault
 from fxint4.lowering.own_ops import use_own_ops
+from fxint4.untrusted_files import MOST_METADATA, check_ordinary, parse_json
 
-__all__ = ["METADATA", "package"]
+__all__ = ["METADATA", "package", "read_metadata"]
 
 #: The key of a package's metadata that has a description of its inputs as JSON, see `_described`.
 METADATA = "fxint4.inputs"
@@ -64,7 +67,7 @@ def package(
         FoldError: A weight could not be folded.
         UnsupportedOpError: The program has packed experts, and is not for a GPU, or there is no
             Triton to compile their kernel; or it has another op of fxint4.
-        OSError: The file can't be written.
+        WriteError: The file can't be written; it is as it was.
     """
     path = os.fspath(path)
     _check_path(path)
@@ -85,12 +88,103 @@ def package(
     patches["aot_inductor.metadata"] = {**known, METADATA: json.dumps(_described(program))}
     # PyTorch's writer ends the process if the disk is full, so it writes to a temporary folder. The
     # file at `path` stays until it can be replaced.
-    with tempfile.TemporaryDirectory() as folder, draft_of(Path(path)) as draft:
+    with tempfile.TemporaryDirectory() as folder:
         made = os.path.join(folder, os.path.basename(path))
         with our_compile():
             aoti_package(program, made, patches)
-        shutil.copyfile(made, draft)
+        with draft_of(Path(path)) as draft:
+            shutil.copyfile(made, draft)
     return path
+
+
+def read_metadata(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, str], dict[str, list[Any]] | None]:
+    """Read the metadata of a package without running any of its code.
+
+    Args:
+        path: The package.
+
+    Returns:
+        All entries; and the description of its inputs, see `_described`, None if it has none.
+
+    Raises:
+        PackedFormatError: There is no such file, it is damaged or no package, or it has more
+            metadata than is read.
+    """
+    check_ordinary(path, PackedFormatError)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            inside = [name for name in names if "/data/aotinductor/" in name]
+            texts = _texts(archive, inside)
+            damaged = archive.testzip() if texts is not None else None  # the loader does not look
+    except (
+        *(zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError),
+        *(RuntimeError, NotImplementedError),  # a password, or a compression that Python lacks
+    ) as error:
+        raise PackedFormatError(f"{path} is damaged, or no package: {first_line(error)}") from error
+    if texts is None:
+        raise PackedFormatError(
+            f"{path} is damaged, or no package: its metadata has more than {MOST_METADATA} bytes"
+        )
+    if damaged is not None:
+        raise PackedFormatError(
+            f"{path} is damaged: its part {damaged} has changed since it was written"
+        )
+    if not inside:
+        raise PackedFormatError(
+            f"{path} holds no compiled model; fxint4.package(torch.export.load(...), ...) makes one"
+            if any("/models/" in name for name in names)
+            else f"{path} is no package of AOTInductor"
+        )
+    found: dict[str, str] = {}
+    for text in texts:
+        entries = parse_json(
+            text, f"{path} is damaged, or no package; its metadata", PackedFormatError
+        )
+        if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
+            raise PackedFormatError(f"{path} is damaged, or no package: its metadata is no text")
+        found.update(entries)
+    if METADATA not in found:
+        return found, None
+    described = parse_json(found[METADATA], f"{path}: the description of inputs", PackedFormatError)
+    try:
+        _check_described(described)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PackedFormatError(f"{path}: the description of its inputs is damaged") from error
+    return found, described
+
+
+def _texts(archive: zipfile.ZipFile, names: Sequence[str]) -> list[bytes] | None:
+    """The parts of a package that hold metadata; None if they are too large to be some."""
+    texts, left = [], MOST_METADATA
+    for name in names:
+        if name.endswith("_metadata.json"):
+            with archive.open(name) as part:  # unpacked no further than it is read
+                texts.append(part.read(left + 1))
+            left -= len(texts[-1])
+            if left < 0:
+                return None
+    return texts
+
+
+def _check_described(described: Any) -> None:
+    """Raise unless this can be what `_described` made."""
+    names, inputs = described["names"], described["inputs"]
+    if not isinstance(inputs, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError
+    for entry in filter(None, inputs):
+        shape, example = entry["shape"], entry["example"]
+        known = isinstance(getattr(torch, entry["dtype"]), torch.dtype)
+        sizes = [size for size in (*shape, *example) if size is not None]
+        integers = [*sizes, *(entry[end] for end in ("low", "high") if end in entry)]
+        if not (known and len(shape) == len(example) and isinstance(entry["device"], str)):
+            raise ValueError
+        if not all(type(number) is int and abs(number) < 2**63 for number in integers):
+            raise ValueError
+        if None in example or any(size < 0 for size in sizes):
+            raise ValueError
 
 
 def _check_path(path: str) -> None:
@@ -101,6 +195,8 @@ def _check_path(path: str) -> None:
         raise OptionError(f"path is {path!r}, but there is no folder {str(folder)!r}")
     if Path(path).is_dir():
         raise OptionError(f"path is {path!r}, which is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise WriteError(f"{path} can't be written: files can't be made in its folder")
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fxint4.atomic_files import draft_of
-from fxint4.errors import PackedFormatError
+from fxint4.atomic_files import write_tensors
+from fxint4.errors import PackedFormatError, WriteError
+from fxint4.quant.methods import METHODS
+from fxint4.quant.tile_layout import GROUP_SIZES
+from fxint4.untrusted_files import check_metadata, open_tensors, parse_json
 
 __all__ = ["Calibration", "Choice", "Statistics", "Trade", "computed_key", "transposed_key"]
 
@@ -126,9 +132,10 @@ class Calibration:
 
         Args:
             path: The path of the file.
-        """
-        from safetensors.torch import save_file
 
+        Raises:
+            WriteError: The file can't be written; it is as it was.
+        """
         tensors, weights = self._parts()
         header = json.dumps(
             {
@@ -139,8 +146,9 @@ class Calibration:
             }
         )
         values = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with draft_of(Path(path)) as draft:
-            save_file(values, draft, metadata={_HEADER: header})
+        metadata = {_HEADER: header}
+        check_metadata(path, metadata, WriteError)
+        write_tensors(Path(path), values, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> Calibration:
@@ -151,16 +159,17 @@ class Calibration:
             device: The device of the statistics.
 
         Raises:
-            PackedFormatError: The file does not exist, is damaged, or `save` did not write it.
+            PackedFormatError: The file can't be read, is damaged, or `save` did not write it. The
+                message names the weight whose statistics have a wrong shape or dtype, or are not
+                finite.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise PackedFormatError(f"{path} is not there; it must be what Calibration.save wrote")
+        with open_tensors(path, PackedFormatError, device) as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            if text is None:
+                raise PackedFormatError(f"{path} is no calibration: Calibration.save wrote none")
+            header = parse_json(text, path, PackedFormatError)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         try:
-            with safe_open(path, framework="pt", device=device) as file:
-                header = json.loads((file.metadata() or {})[_HEADER])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if header["version"] != _VERSION:
                 raise PackedFormatError(
                     f"{path} is of version {header['version']}; this fxint4 reads {_VERSION}"
@@ -168,15 +177,17 @@ class Calibration:
             trade = header["trade"]
             return cls(
                 {
-                    key: Statistics(**{part: tensors[name] for part, name in parts.items()})
+                    key: _checked(key, {part: tensors[name] for part, name in parts.items()})
                     for key, parts in header["weights"].items()
                 },
-                {key: Choice(**choice) for key, choice in header["choices"].items()},
-                None if trade is None else Trade(**trade),
+                {key: _choice(key, choice) for key, choice in header["choices"].items()},
+                None if trade is None else _trade(trade),
             )
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PackedFormatError):
+                raise
             raise PackedFormatError(
-                f"{path} is no calibration: {type(error).__name__}: {error}"
+                f"{path} is no calibration, or a damaged one: {type(error).__name__}: {error}"
             ) from error
 
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
@@ -194,6 +205,50 @@ class Calibration:
                 tensors[name] = tensor
                 weights[key][part] = name
         return tensors, weights
+
+
+def _checked(key: str, parts: Mapping[str, Tensor]) -> Statistics:
+    """The statistics of a weight from a file; ValueError if they can't be any."""
+    given = Statistics(**parts)
+    *batch, k = given.magnitudes.shape or (0,)
+    wanted = {
+        "second_moments": ((*batch, k, k), torch.float32),
+        "magnitudes": ((*batch, k), torch.float32),
+        "rows": (tuple(batch), torch.int64),
+        "pre_scale": ((k,), torch.float32),
+    }
+    for name, tensor in parts.items():
+        shape, dtype = wanted[name]
+        if tuple(tensor.shape) != shape or tensor.dtype is not dtype or not k or len(batch) > 1:
+            raise ValueError(
+                f"{name} of {key} is {tensor.dtype} {tuple(tensor.shape)}; with magnitudes of "
+                f"{tuple(given.magnitudes.shape)} it must be {dtype} {shape}"
+            )
+        least = torch.finfo(dtype).tiny if name == "pre_scale" else 0
+        values = tensor.diagonal(dim1=-2, dim2=-1) if name == "second_moments" else tensor
+        if not bool(tensor.isfinite().all()) or bool((values < least).any()):
+            raise ValueError(f"{name} of {key} holds inf, NaN or numbers below {least:g}")
+    return given
+
+
+def _choice(key: str, values: Mapping[str, Any]) -> Choice:
+    """A choice from a file; ValueError if it can't be one."""
+    size, method = values["group_size"], values["method"]
+    packed = type(size) is int and size in GROUP_SIZES and method in METHODS
+    if not (packed or (size is None and method == "")):
+        raise ValueError(
+            f"the choice for {key} is {size!r} by {method!r}; it must be one of {GROUP_SIZES} by "
+            f"one of {METHODS}, or None"
+        )
+    return Choice(**values)
+
+
+def _trade(values: Mapping[str, Any]) -> Trade:
+    """A trade from a file; ValueError if it can't be one."""
+    texts = all(isinstance(values[name], str) for name in ("budget", "next_step"))
+    if not texts or type(values["nbytes"]) is not int or not math.isfinite(values["error"]):
+        raise ValueError(f"the trade is {dict(values)!r}")
+    return Trade(**values)
 
 
 def computed_key(parameters: Sequence[str], signature: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxint4.errors import printable
 from fxint4.report.graph_text import coloured
 from fxint4.report.records import Record
 from fxint4.report.report import Report
@@ -16,6 +17,8 @@ from fxint4.report.table import (
     dimensions,
     error_text,
     group_text,
+    printable_record,
+    printable_values,
     shortened,
     size_text,
     without_numbers,
@@ -91,9 +94,12 @@ def changes(
         Whether anything differs, and the text. Lines that only one report has (reasons, kernels,
         graph breaks) begin with "- " or "+ ".
     """
-    pairs = _pairs(before.records, after.records)
+    names = printable(names[0]), printable(names[1])
+    pairs = _pairs(*(map(printable_record, report.records) for report in (before, after)))
     changed = [pair for pair in pairs if _shown(pair.before) != _shown(pair.after)]
-    breaks = _lines(before.graph_breaks, after.graph_breaks)
+    breaks = _lines(
+        *(printable_values(report.graph_breaks, keep="\n") for report in (before, after))
+    )
     sums = _sums(before, after)
     differs = bool(changed or breaks or any(row[1] != row[2] for row in sums))
     count = f"{len(changed)} of {len(pairs)} matmuls differ" if differs else "no difference"
@@ -149,7 +155,9 @@ def _shown(side: _Side) -> tuple[object, ...]:
 
 def _changed_settings(before: Report, after: Report) -> list[str]:
     """Return a line for each version and option that differs."""
-    both: list[dict[str, Any]] = [{**each.versions, **each.options} for each in (before, after)]
+    both: list[dict[str, Any]] = [
+        printable_values({**each.versions, **each.options}) for each in (before, after)
+    ]
     return [
         f"  {name}: {both[0].get(name)} -> {both[1].get(name)}"
         for name in dict.fromkeys((*both[0], *both[1]))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxint4.errors import printable
+
 __all__ = [
     "calls",
     "coloured",
@@ -53,7 +55,7 @@ def graph_text(
     lines = []
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            label = names.get(node.name, node.name)
+            label = printable(names.get(node.name, node.name))
         elif node.name in labels:
             label = labels[node.name]
         else:
@@ -101,7 +103,7 @@ def _argument(value: Any, numbers: Mapping[fx.Node, str]) -> str:
         return numbers[value]
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_argument(item, numbers) for item in value)}]"
-    return str(value)
+    return printable(str(value))
 
 
 def _shape(node: fx.Node) -> str:
@@ -154,7 +156,8 @@ def readers(text: str, name: str) -> list[str]:
         text: The graph, from `graph_text`.
         name: Label of the input, without "%".
     """
-    call = re.compile(rf"^%(\S+) = ([\w.]+)\((?:.*[\[\s=])?%{re.escape(name)}[,)\]]", re.MULTILINE)
+    label = re.escape(printable(name))
+    call = re.compile(rf"^%(\S+) = ([\w.]+)\((?:.*[\[\s=])?%{label}[,)\]]", re.MULTILINE)
     found: dict[str, None] = {}
     for label, op in call.findall(text):
         behind = readers(text, label) if op in _PASSED_ON else []
@@ -175,8 +178,8 @@ def unified_diff(before: str, after: str, name: str) -> list[str]:
     """
     return list(
         difflib.unified_diff(
-            before.splitlines(),
-            after.splitlines(),
+            list(map(printable, before.splitlines())),  # read from a file, maybe
+            list(map(printable, after.splitlines())),
             f"{name} before",
             f"{name} after",
             lineterm="",

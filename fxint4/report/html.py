@@ -16,9 +16,9 @@ from string import Template
 from typing import Any, NamedTuple, TypeAlias
 
 from fxint4.report.graph_text import calls, defined_by, operands_of
-from fxint4.report.table import error_text, relative_name, size_text
+from fxint4.report.table import error_text, printable_values, relative_name, size_text
 
-__all__ = ["page"]
+__all__ = ["page", "printable_report"]
 
 #: Most changed lines shown around a matmul; with more, only those from its weight to it.
 _LINES_SHOWN = 40
@@ -40,6 +40,7 @@ def page(report: Mapping[str, Any]) -> str:
     Args:
         report: The dict of `Report.to_dict`. What a missing field would show is left out.
     """
+    report = printable_report(report)
     records: Sequence[Mapping[str, Any]] = report.get("records") or ()
     graphs = [
         _Graph(graph.get("before") or "", graph.get("after") or "")
@@ -52,7 +53,7 @@ def page(report: Mapping[str, Any]) -> str:
     files = resources.files(__package__) / "page"
     script = (files / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = Template((files / "page.html").read_text(encoding="utf-8")).substitute(
+    return Template((files / "page.html").read_text(encoding="utf-8")).substitute(
         script_hash=digest,
         style=(files / "page.css").read_text(encoding="utf-8"),
         summary=_summary(report, records),
@@ -61,7 +62,15 @@ def page(report: Mapping[str, Any]) -> str:
         details=json.dumps(details).replace("<", "\\u003c"),
         script=script,
     )
-    return text.encode("utf-8", "replace").decode("utf-8")  # names may hold lone surrogates
+
+
+def printable_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dict of `Report.to_dict` with printable texts; graphs keep their lines."""
+    of_lines = ("graphs", "graph_breaks")
+    return {
+        key: printable_values(value, keep="\n" if key in of_lines else "")
+        for key, value in report.items()
+    }
 
 
 # --- the top -------------------------------------------------------------------------------------

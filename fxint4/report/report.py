@@ -24,9 +24,10 @@ from fxint4.config.int4_config import REPORT_SUFFIXES, Int4Config
 from fxint4.config.layer_patterns import without_match
 from fxint4.errors import OptionError, ReportError
 from fxint4.report import graph_text, table
-from fxint4.report.html import page
+from fxint4.report.html import page, printable_report
 from fxint4.report.parameters import Parameter, is_gone
 from fxint4.report.records import GraphReport, Record, checked
+from fxint4.untrusted_files import read_json
 from fxint4.version import __version__
 
 __all__ = ["SCHEMA", "Report"]
@@ -441,7 +442,8 @@ class Report:
                 f"{str(path.parent)!r}; make it first"
             )
         if suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+            values = printable_report(self.to_dict())
+            text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
         elif suffix == ".html":
             text = page(self.to_dict())
         else:
@@ -463,14 +465,7 @@ class Report:
             ReportError: The file can't be read, is damaged, or has another schema.
         """
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ReportError(f"{str(path)!r} can't be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ReportError(
-                f"{str(path)!r} is no report in JSON, or a damaged one: {error}"
-            ) from error
+        values = read_json(path, ReportError)
         schema = values.get("schema") if isinstance(values, dict) else None
         if not isinstance(schema, int) or isinstance(schema, bool):
             raise ReportError(f"{str(path)!r} is no report: it has no schema")

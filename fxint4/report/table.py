@@ -10,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxint4.errors import printable
 from fxint4.report.records import Record
 
 __all__ = [
@@ -18,7 +19,8 @@ __all__ = [
     "dimensions",
     "error_text",
     "group_text",
-    "harmless",
+    "printable_record",
+    "printable_values",
     "shortened",
     "size_text",
     "text",
@@ -29,8 +31,6 @@ __all__ = [
 SHARE_SHOWN = 0.01
 #: With more rows, equal layers are merged into one.
 ROWS_SHOWN = 20
-#: Control characters, but for the end of a line, other line ends, and lone surrogates.
-_HARMFUL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 #: Characters that layers and reasons need side by side; with fewer, reasons go below the table.
 _ROOM_FOR_REASONS = 48
 
@@ -57,19 +57,44 @@ def text(
         trade: What a budget reached, as text; None without one.
         columns: Most characters a line.
     """
-    named = [dataclasses.replace(record, name=harmless(record.name)) for record in records]
-    table, notes = _table(named, columns)
+    coverage = printable_values(coverage)
+    graph_breaks = printable_values(graph_breaks, keep="\n")  # wrapped as one paragraph below
+    trade = printable_values(trade)
+    table, notes = _table(list(map(printable_record, records)), columns)
     lines = _headline(totals, coverage, graph_breaks)
-    lines += [f"  {pattern}" for pattern in unmatched_patterns]
+    lines += [f"  {printable(pattern)}" for pattern in unmatched_patterns]
     headline = _wrapped(lines, columns)
     footnotes = _wrapped(_footnotes(totals, output_error, trade), columns)
     parts = [headline, table, _wrapped(notes, columns), footnotes]
-    return harmless("\n\n".join(filter(None, parts)))
+    return "\n\n".join(filter(None, parts))
 
 
-def harmless(text: str) -> str:
-    """Escape what a terminal would obey or can't show; a name may hold anything."""
-    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def printable_values(value: Any, keep: str = "") -> Any:
+    """Return a value that JSON can hold with every text in it, keys too, as `printable`.
+
+    Args:
+        value: The value; tuples are kept as tuples.
+        keep: Characters to leave as they are.
+    """
+    if isinstance(value, str):
+        return printable(value, keep)
+    if isinstance(value, Mapping):
+        return {
+            printable_values(key, keep): printable_values(each, keep) for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)(printable_values(each, keep) for each in value)
+    return value
+
+
+def printable_record(record: Record) -> Record:
+    """Return a record whose texts are all `printable`."""
+    texts = {
+        field.name: getattr(record, field.name)
+        for field in dataclasses.fields(record)
+        if isinstance(getattr(record, field.name), (str, tuple)) and field.compare
+    }
+    return dataclasses.replace(record, **printable_values(texts))
 
 
 def _headline(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from operator import index
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from fxint4._pytorch.tensors import (
     make_wrapper,
     map_tensors,
     share_storage,
+    view_like,
 )
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
@@ -48,6 +52,9 @@ __all__ = ["NEW_AXIS", "Int4TileTensor", "checked", "dequantizing", "implements"
 
 #: In `Int4TileTensor.axes`: an axis of size 1 that the stored weight does not have.
 NEW_AXIS = -1
+
+#: Dtypes of codes that `from_plain` takes.
+_CODES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 #: (start, stop) of runs of stored columns.
 Columns = tuple[tuple[int, int], ...]
@@ -116,6 +123,7 @@ class Int4TileTensor(Tensor):
     axes: tuple[int, ...]
     is_part: bool
     metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
+    _views: _Views | None = None
 
     @staticmethod
     def __new__(
@@ -198,7 +206,7 @@ class Int4TileTensor(Tensor):
         """Pack codes, scales and zeros that were chosen elsewhere.
 
         Args:
-            codes: uint8 ``[..., N, K]``, values 0..15.
+            codes: uint8 or a signed integer dtype, ``[..., N, K]``, values 0..15.
             scale: ``[..., N, groups]``, any float dtype; stored rounded to bfloat16.
             zero: ``[..., N, groups]``. A float dtype means the float zero of
                 ``(code - 8) * scale + zero``; an integer dtype means the zero point of
@@ -213,6 +221,7 @@ class Int4TileTensor(Tensor):
         Raises:
             ValueError: Shapes, dtypes or values do not fit together.
         """
+        codes = _checked_codes(codes)
         _check_plain(codes, scale, zero)
         _check_dtype(dtype)
         if inner_k_tiles not in INNER_K_TILES:
@@ -445,6 +454,16 @@ class Int4TileTensor(Tensor):
         if self.dtype not in DTYPES:
             raise PackedFormatError(f"dtype is {self.dtype}; it must be one of {DTYPES}")
 
+    def check_values(self) -> None:
+        """Raise PackedFormatError if scales, zeros or the pre-scale hold inf or NaN.
+
+        Waits for the device.
+        """
+        for name in ("scale_and_zero", "pre_scale"):
+            values = self.buffers.get(name)
+            if values is not None and not bool(values.isfinite().all()):
+                raise PackedFormatError(f"{name} holds inf or NaN")
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape, dtype, device, packing format, bytes, and whether there is a pre-scale."""
         return (
@@ -466,7 +485,7 @@ class Int4TileTensor(Tensor):
 
     def like(self, **changes: Any) -> Int4TileTensor:
         """A copy with other values for the named constructor arguments; buffers are shared."""
-        values = {
+        values: dict[str, Any] = {
             "tiles": self.tiles,
             "scale_and_zero": self.scale_and_zero,
             "pre_scale": self.pre_scale,
@@ -477,7 +496,18 @@ class Int4TileTensor(Tensor):
             "axes": self.axes,
             "is_part": self.is_part,
         }
-        return Int4TileTensor(**{**values, **changes})
+        values.update(changes)
+        if torch.compiler.is_compiling():
+            return Int4TileTensor(**values)
+        if self._views is None:
+            self._views = _Views()
+        for name, buffer in self.buffers.items():
+            if _is_view(values[name], buffer):
+                values[name] = self._views.find(buffer, values[name])
+        made = Int4TileTensor(**values)
+        if share_storage(made.tiles, self.tiles):
+            made._views = self._views
+        return made
 
     def on_buffers(self, function: Callable[[Tensor], Tensor], **changes: Any) -> Int4TileTensor:
         """`like` this one, with a function applied to each buffer."""
@@ -770,6 +800,63 @@ def _views_of_normal_tensors(func: Any) -> Iterator[None]:
         yield
 
 
+class _Views:
+    """Views of the buffers of one weight, so that two views of one place are one tensor.
+
+    What the CPU's op reads is made from a view once, and kept as long as the tensor lives. Without
+    this, `experts[0]` would be packed for it at each call. The views that were used last are kept
+    alive, as many as hold the buffers twice.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._alive: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
+        self._last: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._most_bytes = 0
+
+    def find(self, base: Tensor, view: Tensor) -> Tensor:
+        """The tensor that stands for a view of `base`; `base` itself if it is one of all of it."""
+        with self._lock:
+            self._alive.setdefault(_place(base), base)
+            place = _place(view)
+            found = self._alive.get(place)
+            if found is None:
+                found = self._alive[place] = view_like(base, view)
+            if place in self._last:
+                self._last.move_to_end(place)
+            elif found is not base:
+                # Of the tiles: scales have less.
+                self._most_bytes = max(self._most_bytes, 2 * base.untyped_storage().nbytes())
+                self._keep(place, found)
+            return found
+
+    def _keep(self, place: tuple[Any, ...], view: Tensor) -> None:
+        if view.nbytes > self._most_bytes:  # it repeats an axis, with stride 0
+            return
+        self._last[place] = view
+        held = sum(kept.nbytes for kept in self._last.values())
+        while held > self._most_bytes:
+            held -= self._last.popitem(last=False)[1].nbytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Views:
+        """None: a copy of the weight has its own buffers."""
+        return _Views()
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tensor.size(), tensor.stride(), tensor.dtype)
+
+
+def _is_view(tensor: Any, base: Tensor) -> bool:
+    """Whether a tensor is another view of the same memory, on the CPU and with values."""
+    return (
+        tensor is not base
+        and type(tensor) is type(base) is Tensor
+        and tensor.device.type == "cpu"
+        and share_storage(tensor, base)
+    )
+
+
 def checked(
     tiles: Tensor, scale_and_zero: Tensor, metadata: Any, pre_scale: Tensor | None = None
 ) -> Int4TileTensor:
@@ -806,6 +893,8 @@ def _rebuild(
 ) -> Int4TileTensor:
     """Called by `torch.load`; it checks all that the file holds."""
     made = checked(tiles, scale_and_zero, metadata, pre_scale)
+    if type(tiles) is Tensor and not tiles.is_meta:  # no fake tensor
+        made.check_values()
     return nn.Parameter(made, requires_grad=False) if is_parameter else made  # type: ignore[return-value]
 
 
@@ -895,11 +984,20 @@ def _check_float(weight: object, config: object) -> None:
         )
 
 
-def _check_plain(codes: Tensor, scale: Tensor, zero: Tensor) -> None:
-    if codes.dtype is not torch.uint8 or codes.ndim < 2 or 0 in codes.shape:
+def _checked_codes(codes: Tensor) -> Tensor:
+    """Codes of any integer dtype as uint8; ValueError if they are no int4 codes."""
+    if codes.dtype not in _CODES or codes.ndim < 2 or 0 in codes.shape:
         raise ValueError(
-            f"codes are {codes.dtype} {tuple(codes.shape)}; they must be torch.uint8 [..., N, K]"
+            f"codes are {codes.dtype} {tuple(codes.shape)}; they must be [..., N, K] of one of "
+            f"{_CODES}"
         )
+    low, high = (int(end) for end in torch.aminmax(codes))
+    if low < 0 or high > 15:
+        raise ValueError(f"codes go from {low} to {high}; they must be in 0..15")
+    return codes.to(torch.uint8)
+
+
+def _check_plain(codes: Tensor, scale: Tensor, zero: Tensor) -> None:
     if not scale.is_floating_point() or scale.shape[:-1] != codes.shape[:-1]:
         raise ValueError(
             f"scale is {scale.dtype} {tuple(scale.shape)} and codes are {tuple(codes.shape)}; "
@@ -911,5 +1009,3 @@ def _check_plain(codes: Tensor, scale: Tensor, zero: Tensor) -> None:
         raise ValueError(
             f"codes, scale and zero are on {codes.device}, {scale.device} and {zero.device}"
         )
-    if int(codes.max()) > 15:
-        raise ValueError(f"codes go up to {int(codes.max())}; they must be in 0..15")

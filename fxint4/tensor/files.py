@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxint4.atomic_files import draft_of
-from fxint4.errors import PackedFormatError
+from fxint4.atomic_files import write_tensors
+from fxint4.errors import PackedFormatError, WriteError
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import checked
+from fxint4.untrusted_files import check_metadata, open_tensors, parse_json
 
 __all__ = ["load_file", "save_file"]
 
@@ -44,11 +45,10 @@ def save_file(
 
     Raises:
         TypeError: state_dict is no state dict.
-        ValueError: An entry is no tensor, is sparse or on the meta device, or is named like a
-            part of a packed weight.
+        PackedFormatError: An entry is no tensor, is sparse or on the meta device, is named like a
+            part of a packed weight, or is a packed weight that `load_file` would refuse.
+        WriteError: The file can't be written, or can't hold a name or a dtype; it is as it was.
     """
-    from safetensors.torch import save_file as save
-
     _check_state_dict(state_dict)
     plain: dict[str, Tensor] = {}
     packed: dict[str, Any] = {}
@@ -57,37 +57,46 @@ def save_file(
     first: dict[object, str] = {}
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}; safetensors holds only tensors")
+            raise PackedFormatError(
+                f"{name} is a {type(value).__name__}; safetensors holds only tensors"
+            )
         if value.is_meta or value.layout is not torch.strided:
             kind = "on the meta device" if value.is_meta else f"a {value.layout} tensor"
-            raise ValueError(f"{name} is {kind}; safetensors holds only dense tensors with values")
+            raise PackedFormatError(
+                f"{name} is {kind}; safetensors holds only dense tensors with values"
+            )
         key = _identity(value)
         if key in first:
             shared[name] = first[key]
             continue
         first[key] = name
         if isinstance(value, Int4TileTensor):
+            try:
+                value.check_values()
+            except PackedFormatError as error:
+                raise PackedFormatError(f"{name} can't be saved: {error}") from error
             packed[name] = _described(value)
             parts = {f"{name}.{part}": buffer for part, buffer in value.buffers.items()}
             if value.pre_scale is not None:
                 pre_scaled.append(name)
         else:
-            parts = {name: value.detach()}
+            # A lazily conjugated or negated view has the bytes of the other one.
+            parts = {name: value.detach().resolve_conj().resolve_neg()}
         taken = sorted(parts.keys() & plain.keys())
         if taken:
-            raise ValueError(f"{taken[0]} is both a tensor and a part of a packed weight")
+            raise PackedFormatError(f"{taken[0]} is both a tensor and a part of a packed weight")
         plain.update({key: part.contiguous() for key, part in parts.items()})
     # Different views of one storage are not tied weights: each is written separately.
     storages = Counter(value.untyped_storage().data_ptr() for value in plain.values())
     for name, value in plain.items():
         if storages[value.untyped_storage().data_ptr()] > 1 or _is_part(value):
             plain[name] = value.clone()
-    header = {"version": _PLAIN, "packed": packed, "shared": shared}
+    header: dict[str, Any] = {"version": _PLAIN, "packed": packed, "shared": shared}
     if pre_scaled:
         header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}
     entries = {**(metadata or {}), "format": "pt", _HEADER: json.dumps(header)}
-    with draft_of(Path(path)) as draft:
-        save(plain, draft, metadata=entries)
+    check_metadata(path, entries, WriteError)
+    write_tensors(Path(path), plain, entries)
 
 
 def load_file(
@@ -106,17 +115,12 @@ def load_file(
         The state dict, with an `Int4TileTensor` for every packed weight.
 
     Raises:
-        PackedFormatError: The header does not fit the tensors of the file, or the file is truncated
-            or no safetensors file.
+        PackedFormatError: The file can't be read, is truncated or no safetensors file, its header
+            does not fit its tensors, or a packed weight holds inf or NaN.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-        raise PackedFormatError(f"{path} can't be read: {error}") from error
+    with open_tensors(path, PackedFormatError, str(torch.device(device))) as file:
+        header = parse_json((file.metadata() or {}).get(_HEADER, "{}"), path, PackedFormatError)
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     packed, shared, pre_scaled = _entries(path, header)
     for name, described in packed.items():
         parts = (*_PARTS, *["pre_scale"] * (name in pre_scaled))
@@ -132,6 +136,9 @@ def _check_state_dict(given: object) -> None:
     if not isinstance(given, Mapping):
         kind = type(given).__name__
         raise TypeError(f"got a {kind}, need a state dict: what model.state_dict() returns")
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"the state dict has the name {name!r}; names must be text")
 
 
 def _entries(path: object, header: Any) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -171,7 +178,9 @@ def _assembled(
     try:
         tiles, scale_and_zero, *further = (values.pop(f"{name}.{part}") for part in parts)
         dtype, *rest = described
-        return checked(tiles, scale_and_zero, (getattr(torch, dtype), *rest), *further)
+        made = checked(tiles, scale_and_zero, (getattr(torch, dtype), *rest), *further)
+        made.check_values()
+        return made
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PackedFormatError(
             f"{path}: the packed weight {name} is damaged: {type(error).__name__}: {error}"
@@ -184,7 +193,8 @@ def _identity(value: Tensor) -> object:
         return (*map(_identity, value.buffers.values()), value.metadata)
     if value.numel() == 0:
         return id(value)
-    return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+    lazily = (value.is_conj(), value.is_neg())
+    return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride(), lazily)
 
 
 def _is_part(value: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -68,21 +68,15 @@ def _empty_like(
     return made.like(pre_scale=torch.ones_like(weight.pre_scale, device=device))
 
 
-#: Called with the tiles of each packed tensor that was written to.
-when_written: list[Callable[[Tensor], None]] = []
-
-
 @implements(aten.copy_.default)
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
     if not isinstance(target, Int4TileTensor):
         return NotImplemented
     target.copy_from(source)
-    # This runs below autograd, where in-place ops do not change the version, and views have
-    # versions of their own. Caches made from the buffers (the CPU op's bytes) look at it.
+    # This runs below autograd, where in-place ops do not change the version. Caches made from the
+    # buffers (the CPU op's bytes) are keyed by it.
     buffers = target.buffers.values()
     increment_version([buffer for buffer in buffers if not buffer.is_inference()])
-    for call in when_written:
-        call(target.tiles)
     return target
 
 
@@ -571,7 +565,7 @@ def _factors(weight: Int4TileTensor) -> Tensor:
     """The pre-scale, float32 ``[K]``; ones if there is none."""
     if weight.pre_scale is not None:
         return weight.pre_scale
-    return torch.ones(weight.stored.k_padded, device=weight.device)
+    return torch.ones(weight.stored.k_padded, dtype=torch.float32, device=weight.device)
 
 
 def _cat_rows(packed: Sequence[Int4TileTensor]) -> Int4TileTensor:

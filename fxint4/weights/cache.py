@@ -24,7 +24,6 @@ from fxint4.quant.metrics import nonfinite_fault, sqnr_db
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 from fxint4.tensor import Int4TileTensor
-from fxint4.tensor.views import when_written
 from fxint4.weights.expression import AXES
 from fxint4.weights.formats import Dense, Format, format_specs
 from fxint4.weights.identity import WeightIdentity
@@ -281,6 +280,5 @@ class WeightCache:
 
 
 weight_cache = WeightCache()
-when_written.append(weight_cache.doubt)
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=weight_cache.after_fork)

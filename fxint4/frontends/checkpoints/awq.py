@@ -17,7 +17,7 @@ from fxint4.frontends.checkpoints.weights import (
     Config,
     GroupedWeight,
     Weight,
-    whole_numbers,
+    group_size_of,
 )
 from fxint4.quant.tile_layout import nibbles
 
@@ -42,9 +42,9 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
             f"{checkpoint.path}: AWQ of {bits} bits in the version {version!r}; fxint4 reads "
             "4 bits in the version 'gemm'"
         )
-    sizes = whole_numbers(config.get("group_size"), config.get("q_group_size"))
+    size = config.get("group_size", config.get("q_group_size"))
     return [
-        AwqWeight(name, checkpoint, parts, sizes)
+        AwqWeight(name, checkpoint, parts, group_size_of(size, name))
         for name, parts in checkpoint.layers("qweight", ("qzeros", "scales"))
     ]
 
@@ -63,7 +63,7 @@ class AwqWeight(GroupedWeight):
 
     def groups(self, n: int, k: int) -> Tensor:
         """int64 ``[K]``; all groups have one size."""
-        count = self.checkpoint.shape(self.parts["scales"])[0]
+        count, _ = self.matrix("scales")
         self.expect("qweight", (k, -(-n // 8)), torch.int32)
         self.expect("qzeros", (count, -(-n // 8)), torch.int32)
         self.expect("scales", (count, n), *SCALES)

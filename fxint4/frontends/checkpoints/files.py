@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
+import stat
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxint4.errors import CheckpointError
+from fxint4.errors import CheckpointError, first_line
+from fxint4.untrusted_files import check_ordinary, open_tensors, read_json
 
 __all__ = ["Checkpoint"]
 
 _SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Characters of a name that an error shows.
+_LONGEST = 300
 
 #: Files with the options of the quantizer, and their key in it; the whole file if None.
 _CONFIGS = (
@@ -52,7 +56,7 @@ class Checkpoint:
 
     Attributes:
         path: The file or the folder.
-        metadata: The free-form headers of the files, merged.
+        headers: The free-form header of each file.
         config: The quantizer's options, from a file beside them; empty if there is none.
     """
 
@@ -63,20 +67,16 @@ class Checkpoint:
             path: A .safetensors file, or a folder that holds one, or several and their index.
 
         Raises:
-            CheckpointError: There is no such file, there are only pickles, or a file is damaged.
+            CheckpointError: There is no such file, there are only pickles, or a file is damaged or
+                no ordinary file.
         """
-        from safetensors import SafetensorError, safe_open
-
         self.path = Path(path)
-        self.metadata: dict[str, str] = {}
+        self.headers: list[Mapping[str, str]] = []
         self._owners: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
             for file in _files(self.path):
-                try:
-                    opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"{file} can't be read: {error}") from error
-                self.metadata.update(opened.metadata() or {})
+                opened = stack.enter_context(open_tensors(file, CheckpointError))
+                self.headers.append(opened.metadata() or {})
                 for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                     if name in self._owners:
                         raise CheckpointError(f"{self.path}: {name} is in two files")
@@ -142,34 +142,44 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor to the CPU; it may be a view of the mapped file."""
-        tensor: Tensor = self._owners[name].get_tensor(name)
+        try:
+            tensor: Tensor = self._owners[name].get_tensor(name)
+        except Exception as error:  # a dtype that this torch or safetensors does not know, say
+            raise CheckpointError(
+                f"{self.path}: {name} can't be read: {first_line(error)}"
+            ) from error
         return tensor
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        if path.name.endswith(_SUFFIX):
-            return [path]
-        hint = (
-            "reading a pickle can run code; convert it with safetensors first"
-            if path.suffix in _PICKLES
-            else f"give a {_SUFFIX} file or the folder that holds it"
-        )
-        raise CheckpointError(f"{path} is no {_SUFFIX} file: {hint}")
-    if not path.is_dir():
-        raise CheckpointError(f"there is no file or folder {path}")
-    indices = sorted(path.glob(f"*{_INDEX}"))
-    files = sorted(path.glob(f"*{_SUFFIX}"))
+    try:
+        mode = os.stat(path).st_mode
+        names = sorted(os.listdir(path)) if stat.S_ISDIR(mode) else None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file or folder {path}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {first_line(error)}") from error
+    if names is None:
+        if not path.name.endswith(_SUFFIX):
+            hint = (
+                "reading a pickle can run code; convert it with safetensors first"
+                if path.suffix in _PICKLES
+                else f"give a {_SUFFIX} file or the folder that holds it"
+            )
+            raise CheckpointError(f"{path} is no {_SUFFIX} file: {hint}")
+        return [path]
+    indices = [name for name in names if name.endswith(_INDEX)]
+    files = [name for name in names if name.endswith(_SUFFIX)]
     if len(indices) == 1:
-        return _indexed(indices[0])
+        return _indexed(path / indices[0])
     if not indices and len(files) == 1:
-        return files
-    if not files and any(file.suffix in _PICKLES for file in path.iterdir()):
+        return [path / files[0]]
+    if not files and any(name.endswith(_PICKLES) for name in names):
         raise CheckpointError(
             f"{path} holds only pickles; reading one can run code; convert them with "
             "safetensors first"
         )
-    found = ", ".join(file.name for file in (*indices, *files)) or "none"
+    found = ", ".join((*indices, *files)) or "none"
     raise CheckpointError(
         f"{path} must hold one {_SUFFIX} file, or several and one *{_INDEX}; there: {found}"
     )
@@ -181,16 +191,22 @@ def _indexed(index: Path) -> list[Path]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
     names = sorted(set(places.values()))
-    files = [index.parent / name for name in names]
-    for name, file in zip(names, files, strict=True):
-        if Path(name).name != name or not name.endswith(_SUFFIX) or not file.is_file():
-            raise CheckpointError(f"{index} names {name!r}, which is no {_SUFFIX} file beside it")
-    return files
+    for name in names:
+        try:
+            if Path(name).name != name or not name.endswith(_SUFFIX):
+                raise CheckpointError("another folder, or another kind of file")
+            check_ordinary(index.parent / name, CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{index} names {name[:_LONGEST]!r}, which is no {_SUFFIX} file beside it: "
+                f"{str(error)[:_LONGEST]}"
+            ) from error
+    return [index.parent / name for name in names]
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
     for name, key in _CONFIGS:
-        if not (folder / name).is_file():
+        if not os.path.lexists(folder / name):
             continue
         config = _json(folder / name)
         if key is not None:
@@ -202,10 +218,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
+    values = read_json(path, CheckpointError)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return values

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fxint4.config.layer_patterns import first_match
 from fxint4.errors import CheckpointError
 from fxint4.frontends.candidates import Candidate, use_of
-from fxint4.frontends.checkpoints import awq, compressed_tensors, gptq, torchao
+from fxint4.frontends.checkpoints import auto_round, awq, compressed_tensors, gptq, torchao
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
 from fxint4.frontends.parameters import record_of
@@ -29,9 +29,12 @@ __all__ = ["load_"]
 _FINDERS: dict[str, Callable[[Checkpoint, Config], list[Weight]]] = {
     "gptq": gptq.find,
     "awq": awq.find,
+    "auto-round": auto_round.find,
     "compressed-tensors": compressed_tensors.find,
     "torchao": torchao.find,
 }
+#: How older releases of the quantizers call themselves.
+_OTHER_NAMES = {"intel/auto-round": "auto-round", "auto_round": "auto-round"}
 _NAMES_SHOWN = 5
 _CPU = torch.device("cpu")
 
@@ -48,7 +51,7 @@ def load_(
 ) -> Report:
     """Load a checkpoint that was quantized to int4 into an ordinary model.
 
-    Reads GPTQ, AWQ, compressed-tensors (pack-quantized) and torchao's tiled tensors from
+    Reads GPTQ, AWQ, AutoRound, compressed-tensors (pack-quantized) and torchao's tiled tensors from
     safetensors files, never a pickle. Codes are unchanged; scales and zeros are rounded to
     bfloat16. Tensors that are not quantized are converted to the dtype of the model's.
 
@@ -63,7 +66,8 @@ def load_(
             quant_config.json beside it.
         quantization_config: Options that replace those, as in transformers' config.json, such as
             `{"quant_method": "gptq", "checkpoint_format": "gptq_v2", "group_size": 128}`. Without
-            either, the names and shapes of the tensors determine the format.
+            either, the names, shapes and zero points of the tensors determine the format, or the
+            error says which option to give.
         device: The device of the loaded tensors. If None, each goes to the device of the model's
             tensor, or to the CPU if that is meta.
         ignore: Patterns, as in `Int4Config.skip`, of the checkpoint's tensors to leave out.
@@ -162,6 +166,7 @@ def _method(checkpoint: Checkpoint, config: Config) -> str | None:
     """The format of a checkpoint, a key of `_FINDERS`; None if nothing in it is quantized."""
     method = config.get("quant_method", config.get("method"))
     if method is not None:
+        method = _OTHER_NAMES.get(method, method)
         if method not in _FINDERS:
             raise CheckpointError(
                 f"{checkpoint.path} was quantized by {method!r}; fxint4 reads {', '.join(_FINDERS)}"

@@ -10,7 +10,7 @@ written that way; `torchao.utils.unwrap_tensor_subclass` turns it into
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fxint4.errors import CheckpointError, PackedFormatError
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import SCALES, Config, Weight
 from fxint4.tensor import Int4TileTensor
+from fxint4.untrusted_files import parse_json
 
 __all__ = ["find", "is_torchao"]
 
@@ -30,7 +31,8 @@ _UNWRAPPED = ".parametrizations.weight.original"
 
 def is_torchao(checkpoint: Checkpoint) -> bool:
     """Whether torchao wrote a checkpoint."""
-    return "tensor_names" in checkpoint.metadata or bool(_unwrapped(checkpoint))
+    listed = any("tensor_names" in header for header in checkpoint.headers)
+    return listed or bool(_unwrapped(checkpoint))
 
 
 def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
@@ -44,8 +46,8 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
         CheckpointError: A weight has another class, or the header is damaged.
     """
     found: list[Weight] = []
-    for name in _tensor_names(checkpoint):
-        described = _json(checkpoint, name)
+    for name, header in _tensor_names(checkpoint):
+        described = _json(checkpoint, header, name)
         kind = described.get("_type") if isinstance(described, dict) else None
         if kind == "Tensor":
             continue
@@ -103,23 +105,27 @@ class TiledWeight(Weight):
         pre_scale = None
         if _PRE_SCALE in self.parts:
             pre_scale = self.read(_PRE_SCALE, device).float().expand(shape[-1]).clone()
-        return Int4TileTensor.from_tiles(tiles, parameters, shape, dtype, pre_scale)
+        made = Int4TileTensor.from_tiles(tiles, parameters, shape, dtype, pre_scale)
+        made.check_values()
+        return made
 
 
-def _tensor_names(checkpoint: Checkpoint) -> list[str]:
-    names = _json(checkpoint, "tensor_names") if "tensor_names" in checkpoint.metadata else []
-    if not isinstance(names, list):
-        raise CheckpointError(f"{checkpoint.path}: tensor_names in the header is no list")
-    return names
+def _tensor_names(checkpoint: Checkpoint) -> list[tuple[str, Mapping[str, str]]]:
+    """The names that the headers of all files list, each with its header."""
+    found = []
+    for header in checkpoint.headers:
+        names = _json(checkpoint, header, "tensor_names") if "tensor_names" in header else []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{checkpoint.path}: tensor_names in the header is no list")
+        found += [(name, header) for name in names]
+    return found
 
 
-def _json(checkpoint: Checkpoint, key: str) -> Any:
-    try:
-        return json.loads(checkpoint.metadata[key])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: the header's entry {key!r} is missing or damaged"
-        ) from error
+def _json(checkpoint: Checkpoint, header: Mapping[str, str], key: str) -> Any:
+    source = f"{checkpoint.path}: the header's entry {key!r} is missing or damaged; it"
+    if key not in header:
+        raise CheckpointError(source.removesuffix("; it"))
+    return parse_json(header[key], source, CheckpointError)
 
 
 def _unwrapped(checkpoint: Checkpoint) -> list[str]:

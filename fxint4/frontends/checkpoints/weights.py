@@ -16,7 +16,7 @@ from fxint4.graph.names import layer_name
 from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "whole_numbers"]
+__all__ = ["SCALES", "Config", "GroupedWeight", "Weight", "group_size_of"]
 
 #: Dtypes of scales.
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -76,6 +76,15 @@ class Weight(ABC):
                 "the model has another shape, or this is no int4 weight of that format"
             )
 
+    def matrix(self, part: str) -> tuple[int, int]:
+        """The rows and columns of a tensor; CheckpointError if it is no matrix."""
+        name = self.parts[part]
+        shape = self.checkpoint.shape(name)
+        if len(shape) != 2:
+            dtype = self.checkpoint.dtype(name)
+            raise self.error(f"{part} is {dtype} {shape}; it must have two axes")
+        return shape[0], shape[1]
+
     def error(self, message: str) -> CheckpointError:
         """An error whose message names the layer and the format."""
         return CheckpointError(f"{layer_name(self.name)} ({self.title}): {message}")
@@ -88,10 +97,11 @@ class GroupedWeight(Weight):
     Its value is ``(code - zero_point) * scale``.
 
     Attributes:
-        group_sizes: The group sizes in the config.
+        group_size: That of the layer by the config: columns, or -1 for all columns of a row; None
+            if the config does not say.
     """
 
-    group_sizes: tuple[int, ...]
+    group_size: int | None
 
     @abstractmethod
     def groups(self, n: int, k: int) -> Tensor:
@@ -137,6 +147,8 @@ class GroupedWeight(Weight):
                 "model whose experts are layers of their own"
             )
         n, k = shape
+        if not n or not k:
+            raise self.error(f"the model's parameter is {shape}, which is empty")
         index = self.groups(n, k)
         runs = [size for size in GROUP_SIZES if _constant_in_runs(index, size)]
         if not runs:
@@ -168,20 +180,43 @@ class GroupedWeight(Weight):
 
     def even_groups(self, k: int, groups: int) -> Tensor:
         """The group of each column, int64 ``[K]``, if all groups but the last have one size."""
-        sizes = [size for size in self.group_sizes if size > 0 and -(-k // size) == groups]
-        if not sizes and groups and k % groups == 0:
-            sizes = [k // groups]
-        if not sizes:
+        size = k if self.group_size == -1 else self.group_size
+        if size is None and groups and k % groups == 0:
+            size = k // groups
+            # In 2 groups of 192 columns, say, there may be 96 columns each, or 128 and 64.
+            others = [other for other in GROUP_SIZES if -(-k // other) == groups and other != size]
+            if groups > 1 and others:
+                raise self.error(
+                    f"{groups} groups of {k} columns may have {size} columns each, or {others[0]} "
+                    "and a shorter last one. Give quantization_config= with the group_size"
+                )
+        if size is None or -(-k // size) != groups:
+            said = "says none" if self.group_size is None else f"is {self.group_size}"
             raise self.error(
-                f"{groups} groups do not divide {k} columns; the config's group sizes are "
-                f"{list(self.group_sizes)}"
+                f"there are {groups} groups for {k} columns, and the config's group_size {said}. "
+                "Give quantization_config= with the options that the weights were quantized with"
             )
-        return torch.arange(k) // sizes[0]
+        return torch.arange(k) // min(size, k)
 
 
-def whole_numbers(*values: Any) -> tuple[int, ...]:
-    """The values that are integers; options may be missing or strings."""
-    return tuple(value for value in values if isinstance(value, int))
+def group_size_of(value: Any, layer: str) -> int | None:
+    """The group size that an option names: a number of columns, -1 for all; None if unknown.
+
+    Args:
+        value: The option.
+        layer: Whose it is, for errors.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    if value is None:
+        return None
+    if type(value) is not int or (value < 1 and value != -1):
+        raise CheckpointError(
+            f"{layer}: the config's group_size is {value!r}; it must be a number of columns, or -1 "
+            "for all columns of a row"
+        )
+    return value
 
 
 def _constant_in_runs(index: Tensor, size: int) -> bool:

@@ -68,7 +68,7 @@ def awq_scale(
         if weight.ndim != 2 or weight.shape[1] != k:
             raise ValueError(f"a weight is {tuple(weight.shape)}, its inputs have {k} channels")
     h = second_moments.double()
-    ones = torch.ones(k, device=h.device)
+    ones = torch.ones(k, dtype=torch.float32, device=h.device)
     if not (h.isfinite().all() and magnitudes.isfinite().all()):
         return ones
 

@@ -133,7 +133,7 @@ class Gptq:
             self.damping = max(10 * self.damping, 1e-4)
         else:
             return f"the second moments of the input are not positive, damped by {added:g} or less"
-        self._importance = torch.empty(self._k, device=h.device)
+        self._importance = torch.empty(self._k, dtype=torch.float32, device=h.device)
         self._importance[self._order] = diagonal.float()
         del h, diagonal
         identity = torch.eye(self._k, dtype=torch.float64, device=lower.device)
