@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from fxint4.passes.pipeline import Analysis
 from fxint4.passes.site import Site
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.report import Record
+from fxint4.report.graph_text import graph_text, readers
 from fxint4.runs.state_guard import StateGuard
 from fxint4.runs.tracing import GraphRunner, traced
 from fxint4.tensor import Int4TileTensor
@@ -28,6 +30,7 @@ __all__ = [
     "candidates_of_graph",
     "candidates_of_model",
     "candidates_of_modules",
+    "candidates_that_run",
     "is_pointwise",
     "use_of",
 ]
@@ -187,7 +190,7 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 def candidates_of_model(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
-) -> tuple[list[Candidate], list[Record]]:
+) -> tuple[list[Candidate], list[Record], dict[int, list[str]]]:
     """Parameters that a model's graphs multiply by, found by running it once, uncompiled.
 
     The run leaves the model as it was, see `fxint4.runs.state_guard.StateGuard`.
@@ -199,10 +202,12 @@ def candidates_of_model(
         config: What to pack.
 
     Returns:
-        The parameters, and records of the matmuls that stay as they are.
+        The parameters; records of the matmuls that stay as they are; and of all parameters that the
+        graphs read, by id, the ops that do.
     """
     candidates: dict[int, Candidate] = {}
     kept: list[Record] = []
+    read: dict[int, list[str]] = {}
     guard = StateGuard(model)
 
     def runner_of(analysis: Analysis) -> GraphRunner:
@@ -213,6 +218,10 @@ def candidates_of_model(
                 known.fault = known.fault or "multiplied along different axes"
             known.fault = known.fault or candidate.fault
         captured, written = analysis.captured, analysis.weights.written
+        text = graph_text(captured, analysis.weights.labels)
+        for identity, parameter in analysis.weights.parameters.items():
+            ops = readers(text, parameter.name)
+            read[identity] = list(dict.fromkeys([*read.get(identity, ()), *ops]))
 
         def run(arguments: list[Any]) -> Sequence[Any]:
             guard.keep(arguments[position] for position in written)
@@ -220,9 +229,77 @@ def candidates_of_model(
 
         return run
 
-    with traced(model, config, runner_of) as run_model, guard.run(args, kwargs) as own:
+    with (
+        traced(model, config, runner_of) as run_model,
+        _unchanged_buffers(model),
+        guard.run(args, kwargs) as own,
+    ):
         run_model(*own)
-    return list(candidates.values()), kept
+    return list(candidates.values()), kept, read
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back the buffers that code between two graphs writes to; a `StateGuard` sees graphs."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, held in before:
+                if not torch.equal(buffer, held):
+                    buffer.copy_(held)
+
+
+def candidates_that_run(
+    candidates: Sequence[Candidate],
+    owners: Owners,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> list[Candidate]:
+    """Those of `candidates_of_modules` whose modules are called, found by running the model.
+
+    For code that can't be captured: around an nn.LSTM, or where Dynamo is switched off. The model
+    runs in eager mode; its buffers are put back.
+
+    Args:
+        candidates: The candidates.
+        owners: The modules that own them.
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    if not candidates:
+        return []
+    called: set[nn.Module] = set()
+    # Attention reads the weight of its output layer, and does not call that layer.
+    callers: dict[nn.Module, nn.Module] = {
+        module.out_proj: module
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    modules = {
+        callers.get(module, module)
+        for candidate in candidates
+        for module in owners.of(candidate.parameter)
+    }
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in modules
+    ]
+    guard = StateGuard(model)
+    try:
+        with torch.no_grad(), _unchanged_buffers(model), guard.run(args, kwargs) as own:
+            own_args, own_kwargs = own
+            model(*own_args, **own_kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        candidate
+        for candidate in candidates
+        if any(callers.get(each, each) in called for each in owners.of(candidate.parameter))
+    ]
 
 
 def candidates_of_graph(analysis: Analysis) -> list[Candidate]:
