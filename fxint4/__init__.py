@@ -17,6 +17,7 @@ from fxint4.frontends.explain import explain
 from fxint4.frontends.export import rewrite
 from fxint4.frontends.pack import pack_
 from fxint4.frontends.package import package
+from fxint4.frontends.refresh import refresh
 from fxint4.frontends.unpack import dequantize_
 from fxint4.quant.statistics import Calibration
 from fxint4.report import Record, Report
@@ -53,6 +54,7 @@ __all__ = [
     "load_file",
     "pack_",
     "package",
+    "refresh",
     "rewrite",
     "save_file",
 ]

@@ -496,6 +496,85 @@ def test_by_default_the_report_says_what_is_held_and_how_to_free_it() -> None:
     assert not packed_names(model)
 
 
+# --- what is not packed, and why -----------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A model of whose code PyTorch captures no graph."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.fc, self.inner = nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 48))
+        self.rnn = kind(64, 64, batch_first=True)
+        self.words = nn.Embedding(1000, 64)
+
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.unused = nn.Linear(64, 64)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.rnn(self.fc(x) + self.words.weight[0])[0]
+        return self.inner(self.attention(y, y, y)[0])
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_code_that_cannot_be_captured_is_packed_by_module(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(kind).eval()
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = model(x)
+        report = pack_(model, (x,), {"group_size": 32})
+        assert model.calls == 1
+        attention = {"attention.in_proj_weight", "attention.out_proj.weight"}
+        assert packed_names(model) == {"fc.weight", "inner.0.weight", *attention}
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert (model(x) - expected).norm() / expected.norm() < 0.2
+    why = {each["name"]: each["reason"] for each in report.coverage["not_packed"]}
+    assert why["rnn.weight_ih_l0"] == (
+        f"multiplied inside {kind.__name__}, of which PyTorch captures no graph"
+    )
+    assert why["words.weight"] == (
+        "in no graph that the example arguments led to, and its module was not called, or "
+        "Embedding is no kind of module that pack_ knows"
+    )
+
+
+@pytest.mark.compiles
+def test_a_weight_of_a_graph_is_judged_by_the_graph_alone() -> None:
+    """A Linear whose rows are looked up stays as it is, though its class is known."""
+    model = module(lambda m, x: m.other(F.embedding(x, m.fc.weight))).eval()
+    model.fc, model.other = nn.Linear(64, 64), nn.Linear(64, 64)
+    report = pack_(model, (torch.arange(3),))
+    assert packed_names(model) == {"other.weight"}
+    why = {each["name"]: each["reason"] for each in report.coverage["not_packed"]}
+    assert why["fc.weight"] == "read by aten.embedding, by no matmul that was found"
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("args", [(), (torch.zeros(2, 64),)], ids=["by module", "by graph"])
+def test_packing_a_packed_model_says_so(args: tuple[Tensor, ...]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    pack_(model, args)
+    weight = model[0].weight
+    model[1] = nn.Linear(64, 64)
+    report = pack_(model, args)
+    assert [record.name for record in report.records if record.action == "packed"] == ["1"]
+    assert model[0].weight is weight
+    assert "not packed: 0.weight, 49.2% of parameters: packed before" in str(report)
+
+
+def test_a_module_of_no_known_kind_is_named() -> None:
+    model = module(lambda m, x: x @ m.w, w=(64, 64)).eval()
+    [entry] = pack_(model).coverage["not_packed"]
+    assert entry["reason"] == (
+        f"{type(model).__name__} is no kind of module that pack_ knows; with example arguments it "
+        "looks at what the model multiplies by"
+    )
+
+
 # --- with a pre-scale ----------------------------------------------------------------------------
 
 

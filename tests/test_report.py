@@ -282,6 +282,20 @@ def test_a_replaced_parameter_counts_once() -> None:
     assert report.totals["parameters"] == 755
 
 
+def test_a_parameter_counts_once_though_one_graph_knows_less_of_it(tmp_path: Path) -> None:
+    layer = Layer()
+    known = Parameter("a.fc.weight", 640, "Linear", "packed before", Place(layer, "weight"))
+    for entries in ([known, ("fc.weight", 640)], [("fc.weight", 640), known]):
+        report = Report()
+        for number, entry in enumerate(entries):
+            report.put(number, GraphReport((), {7: entry}, "g", "g"))  # type: ignore[dict-item]
+        assert report.totals["parameters"] == 640
+        [found] = report.coverage["not_packed"]
+        assert (found["name"], found["reason"]) == ("a.fc.weight", "packed before")
+        report.save(tmp_path / "run.json")
+        assert Report.load(tmp_path / "run.json").to_dict() == report.to_dict()
+
+
 def test_records_of_a_model_that_is_gone_stay_until_the_next_compile() -> None:
     gone, alive = Layer(), Layer()
     there = {1: Parameter("gone", 5, place=Place(gone, "weight")), 2: Parameter("kept", 6)}
@@ -602,7 +616,11 @@ def test_a_parameter_that_no_matmul_reads_is_named_with_what_does(terminal: Any)
     report = report_of(record(n=10, k=10), parameters=parameters, before=text)
     assert [(each["name"], each["reason"]) for each in report.coverage["not_packed"]] == [
         ("words.weight", "read by aten.embedding, aten.cat, by no matmul"),
-        ("elsewhere", "in no matmul that was found"),
+        (
+            "elsewhere",
+            "in no graph: no code that calls its module was captured (it did not run, or Dynamo "
+            "skipped it)",
+        ),
     ]
 
 
@@ -623,6 +641,40 @@ def test_a_parameter_that_meets_constants_alone_is_named_with_the_matmul(termina
     reasons = {each["name"]: each["reason"] for each in report.coverage["not_packed"]}
     why = "read by aten.mm, in no matmul of it and an activation"
     assert reasons == dict.fromkeys(["query.weight", "learned"], why)
+
+
+def test_what_a_parameter_is_comes_before_what_reads_it() -> None:
+    text = "%a.bias: f32[4]\n%add = aten.add(%a.bias, %x): f32[4]"
+    parameters = {
+        1: Parameter("a.bias", 4, "Linear", "a vector, no matrix"),
+        2: Parameter("b.bias", 3, "Linear", "a vector, no matrix"),
+        3: Parameter("c.weight", 2, "Linear"),
+    }
+    report = report_of(parameters=parameters, before=text)
+    assert [each["reason"] for each in report.coverage["not_packed"]] == [
+        "a vector, no matrix; read by aten.add, by no matmul",
+        "a vector, no matrix",
+        "in no graph: no code that calls Linear was captured (it did not run, or Dynamo "
+        "skipped it)",
+    ]
+    values = report.to_dict()["graphs"][0]["parameters"]
+    assert values[0] == {
+        "id": 0,
+        "name": "a.bias",
+        "elements": 4,
+        "owner": "Linear",
+        "reason": "a vector, no matrix",
+    }
+
+
+def test_experts_count_in_full() -> None:
+    experts = record("experts", batch=8, parameters=("experts",), weight_key=1)
+    kept = kept_record("more", batch=4, parameters=("more",), weight_key=2)
+    parameters = sizes(experts=8 * 64 * 128, more=4 * 64 * 128)
+    report = report_of(experts, kept, parameters=parameters)
+    assert report.totals["parameter_share"] == pytest.approx(8 / 12)
+    [entry] = report.coverage["not_packed"]
+    assert (entry["elements"], entry["parameter_share"]) == (4 * 64 * 128, pytest.approx(4 / 12))
 
 
 def test_no_parameter_counts_as_packed_more_than_once(terminal: Any) -> None:

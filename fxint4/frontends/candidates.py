@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from fxint4._pytorch.aot import example_size
-from fxint4._pytorch.tensors import aten, real_tensors
+from fxint4._pytorch.tensors import aten, holds_own_values, real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.names import plain_name
 from fxint4.passes.pipeline import Analysis
-from fxint4.passes.site import Site
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.report import Record
+from fxint4.report.graph_text import graph_text, readers
 from fxint4.runs.state_guard import StateGuard
 from fxint4.runs.tracing import GraphRunner, traced
 from fxint4.tensor import Int4TileTensor
@@ -28,6 +30,7 @@ __all__ = [
     "candidates_of_graph",
     "candidates_of_model",
     "candidates_of_modules",
+    "candidates_that_run",
     "is_pointwise",
     "use_of",
 ]
@@ -179,7 +182,7 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    return type(parameter) is nn.Parameter
+    return holds_own_values(parameter) and not is_lazy(parameter)
 
 
 # --- by graph ------------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 def candidates_of_model(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: Int4Config
-) -> tuple[list[Candidate], list[Record]]:
+) -> tuple[list[Candidate], list[Record], dict[int, list[str]]]:
     """Parameters that a model's graphs multiply by, found by running it once, uncompiled.
 
     The run leaves the model as it was, see `fxint4.runs.state_guard.StateGuard`.
@@ -199,42 +202,134 @@ def candidates_of_model(
         config: What to pack.
 
     Returns:
-        The parameters, and records of the matmuls that stay as they are.
+        The parameters; records of the matmuls that stay as they are; and of all parameters that the
+        graphs read, by id, the ops that do.
     """
     candidates: dict[int, Candidate] = {}
     kept: list[Record] = []
+    read: dict[int, list[str]] = {}
     guard = StateGuard(model)
 
-    def runner_of(analysis: Analysis) -> GraphRunner:
-        kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
-        for candidate in candidates_of_graph(analysis):
+    def add(found: Iterable[Candidate]) -> None:
+        for candidate in found:
             known = candidates.setdefault(id(candidate.parameter), candidate)
             if known.k_axis != candidate.k_axis:
                 known.fault = known.fault or "multiplied along different axes"
             known.fault = known.fault or candidate.fault
-        captured, written = analysis.captured, analysis.weights.written
+
+    def runner_of(analysis: Analysis) -> GraphRunner:
+        kept.extend(entry for entry in analysis.found if isinstance(entry, Record))
+        captured, weights = analysis.captured, analysis.weights
+        text = graph_text(captured, weights.labels)
+        placeholders = list(enumerate(captured.graph.find_nodes(op="placeholder")))
+        readers_of = {
+            position: readers(text, weights.labels.get(node.name, ""))
+            for position, node in placeholders
+        }
+        constant = [(position, node) for position, node in placeholders if node in weights.tensors]
+        met: set[tuple[int, ...]] = set()
 
         def run(arguments: list[Any]) -> Sequence[Any]:
-            guard.keep(arguments[position] for position in written)
+            tensors = {node: arguments[position] for position, node in constant}
+            identity = tuple(map(id, tensors.values()))
+            if identity not in met:  # layers that share code have parameters of their own
+                met.add(identity)
+                add(candidates_of_graph(analysis, tensors))
+                for position, ops in readers_of.items():
+                    if isinstance(arguments[position], nn.Parameter):
+                        known = read.get(id(arguments[position]), ())
+                        read[id(arguments[position])] = list(dict.fromkeys([*known, *ops]))
+            guard.keep(arguments[position] for position in weights.written)
             return cast("Sequence[Any]", captured(*arguments))
 
         return run
 
-    with traced(model, config, runner_of) as run_model, guard.run(args, kwargs) as own:
+    with (
+        traced(model, config, runner_of) as run_model,
+        _unchanged_buffers(model),
+        guard.run(args, kwargs) as own,
+    ):
         run_model(*own)
-    return list(candidates.values()), kept
+    return list(candidates.values()), kept, read
 
 
-def candidates_of_graph(analysis: Analysis) -> list[Candidate]:
+@contextlib.contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back the buffers that code between two graphs writes to; a `StateGuard` sees graphs."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, held in before:
+                if not torch.equal(buffer, held):
+                    buffer.copy_(held)
+
+
+def candidates_that_run(
+    candidates: Sequence[Candidate],
+    owners: Owners,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> list[Candidate]:
+    """Those of `candidates_of_modules` whose modules are called, found by running the model.
+
+    For code that can't be captured: around an nn.LSTM, or where Dynamo is switched off. The model
+    runs in eager mode; its buffers are put back.
+
+    Args:
+        candidates: The candidates.
+        owners: The modules that own them.
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    if not candidates:
+        return []
+    called: set[nn.Module] = set()
+    # Attention reads the weight of its output layer, and does not call that layer.
+    callers: dict[nn.Module, nn.Module] = {
+        module.out_proj: module
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    modules = {
+        callers.get(module, module)
+        for candidate in candidates
+        for module in owners.of(candidate.parameter)
+    }
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in modules
+    ]
+    guard = StateGuard(model)
+    try:
+        with torch.no_grad(), _unchanged_buffers(model), guard.run(args, kwargs) as own:
+            own_args, own_kwargs = own
+            model(*own_args, **own_kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        candidate
+        for candidate in candidates
+        if any(callers.get(each, each) in called for each in owners.of(candidate.parameter))
+    ]
+
+
+def candidates_of_graph(analysis: Analysis, tensors: Mapping[fx.Node, Tensor]) -> list[Candidate]:
     """Parameters that matmuls of a captured graph multiply by, and whether they may be packed.
 
     A parameter may be packed if all ops of the graph that read it work with a packed one. That is
     tried out on meta tensors, which have no data.
+
+    Args:
+        analysis: Of the graph.
+        tensors: The real tensor of each constant placeholder in a call.
     """
-    sites = [entry for entry in analysis.found if isinstance(entry, Site)]
-    tensors = analysis.weights.tensors
     candidates: dict[fx.Node, Candidate] = {}
-    for site in sites:
+    for captured in analysis.sites:
+        site = analysis.plans.of(captured, [tensors[root] for root in captured.weight.roots])
         for root in site.weight.roots:
             parameter = tensors[root]
             if isinstance(parameter, nn.Parameter) and _is_plain(parameter) and parameter.ndim > 1:
@@ -243,7 +338,7 @@ def candidates_of_graph(analysis: Analysis) -> list[Candidate]:
                 record = site.record
                 candidate = Candidate(parameter, record.op, k_axis, source=record.source)
                 candidate = candidates.setdefault(root, candidate)
-                candidate.pre_scaled |= direct and site.shape.pre_scaled
+                candidate.pre_scaled |= direct and not site.kept and site.shape.pre_scaled
     trying = dict(candidates)
     while trying:
         with real_tensors():

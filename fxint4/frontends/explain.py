@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.frontends.backend import compile_captured
-from fxint4.report import Report
+from fxint4.graph.names import parameters_of
+from fxint4.report import GraphReport, Report
 from fxint4.runs.calibrate import with_budget_choices
 from fxint4.runs.errors_of import Errors, measure
 from fxint4.runs.state_guard import StateGuard
@@ -62,6 +63,7 @@ def explain(
     with compiled_anew(model, backend) as compiled:
         if config.measure is False:
             compiled(args, kwargs)
+            _add_parameters(report, model)
             return report
         guard = StateGuard(model)
         try:
@@ -70,9 +72,16 @@ def explain(
                 compiled(own_args, own_kwargs)
         finally:
             guard.forget()
+    _add_parameters(report, model)
     if errors is not None:
         report.measured(errors.output, errors.of_weights)
     return report
+
+
+def _add_parameters(report: Report, model: Callable[..., Any]) -> None:
+    """Add all parameters of a module to a report: those that no graph reads have a reason, too."""
+    if isinstance(model, nn.Module):
+        report.put("parameters", GraphReport((), parameters_of(model), "", ""))
 
 
 def _measured(

@@ -18,6 +18,7 @@ from fxint4.frontends.candidates import (
     Owners,
     candidates_of_model,
     candidates_of_modules,
+    candidates_that_run,
 )
 from fxint4.frontends.parameters import (
     materialize_parametrized,
@@ -26,7 +27,7 @@ from fxint4.frontends.parameters import (
 )
 from fxint4.graph.names import parameters_of
 from fxint4.passes.site import Site
-from fxint4.report import GraphReport, Record, Report
+from fxint4.report import GraphReport, Parameter, Record, Report
 from fxint4.runs.calibrate import with_budget_choices
 from fxint4.runs.errors_of import measure
 from fxint4.runs.state_guard import StateGuard
@@ -46,8 +47,10 @@ def pack_(
     """Replace the weights of a model by packed ones, one at a time, and free the originals.
 
     With example arguments the model runs once, and all parameters that its graphs multiply by are
-    packed; buffers are put back. Without them the weights of known modules are packed: `nn.Linear`,
-    1x1 convolutions, `nn.MultiheadAttention`, and transformers' Conv1D and experts. Afterwards the
+    packed; buffers are put back. Where modules are in no graph (around an nn.LSTM, say), it runs
+    once more, and weights of known modules that are called are packed too. Without example
+    arguments the weights of all known modules are packed: `nn.Linear`, 1x1 convolutions,
+    `nn.MultiheadAttention`, and transformers' Conv1D and experts. Afterwards the
     model runs in eager mode and with any backend, fastest with
     `torch.compile(model, backend="int4tile")`.
 
@@ -93,17 +96,21 @@ def pack_(
     report = Report(config)
     owners = Owners([("", model)])
     kept: list[Record] = []
+    read: dict[int, list[str]] = {}
+    candidates = candidates_of_modules(owners)
     if examples:
-        found, kept = candidates_of_model(model, example_args, example_kwargs or {}, config)
+        run = model, example_args, example_kwargs or {}
+        found, kept, read = candidates_of_model(*run, config)
+        unread = [each for each in candidates if id(each.parameter) not in read]
         candidates = [each for each in found if id(each.parameter) in owners.parameters]
-        del found
-    else:
-        candidates = candidates_of_modules(owners)
+        candidates += candidates_that_run(unread, owners, *run)
+        del found, unread
     of_parameters: dict[str, float] = {}
     if config.measure:
         report.output_error, of_parameters = _measured(
             model, example_args, example_kwargs or {}, config, candidates, owners
         )
+    parameters = _with_reasons(parameters_of(model), read, examples)
     records = [
         dataclasses.replace(record, output_error=of_parameters.get(record.parameters[0]))
         if record.action == "packed"
@@ -112,8 +119,38 @@ def pack_(
     ]
     if target is not None:
         _move_rest(model, target)
-    report.put("pack_", GraphReport((*records, *kept), parameters_of(model), "", ""))
+    report.put("pack_", GraphReport((*records, *kept), parameters, "", ""))
     return report
+
+
+def _with_reasons(
+    parameters: Mapping[int, Parameter], read: Mapping[int, Sequence[str]], examples: bool
+) -> Mapping[int, Parameter]:
+    """Say of each parameter what keeps it out of matmuls.
+
+    Args:
+        parameters: Of the model, before any is packed.
+        read: Of those that captured graphs read, by id, the ops that do.
+        examples: Whether the model was run on example arguments.
+    """
+
+    def reason(key: int, parameter: Parameter) -> str:
+        if parameter.reason:
+            return parameter.reason
+        if key in read:
+            return f"read by {', '.join(read[key]) or 'no op'}, by no matmul that was found"
+        known = f"{parameter.owner} is no kind of module that pack_ knows"
+        if examples:
+            return (
+                "in no graph that the example arguments led to, and its module was not called, or "
+                f"{known}"
+            )
+        return f"{known}; with example arguments it looks at what the model multiplies by"
+
+    return {
+        key: parameter._replace(reason=reason(key, parameter))
+        for key, parameter in parameters.items()
+    }
 
 
 def _checked_device(device: torch.device | str | int | None) -> torch.device | None:

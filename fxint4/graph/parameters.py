@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxint4.report import Parameter, Place
+from fxint4.tensor import Int4TileTensor
 
 __all__ = ["described"]
 
 
-def described(name: str, parameter: nn.Parameter, owner: nn.Module) -> Parameter:
+def described(name: str, parameter: Tensor, owner: nn.Module) -> Parameter:
     """Describe a parameter of a module.
 
     Args:
@@ -18,4 +20,20 @@ def described(name: str, parameter: nn.Parameter, owner: nn.Module) -> Parameter
         owner: The module that holds it.
     """
     place = Place(owner, name.rpartition(".")[2])
-    return Parameter(name, parameter.numel(), type(owner).__name__, "", place)
+    reason = _why_in_no_matmul(parameter, owner)
+    return Parameter(name, parameter.numel(), type(owner).__name__, reason, place)
+
+
+def _why_in_no_matmul(parameter: Tensor, owner: nn.Module) -> str:
+    """What keeps a parameter out of matmuls, judged by what it is; empty where nothing does."""
+    if isinstance(parameter, Int4TileTensor):
+        return "packed before"
+    if nn.Parameter not in type(parameter).__mro__:
+        return f"a {type(parameter).__name__}, a tensor of a kind that is not packed"
+    if parameter.is_meta:
+        return "on the meta device: offloaded, or not loaded yet"
+    if parameter.layout is not torch.strided:
+        return f"sparse ({parameter.layout})"
+    if isinstance(owner, nn.RNNBase):
+        return f"multiplied inside {type(owner).__name__}, of which PyTorch captures no graph"
+    return "a vector, no matrix" if parameter.ndim < 2 else ""

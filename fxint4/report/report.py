@@ -336,11 +336,15 @@ class Report:
         ]
 
     def _parameters(self) -> list[Parameter]:
-        """The parameters of all graphs, each once."""
+        """The parameters of all graphs, each once, by the entry that says most."""
+        graphs = self.graphs
+        identities = _identities(graphs)
         found: dict[Hashable, Parameter] = {}
-        for graph in self.graphs:
-            for identity, parameter in graph.parameters.items():
-                found[_identity(identity, parameter)] = parameter
+        for graph in graphs:
+            for key, parameter in graph.parameters.items():
+                identity = identities(key, parameter)
+                if parameter.owner or identity not in found or not found[identity].owner:
+                    found[identity] = parameter
         return list(found.values())
 
     def _largest_not_packed(self) -> list[dict[str, Any]]:
@@ -371,10 +375,13 @@ class Report:
         name = parameter.name
         ops = {op: None for graph in self.graphs for op in graph_text.readers(graph.before, name)}
         if not ops:
-            return "in no matmul that was found"
+            return parameter.reason or (
+                f"in no graph: no code that calls {parameter.owner or 'its module'} was captured "
+                "(it did not run, or Dynamo skipped it)"
+            )
         # A matmul of constants alone (a layer applied to learned queries) is not packed.
         none = "in no matmul of it and an activation" if _MATMULS & ops.keys() else "by no matmul"
-        return f"read by {', '.join(ops)}, {none}"
+        return "; ".join(filter(None, [parameter.reason, f"read by {', '.join(ops)}, {none}"]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole report as values that JSON can hold.
@@ -388,13 +395,15 @@ class Report:
             return self._to_dict()
 
     def _to_dict(self) -> dict[str, Any]:
+        graphs = self.graphs
+        identity_of = _identities(graphs)
         identities: dict[Hashable, int] = {}
         weights: dict[Hashable, int] = {}
         entries, records = [], []
-        for number, graph in enumerate(self.graphs):
+        for number, graph in enumerate(graphs):
             parameters = []
             for key, parameter in graph.parameters.items():
-                identity = identities.setdefault(_identity(key, parameter), len(identities))
+                identity = identities.setdefault(identity_of(key, parameter), len(identities))
                 values = parameter._asdict()
                 del values["place"]
                 parameters.append({"id": identity, **values})
@@ -541,15 +550,21 @@ def _weights(packed: Iterable[Record]) -> list[Record]:
     return list(weights.values())
 
 
-def _identity(key: int, parameter: Parameter) -> Hashable:
-    """Return what is equal for entries of one parameter in several graphs.
+def _identities(graphs: Iterable[GraphReport]) -> Callable[[int, Parameter], Hashable]:
+    """Return a function of a key and an entry; its values are equal for entries of one parameter.
 
-    Args:
-        key: Its `id`, or a number in its place. Of a parameter that was replaced, a later one may
-            have the same.
-        parameter: The entry.
+    That is the place where it is known, else the key, which is its `id` or a number instead of it.
+    After a parameter was replaced, another may have its `id`.
     """
-    return key if parameter.place is None else parameter.place
+    places = {
+        key: parameter.place
+        for graph in graphs
+        for key, parameter in graph.parameters.items()
+        if parameter.place is not None
+    }
+    return lambda key, parameter: (
+        places.get(key, key) if parameter.place is None else parameter.place
+    )
 
 
 def _grown(graph: GraphReport, additions: Iterable[Made]) -> GraphReport:

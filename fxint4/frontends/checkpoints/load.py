@@ -94,7 +94,11 @@ def load_(
         setattr(slot.place.module, slot.place.attribute, slot.new)
     report = Report()
     records = {id(slot.new): record for slot in slots if (record := slot.record())}
-    report.put("load_", GraphReport(tuple(records.values()), parameters_of(model), "", ""))
+    parameters = {
+        key: each._replace(reason=each.reason or "not packed in the checkpoint")
+        for key, each in parameters_of(model).items()
+    }
+    report.put("load_", GraphReport(tuple(records.values()), parameters, "", ""))
     return report
 
 
