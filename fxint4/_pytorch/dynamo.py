@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any, cast
 
@@ -83,10 +83,16 @@ def roomy_recompile_limit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[None]:
+def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Drop at the end what Dynamo compiled meanwhile in this thread, and the backend, from it.
 
     Code that frames were compiled to before stays, and so does what other threads compile.
+
+    Args:
+        backend: A backend.
+
+    Yields:
+        The backend to compile with.
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo.convert_frame import register_bytecode_hook
@@ -100,9 +106,16 @@ def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[None]:
             made.append((code, new_code))
         return None
 
+    def noted(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        tracing = torch._guards.TracingContext.try_get()
+        if tracing is not None and tracing.fake_mode is not None:
+            shape_envs.append(tracing.fake_mode.shape_env)
+        return cast("Callable[..., Any]", backend(gm, example_inputs))
+
+    shape_envs: list[Any] = []
     handle = register_bytecode_hook(hook)
     try:
-        yield
+        yield noted
     finally:
         handle.remove()
         for code, transformed in made:
@@ -114,8 +127,11 @@ def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[None]:
             if all(entry.code is None for entry in entries):
                 reset_code(code)
         for key, known in list(cached_backends.items()):
-            if backend in (known, getattr(known, "compiler_fn", None)):
+            if noted in (known, getattr(known, "compiler_fn", None)):
                 del cached_backends[key]
+        for shape_env in shape_envs:  # caches of PyTorch's hold it, and it holds fake tensors
+            if shape_env is not None and shape_env.tracked_fakes:
+                shape_env.tracked_fakes.clear()
 
 
 def _invalidate(entry: Any) -> None:

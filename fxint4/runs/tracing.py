@@ -89,19 +89,19 @@ def compiled_anew(model: Callable[..., Any], backend: Callable[..., Any]) -> Ite
     Yields:
         What runs the compiled model, under `torch.no_grad`, until the context is left.
     """
-    compiled = torch.compile(_with_own_code(model), backend=backend)
+    with compiles_forgotten(backend) as noted:
+        compiled = torch.compile(_with_own_code(model), backend=noted)
 
-    def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        with torch.no_grad(), roomy_recompile_limit(), named_from(model):
-            try:
-                return compiled(*args, **kwargs)
-            except Exception as error:
-                cause = getattr(error, "inner_exception", None)
-                if isinstance(cause, Int4Error):
-                    raise cause from None
-                raise
+        def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            with torch.no_grad(), roomy_recompile_limit(), named_from(model):
+                try:
+                    return compiled(*args, **kwargs)
+                except Exception as error:
+                    cause = getattr(error, "inner_exception", None)
+                    if isinstance(cause, Int4Error):
+                        raise cause from None
+                    raise
 
-    with compiles_forgotten(backend):
         yield run
 
 
