@@ -269,6 +269,31 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[torch.expo
     return given
 
 
+def test_the_program_is_not_changed(tmp_path: Path) -> None:
+    """Nor are the graphs that it calls, which have ATen's int4 op, too."""
+    tiles = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+    scale_and_zero = (torch.rand(K // 32, N, 2) / K).bfloat16()
+
+    def times(x: Tensor, *packed: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], 32, packed[1])
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        packed = (x, m.tiles, m.scale_and_zero)
+        return torch.cond(x.sum() > 0, times, lambda *given: times(*given) + 1, packed)
+
+    model = module(forward)
+    model.register_buffer("tiles", tiles)
+    model.register_buffer("scale_and_zero", scale_and_zero)
+    x = torch.ones(4, K, dtype=torch.bfloat16)
+    captured = export(model, (x,))
+    before = captured.graph_module.print_readable(print_output=False)
+    assert before.count("aten._weight_int4pack_mm_for_cpu.default(") == 2
+    loaded = aoti_load_package(fxint4.package(captured, tmp_path / "model.pt2"))
+    assert captured.graph_module.print_readable(print_output=False) == before
+    for sign in (1, -1):
+        assert torch.equal(loaded(sign * x), model(sign * x))
+
+
 def experts() -> nn.Module:
     return module(lambda m, x: torch.bmm(x, m.w), w=(4, K, N))
 

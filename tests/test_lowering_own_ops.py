@@ -211,9 +211,11 @@ def on_a_gpu(function: Callable[..., Any], policy: Policy) -> tuple[torch.fx.Gra
     return gm, key
 
 
-def own_node(gm: torch.fx.GraphModule) -> torch.fx.Node:
+def own_policy(gm: torch.fx.GraphModule) -> Policy:
+    """The policy among the arguments of the graph's int4 matmul."""
     [node] = gm.graph.find_nodes(op="call_function", target=torch.ops.fxint4.linears.by_policy)
-    return node
+    _, _, _, _, _, *policy = node.args
+    return Policy(*policy)  # type: ignore[arg-type]
 
 
 def test_each_field_of_the_policy_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,16 +238,15 @@ def test_whether_cuda_kernels_load_is_in_the_key(monkeypatch: pytest.MonkeyPatch
     for loads in (True, False):
         monkeypatch.setattr(cuda, "available", lambda _, loads=loads: loads)
         gm, keys[loads] = on_a_gpu(int4pack_mm, Policy(cuda_graphs=True))
-        assert own_node(gm).kwargs["in_cuda"] is loads
+        assert own_policy(gm).in_cuda is loads
         # What is decided while compiling is what the key tells, even if the GPU now answers anew.
         monkeypatch.setattr(cuda, "available", lambda _: not loads)  # noqa: B023
-        policy = Policy(**own_node(gm).kwargs)  # type: ignore[arg-type]
         with pretended_gpu():
-            kernel = policy.choose(MatmulShape(8, 4096, 4096), torch.device("cuda:0")).kernel
-        assert (kernel == "cuda") is loads
+            choice = own_policy(gm).choose(MatmulShape(8, 4096, 4096), torch.device("cuda:0"))
+        assert (choice.kernel == "cuda") is loads
     assert keys[True] != keys[False]
     gm, _ = on_a_gpu(int4pack_mm, Policy(package=True))
-    assert own_node(gm).kwargs["in_cuda"] is False  # a package has none
+    assert own_policy(gm).in_cuda is False  # a package has none
 
 
 # --- what the ops compute ------------------------------------------------------------------------
@@ -315,8 +316,7 @@ def test_dense_ops_called_by_themselves() -> None:
     packed = Int4TileTensor.from_float(torch.randn(N, K), Int4Config(group_size=32))
     x, ours = torch.randn(3, K), torch.ops.fxint4
     given = (x, [packed.tiles], [packed.scale_and_zero], 32, [N])
-    policy = {"cuda_graphs": False, "measured": False, "package": False, "in_cuda": False}
-    y = ours.linears.by_policy(*given, kernel=None, **policy)
+    y = ours.linears.by_policy(*given, None, False, False, False, False)
     assert torch.equal(y, ours.linears.default(*given))
     model, x = Plain(), x_of()
     strided = x.t().contiguous().t()

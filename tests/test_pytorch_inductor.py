@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import aoti_load_package
 
 from fxint4._pytorch import inductor as _inductor
@@ -80,3 +82,24 @@ def test_a_matmul_for_some_numbers_of_rows(make: Callable[..., Any], tmp_path: P
         for rows in (7, MANY, MANY - 1, 1, 100, 0):
             x = torch.randn(rows, K, dtype=torch.float64)
             torch.testing.assert_close(run(x), model.expected(x))
+
+
+def test_what_a_kernel_writes_is_told_in_its_own_thread_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread may compile a Triton kernel of the user's meanwhile."""
+    old = hasattr(triton_kernel_wrap, "identify_mutated_tensors")
+    name = "identify_mutated_tensors" if old else "identify_accessed_tensors"
+    monkeypatch.setattr(triton_kernel_wrap, name, lambda *_: "Inductor's own answer")
+    _inductor._tell_written.cache_clear()
+
+    def asked() -> str:
+        return str(getattr(triton_kernel_wrap, name)(None, {}, {}))
+
+    try:
+        with ThreadPoolExecutor(1) as another, _inductor._mutated_arguments(["y_ptr"]):
+            assert "y_ptr" in asked()
+            assert another.submit(asked).result() == "Inductor's own answer"
+        assert asked() == "Inductor's own answer"
+    finally:
+        _inductor._tell_written.cache_clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -26,6 +25,7 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, PackedFormatError, UnsupportedOpError, WriteError, first_line
 from fxint4.frontends.export import is_rewritten, placeholders, remade, rewrite_program
+from fxint4.graph.build import copy_graph
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import our_compile
 from fxint4.lowering.experts import package_fault
@@ -271,7 +271,7 @@ def _for_aotinductor(program: ExportedProgram, policy: Policy) -> ExportedProgra
             return value
         return parameters.setdefault(id(value), nn.Parameter(value, False))
 
-    graph_module = copy.deepcopy(program.graph_module)
+    graph_module = _copied(program.graph_module)
     use_own_ops(graph_module, policy)
     return remade(
         program,
@@ -280,6 +280,15 @@ def _for_aotinductor(program: ExportedProgram, policy: Policy) -> ExportedProgra
         state_dict={name: of_state(name, value) for name, value in program.state_dict.items()},
         constants={name: alone(value) for name, value in program.constants.items()},
     )
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph and of the graphs it calls, which shares all tensors."""
+    copied, _ = copy_graph(gm)
+    for name, child in copied.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(copied, name, _copied(child))
+    return copied
 
 
 def _described(program: ExportedProgram) -> dict[str, list[Any]]:

@@ -78,9 +78,9 @@ def _linears(
     scale_and_zero: Sequence[Any],
     group_size: int,
     n: Sequence[int],
-    **policy: Any,
+    *policy: Any,
 ) -> Any:
-    return _Matmul(x, tiles, scale_and_zero, group_size, n).lower(Policy(**policy))
+    return _Matmul(x, tiles, scale_and_zero, group_size, n).lower(Policy(*policy))
 
 
 def _for_cpu(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:

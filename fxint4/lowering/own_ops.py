@@ -75,8 +75,7 @@ def _linears(node: fx.Node, policy: Policy) -> None:
 
 def _by_policy(node: fx.Node, policy: Policy, args: tuple[Any, ...]) -> None:
     node.target = torch.ops.fxint4.linears.by_policy
-    node.args = args
-    node.kwargs = dataclasses.asdict(policy.on(value_of(node).device))
+    node.args = (*args, *dataclasses.astuple(policy.on(value_of(node).device)))
 
 
 def _mv(node: fx.Node, policy: Policy) -> None:

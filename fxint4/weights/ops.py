@@ -45,7 +45,7 @@ _SCHEMAS = (
     "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
     "bool replayed=False, str? kernel=None, int[] sizes=[], bool lasting=False) -> Tensor",
     "linears.by_policy(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
-    "*, str? kernel, bool cuda_graphs, bool measured, bool package, bool in_cuda) -> Tensor",
+    "str? kernel, bool cuda_graphs, bool measured, bool package, bool in_cuda) -> Tensor",
     "linear.for_cpu(Tensor x, Tensor tiles, int group_size, Tensor scale_and_zero) -> Tensor",
     f"bmm.packaged(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
     f"grouped_mm.packaged(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
@@ -145,12 +145,11 @@ def _by_policy(
     scale_and_zero: Sequence[Tensor],
     group_size: int,
     n: Sequence[int],
-    *,
     kernel: str | None,
     cuda_graphs: bool,
-    **_: bool,
+    *_: bool,
 ) -> Tensor:
-    """`linears`; the further arguments are those of `fxint4.kernels.policy.Policy`."""
+    """`linears`; the further arguments are the fields of `fxint4.kernels.policy.Policy`."""
     given = (x, tiles, scale_and_zero, group_size, n)
     return torch.ops.fxint4.linears(*given, cuda_graphs, kernel)  # type: ignore[no-any-return]
 
@@ -325,7 +324,7 @@ def _fake_by_policy(
     scale_and_zero: Sequence[Tensor],
     group_size: int,
     n: Sequence[int],
-    **_: Any,
+    *_: Any,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(n)))
 

@@ -45,8 +45,8 @@ pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 M, K = 3, 200  # K is padded
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 aten = torch.ops.aten
-#: Device, launcher and option of the choices for a known number of rows.
-INDUCTORS = (torch.device("cpu"), "inductor", None)
+#: What the choices for a known number of rows are asked: device, launcher, option, CUDA kernels.
+INDUCTORS = (torch.device("cpu"), "inductor", None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -651,7 +651,7 @@ def test_a_number_of_rows_that_varies_has_a_kernel_for_each_range(cuda_graphs: b
         tracing_mode="symbolic",
     )
     launcher = "cuda_graph" if cuda_graphs else "python"  # from Python launches count
-    asked = (torch.device("cpu"), launcher, None)
+    asked = (torch.device("cpu"), launcher, None, None)
     kernels = (f"M<=99: few 80x{K} {asked}", f"M>=100: many 80x{K} {asked}")
     assert described(captured, cuda_graphs=cuda_graphs) == [(("w1",), kernels), (("w0",), kernels)]
 
