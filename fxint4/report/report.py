@@ -323,7 +323,7 @@ class Report:
         try:
             write_whole(path, f"{text.rstrip()}\n")
         except OSError as error:
-            raise ReportError(f"the report {str(path)!r} can't be written: {error}") from error
+            raise ReportError(f"the report {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
