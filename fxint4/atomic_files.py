@@ -39,7 +39,9 @@ def draft_of(path: Path) -> Iterator[Path]:
         draft = _new_file(target.parent)
         permissions = stat.S_IMODE(draft.stat().st_mode) if permissions is None else permissions
         yield draft
-        draft.chmod(permissions)  # a writer may have put another file in its place
+        # A writer may have put another file in its place; and some file systems have none of them.
+        with contextlib.suppress(OSError):
+            draft.chmod(permissions)
         draft.replace(target)
     except BaseException as error:
         if draft is not None:
@@ -122,6 +124,6 @@ def _new_file(folder: Path) -> Path:
 
 def _failed(path: Path, error: Exception) -> WriteError:
     reason = (error.strerror if isinstance(error, OSError) else None) or error
-    failed = WriteError(f"{path} can't be written, and nothing has changed there: {reason}")
+    failed = WriteError(f"{path} can't be written: {reason}; nothing has changed there")
     failed.errno = getattr(error, "errno", None)
     return failed

@@ -224,6 +224,10 @@ CASES = {
     "auto-round, awq": Case(
         awq, {**AUTO_ROUND, "packing_format": "auto_round:auto_awq", "sym": False}
     ),
+    "auto-round, by its option": Case(
+        lambda made: gptq(made, version=2),
+        {"packing_format": "auto_round", "bits": 4, "group_size": 128, "sym": False},
+    ),
     "auto-round, an older release": Case(
         gptq,
         {**AUTO_ROUND, "quant_method": "intel/auto-round", "packing_format": None},
@@ -769,6 +773,14 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
         GPTQ,
         r"fc \(GPTQ\): scales is torch.float16 \(\); it must have two axes",
     ),
+    **{
+        f"zeros of {tuple(zeros.shape)}": (
+            changed(gptq(MADE), qzeros=zeros),
+            {"quant_method": "gptq"},
+            rf"fc \(GPTQ\): qzeros is torch.int32 \({', '.join(map(str, zeros.shape))}",
+        )
+        for zeros in (torch.tensor(0).int(), torch.zeros(24).int(), torch.zeros(1, 4, 6).int())
+    },
     "awq scales without axes": (
         changed(awq(MADE), scales=torch.ones(4).half()),
         AWQ,
@@ -854,6 +866,11 @@ REFUSED: dict[str, tuple[Tensors, Mapping[str, Any], str]] = {
         gptq(MADE),
         {**AUTO_ROUND, "act_bits": 8},
         "activations of 8 bits",
+    ),
+    "AutoRound of options that are none": (
+        gptq(MADE),
+        {**AUTO_ROUND, "sym": False, "extra_config": {"fc": "4"}},
+        "the quantizer's config can't be read",
     ),
     "AutoRound of 8 bits": (
         gptq(MADE),
@@ -1178,6 +1195,25 @@ def test_a_model_without_memory_of_its_own(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[name], value), name
     assert model.norm.weight.requires_grad
     assert not model.norm.bias.requires_grad
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq, symmetric", "awq", "compressed, symmetric"])
+def test_defaults_of_the_process_change_nothing(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    write_layer(tmp_path, case)
+    expected = Layer(case.n, case.k)
+    fxint4.load_(expected, tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            model = Layer(case.n, case.k)
+            fxint4.load_(model, tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in expected.state_dict().items():
+        loaded = model.state_dict()[key]
+        assert loaded.device.type == "cpu"
+        assert torch.equal(loaded, value), key
 
 
 def test_buffers_that_only_the_module_can_compute(tmp_path: Path) -> None:

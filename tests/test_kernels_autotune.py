@@ -45,7 +45,7 @@ def test_the_fastest_is_measured_once(timed: list[Choice], tmp_path: Path) -> No
     assert len(timed) == 6
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"m=16": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"m=16": 3}', "[" * 100_000])
 def test_a_damaged_file_is_measured_anew(timed: list[Choice], text: str, tmp_path: Path) -> None:
     (tmp_path / "fxint4-kernels-gpu.json").write_text(text)
     assert fastest(SHAPE, tmp_path).kernel == "triton"

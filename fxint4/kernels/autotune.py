@@ -145,6 +145,6 @@ def _machine() -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # no file yet, or a damaged one: measure
+    except (OSError, ValueError, RecursionError):  # no file yet, or a damaged one: measure
         return {}
     return found if isinstance(found, dict) else {}

@@ -461,7 +461,7 @@ class Report:
             # A lone surrogate in a name becomes an escape, which JSON reads back.
             write_whole(path, f"{text.rstrip()}\n".encode("utf-8", "backslashreplace"))
         except OSError as error:
-            raise ReportError(f"the report {str(path)!r} can't be written: {error}") from error
+            raise ReportError(f"the report {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:

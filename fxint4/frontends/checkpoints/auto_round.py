@@ -90,9 +90,9 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
 def _of_layer(extra: Config, layer: str, checkpoint: Checkpoint) -> Config:
     """The options that a layer alone has."""
     if layer in extra:
-        return dict(extra[layer])
+        return extra[layer]  # type: ignore[no-any-return]
     for text, options in extra.items():
         is_name = re.fullmatch(r"[\w.]+", text) is not None
         if not is_name and gptq.pattern(text, checkpoint).search(layer):
-            return dict(options)
+            return options  # type: ignore[no-any-return]
     return {}

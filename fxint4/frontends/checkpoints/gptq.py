@@ -132,11 +132,12 @@ def format_of_zeros(checkpoint: Checkpoint, layers: Layers) -> str | None:
     """The format in which all weights are symmetric, with zero points of 8; None if in neither."""
     stored: set[int] = set()
     for _, parts in layers:
-        scales, dtype = checkpoint.shape(parts["scales"]), checkpoint.dtype(parts["qzeros"])
-        if len(scales) != 2 or dtype is not torch.int32:
+        scales, zeros = (checkpoint.shape(parts[part]) for part in ("scales", "qzeros"))
+        dtype = checkpoint.dtype(parts["qzeros"])
+        if not len(scales) == len(zeros) == 2 or dtype is not torch.int32:
             return None  # not what GPTQ writes: an error, once the shape of the weight is known
-        zeros = nibbles(checkpoint.read(parts["qzeros"])).flatten(-2)[..., : scales[1]]
-        stored.update(torch.unique(zeros).tolist())
+        numbers = nibbles(checkpoint.read(parts["qzeros"])).flatten(-2)[..., : scales[1]]
+        stored.update(torch.unique(numbers).tolist())
     return "gptq" if stored == {7} else "gptq_v2" if stored == {8} else None
 
 

@@ -83,7 +83,8 @@ def load_(
             unchanged.
     """
     target = None if device is None else torch.device(device)
-    with Checkpoint(path) as checkpoint, torch.no_grad():
+    # The model may have been made on the meta device, and that may be the default still.
+    with Checkpoint(path) as checkpoint, torch.no_grad(), _CPU:
         items = _items(checkpoint, quantization_config, ignore, rename)
         slots = _slots(model, items, checkpoint)
         computed = _computed_buffers(model, target)
@@ -176,6 +177,8 @@ def _method(checkpoint: Checkpoint, config: Config) -> str | None:
                 f"{checkpoint.path} was quantized by {method!r}; fxint4 reads {', '.join(_FINDERS)}"
             )
         return str(method)
+    if "packing_format" in config:
+        return "auto-round"
     if torchao.is_torchao(checkpoint):
         return "torchao"
     last = {name.rpartition(".")[2] for name in checkpoint.names}
