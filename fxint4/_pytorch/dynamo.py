@@ -1,6 +1,6 @@
 """PyTorch's private API for what Dynamo knows about the frame that it compiles.
 
-All of it was run on torch 2.11, 2.13 and 2.15.
+All of it was run on torch 2.11, 2.13 and 2.15, what tells of recompile limits on 2.13 and 2.15.
 """
 
 from __future__ import annotations
