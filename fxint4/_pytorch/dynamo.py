@@ -1,15 +1,18 @@
 """PyTorch's private API for what Dynamo knows about the frame that it compiles.
 
-All of it was run on torch 2.11, 2.13 and 2.15.
+All of it was run on torch 2.11, 2.13 and 2.15, what tells of recompile limits on 2.13 and 2.15.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from types import CodeType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType, FrameType
 from typing import Any, cast
 
 import torch
@@ -18,10 +21,13 @@ from torch import fx
 __all__ = [
     "compile_request",
     "compiles_forgotten",
+    "frame_function",
     "frame_id",
     "frame_scope",
+    "frames_past_limit",
     "graph_break_reason",
     "has_forward_hooks",
+    "on_recompile_limit",
     "roomy_recompile_limit",
     "source_name",
 ]
@@ -71,6 +77,73 @@ def compile_request(depth: int) -> object | None:
     """
     caller = sys._getframe(depth).f_locals.get("self")
     return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
+
+
+#: How Dynamo's warning of a recompile limit begins, and the reason that it records.
+_LIMIT_WARNING, _LIMIT_RECORDED = "torch._dynamo hit config.", "Dynamo recompile limit exceeded"
+
+
+@functools.cache
+def on_recompile_limit(call: Callable[[object, int, str], None]) -> None:
+    """From now on, call a function when Dynamo logs that it compiles a frame no more.
+
+    Args:
+        call: Gets the backend, which is the `compile_request` of a call of ours; the number of the
+            frame, see `frame_id`; and its function, such as "forward (model.py:31)".
+    """
+
+    def look(record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith(_LIMIT_WARNING):
+            frame, where = frame_id(), _compiling()
+            if frame is not None and where:
+                call(_innermost(where["compiler_fn"]), frame, _named(where["code"]))
+        return True
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(look)
+
+
+def frame_function() -> str:
+    """The function of the frame being compiled, such as "forward (model.py:31)"; else ""."""
+    where = _compiling()
+    return _named(where["code"]) if where else ""
+
+
+def _compiling() -> Mapping[str, Any]:
+    """The local variables of Dynamo's function that compiles a frame; empty outside of it."""
+    caller: FrameType | None = sys._getframe()
+    while caller is not None:
+        if caller.f_code.co_name == "_compile" and "compiler_fn" in caller.f_locals:
+            return caller.f_locals
+        caller = caller.f_back
+    return {}
+
+
+def _named(code: CodeType) -> str:
+    return f"{code.co_name} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+
+
+def _innermost(backend: object) -> object:
+    """The backend inside of Dynamo's wrappers, which torch 2.11 names in another way."""
+    names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")
+    while inner := next((vars(backend)[name] for name in names if name in vars(backend)), None):
+        backend = inner
+    return backend
+
+
+def frames_past_limit() -> dict[int, int]:
+    """Frames among Dynamo's last 64 compiles that it compiles no more, also if it logs nothing.
+
+    Returns:
+        When Dynamo gave up, in microseconds since the epoch, by the number of the frame.
+    """
+    from torch._dynamo.utils import get_compilation_metrics
+
+    found = {}
+    for metrics in get_compilation_metrics():
+        number = str(metrics.compile_id).partition("/")[0]
+        if str(metrics.fail_reason).startswith(_LIMIT_RECORDED) and number.isdecimal():
+            found[int(number)] = metrics.start_time_us or 0
+    return found
 
 
 @contextlib.contextmanager

@@ -98,6 +98,8 @@ def _summary(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
         if graph.get("graph_break")
     ]
     parts.append(_list("Graph breaks", breaks))
+    limits = [escape(str(text)) for text in report.get("recompile_limits") or ()]
+    parts.append(_list("Recompile limits", limits))
     unmatched = [escape(str(text)) for text in report.get("unmatched_patterns") or ()]
     parts.append(_list("Patterns that match nothing", unmatched))
     cards = _cards(totals, report.get("output_error"), records)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from fxint4._pytorch.dynamo import compile_request
+from fxint4._pytorch.dynamo import compile_request, on_recompile_limit
 from fxint4.config.int4_config import Int4Config
 from fxint4.report import Report
 
@@ -48,4 +48,15 @@ def report_of_caller(config: Int4Config, patches: Mapping[str, Any]) -> Report:
     report = Report(config, patches, must_write=False)
     if request is not None:
         _reports.append((weakref.ref(request), report))
+        on_recompile_limit(_limit_reached)
     return report
+
+
+def _limit_reached(request: object, frame: int, function: str) -> None:
+    """Tell the reports of a frame that Dynamo compiles it no more.
+
+    That is the report of the `torch.compile` call, and those of calls that share the code.
+    """
+    for ref, report in list(_reports):
+        if ref() is request or report.has_code_of(frame, function):
+            report.limit_reached(frame, function)

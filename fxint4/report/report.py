@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import threading
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fxint4._pytorch.dynamo import frame_id
+from fxint4._pytorch.dynamo import frame_function, frame_id, frames_past_limit
 from fxint4._pytorch.tensors import MATMULS
 from fxint4.atomic_files import write_whole
 from fxint4.config.int4_config import REPORT_SUFFIXES, Int4Config
@@ -105,6 +106,12 @@ class Report:
         self._graphs: Mapping[Hashable, GraphReport] = {}
         #: Dynamo's number of the frame that each graph is of.
         self._frames: dict[Hashable, int | None] = {}
+        #: When a graph of each frame was compiled last, in microseconds since the epoch, and the
+        #: function that the frame is of: Dynamo counts anew after a reset.
+        self._compiled_at: dict[int, tuple[int, str]] = {}
+        #: What is said of frames that Dynamo compiles no more; by number, in a loaded report by
+        #: position.
+        self._limits: dict[int, str] = {}
         self._waiting: deque[tuple[Hashable, Callable[[], Made]]] = deque()
         self._lock = threading.RLock()
         _live.add(self)
@@ -131,6 +138,9 @@ class Report:
                 again = frame is not None and self._frames.get(known) == frame
                 graphs[known] = _without_stale(older, graph.records if again else ())
             self._frames[key] = frame
+            if frame is not None:
+                self._compiled_at[frame] = time.time_ns() // 1000, frame_function()
+                self._limits.pop(frame, None)
             self._graphs = {**graphs, key: graph}
             self._write_file()
 
@@ -212,6 +222,31 @@ class Report:
             self._graphs = {key: measured(graph) for key, graph in self._settled().items()}
             self._write_file()
 
+    def has_code_of(self, frame: int, function: str) -> bool:
+        """Whether a graph of a frame is in the report; arguments as for `limit_reached`."""
+        return frame in self._compiled_at and self._compiled_at[frame][1] == function
+
+    def limit_reached(self, frame: int, function: str = "a function") -> None:
+        """Note, and warn once, that Dynamo compiles a frame no more.
+
+        Args:
+            frame: The number of the frame.
+            function: The function that it is of, for a frame without matmuls.
+        """
+        with self._lock:
+            if frame in self._limits:
+                return
+            graphs = [g for key, g in self._settled().items() if self._frames.get(key) == frame]
+            names = list(dict.fromkeys(record.name for graph in graphs for record in graph.records))
+            shown = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+            self._limits[frame] = (
+                f"Dynamo compiles the code of {shown or function} no more, and runs it "
+                "unquantized, in eager mode, for inputs that it was not compiled for: compile "
+                "with dynamic=True, or raise torch._dynamo.config.recompile_limit"
+            )
+            logger.warning("recompile limit: %s", self._limits[frame])
+            self._write_file()
+
     def _write_file(self) -> None:
         """Write the report to the file of the option `report`, if there is one.
 
@@ -238,6 +273,7 @@ class Report:
         """Make a copy of what `__getstate__` returned."""
         self.__dict__.update(state)
         self._waiting, self._lock = deque(), threading.RLock()
+        self._frames, self._compiled_at = {}, {}  # what Dynamo says is of the original
         _live.add(self)
 
     @property
@@ -322,6 +358,15 @@ class Report:
         return [graph.graph_break for graph in self.graphs if graph.graph_break]
 
     @property
+    def recompile_limits(self) -> list[str]:
+        """What runs in eager mode since Dynamo's recompile limit was reached, one entry a frame."""
+        if self._compiled_at:
+            for frame, when in frames_past_limit().items():
+                if frame in self._compiled_at and when > self._compiled_at[frame][0]:
+                    self.limit_reached(frame)
+        return list(self._limits.values())
+
+    @property
     def unmatched_patterns(self) -> list[str]:
         """Patterns of skip, include and overrides that match no layer of the graphs, as text."""
         graphs = self.graphs
@@ -387,9 +432,9 @@ class Report:
         """Return the whole report as values that JSON can hold.
 
         Keys: schema (`SCHEMA`); fxint4 and torch (versions); options; coverage; graph_breaks;
-        unmatched_patterns; totals; output_error; graphs (each with before, after, graph_break and
-        parameters); records (those of `Record.to_dict`, each with the number of its graph and of
-        its weight; records with equal numbers share one weight).
+        recompile_limits; unmatched_patterns; totals; output_error; graphs (each with before, after,
+        graph_break and parameters); records (those of `Record.to_dict`, each with the number of its
+        graph and of its weight; records with equal numbers share one weight).
         """
         with self._lock:  # what the values say of each other is true
             return self._to_dict()
@@ -424,6 +469,7 @@ class Report:
             "options": self.options,
             "coverage": self.coverage,
             "graph_breaks": self.graph_breaks,
+            "recompile_limits": self.recompile_limits,
             "unmatched_patterns": self.unmatched_patterns,
             "totals": self.totals,
             "output_error": self.output_error,
@@ -519,6 +565,8 @@ class Report:
                 checked(entry, "graph_break", str, type(None)),
             )
         report._graphs = graphs
+        limits = checked(values, "recompile_limits", list)
+        report._limits = {number: str(limit) for number, limit in enumerate(limits)}
         return report
 
     def __str__(self) -> str:
@@ -533,7 +581,10 @@ class Report:
             self.totals,
             self.coverage,
             self.graph_breaks,
-            self.unmatched_patterns,
+            [
+                *(f"recompile limit: {limit}" for limit in self.recompile_limits),
+                *self.unmatched_patterns,
+            ],
             self.output_error,
             self.options.get("trade"),
             columns,

@@ -40,7 +40,7 @@ def text(
     totals: Mapping[str, Any],
     coverage: Mapping[str, Any],
     graph_breaks: list[str],
-    unmatched_patterns: list[str],
+    remarks: list[str],
     output_error: float | None,
     trade: str | None,
     columns: int,
@@ -52,7 +52,7 @@ def text(
         totals: See `Report.totals`.
         coverage: See `Report.coverage`.
         graph_breaks: See `Report.graph_breaks`.
-        unmatched_patterns: See `Report.unmatched_patterns`.
+        remarks: Further lines, of `Report.recompile_limits` and `Report.unmatched_patterns`.
         output_error: See `Report.output_error`.
         trade: What a budget reached, as text; None without one.
         columns: Most characters a line.
@@ -62,7 +62,7 @@ def text(
     trade = printable_values(trade)
     table, notes = _table(list(map(printable_record, records)), columns)
     lines = _headline(totals, coverage, graph_breaks)
-    lines += [f"  {printable(pattern)}" for pattern in unmatched_patterns]
+    lines += [f"  {printable(remark)}" for remark in remarks]
     headline = _wrapped(lines, columns)
     footnotes = _wrapped(_footnotes(totals, output_error, trade), columns)
     parts = [headline, table, _wrapped(notes, columns), footnotes]
