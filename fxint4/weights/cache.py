@@ -207,6 +207,7 @@ class WeightCache:
         self._packed: dict[WeightIdentity, dict[object, PackedWeight]] = {}
         #: For each storage a reference with a callback, and the weights that are made of it.
         self._storages: dict[int, tuple[weakref.ref[Any], set[WeightIdentity]]] = {}
+        self._views: dict[int, weakref.ref[Tensor]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._packed.values()))
@@ -223,6 +224,7 @@ class WeightCache:
         roots: Sequence[Tensor],
         shape: TileShape,
         recipe: Recipe = RTN,
+        view: Tensor | None = None,
     ) -> PackedWeight:
         """Find the packed weight of a computation of these roots, or add an empty one.
 
@@ -231,6 +233,8 @@ class WeightCache:
             roots: The real tensors for `weight.roots`.
             shape: The packed shape, part of the key.
             recipe: How its codes are chosen, part of the key.
+            view: A tensor object with whose end a new packed weight ends, too, although the memory
+                of the roots lives on.
         """
         identity = WeightIdentity(roots, weight.signature)
         with self._lock:
@@ -238,6 +242,9 @@ class WeightCache:
                 self._packed[identity] = {}
                 for root in roots:
                     self._watch(root, identity)
+                if view is not None:
+                    end = partial(self._drop_view, id(view), identity)
+                    self._views[id(view)] = weakref.ref(view, end)
             family = self._packed[identity]
             packed = PackedWeight(weight, identity, shape, recipe)
             return family.setdefault((shape, recipe), packed)
@@ -265,14 +272,21 @@ class WeightCache:
         # Runs in the thread that drops the last reference, which may hold the lock. It takes none,
         # because popping from a dict is atomic.
         _, made_of = self._storages.pop(key, (None, set[WeightIdentity]()))
-        for identity in made_of:
-            for packed in self._packed.pop(identity, {}).values():
-                packed.clear()
-            for other in identity.storages - {key}:
-                _, rest = self._storages.get(other, (None, set[WeightIdentity]()))
-                rest.discard(identity)
-                if not rest:
-                    self._storages.pop(other, None)
+        for identity in tuple(made_of):
+            self._drop(identity)
+
+    def _drop_view(self, key: int, identity: WeightIdentity, _: object) -> None:
+        self._views.pop(key, None)
+        self._drop(identity)
+
+    def _drop(self, identity: WeightIdentity) -> None:
+        for packed in self._packed.pop(identity, {}).values():
+            packed.clear()
+        for storage in identity.storages:
+            _, rest = self._storages.get(storage, (None, set[WeightIdentity]()))
+            rest.discard(identity)
+            if not rest:
+                self._storages.pop(storage, None)
 
     def after_fork(self) -> None:
         """Make a new lock: in a child process no thread lives that could give back the old one."""

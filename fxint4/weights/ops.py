@@ -286,7 +286,9 @@ def _cpu_format(
         return tiles, scale_and_zero
     weight = Prepacked(n, group_size)
     roots = (tiles, scale_and_zero)
-    packed = weight_cache.find(weight, roots, weight.shape_of(roots, 16))
+    part = tiles.nbytes < tiles.untyped_storage().nbytes()
+    shape = weight.shape_of(roots, 16)
+    packed = weight_cache.find(weight, roots, shape, view=tiles if part else None)
     weight_cache.fold(packed, ("cpu",), roots)
     cpu_tiles, parameters = packed.formats["cpu"]
     return cpu_tiles, parameters
