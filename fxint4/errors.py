@@ -9,6 +9,7 @@ __all__ = [
     "Int4Error",
     "OptionError",
     "PackedFormatError",
+    "PassError",
     "ReportError",
     "TrainingError",
     "UnsupportedOpError",
@@ -44,6 +45,10 @@ class PackedFormatError(Int4Error, ValueError):
 
 class CheckpointError(Int4Error, ValueError):
     """A checkpoint that can't be loaded, or not into this model. The model is left as it was."""
+
+
+class PassError(Int4Error, RuntimeError):
+    """A pass over a captured graph failed, by a fault of fxint4's."""
 
 
 class ReportError(Int4Error, ValueError):

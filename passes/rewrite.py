@@ -94,7 +94,6 @@ def rewrite(
         _rewrite_site(site, format, matmul, copies, inputs, fake_mode)
     gm.graph.eliminate_dead_code()
     kept = _drop_unread(captured, copies, droppable)
-    gm.graph.lint()
     gm.recompile()
     return Rewritten(gm, kept, tuple(inputs.nodes), inputs.labels, copies)
 

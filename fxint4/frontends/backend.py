@@ -19,16 +19,16 @@ from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.bound_records import BoundRecords
 from fxint4.lowering.dense import compile_graph
-from fxint4.lowering.graph import Int4Graph, expected_rows
+from fxint4.lowering.graph import Binding, Int4Graph, expected_rows
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
-from fxint4.passes.fold import fold
-from fxint4.passes.pipeline import Analysis
+from fxint4.passes.pipeline import Analysis, run_passes
 from fxint4.passes.site import Site
 from fxint4.report import GraphReport, Report
 from fxint4.report.graph_text import graph_text
 from fxint4.report.latest import remember, report_of_caller
 from fxint4.tensor import Int4TileTensor
 from fxint4.weights.cache import WeightCache, weight_cache
+from fxint4.weights.formats import Format
 
 __all__ = ["compile_captured", "int4tile"]
 
@@ -100,41 +100,42 @@ def compile_captured(
     ) -> Callable[..., Any]:
         state = CompileState(patches)
         weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
-        analysis = Analysis(captured, weights, config, state.fake_mode)
-        _, records = fold(analysis.found, weights.tensors, expected_rows, config, cache)
         policy = Policy.now(config)
-        key = (frame_id(), *sorted(weights.parameters))
-        names, labels = weights.labels, dict[str, str]()
+        key = (frame_id(), frozenset(map(weights.place, weights.tensors.values())))
+        of_bindings = BoundRecords(report, key, config, policy)
+        graph: Int4Graph | None = None
+        binding: Binding | None = None
+
+        def choose(analysis: Analysis) -> tuple[Sequence[Site], Sequence[Format | None]]:
+            nonlocal graph, binding
+            graph = Int4Graph(analysis, fake_inputs, cache, policy, state, kwargs, of_bindings)
+            binding = graph.bind_first(weights.tensors)
+            return binding.sites, binding.formats
+
+        made = run_passes(
+            captured,
+            weights,
+            config,
+            state.fake_mode,
+            last="rewrite",
+            rows=expected_rows,
+            cache=cache,
+            choose=choose,
+        )
+        names, labels, records = weights.labels, dict[str, str](), made.records
         before = after = graph_text(captured, names, labels)
-        graph = None
-        if analysis.sites:
-            of_bindings = BoundRecords(report, key, config, policy)
-            graph = Int4Graph(
-                captured,
-                fake_inputs,
-                analysis.sites,
-                analysis.plans,
-                tuple(weights.tensors),
-                cache,
-                config,
-                policy,
-                state,
-                kwargs,
-                of_bindings,
-            )
-            after, binding = graph.compile_first(
-                weights.tensors,
-                lambda made: graph_text(made.gm, {**names, **made.labels}, labels),
-            )
+        if graph is not None and binding is not None:
+            after = graph_text(made.rewritten.gm, {**names, **made.rewritten.labels}, labels)
+            graph.compile_first(binding, made.rewritten)
             bound = iter(of_bindings.first(binding))
             records = [
                 next(bound) if isinstance(entry, Site) else record
-                for entry, record in zip(analysis.found, records, strict=True)
+                for entry, record in zip(made.found, records, strict=True)
             ]
         parameters = {**weights.parameters, **parameters_around(weights.origins.values())}
         report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
         remember(report)
-        return graph or compile_graph(captured, fake_inputs, policy, **kwargs)
+        return graph or compile_graph(captured, fake_inputs, policy, made.run_pass, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor)
 

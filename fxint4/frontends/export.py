@@ -31,11 +31,9 @@ from fxint4.kernels.policy import Policy
 from fxint4.lowering.experts import package_fault
 from fxint4.lowering.graph import expected_rows
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
-from fxint4.passes.fold import fold
 from fxint4.passes.fuse import with_matmuls
-from fxint4.passes.pipeline import Analysis
+from fxint4.passes.pipeline import run_passes
 from fxint4.passes.rewrite import Rewritten
-from fxint4.passes.rewrite import rewrite as rewrite_graph
 from fxint4.passes.site import Site
 from fxint4.quant.tile_layout import pack_for_cpu, pack_scale_and_zero
 from fxint4.report import GraphReport, Record, Report
@@ -133,26 +131,37 @@ def rewrite_program(
     captured = program.graph_module
     fake_mode = fake_mode_of(captured)
     weights = GraphWeights.of_program(program)
-    found = Analysis(captured, weights, config, fake_mode).found
-    wanted = [_for_program(entry, only_aten) for entry in found]
     # A cache of its own: the process's cache overwrites its tensors when parameters change.
     cache = WeightCache()
-    sites, records = fold(wanted, weights.tensors, expected_rows, config, cache)
-    formats = [site.int4 for site in sites]
+    most_rows: list[int | None] = []
+
+    def change(entry: Site | Record) -> Site | Record:
+        most_rows.append(entry.most_rows if isinstance(entry, Site) else None)
+        return _for_program(entry, only_aten)
+
+    made = run_passes(
+        captured,
+        weights,
+        config,
+        fake_mode,
+        last="rewrite",
+        change=change,
+        rows=expected_rows,
+        cache=cache,
+    )
+    sites, records = made.packed, made.records
     errors = _measured(program, sites, fake_mode, config) if config.measure else None
     labels = dict[str, str]()
     before = after = graph_text(captured, weights.labels, labels)
     if sites:
         if not only_aten:
             records = _with_matmuls(records, sites, config)
-        constants = tuple(weights.tensors)
-        rewritten = rewrite_graph(captured, sites, formats, config, constants, fake_mode)
         shown = {
             spec.target: weights.labels[spec.arg.name]
             for spec in program.graph_signature.input_specs
             if spec.arg.name in weights.labels
         }
-        program = _Program(program, weights, rewritten, sites, cache, fake_mode).build()
+        program = _Program(program, weights, made.rewritten, sites, cache, fake_mode).build()
         targets = {
             spec.arg.name: shown.get(spec.target, spec.target)
             for spec in program.graph_signature.input_specs
@@ -160,8 +169,8 @@ def rewrite_program(
         }
         after = graph_text(program.graph_module, targets, labels)
     records = [
-        _with_program_reasons(record, entry, only_aten)
-        for record, entry in zip(records, found, strict=True)
+        _with_program_reasons(record, entry, most, only_aten)
+        for record, entry, most in zip(records, made.found, most_rows, strict=True)
     ]
     report.put("program", GraphReport(tuple(records), weights.parameters, before, after))
     if errors is not None:
@@ -209,12 +218,15 @@ def _for_program(entry: Site | Record, only_aten: bool) -> Site | Record:
     return dataclasses.replace(entry, fallback=entry.int4, most_rows=UNBOUNDED, only_aten=only_aten)
 
 
-def _with_program_reasons(record: Record, entry: Site | Record, only_aten: bool) -> Record:
+def _with_program_reasons(
+    record: Record, entry: Site | Record, most_rows: int | None, only_aten: bool
+) -> Record:
     """The record of a matmul, with reasons that only programs have.
 
     Args:
         record: The record without them.
-        entry: What `find` found.
+        entry: The site, if there is one.
+        most_rows: The largest M for which the int4 op is the faster one, None without a site.
         only_aten: As for `rewrite_program`.
     """
     reasons = [record.reason]
@@ -222,10 +234,10 @@ def _with_program_reasons(record: Record, entry: Site | Record, only_aten: bool)
         rows = expected_rows(entry)
         if entry.shape.batch and only_aten:
             reasons.append("needs fxint4 where the program runs")
-        elif rows is not None and rows > entry.most_rows:
+        elif rows is not None and most_rows is not None and rows > most_rows:
             reasons.append(
                 f"M={rows} in the example: on this CPU a dense matmul is faster from "
-                f"M={entry.most_rows + 1} on"
+                f"M={most_rows + 1} on"
             )
     return dataclasses.replace(record, reason="; ".join(filter(None, reasons)), held_bytes=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fxint4.graph.constants import Role
 from fxint4.graph.names import Inputs, Origin
 from fxint4.report import Parameter
 from fxint4.tensor import Int4TileTensor
+from fxint4.weights.identity import WeightIdentity
 
 __all__ = ["GraphWeights", "inputs_of", "program_tensor", "role_of"]
 
@@ -114,6 +115,11 @@ class GraphWeights:
             if node in made.tensors:
                 node.replace_all_uses_with(first.setdefault(id(value), node))
         return made
+
+    def place(self, tensor: Tensor) -> Hashable:
+        """Where a tensor is in the model; the tensor's own identity if that is not known."""
+        origin = self.origins.get(id(tensor))
+        return WeightIdentity([tensor], "") if origin is None else origin.place
 
     def _add(
         self,

@@ -33,12 +33,17 @@ from fxint4.kernels.source_version import source_version
 from fxint4.kernels.triton_common import Blocks, Launch
 from fxint4.lowering import experts
 from fxint4.lowering.own_ops import use_own_ops
+from fxint4.passes.pipeline import PassRunner
 
 __all__ = ["compile_graph", "our_compile"]
 
 
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], policy: Policy, **kwargs: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    policy: Policy,
+    run_pass: PassRunner,
+    **kwargs: Any,
 ) -> Callable[[list[Any]], Sequence[Any]]:
     """Compile an aten graph with Inductor.
 
@@ -46,12 +51,13 @@ def compile_graph(
         gm: The graph, which Inductor and `fxint4.lowering.own_ops` change.
         example_inputs: Its inputs.
         policy: How to choose kernels.
+        run_pass: Runs the passes of this graph.
         **kwargs: For Inductor's compile_fx_inner.
 
     Returns:
         The compiled graph, which takes its inputs as a list and empties that list.
     """
-    use_own_ops(gm, policy)
+    run_pass("own ops", gm, use_own_ops, gm, policy)
     with our_compile():
         return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 

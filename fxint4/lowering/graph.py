@@ -11,7 +11,6 @@ from torch import Tensor, fx
 
 from fxint4._pytorch.aot import CompileState, evaluate_size, example_size, symbols_of
 from fxint4._pytorch.tensors import Geometry, real_tensors, version_of
-from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
 from fxint4.graph.names import Origin, origins_in_call
 from fxint4.graph.symbolic import value_of
@@ -19,8 +18,9 @@ from fxint4.kernels.policy import Policy
 from fxint4.lowering.dense import compile_graph
 from fxint4.passes.fold import fold_failure
 from fxint4.passes.fuse import pre_scale_numbers
-from fxint4.passes.plan import Plans, packing_fault
-from fxint4.passes.rewrite import Rewritten, rewrite
+from fxint4.passes.pipeline import Analysis
+from fxint4.passes.plan import packing_fault
+from fxint4.passes.rewrite import Rewritten
 from fxint4.passes.site import Site
 from fxint4.quant.tile_layout import TileShape
 from fxint4.weights.cache import PackedWeight, WeightCache, picker
@@ -85,13 +85,9 @@ class Int4Graph:
     the graph is compiled once for each combination of plans and formats that a call needs.
 
     Args:
-        captured: The graph as captured.
+        analysis: Of the graph as captured.
         fake_inputs: Its inputs as the compiler sees them.
-        sites: Its matmuls that can be packed.
-        plans: Decides about their weights.
-        constants: Its constant placeholders.
         cache: Holds the packed weights.
-        config: What the user asked for.
         policy: Which kernels to choose.
         state: Of the compiler, restored for later compiles.
         kwargs: For Inductor's last stage.
@@ -103,30 +99,25 @@ class Int4Graph:
 
     def __init__(
         self,
-        captured: fx.GraphModule,
+        analysis: Analysis,
         fake_inputs: Sequence[Any],
-        sites: Sequence[Site],
-        plans: Plans,
-        constants: Sequence[fx.Node],
         cache: WeightCache,
-        config: Int4Config,
         policy: Policy,
         state: CompileState,
         kwargs: Mapping[str, Any],
         on_bound: Callable[[Binding], None],
     ) -> None:
-        self._captured = captured
+        self._rewrite = analysis.rewrite
+        self._run_pass = analysis.run_pass
         self._fake_inputs = fake_inputs
-        self._sites = tuple(sites)
-        self._plans = plans
-        self._constants = tuple(constants)
+        self._sites = sites = tuple(analysis.sites)
+        self._plans = analysis.plans
         self._cache = cache
-        self._config = config
         self._policy = policy
         self._state = state
         self._kwargs = kwargs
         self._on_bound = on_bound
-        placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
+        placeholders = analysis.captured.graph.find_nodes(op="placeholder")
         self._positions = {node: position for position, node in enumerate(placeholders)}
         symbols = symbols_of(placeholders)
         dynamic = any(not isinstance(site.match.m, int) for site in sites)
@@ -139,25 +130,24 @@ class Int4Graph:
         self._bindings: dict[tuple[Any, ...], Binding] = {}
         self._states: dict[tuple[WeightIdentity, ...], tuple[Any, ...]] = {}
 
-    def compile_first(
-        self, tensors: Mapping[fx.Node, Tensor], describe: Callable[[Rewritten], str]
-    ) -> tuple[str, Binding]:
-        """Compile for the example inputs, inside the compiler.
+    def bind_first(self, tensors: Mapping[fx.Node, Tensor]) -> Binding:
+        """Bind the weights that the graph was captured with, for the sizes of the example inputs.
 
         Args:
             tensors: The real tensor of each constant placeholder.
-            describe: Called with the rewritten graph, before Inductor's last passes change it.
-
-        Returns:
-            What `describe` said, and the binding of these tensors.
         """
         roots = {root: tensors[root] for root in self._roots}
-        binding = self._bind(roots, expected_rows, {})
-        rewritten = self._rewrite(binding, binding.formats)
-        description = describe(rewritten)
+        return self._bind(roots, expected_rows, {})
+
+    def compile_first(self, binding: Binding, rewritten: Rewritten) -> None:
+        """Compile what a binding needs, inside the compiler.
+
+        Args:
+            binding: What `bind_first` returned.
+            rewritten: The graph, rewritten for the sites and formats of the binding.
+        """
         choices = self._choices(binding, binding.formats)
         self._variants[choices] = self._compile(rewritten)
-        return description, binding
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         """Run the graph.
@@ -289,7 +279,7 @@ class Int4Graph:
             with self._state.restored():
                 variant = self._variants.get(choices)  # another thread may have compiled it
                 if variant is None:
-                    variant = self._compile(self._rewrite(binding, formats))
+                    variant = self._compile(self._rewrite(binding.sites, formats))
                     self._variants[choices] = variant
         run = _Run(variant, len(args))
         site_of = {site.weight: site for site in binding.sites}
@@ -316,16 +306,6 @@ class Int4Graph:
             for site, format, number in zip(binding.sites, formats, numbers, strict=True)
         )
 
-    def _rewrite(self, binding: Binding, formats: _Formats) -> Rewritten:
-        return rewrite(
-            self._captured,
-            binding.sites,
-            formats,
-            self._config,
-            self._constants,
-            self._state.fake_mode,
-        )
-
     def _compile(self, rewritten: Rewritten) -> _Variant:
         placeholders = [node for node in rewritten.gm.graph.nodes if node.op == "placeholder"]
         kept = rewritten.kept_inputs
@@ -336,7 +316,11 @@ class Int4Graph:
         static_now = [new for new, old in enumerate(kept) if old in static]
         static_now += range(len(kept), len(inputs))
         compiled = compile_graph(
-            rewritten.gm, inputs, self._policy, **{**self._kwargs, "static_input_idxs": static_now}
+            rewritten.gm,
+            inputs,
+            self._policy,
+            self._run_pass,
+            **{**self._kwargs, "static_input_idxs": static_now},
         )
         return _Variant(rewritten, compiled)
 

@@ -21,7 +21,7 @@ from fxint4.errors import Int4Error
 from fxint4.graph.names import OWN_CODE, named_from
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
-from fxint4.passes.pipeline import Analysis
+from fxint4.passes.pipeline import Analysis, run_passes
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["GraphRunner", "ModelRunner", "compiled_anew", "traced"]
@@ -58,7 +58,8 @@ def traced(
             captured: fx.GraphModule, fake_inputs: Sequence[Any], **_: Any
         ) -> Callable[..., Any]:
             weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
-            held.append(held[0](Analysis(captured, weights, config, CompileState({}).fake_mode)))
+            fake_mode = CompileState({}).fake_mode
+            held.append(held[0](run_passes(captured, weights, config, fake_mode, last="find")))
             position = len(held) - 1
             return mark_boxed(lambda arguments: held[position](arguments))
 
