@@ -33,6 +33,7 @@ from fxint4.quant.recipe import Recipe
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.weights.cache import PackedWeight
 from fxint4.weights.formats import Dense, Format, int4_format, rows_multiple
+from fxint4.weights.identity import WeightIdentity
 
 #: N x K of a Llama-3-8B layer's projections: q and o, k and v, gate and up, down.
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
@@ -48,7 +49,10 @@ def empty_packed(parameter: Tensor, group_size: int, method: str = "rtn") -> Pac
     constants = Constants(fx.GraphModule({}, graph), {node: Role.WEIGHT})
     n, k = parameter.shape
     shape = choose_shape(n, k, group_size, n_multiple=rows_multiple(parameter.device))
-    return PackedWeight(constants.weight(node, "NK"), [parameter], shape, Recipe(method))
+    weight = constants.weight(node, "NK")
+    return PackedWeight(
+        weight, WeightIdentity([parameter], weight.signature), shape, Recipe(method)
+    )
 
 
 def median_times(

@@ -174,6 +174,25 @@ def test_a_copied_model_has_its_own_packed_weights() -> None:
         assert len(weight_cache.of(twin.weight)) == 1
 
 
+def test_a_weight_folded_on_one_stream_is_ready_on_others() -> None:
+    model = layer(4096, 4096)
+    compiled = torch.compile(model, backend="int4tile", dynamic=False)
+    x = torch.randn(4, 4096, device="cuda", dtype=torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    with torch.no_grad():
+        compiled(x)
+        for _ in range(5):
+            model.weight.copy_(torch.randn_like(model.weight))
+            torch.cuda.synchronize()
+            results = []
+            for stream in streams:  # the first one folds
+                with torch.cuda.stream(stream):
+                    results.append(compiled(x))
+            torch.cuda.synchronize()
+            for y in results:
+                assert_linear(y, x, model)
+
+
 # --- the lowering --------------------------------------------------------------------------------
 
 

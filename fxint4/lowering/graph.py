@@ -155,6 +155,17 @@ class Int4Graph:
         Args:
             args: In the order of the captured graph's placeholders; emptied.
         """
+        run = self.look_up(args)
+        inputs = run.inputs(args)
+        args.clear()
+        return run.compiled(inputs)
+
+    def look_up(self, args: Sequence[Any]) -> _Run:
+        """What runs for some arguments; made now if they are new.
+
+        Args:
+            args: In the order of the captured graph's placeholders.
+        """
         roots, watched = self._pick_roots(args), self._pick_watched(args)
         binding = self._bindings.get(self._state_of(roots, watched))
         sizes = tuple(
@@ -165,12 +176,7 @@ class Int4Graph:
             of_roots = dict(zip(self._roots, roots, strict=True))
             binding = self._bind(of_roots, self._rows_of(sizes), None)
             self._on_bound(binding)
-        run = binding.runs.get(sizes)
-        if run is None:
-            run = self._run(binding, args, sizes)
-        inputs = run.inputs(args)
-        args.clear()
-        return run.compiled(inputs)
+        return binding.runs.get(sizes) or self._run(binding, args, sizes)
 
     # --- bindings --------------------------------------------------------------------------------
 
