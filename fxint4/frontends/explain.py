@@ -12,7 +12,7 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.frontends.backend import compile_captured
 from fxint4.graph.names import parameters_of
-from fxint4.report import GraphReport, Report
+from fxint4.report import Report
 from fxint4.runs.calibrate import with_budget_choices
 from fxint4.runs.errors_of import Errors, measure
 from fxint4.runs.state_guard import StateGuard
@@ -81,7 +81,7 @@ def explain(
 def _add_parameters(report: Report, model: Callable[..., Any]) -> None:
     """Add all parameters of a module to a report: those that no graph reads have a reason, too."""
     if isinstance(model, nn.Module):
-        report.put("parameters", GraphReport((), parameters_of(model), "", ""))
+        report.add_parameters(parameters_of(model))
 
 
 def _measured(

@@ -164,6 +164,14 @@ class Report:
             self._graphs = {**graphs, key: _grown(graphs[key], [(records, parameters)])}
             self._write_file()
 
+    def add_parameters(self, parameters: Mapping[int, Parameter]) -> None:
+        """Add parameters of the model that no graph may have reached, see `GraphReport`."""
+        graphs = self._settled()
+        if graphs:
+            self.add(next(reversed(graphs)), (), parameters)
+        else:
+            self.put("no graph", GraphReport((), parameters, "", ""))
+
     def add_later(self, key: Hashable, make: Callable[[], Made]) -> None:
         """Add to a graph what a function makes; it is called when the report is read.
 

@@ -123,7 +123,7 @@ def most_int4_rows(device: torch.device, dtype: torch.dtype) -> int:
     """
     if device.type == "cuda":
         return UNBOUNDED  # its lowering has a kernel for every M
-    if dtype is torch.float32 or mkldnn_supports(dtype):
+    if dtype is torch.float32 or (dtype in _CPU_ROWS and mkldnn_supports(dtype)):
         return _CPU_ROWS[dtype]
     # Without hardware for it a dense fp16 or bf16 matmul is slower than the int4 op at every M.
     return UNBOUNDED
