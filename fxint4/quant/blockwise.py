@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fxint4.quant.chunks import row_blocks
+from fxint4.quant.metrics import sqnr_db
 from fxint4.quant.primitives import Quantized, dequantize
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack_scale_and_zero, pad_codes, pad_parameters
 
-__all__ = ["Block", "dequantize_block", "fake_quantized", "pack_block", "quantized_blocks"]
+__all__ = ["Block", "dequantize_block", "fake_quantized", "pack_block", "quantize_by_blocks"]
 
 #: Rows of a block are a multiple of this, because the CPU op packs 64 rows together.
 _ROWS = 64
@@ -66,7 +67,34 @@ def quantized_blocks(weight: Tensor, shape: TileShape, recipe: Recipe = RTN) -> 
             yield _block(start, quantizer(part), (1, *part.shape[:-1]))
 
 
-def fake_quantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+def quantize_by_blocks(
+    weight: Tensor, shape: TileShape, recipe: Recipe, write: Callable[[Block], None]
+) -> float:
+    """Quantize a weight, one block after the other.
+
+    Args:
+        weight: ``[N, K]`` or ``[E, N, K]``, any float dtype and strides, finite.
+        shape: The packed shape; group_size and k_padded are read.
+        recipe: How codes are chosen.
+        write: Called with each block, in order of their start.
+
+    Returns:
+        The signal-to-quantization-noise ratio in dB.
+
+    Raises:
+        ValueError: The weight holds inf or NaN.
+    """
+    signal = noise = 0.0
+    for block in quantized_blocks(weight, shape, recipe):
+        write(block)
+        signal += block.signal
+        noise += block.noise
+    return sqnr_db(signal, noise)
+
+
+def fake_quantized(
+    weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torch.dtype
+) -> tuple[Tensor, float]:
     """Quantize a weight and dequantize it again.
 
     Args:
@@ -76,17 +104,19 @@ def fake_quantized(weight: Tensor, shape: TileShape, recipe: Recipe, dtype: torc
         dtype: The dtype of the result.
 
     Returns:
-        The dequantized weight, with the shape of the weight, contiguous.
+        The dequantized weight, with the shape of the weight, contiguous; the
+        signal-to-quantization-noise ratio in dB.
 
     Raises:
         ValueError: The weight holds inf or NaN.
     """
     made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for block in quantized_blocks(weight, shape, recipe):
-        made[block.start : block.start + len(block.codes)] = dequantize_block(
-            block, shape, recipe, dtype
-        )
-    return made
+
+    def write(block: Block) -> None:
+        values = dequantize_block(block, shape, recipe, dtype)
+        made[block.start : block.start + len(values)] = values
+
+    return made, quantize_by_blocks(weight, shape, recipe, write)
 
 
 def dequantize_block(block: Block, shape: TileShape, recipe: Recipe, dtype: torch.dtype) -> Tensor:

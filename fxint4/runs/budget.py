@@ -227,7 +227,7 @@ class _Chooser:
             site.shape.n, site.shape.k, choice.group_size or _BASE_GROUP, batch=site.shape.batch
         )
         recipe = recipe_of(self._config.with_choice(choice), key, weight.shape)
-        return fake_quantized(weight, shape, recipe, weight.dtype)
+        return fake_quantized(weight, shape, recipe, weight.dtype)[0]
 
     def _as_output_errors(self, key: str, offers: Sequence[_Offer]) -> list[_Offer]:
         """The offers with errors of the model's output, scaled by one that is measured."""

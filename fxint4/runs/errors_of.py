@@ -23,8 +23,8 @@ from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.plan import sqnr_fault
 from fxint4.passes.site import Site
-from fxint4.quant.blockwise import dequantize_block, quantized_blocks
-from fxint4.quant.metrics import nonfinite_fault, sqnr_db
+from fxint4.quant.blockwise import fake_quantized
+from fxint4.quant.metrics import nonfinite_fault
 from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
 from fxint4.runs.state_guard import StateGuard, forked_random_state
 from fxint4.runs.tracing import GraphRunner, traced
@@ -69,14 +69,8 @@ def _quantized(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tenso
     weight = site.weight.evaluate(roots)
     if nonfinite_fault(weight) is not None:
         return None
-    made = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    signal = noise = 0.0
-    for block in quantized_blocks(weight, site.shape, site.recipe):
-        values = dequantize_block(block, site.shape, site.recipe, dtype)
-        made[block.start : block.start + len(values)] = values
-        signal += block.signal
-        noise += block.noise
-    return None if sqnr_fault(sqnr_db(signal, noise), site.config) else made
+    made, sqnr_db = fake_quantized(weight, site.shape, site.recipe, dtype)
+    return None if sqnr_fault(sqnr_db, site.config) else made
 
 
 def measure(

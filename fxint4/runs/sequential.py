@@ -97,7 +97,7 @@ class _SequentialRuns:
                 self._matrices[key] = (
                     own_matrix(site, roots, activations)
                     if nonfinite_fault(weight)
-                    else fake_quantized(weight, site.shape, recipe, dtype)
+                    else fake_quantized(weight, site.shape, recipe, dtype)[0]
                 )
             return self._matrices[key]
 

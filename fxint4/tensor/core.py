@@ -28,8 +28,7 @@ from fxint4._pytorch.tensors import (
 )
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import PackedFormatError, UnsupportedOpError
-from fxint4.quant.blockwise import pack_block, quantized_blocks
-from fxint4.quant.metrics import sqnr_db
+from fxint4.quant.blockwise import Block, pack_block, quantize_by_blocks
 from fxint4.quant.primitives import dequantize
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import (
@@ -570,14 +569,12 @@ class Int4TileTensor(Tensor):
             weight = weight.reshape(-1, *weight.shape[-2:])
             tiles = tiles.view(-1, *tiles.shape[-4:])
             parameters = parameters.view(-1, *parameters.shape[-3:])
-        signal = noise = 0.0
-        for block in quantized_blocks(weight, shape, recipe):
-            pack_block(
-                tiles, parameters, block, shape, partial(pack, inner_k_tiles=shape.inner_k_tiles), 8
-            )
-            signal += block.signal
-            noise += block.noise
-        return sqnr_db(signal, noise)
+        pack_rows = partial(pack, inner_k_tiles=shape.inner_k_tiles)
+
+        def write(block: Block) -> None:
+            pack_block(tiles, parameters, block, shape, pack_rows, 8)
+
+        return quantize_by_blocks(weight, shape, recipe, write)
 
     @classmethod
     def of_codes(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import storage_key, version_of, when_storage_dies
-from fxint4.quant.blockwise import Block, dequantize_block, pack_block, quantized_blocks
-from fxint4.quant.metrics import nonfinite_fault, sqnr_db
+from fxint4.quant.blockwise import Block, dequantize_block, pack_block, quantize_by_blocks
+from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, pack, pack_for_cpu, unpack, unpack_scale_and_zero
 from fxint4.tensor import Int4TileTensor
@@ -159,12 +159,9 @@ class PackedWeight:
 
     def _quantize(self, weight: Tensor, made: Mapping[Format, Sequence[Tensor]]) -> None:
         """Quantize the weight and fill the formats block by block."""
-        signal = noise = 0.0
-        for block in quantized_blocks(weight, self._shape, self.recipe):
-            signal += block.signal
-            noise += block.noise
-            self._fill(made, block)
-        self.sqnr_db = sqnr_db(signal, noise)
+        self.sqnr_db = quantize_by_blocks(
+            weight, self._shape, self.recipe, partial(self._fill, made)
+        )
         for format, tensors in made.items():
             if self._shape.pre_scaled and not isinstance(format, Dense):
                 pre_scale = self.recipe.pre_scale
