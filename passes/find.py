@@ -164,5 +164,22 @@ def _site(node: fx.Node, pattern: Pattern, match: Match, weight: Weight, record:
         fallback = Dense(value.dtype, tuple(value.shape), _strides(value, match.axes), match.axes)
     most_rows = UNBOUNDED if prepacked else most_int4_rows(value.device, value.dtype)
     return Site(
-        node, pattern, match, weight, int4, fallback, most_rows, record, _UNPLANNED, Int4Config()
+        node=node,
+        pattern=pattern,
+        match=match,
+        weight=weight,
+        n=match.n,
+        k=match.k,
+        batch=match.batch,
+        m=match.m,
+        dtype=value.dtype,
+        device=value.device,
+        int4=int4,
+        fallback=fallback,
+        most_rows=most_rows,
+        record=record,
+        shape=_UNPLANNED,
+        config=Int4Config(),
+        x_dtype=value_of(match.x).dtype,
+        stored=match.stored if isinstance(match, PrepackedMatch) else None,
     )

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
-from fxint4.graph.symbolic import value_of
 from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.plan import packing_fault
 from fxint4.passes.site import Site
@@ -111,7 +110,7 @@ def folded_record(site: Site, packed: PackedWeight | None, format: Format | None
 
 def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[str]:
     """What a user may want to know of a packed matmul."""
-    dtype = value_of(site.match.x).dtype
+    dtype = site.x_dtype
     if isinstance(site.match, PrepackedMatch):
         yield "packed before"
     if packed.recipe.remark:

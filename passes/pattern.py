@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from fxint4._pytorch.tensors import aten
-from fxint4.config.int4_config import Int4Config
 from fxint4.graph.build import Build
 from fxint4.graph.constants import Constants
 from fxint4.graph.symbolic import value_of
-from fxint4.quant.tile_layout import TileShape, choose_shape
+from fxint4.quant.tile_layout import TileShape
 from fxint4.weights.expression import AXES, Prepacked, Weight
+from fxint4.weights.formats import rows_multiple
 
 __all__ = ["Match", "Multiply", "Pattern", "PrepackedMatch", "Unmatched", "kept_pick"]
 
@@ -91,12 +91,6 @@ class Match:
         """The computation behind the weight."""
         return constants.weight(self.weight, self.axes)
 
-    def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
-        """The packed shape, with N padded to a multiple of `rows_multiple`."""
-        return choose_shape(
-            self.n, self.k, config.group_size, config.inner_k_tiles, rows_multiple, self.batch
-        )
-
     def on(self, copies: Mapping[fx.Node, fx.Node]) -> Match:
         """The same match in a copy of the graph."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
@@ -141,10 +135,11 @@ class PrepackedMatch(Match):
         """The computation behind the buffers."""
         return constants.prepacked_weight(self.weight, self.scale_and_zero, self.prepacked)
 
-    def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
-        """The packed shape; the config has no say in it."""
+    @property
+    def stored(self) -> TileShape:
+        """The packed shape, for the device of the buffers."""
         buffers = (value_of(self.weight), value_of(self.scale_and_zero))
-        return self.prepacked.shape_of(buffers, rows_multiple)
+        return self.prepacked.shape_of(buffers, rows_multiple(buffers[0].device))
 
 
 class Multiply(Protocol):

@@ -18,14 +18,12 @@ from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.layer_patterns import first_match
 from fxint4.graph.names import Origin, layer_name, origins_in_call
-from fxint4.graph.symbolic import value_of
-from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.site import Site
 from fxint4.quant.recipe import RTN, WITHOUT_DATA, Recipe
 from fxint4.quant.tile_layout import DTYPES, TileShape
 from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight
-from fxint4.weights.formats import device_fault, rows_multiple
+from fxint4.weights.formats import device_fault
 from fxint4.weights.identity import WeightIdentity
 
 __all__ = ["Kept", "Plan", "Plans", "decide", "packing_fault", "recipe_of", "sqnr_fault"]
@@ -61,6 +59,7 @@ class Kept:
 
 def decide(
     record: Record,
+    names: Sequence[str],
     dtype: torch.dtype,
     device: torch.device,
     key: str,
@@ -70,7 +69,8 @@ def decide(
     """Decide what becomes of a weight, without its values; see `packing_fault` for these.
 
     Args:
-        record: Names and sizes of the weight.
+        record: Name and sizes of the weight.
+        names: All full names of the parameters it is made of: several for a tied one.
         dtype: Its dtype.
         device: Where it is to run.
         key: Its key in the calibration statistics, see `fxint4.weights.expression.Weight.key`.
@@ -80,15 +80,15 @@ def decide(
     reason = _never(record, dtype, device, config)
     if reason is not None:
         return Kept(reason, alike=True)
-    skipped = first_match(record.name, record.parameters, config.skip)
+    skipped = first_match(record.name, names, config.skip)
     if skipped is not None:
         return Kept(f"skip={skipped!r}")
-    if config.include and first_match(record.name, record.parameters, config.include) is None:
+    if config.include and first_match(record.name, names, config.include) is None:
         return Kept("no pattern of include matches it")
     reason = config.kept_by_budget(key)
     if reason is not None:
         return Kept(reason)
-    own = config.for_weight(record.name, record.parameters, key)
+    own = config.for_weight(record.name, names, key)
     shape = shape_of(own)
     with real_tensors():
         recipe = recipe_of(own, key, (*shape.batch, shape.n, shape.k))
@@ -137,6 +137,7 @@ class Plans:
     def __init__(self, config: Int4Config) -> None:
         self._config = config
         self._planned: dict[tuple[fx.Node, WeightIdentity], Site] = {}
+        self._unknown = 0
 
     def captured(self, site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin]) -> Site:
         """The site with the plan of the weight that its graph was captured with.
@@ -165,7 +166,7 @@ class Plans:
         self._planned = {key: of for key, of in self._planned.items() if not key[1].gone}
         if origins is None:
             origins = origins_in_call(roots)
-        parameters = _parameters(site.record, roots, origins)
+        parameters = self._parameters(site.record, roots, origins)
         record = dataclasses.replace(
             site.record, name=layer_name(parameters[0]), parameters=parameters
         )
@@ -178,58 +179,59 @@ class Plans:
         roots: Sequence[Tensor],
         origins: Mapping[int, Origin],
     ) -> Site:
-        place = tuple(origins[id(root)].place for root in roots if id(root) in origins)
-        record = dataclasses.replace(site.record, weight_key=identity, place=place or None)
+        known = [origins[id(root)] for root in roots if id(root) in origins]
+        place = tuple(origin.place for origin in known) or None
+        record = dataclasses.replace(site.record, weight_key=identity, place=place)
+        aliases = [name for origin in known for name in origin.aliases]
         site = dataclasses.replace(site, record=record, kept="")
-        planned = planned_site(site, roots, self._config)
+        planned = _planned(site, roots, aliases, self._config)
         self._planned[site.node, identity] = planned
         return planned
 
+    def _parameters(
+        self, record: Record, roots: Sequence[Tensor], origins: Mapping[int, Origin]
+    ) -> tuple[str, ...]:
+        """Full names of the parameters that a weight is made of in a call, the largest first.
 
-def _parameters(
-    record: Record, roots: Sequence[Tensor], origins: Mapping[int, Origin]
-) -> tuple[str, ...]:
-    """Full names of the parameters that a weight is made of in a call, the largest first.
+        Args:
+            record: Of the weight that the graph was captured with.
+            roots: The real tensors of the call.
+            origins: Where these are in the modules being called, by `id`.
+        """
+        largest_first = sorted(roots, key=lambda root: -root.numel())
+        known = record.parameters
+        names = []
+        for index, root in enumerate(largest_first):
+            origin, captured = origins.get(id(root)), known[min(index, len(known) - 1)]
+            if origin is not None:
+                names.append(origin.name)
+            elif record.place is None:  # the name of a variable, the same in every call
+                names.append(captured)
+            else:
+                self._unknown += 1
+                names.append(f"{captured}?{self._unknown}")
+        return tuple(dict.fromkeys(names))
 
-    Args:
-        record: Of the weight that the graph was captured with.
-        roots: The real tensors of the call.
-        origins: Where these are in the modules being called, by `id`.
-    """
-    largest_first = sorted(roots, key=lambda root: -root.numel())
-    known = record.parameters
-    names = []
-    for index, root in enumerate(largest_first):
-        origin, captured = origins.get(id(root)), known[min(index, len(known) - 1)]
-        # Where no module holds it, the name is that of a variable, the same in every call.
-        unknown = captured if record.place is None else f"{captured}?"
-        names.append(unknown if origin is None else origin.name)
-    return tuple(dict.fromkeys(names))
 
-
-def planned_site(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Site:
+def _planned(
+    site: Site, roots: Sequence[Tensor], aliases: Sequence[str], config: Int4Config
+) -> Site:
     """A site with what is decided of its weight, by the names in its record.
 
     Args:
         site: The site.
         roots: The real tensors that its weight is computed from.
+        aliases: Further full names of these.
         config: What the user asked for.
     """
-    match, record = site.match, site.record
-    value = value_of(match.weight)
-    if isinstance(match, PrepackedMatch):
-        decided: Plan | Kept = Plan(config, match.shape(config, rows_multiple(value.device)))
+    if site.stored is not None:
+        decided: Plan | Kept = Plan(config, site.stored)
         key = ""
     else:
+        record = site.record
         key = site.weight.key(record.parameters, roots)
-        decided = decide(
-            record,
-            value.dtype,
-            value.device,
-            key,
-            config,
-            lambda own: match.shape(own, rows_multiple(value.device)),
-        )
+        names = (*record.parameters, *aliases)
+        decided = decide(record, names, site.dtype, site.device, key, config, site.shape_by)
     if isinstance(decided, Kept):
         return dataclasses.replace(site, kept=decided.reason, alike=decided.alike, key=key)
     return dataclasses.replace(

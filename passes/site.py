@@ -8,13 +8,12 @@ import torch
 from torch import fx
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.graph.symbolic import value_of
 from fxint4.passes.pattern import Match, Pattern
 from fxint4.quant.recipe import RTN, Recipe
-from fxint4.quant.tile_layout import TileShape
+from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.report import Record
 from fxint4.weights.expression import Weight
-from fxint4.weights.formats import Format, activation_dtype
+from fxint4.weights.formats import Format, activation_dtype, rows_multiple
 
 __all__ = ["Site"]
 
@@ -23,11 +22,20 @@ __all__ = ["Site"]
 class Site:
     """A matmul that can be packed.
 
+    Calls of compiled code, which threads make side by side, plan the weights of sites. So what that
+    takes is held as plain values: the graph's fake tensors may be read inside the compiler only.
+
     Attributes:
         node: The matmul.
         pattern: The pattern that matched it.
         match: Its operands.
         weight: The computation behind the weight.
+        n: Out features N.
+        k: In features K.
+        batch: Axes of the weight in front of N and K: (E,) for experts.
+        m: Rows M of the activation; with E weights the average rows of each, rounded up.
+        dtype: The dtype of the weight.
+        device: Its device.
         int4: The packed format that the device's int4 op reads.
         fallback: The format for more than `most_rows` rows: a dequantized copy, int4 if its op
             takes any number of rows, or None if the matmul then stays as it is.
@@ -39,6 +47,8 @@ class Site:
         kept: Why the weight is not packed; empty if it is to be packed.
         alike: Whether `kept` holds for every weight of this shape, dtype and device.
         key: The weight's key in the calibration statistics.
+        x_dtype: The dtype of the activation.
+        stored: The packed shape of a prepacked weight; None for others.
         only_aten: Whether its rewrite uses ATen ops only, which run without fxint4.
     """
 
@@ -46,6 +56,12 @@ class Site:
     pattern: Pattern
     match: Match
     weight: Weight
+    n: int
+    k: int
+    batch: tuple[int, ...]
+    m: int | torch.SymInt
+    dtype: torch.dtype
+    device: torch.device
     int4: Format
     fallback: Format | None
     most_rows: int
@@ -56,11 +72,24 @@ class Site:
     kept: str = ""
     alike: bool = False
     key: str = ""
+    x_dtype: torch.dtype = torch.bfloat16
+    stored: TileShape | None = None
     only_aten: bool = False
+
+    def shape_by(self, config: Int4Config) -> TileShape:
+        """The packed shape, for what the user asked for the weight."""
+        return choose_shape(
+            self.n,
+            self.k,
+            config.group_size,
+            config.inner_k_tiles,
+            rows_multiple(self.device),
+            self.batch,
+        )
 
     @property
     def activation_dtype(self) -> torch.dtype:
         """The dtype that the activation is cast to for the int4 op."""
         if self.only_aten or self.shape.batch:
             return torch.bfloat16  # the ops for experts take any dtype and cast to bf16
-        return activation_dtype(self.int4, value_of(self.match.x).dtype)
+        return activation_dtype(self.int4, self.x_dtype)

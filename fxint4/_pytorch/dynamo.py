@@ -27,6 +27,7 @@ __all__ = [
     "frames_past_limit",
     "graph_break_reason",
     "has_forward_hooks",
+    "layers_uncompiled",
     "on_recompile_limit",
     "roomy_recompile_limit",
     "source_name",
@@ -205,6 +206,26 @@ def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[Callable[..., An
         for shape_env in shape_envs:  # caches of PyTorch's hold it, and it holds fake tensors
             if shape_env is not None and shape_env.tracked_fakes:
                 shape_env.tracked_fakes.clear()
+
+
+@contextlib.contextmanager
+def layers_uncompiled(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Have modules run as they are that `module.compile()` or `torch.compile(module)` compiled."""
+    compiled: list[tuple[dict[str, Any], str, Any]] = []
+    for module in modules:
+        names = vars(module)
+        if names.get("_compiled_call_impl") is not None:
+            compiled.append((names, "_compiled_call_impl", names["_compiled_call_impl"]))
+            names["_compiled_call_impl"] = None
+        original = module._modules.get("_orig_mod")
+        if original is not None and "forward" in names:  # what `torch.compile(module)` returns
+            compiled.append((names, "forward", names["forward"]))
+            names["forward"] = original
+    try:
+        yield
+    finally:
+        for names, name, value in compiled:
+            names[name] = value
 
 
 def _invalidate(entry: Any) -> None:

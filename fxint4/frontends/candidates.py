@@ -68,6 +68,10 @@ class Owners:
         names = [name for module, _, name in places if not isinstance(module, nn.Embedding)]
         return names[0] if names else places[0][2]
 
+    def names(self, parameter: nn.Parameter) -> list[str]:
+        """All full names of a parameter; several where modules share it."""
+        return [name for _, _, name in self._places[id(parameter)]]
+
     def replace(self, parameter: nn.Parameter, new: nn.Parameter) -> None:
         """Put `new` in the place of a parameter in all modules, and forget the parameter."""
         for module, name, _ in self._places.pop(id(parameter)):

@@ -26,7 +26,6 @@ from fxint4.config.options import split_options
 from fxint4.errors import OptionError
 from fxint4.graph.build import Build
 from fxint4.graph.placeholders import GraphWeights, program_tensor
-from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.experts import package_fault
 from fxint4.lowering.graph import expected_rows
@@ -210,7 +209,7 @@ def _for_program(entry: Site | Record, only_aten: bool) -> Site | Record:
         return entry
     if entry.kept:
         return dataclasses.replace(entry.record, reason=entry.kept)
-    fault = package_fault(value_of(entry.match.weight).device)
+    fault = package_fault(entry.device)
     if entry.shape.batch and not only_aten and fault is not None:
         return dataclasses.replace(entry.record, reason=fault)
     if expected_rows(entry) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def materialize_parametrized(model: nn.Module, config: Int4Config) -> None:
             *(f"{prefix}parametrizations.weight.{p}" for p, _ in parts),
         ]
         record = record_of(name, tuple(parameters), "linear", matrix, weight)
-        kept = isinstance(_decided(record, matrix, f"{prefix}weight", config), Kept)
+        kept = isinstance(_decided(record, parameters, matrix, f"{prefix}weight", config), Kept)
         kept = kept or nonfinite_fault(matrix) is not None
         del weight, matrix
         if not kept:
@@ -124,7 +125,7 @@ def packed_candidate(
     if candidate.fault:
         return None, dataclasses.replace(record, reason=candidate.fault)
     key = transposed_key(name) if candidate.k_axis == -2 else name
-    plan = _decided(record, stored, key, config, device)
+    plan = _decided(record, owners.names(parameter), stored, key, config, device)
     if isinstance(plan, Kept):
         return None, dataclasses.replace(record, reason=plan.reason)
     recipe = plan.recipe
@@ -160,6 +161,7 @@ def packed_candidate(
 
 def _decided(
     record: Record,
+    names: Sequence[str],
     stored: Tensor,
     key: str,
     config: Int4Config,
@@ -171,7 +173,9 @@ def _decided(
     def shape_of(own: Int4Config) -> TileShape:
         return choose_shape(n, k, own.group_size, own.inner_k_tiles, batch=tuple(batch))
 
-    return decide(record, stored.dtype, device or stored.device, key, config, shape_of)
+    return decide(
+        record, record.parameters, stored.dtype, device or stored.device, key, config, shape_of
+    )
 
 
 def record_of(

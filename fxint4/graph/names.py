@@ -27,6 +27,7 @@ __all__ = [
     "Inputs",
     "Origin",
     "layer_name",
+    "modules_of",
     "named_from",
     "names_in_call",
     "origins_in_call",
@@ -167,6 +168,7 @@ class Origin:
     Attributes:
         name: Its full name.
         place: The module that holds it and its name there, which stay when it is replaced.
+        aliases: Its other full names, if it is tied.
         outermost: The module being called that the full name starts from; None where it starts from
             a variable.
     """
@@ -174,6 +176,7 @@ class Origin:
     name: str
     place: Place
     outermost: weakref.ref[nn.Module] | None
+    aliases: tuple[str, ...] = ()
 
 
 def names_in_call(
@@ -199,17 +202,24 @@ def origins_in_call(
     wanted = {id(tensor) for tensor in tensors}
     found: dict[int, Origin] = {}
     calling = _modules_in_call()
+    # A method that Dynamo compiles does not run yet.
+    calling = [*(module for prefix, module in candidates.items() if not prefix), *calling]
     for prefix, module in [*candidates.items(), *(("", module) for module in calling)]:
         if not wanted:
             break
         for path, owner, name, tensor in _owned_tensors(module):
             if id(tensor) in wanted:
                 wanted.discard(id(tensor))
-                outermost, full = _path_in_call(owner, calling) or (None, _joined(prefix, path))
+                outermost, full = _path_in_call(owner, calling) or (module, path)
+                before = prefix if outermost is module else ""
+                full_name = plain_name(_joined(_joined(before, full), name))
+                tied = _known(outermost).tied.get(owner, {}).get(name, ())
+                others = (plain_name(_joined(before, other)) for other in tied)
                 found[id(tensor)] = Origin(
-                    plain_name(_joined(full, name)),
+                    full_name,
                     Place(owner, name),
-                    None if outermost is None else weakref.ref(outermost),
+                    None if before else weakref.ref(outermost),
+                    tuple(other for other in others if other != full_name),
                 )
     return found
 
@@ -225,21 +235,43 @@ def named_from(model: object) -> Iterator[None]:
         _root.reset(token)
 
 
+def modules_of(model: object) -> list[nn.Module]:
+    """All modules of a module, or of the owner of a method; none for anything else."""
+    owner = _module_of(model)
+    return [] if owner is None else list(owner.modules())
+
+
 _root: ContextVar[nn.Module | None] = ContextVar("fxint4_root", default=None)
 
-#: The path of each module in each module that was called and holds it.
-_paths: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, str]]
-_paths = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Inside:
+    """What is known of the inside of a module that was called.
+
+    Attributes:
+        paths: The path of each module in it.
+        tied: For each module all paths of those of its parameters that several modules hold.
+    """
+
+    paths: weakref.WeakKeyDictionary[nn.Module, str]
+    tied: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[str, ...]]]
+
+
+_inside: weakref.WeakKeyDictionary[nn.Module, _Inside] = weakref.WeakKeyDictionary()
 #: For each module a larger one that was called.
 _larger: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def _path_in_call(owner: nn.Module, calling: Sequence[nn.Module]) -> tuple[nn.Module, str] | None:
-    """The outermost module that holds `owner`, and the path from there; None if none is called.
+    """Where a module is in the outermost module being called that holds it.
 
     Args:
         owner: A module.
         calling: The modules being called, innermost first.
+
+    Returns:
+        The outermost module, and the path of `owner` in it; None if no module is called that holds
+        it.
     """
     root = _root.get()
     for outermost in [*([root] if root is not None else []), *reversed(calling)]:
@@ -260,20 +292,35 @@ def _path(outermost: nn.Module, inner: nn.Module) -> str | None:
     """The path of a module in another, "" for itself; None if it is not there."""
     if inner is outermost:
         return ""
-    known = _paths.get(outermost)
-    path = None if known is None else known.get(inner)
+    path = _known(outermost).paths.get(inner)
     if path is not None and _at(outermost, path) is inner:
         return path
-    paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+    return _look_inside(outermost).paths.get(inner)
+
+
+def _known(outermost: nn.Module) -> _Inside:
+    return _inside.get(outermost) or _look_inside(outermost)
+
+
+def _look_inside(outermost: nn.Module) -> _Inside:
+    found = _Inside(weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary())
+    holders: dict[int, list[tuple[nn.Module, str, str]]] = {}
     for path, module in outermost.named_modules():
         if module is not outermost:
-            paths[module] = path
-    _paths[outermost] = paths
+            found.paths[module] = path
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((module, name, _joined(path, name)))
+    for places in holders.values():
+        if len(places) > 1:
+            full = tuple(path for _, _, path in places)
+            for module, name, _ in places:
+                found.tied.setdefault(module, {})[name] = full
+    _inside[outermost] = found
     if _root.get() is not outermost:
         of_outermost = _larger.get(outermost)
-        for module in paths:
+        for module in found.paths:
             _larger[module] = of_outermost or weakref.ref(outermost)
-    return paths.get(inner)
+    return found
 
 
 def _at(outermost: nn.Module, path: str) -> nn.Module | None:

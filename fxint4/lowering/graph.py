@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx
 
 from fxint4._pytorch.aot import CompileState, evaluate_size, example_size, symbols_of
-from fxint4._pytorch.tensors import Geometry, real_tensors, version_of
+from fxint4._pytorch.tensors import Geometry, real_tensors, version_of, when_storage_dies
 from fxint4.errors import FoldError
 from fxint4.graph.names import Origin, origins_in_call
 from fxint4.graph.symbolic import value_of
@@ -45,7 +47,7 @@ _version = attrgetter("_version")
 
 def expected_rows(site: Site) -> int | None:
     """M of a site in the example inputs; None where only a run of the graph tells."""
-    return example_size(site.match.m)
+    return example_size(site.m)
 
 
 @dataclass(eq=False)
@@ -60,6 +62,7 @@ class Binding:
         geometry: Of the parameters.
         remove: Removes it from its graph.
         runs: What runs, by the values of the graph's dynamic sizes.
+        ends: References to the parameters' storages, with callbacks.
     """
 
     sites: tuple[Site, ...]
@@ -69,11 +72,23 @@ class Binding:
     geometry: Geometry
     remove: Callable[[], None]
     runs: dict[tuple[int, ...], _Run] = field(default_factory=dict)
+    ends: list[weakref.ref[Any]] = field(default_factory=list)
+
+    def watch(self, roots: Iterable[Tensor]) -> None:
+        """Outdate this binding when a storage of the roots dies: another may get its address."""
+        end = partial(_outdate, weakref.ref(self))
+        self.ends = [when_storage_dies(root, end) for root in roots]
 
     def outdate(self) -> None:
         """Let go of the packed weights; the next call binds anew."""
         self.remove()
         self.runs.clear()
+
+
+def _outdate(ref: weakref.ref[Binding], _: object) -> None:
+    binding = ref()
+    if binding is not None:
+        binding.outdate()
 
 
 class Int4Graph:
@@ -120,10 +135,11 @@ class Int4Graph:
         placeholders = analysis.captured.graph.find_nodes(op="placeholder")
         self._positions = {node: position for position, node in enumerate(placeholders)}
         symbols = symbols_of(placeholders)
-        dynamic = any(not isinstance(site.match.m, int) for site in sites)
+        dynamic = any(not isinstance(site.m, int) for site in sites)
         self._symbols = symbols if dynamic else {}
         weights = dict.fromkeys(site.weight for site in sites)
         self._roots = tuple(dict.fromkeys(root for weight in weights for root in weight.roots))
+        self._shapes = {root: tuple(value_of(root).shape) for root in self._roots}
         self._watched: set[fx.Node] = set()
         self._watch(root for weight in weights if not _is_direct(weight) for root in weight.roots)
         self._variants: dict[tuple[_Choice, ...], _Variant] = {}
@@ -195,7 +211,7 @@ class Int4Graph:
         """
         origins = origins_in_call(roots.values()) if origins is None else origins
         sites, packed = [], dict[Weight, PackedWeight]()
-        with real_tensors():
+        with self._cache.locked(), real_tensors():
             for captured in self._sites:
                 of_site = [roots[root] for root in captured.weight.roots]
                 site = self._plans.of(captured, of_site, origins)
@@ -228,6 +244,7 @@ class Int4Graph:
         self._bindings[state] = binding
         for found in packed.values():
             found.read_by(binding)
+        binding.watch(roots.values())
         return binding
 
     def _forget(self, state: tuple[Any, ...], identities: tuple[WeightIdentity, ...]) -> None:
@@ -262,9 +279,9 @@ class Int4Graph:
     ) -> None:
         """Fold a weight; a failure names the layer."""
         for root, node in zip(roots, site.weight.roots, strict=True):
-            if root.shape != value_of(node).shape:
+            if root.shape != self._shapes[node]:
                 raise FoldError(
-                    f"{site.record.name}: a parameter {tuple(value_of(node).shape)} is now "
+                    f"{site.record.name}: a parameter {self._shapes[node]} is now "
                     f"{tuple(root.shape)}, and PyTorch calls the code of the old shape: call "
                     "torch.compiler.reset() after such a change"
                 )
@@ -303,7 +320,7 @@ class Int4Graph:
 
     def _rows_of(self, sizes: tuple[int, ...]) -> Callable[[Site], int | None]:
         values = dict(zip(self._symbols, sizes, strict=True))
-        return lambda site: evaluate_size(site.match.m, values)
+        return lambda site: evaluate_size(site.m, values)
 
     def _choices(self, binding: Binding, formats: _Formats) -> tuple[_Choice, ...]:
         numbers = pre_scale_numbers(binding.sites)

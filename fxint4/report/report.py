@@ -382,10 +382,13 @@ class Report:
         for graph in graphs:
             for record in graph.records:
                 names.update((record.name, *record.parameters))
+        # A weight may be skipped by another of its names.
+        reasons = {record.reason for graph in graphs for record in graph.records}
         return [
             f"{option}: {pattern!r} matched no layer"
             for option in _PATTERNS
             for pattern in (without_match(names, self.options.get(option) or ()) if graphs else ())
+            if f"{option}={pattern!r}" not in reasons
         ]
 
     def _parameters(self) -> list[Parameter]:

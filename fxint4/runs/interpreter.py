@@ -208,7 +208,7 @@ def _put_product(site: Site, position: int, copies: dict[fx.Node, fx.Node], fake
     build = Build(node, fake_mode)
 
     def multiply(x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None) -> fx.Node:
-        return build(_product, position, site.match.n, x, offs, ids)
+        return build(_product, position, site.n, x, offs, ids)
 
     made = site.pattern.rewrite(node, site.match.on(copies), multiply, build)
     made = build.like(made, node)

@@ -268,6 +268,11 @@ class ObservedGraph:
 
         return self.run([arguments], matrix)[0]
 
+    def plan(self, arguments: Sequence[Any]) -> None:
+        """Plan the weights of a call, while the model runs."""
+        for site in self._interpreter.sites:
+            self._interpreter.planned(site, self._interpreter.roots(site, arguments))
+
     def run(self, calls: Sequence[Sequence[Any]], matrix_of: MatrixOf) -> list[Sequence[Any]]:
         """See `GraphInterpreter.run`."""
         self._arguments = calls[0]

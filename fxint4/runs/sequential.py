@@ -55,6 +55,7 @@ class _SequentialRuns:
         self._called += 1
         if self._called <= self.position:
             return graph.run_with(arguments, self._matrices.__getitem__)
+        graph.plan(arguments)  # names are those of the modules being called
         for written in graph.written:
             arguments[written] = arguments[written].clone()
         self.calls.append((graph, arguments))

@@ -14,11 +14,12 @@ from fxint4._pytorch.aot import CompileState, compile_fx, mark_boxed
 from fxint4._pytorch.dynamo import (
     compiles_forgotten,
     has_forward_hooks,
+    layers_uncompiled,
     roomy_recompile_limit,
 )
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import Int4Error
-from fxint4.graph.names import OWN_CODE, named_from
+from fxint4.graph.names import OWN_CODE, modules_of, named_from
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.pipeline import Analysis, run_passes
@@ -94,7 +95,12 @@ def compiled_anew(model: Callable[..., Any], backend: Callable[..., Any]) -> Ite
         compiled = torch.compile(_with_own_code(model), backend=noted)
 
         def run(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-            with torch.no_grad(), roomy_recompile_limit(), named_from(model):
+            with (
+                torch.no_grad(),
+                roomy_recompile_limit(),
+                named_from(model),
+                layers_uncompiled(modules_of(model)),
+            ):
                 try:
                     return compiled(*args, **kwargs)
                 except Exception as error:

@@ -7,10 +7,11 @@ and is packed again, into the same memory, when their values change.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, Protocol
@@ -245,6 +246,12 @@ class WeightCache:
             family = self._packed[identity]
             packed = PackedWeight(weight, identity, shape, recipe)
             return family.setdefault((shape, recipe), packed)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other threads from finding and folding weights meanwhile."""
+        with self._lock:
+            yield
 
     def doubt(self, tensor: Tensor) -> None:
         """Fold all that is made of a tensor's memory again, when it is used next."""
