@@ -536,9 +536,10 @@ def test_code_that_cannot_be_captured_is_packed_by_module(kind: Any) -> None:
     assert why["rnn.weight_ih_l0"] == (
         f"multiplied inside {kind.__name__}, of which PyTorch captures no graph"
     )
-    assert why["words.weight"] == (
+    assert why["words.weight"] in (
         "in no graph that the example arguments led to, and its module was not called, or "
-        "Embedding is no kind of module that pack_ knows"
+        "Embedding is no kind of module that pack_ knows",
+        "read by aten.select.int, by no matmul that was found",  # torch 2.15 captures that much
     )
 
 
