@@ -11,7 +11,6 @@ from torch import fx
 
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
-from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import MatmulShape, by_m, range_text
 from fxint4.kernels.triton_linear import MOST_WEIGHTS
@@ -44,7 +43,7 @@ def matmuls(
         if format is None or isinstance(format, Dense):
             continue
         fused = config.fuse_projections and not (site.shape.batch or site.only_aten)
-        fused = fused and fuses(value_of(site.match.weight).device)
+        fused = fused and fuses(site.match.device)
         shared = (pre_scales[position], _shared(site, format, values))
         key = shared if fused else position
         groups.setdefault(key, []).append(position)
@@ -118,7 +117,7 @@ def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tu
     if aten_op(format, sites[0].activation_dtype, len(shapes)) is not None:
         n, k = shape.n_padded, shape.k_padded  # the op's operands are padded
     m = match.m if isinstance(match.m, int) else None
-    dtype, device = sites[0].activation_dtype, value_of(match.weight).device
+    dtype, device = sites[0].activation_dtype, match.device
     matmul = MatmulShape(1 if m is None else m, n, k, shape.group_size, shape.inner_k_tiles, dtype)
     if m is None:
         return _kernels_by_m(matmul, device, policy)

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,9 @@ class Match:
     With E weights W is ``[E, N, K]``. Then `offs` or `ids` say which weight multiplies which rows
     of X; if both are None, X is ``[E, M, K]``.
 
+    Sizes and device are read off the fake tensors once, when a graph is captured: calls of the
+    compiled code need them, too, and another thread may be compiling with these tensors then.
+
     Attributes:
         weight: The constant operand.
         axes: Meaning of its axes, such as "NK"; a key of `fxint4.weights.expression.AXES`.
@@ -65,27 +69,32 @@ class Match:
     offs: fx.Node | None = None
     ids: fx.Node | None = None
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Out features N."""
         return int(self._matrix.shape[-2])
 
-    @property
+    @cached_property
     def k(self) -> int:
         """In features K."""
         return int(self._matrix.shape[-1])
 
-    @property
+    @cached_property
     def batch(self) -> tuple[int, ...]:
         """Axes of the weight in front of N and K: (E,) for experts."""
         return tuple(map(int, self._matrix.shape[:-2]))
 
-    @property
+    @cached_property
     def m(self) -> int | torch.SymInt:
         """Rows M of the activation; with E weights the average rows of each, rounded up."""
         count = self.batch[0] if self.batch else 1
         rows = value_of(self.x).numel() // self.k
         return (rows + count - 1) // count
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return value_of(self.weight).device
 
     def constant(self, constants: Constants) -> Weight:
         """The computation behind the weight."""
@@ -122,17 +131,17 @@ class PrepackedMatch(Match):
     scale_and_zero: fx.Node = field(kw_only=True)
     prepacked: Prepacked = field(kw_only=True)
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Out features N."""
         return self.prepacked.n
 
-    @property
+    @cached_property
     def k(self) -> int:
         """In features K: those of x, which may be fewer than the stored ones."""
         return int(value_of(self.x).shape[-1])
 
-    @property
+    @cached_property
     def batch(self) -> tuple[int, ...]:
         """Axes of the weight in front of N and K: (E,) for experts."""
         return tuple(map(int, value_of(self.weight).shape[:-4]))
@@ -143,8 +152,13 @@ class PrepackedMatch(Match):
 
     def shape(self, config: Int4Config, rows_multiple: int) -> TileShape:
         """The packed shape; the config has no say in it."""
+        n_padded = -(-self._stored.n_padded // rows_multiple) * rows_multiple
+        return dataclasses.replace(self._stored, n_padded=n_padded)
+
+    @cached_property
+    def _stored(self) -> TileShape:
         buffers = (value_of(self.weight), value_of(self.scale_and_zero))
-        return self.prepacked.shape_of(buffers, rows_multiple)
+        return self.prepacked.evaluate(buffers).stored
 
 
 class Multiply(Protocol):

@@ -216,19 +216,18 @@ def planned_site(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Sit
         config: What the user asked for.
     """
     match, record = site.match, site.record
-    value = value_of(match.weight)
     if isinstance(match, PrepackedMatch):
-        decided: Plan | Kept = Plan(config, match.shape(config, rows_multiple(value.device)))
+        decided: Plan | Kept = Plan(config, match.shape(config, rows_multiple(match.device)))
         key = ""
     else:
         key = site.weight.key(record.parameters, roots)
         decided = decide(
             record,
-            value.dtype,
-            value.device,
+            value_of(match.weight).dtype,
+            match.device,
             key,
             config,
-            lambda own: match.shape(own, rows_multiple(value.device)),
+            lambda own: match.shape(own, rows_multiple(match.device)),
         )
     if isinstance(decided, Kept):
         return dataclasses.replace(site, kept=decided.reason, alike=decided.alike, key=key)

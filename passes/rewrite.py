@@ -123,7 +123,7 @@ class _PackedInputs:
         """The slot of one format of a site's weight; the first site to ask adds placeholders."""
         key = (site.weight, site.shape, format)
         if key not in self._slots:
-            name, device = site.record.parameters[0], value_of(site.match.weight).device
+            name, device = site.record.parameters[0], site.match.device
             slot = Slot(site.weight, site.shape, format, name)
             number, again = len(self._slots), self._slots_named[name]
             self._slots_named[name] += 1
