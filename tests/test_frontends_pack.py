@@ -181,6 +181,19 @@ def test_parametrized_weights_are_computed_and_packed(example_args: tuple[Tensor
     assert set(names) <= {name for name, _ in model.named_parameters()}  # skipped: as it was
 
 
+def test_a_copy_of_a_parametrized_model_still_runs() -> None:
+    """The two share a class, to which PyTorch adds the weight as a property."""
+    model = nn.Sequential(weight_norm(nn.Linear(K, N)), weight_norm(nn.Linear(N, N))).eval()
+    other = copy.deepcopy(model)
+    x = torch.randn(2, K)
+    before = other(x)
+    pack_(model, options={"skip": ["1"]})
+    assert packed_names(model) == {"0.weight"}
+    assert torch.equal(other(x), before)
+    assert type(model[0]) is nn.Linear
+    assert {type(layer).__name__ for layer in other} == {"ParametrizedLinear"}
+
+
 def test_options_keep_weights_as_they_are() -> None:
     def model() -> nn.Module:
         made = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 16))
