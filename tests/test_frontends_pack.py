@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -183,7 +184,8 @@ def test_parametrized_weights_are_computed_and_packed(example_args: tuple[Tensor
 
 def test_a_copy_of_a_parametrized_model_still_runs() -> None:
     """The two share a class, to which PyTorch adds the weight as a property."""
-    model = nn.Sequential(weight_norm(nn.Linear(K, N)), weight_norm(nn.Linear(N, N))).eval()
+    normed = torch.nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(normed(nn.Linear(K, N)), normed(nn.Linear(N, N))).eval()
     other = copy.deepcopy(model)
     x = torch.randn(2, K)
     before = other(x)

@@ -1,0 +1,314 @@
+"""Compiled graphs look their weights up: what they see, and what a look-up costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import assert_within, dequantized, rounding_bound
+from torch import Tensor, nn
+
+import fxint4
+from fxint4.lowering.graph import Int4Graph
+from fxint4.weights import cache as cache_module
+
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
+
+K = N = 64
+
+
+def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    return nn.Linear(K, N, bias=False).to(dtype).eval().requires_grad_(False)
+
+
+def int4(model: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend="int4tile", **kwargs)
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    w = dequantized(weight, K, torch.float64)
+    assert_within(y, x.double() @ w.T, rounding_bound(x, w))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:
+    """A list that grows with each call of a function."""
+    calls: list[None] = []
+    function = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls
+
+
+# --- the same memory, seen in another way --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.t(),
+        lambda data: data[:1].expand(N, K),
+        lambda data: data[:, :1].expand(N, K),
+        lambda data: data.view(torch.float16),
+        lambda data: data.flip(0),
+        lambda data: torch.as_strided(data, (N, K), (1, 1)),
+    ],
+    ids=["t", "row", "column", "dtype", "flip", "overlapping"],
+)
+def test_memory_that_is_seen_in_another_way(change: Callable[[Tensor], Tensor]) -> None:
+    model = linear(torch.bfloat16)
+    compiled = int4(model)
+    x = torch.randn(4, K).bfloat16()
+    with torch.no_grad():
+        original = model.weight.data
+        for weight in (original, change(original), original, change(original)):
+            model.weight.data = weight
+            own = x.to(weight.dtype)
+            for _ in range(2):
+                assert_product(compiled(own), own, model.weight)
+
+
+def test_parameters_that_are_swapped_when_a_module_is_converted() -> None:
+    model = nn.Sequential(linear())
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        compiled(x)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            weight = model[0].weight
+            model.bfloat16()
+            assert model[0].weight is weight
+            assert_product(compiled(x.bfloat16()), x.bfloat16(), weight)
+            model.load_state_dict({"0.weight": torch.randn(N, K).bfloat16()})
+            assert model[0].weight is weight
+            assert_product(compiled(x.bfloat16()), x.bfloat16(), weight)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+class Tagged(nn.Parameter):
+    """As vLLM's parameters: a subclass whose values are its own."""
+
+    tag = "a"
+
+
+def test_a_subclass_of_parameter_is_a_weight() -> None:
+    model = nn.Sequential(linear())
+    model[0].weight = Tagged(model[0].weight.detach(), requires_grad=False)
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        assert_product(int4(model)(x), x, model[0].weight.detach().as_subclass(Tensor))
+    report = fxint4.last_report()
+    assert report is not None
+    assert [(record.name, record.action) for record in report.records] == [("0", "packed")]
+    for args in ((), (x,)):
+        other = nn.Sequential(linear())
+        other[0].weight = Tagged(other[0].weight.detach(), requires_grad=False)
+        values = other[0].weight.detach().as_subclass(Tensor).clone()
+        fxint4.pack_(other, args)
+        assert isinstance(other[0].weight, fxint4.Int4TileTensor)
+        assert_product(other(x), x, values)
+
+
+# --- ops that read more than their operands ------------------------------------------------------
+
+FACTOR = [1.0]
+
+
+@torch.library.custom_op("fxint4_tests::scaled", mutates_args=())
+def scaled(w: Tensor) -> Tensor:
+    return w * FACTOR[0]
+
+
+@scaled.register_fake
+def _(w: Tensor) -> Tensor:
+    return torch.empty_like(w)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_weight_that_a_custom_op_computes_is_kept(inner: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(N, K), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch.ops.fxint4_tests.scaled(self.w)
+            return x @ (w + 1 if inner else w).t()
+
+    model = Model().eval()
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    for factor in (1.0, 2.0):
+        FACTOR[0] = factor
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+    report = fxint4.last_report()
+    assert report is not None
+    (record,) = report.records
+    assert (record.name, record.action) == ("w", "kept")
+    assert record.reason == (
+        "computed by fxint4_tests.scaled, a custom op, which may read more than its operands"
+    )
+
+
+# --- what a call costs ---------------------------------------------------------------------------
+
+
+def test_values_are_judged_once_for_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(linear(), linear())
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    good = model[0].weight.clone()
+    with torch.no_grad():
+        compiled(x)
+        judged = counted(monkeypatch, cache_module, "nonfinite_fault")
+        for count, value in enumerate((torch.nan, torch.inf, torch.nan), 1):
+            model[0].weight[0, 0] = value
+            for _ in range(3):
+                assert not compiled(x).isfinite().all()
+            assert len(judged) == count
+        model[0].weight.data = model[0].weight.data.clone()  # other memory, as bad
+        for _ in range(3):
+            assert not compiled(x).isfinite().all()
+        assert len(judged) == 4
+        model[0].weight.copy_(good)
+        for _ in range(3):
+            assert compiled(x).isfinite().all()
+        assert len(judged) == 5
+
+
+class Layer(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def test_many_layers_that_share_code_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module is found by its path; not each one visits all modules of the model."""
+    x = torch.randn(2, 32)
+
+    def visits(count: int) -> int:
+        torch._dynamo.reset()
+        model = nn.Sequential(*(Layer(32, 32) for _ in range(count))).eval()
+        for layer in model:
+            layer.compile(backend="int4tile")
+        with monkeypatch.context() as patch, torch.no_grad():
+            model[0](x)
+            visited = counted(patch, nn.Module, "named_modules")  # calls itself for each module
+            model(x)
+        report = fxint4.last_report()
+        assert report is not None
+        assert report.totals["packed"] == count
+        return len(visited)
+
+    few, many = visits(16), visits(128)
+    assert many <= 8 * few * 1.25, (few, many)
+
+
+def test_a_call_in_another_mode_binds_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = linear()
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    bound = counted(monkeypatch, Int4Graph, "_bind")
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            compiled(x)
+    assert bound
+    before = len(bound)
+    for _ in range(3):
+        for mode in (torch.no_grad, torch.inference_mode):
+            for wanted in (True, False):
+                model.weight.requires_grad_(wanted)
+                with mode():
+                    assert_product(compiled(x), x, model.weight)
+    # Dynamo compiles once more for a weight that wants a gradient, in each mode at most.
+    assert len(bound) <= before + 2
+    before = len(bound)
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            compiled(x)
+    assert len(bound) == before
+
+
+def test_the_first_rows_may_be_none() -> None:
+    model = linear()
+
+    def chosen(x: Tensor, mask: Tensor) -> Tensor:
+        return model(x[mask])
+
+    x = torch.randn(40, K)
+    rows = torch.arange(40)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        compiled = int4(chosen, fullgraph=True)
+        for count in (0, 4, 40, 1, 0):
+            mask = rows < count
+            y = compiled(x, mask)
+            assert y.shape == (count, N)
+            assert_product(y, x[mask], model.weight)
+    report = fxint4.last_report()
+    assert report is not None
+    assert report.totals["graphs"] == 1
+
+
+# --- a fork --------------------------------------------------------------------------------------
+
+FORK = """
+import os, signal, threading, torch, fxint4
+from torch import nn
+import torch._inductor.config
+from fxint4.weights import cache
+torch._inductor.config.fallback_by_default = True
+torch.set_num_threads(1)
+one, other = (nn.Linear(64, 64, bias=False).eval().requires_grad_(False) for _ in range(2))
+x = torch.randn(4, 64)
+f, g = (torch.compile(m, backend="int4tile") for m in (one, other))
+with torch.no_grad():
+    before = f(x)
+    g(x)
+folding, done, judge = threading.Event(), threading.Event(), cache.nonfinite_fault
+def slow(weight):
+    if threading.current_thread().name == "folds":
+        folding.set()
+        done.wait()
+    return judge(weight)
+cache.nonfinite_fault = slow
+other.weight.mul_(2)
+thread = threading.Thread(target=lambda: torch.no_grad()(g)(x), name="folds")
+thread.start()
+assert folding.wait(60)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    one.weight.mul_(-1)
+    with torch.no_grad():
+        near = (f(x) + before).norm() < 0.02 * before.norm()
+    os._exit(0 if near else 1)
+status = os.waitpid(child, 0)[1]
+done.set()
+thread.join(60)
+assert not thread.is_alive()
+assert status == 0, f"the child ended with {status}"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_another_thread_folds() -> None:
+    """No thread lives in the child that could give back the lock."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
