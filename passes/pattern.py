@@ -84,7 +84,7 @@ class Match:
     def m(self) -> int | torch.SymInt:
         """Rows M of the activation; with E weights the average rows of each, rounded up."""
         count = self.batch[0] if self.batch else 1
-        rows = value_of(self.x).numel() // self.k
+        rows = value_of(self.x).numel() // self.k if self.k else 0
         return (rows + count - 1) // count
 
     def constant(self, constants: Constants) -> Weight:

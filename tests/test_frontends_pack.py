@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -179,6 +180,20 @@ def test_parametrized_weights_are_computed_and_packed(example_args: tuple[Tensor
     assert packed_names(model) == {"0.weight"}
     assert torch.equal(model[0].weight.dequantize(), exact)
     assert set(names) <= {name for name, _ in model.named_parameters()}  # skipped: as it was
+
+
+def test_a_copy_of_a_parametrized_model_still_runs() -> None:
+    """The two share a class, to which PyTorch adds the weight as a property."""
+    normed = torch.nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(normed(nn.Linear(K, N)), normed(nn.Linear(N, N))).eval()
+    other = copy.deepcopy(model)
+    x = torch.randn(2, K)
+    before = other(x)
+    pack_(model, options={"skip": ["1"]})
+    assert packed_names(model) == {"0.weight"}
+    assert torch.equal(other(x), before)
+    assert type(model[0]) is nn.Linear
+    assert {type(layer).__name__ for layer in other} == {"ParametrizedLinear"}
 
 
 def test_options_keep_weights_as_they_are() -> None:

@@ -1,177 +1,314 @@
-"""Layers that share compiled code: each call finds the weights, and the plans, of its own layer."""
+"""Compiled graphs look their weights up: what they see, and what a look-up costs."""
 
 from __future__ import annotations
 
-import gc
-import threading
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support import assert_within, dequantized, rounding_bound
 from torch import Tensor, nn
 
 import fxint4
-from fxint4 import Calibration
-from fxint4.lowering import graph as lowering
-from fxint4.quant.primitives import dequantize, quantize
+from fxint4.lowering.graph import Int4Graph
+from fxint4.weights import cache as cache_module
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
-SIZE, GROUP = 64, 32
-#: x, W, and the product are each rounded to bf16, whose unit roundoff is 2^-8, and summed in fp32.
-ROUNDING = (1 + 2.0**-8) ** 3 - 1 + SIZE * 2.0**-24
+K = N = 64
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(SIZE, SIZE, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
+def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    return nn.Linear(K, N, bias=False).to(dtype).eval().requires_grad_(False)
 
 
-class Two(nn.Module):
-    """Two layers that share code, in two graphs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = Layer(), Layer()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        torch._dynamo.graph_break()
-        return self.a(x), self.b(x)
+def int4(model: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend="int4tile", **kwargs)
 
 
-def regional(model: Two, **options: Any) -> Two:
-    model.eval()
-    for layer in (model.a, model.b):
-        layer.compile(backend="int4tile", options={"group_size": GROUP, **options})
-    return model
+def assert_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    w = dequantized(weight, K, torch.float64)
+    assert_within(y, x.double() @ w.T, rounding_bound(x, w))
 
 
-def outcome(y: Tensor, x: Tensor, weight: Tensor) -> str:
-    """Whether `y` is x times the weight, or times the quantized weight, to rounding."""
-    if torch.equal(y, x @ weight.t()):
-        return "kept"
-    made = quantize(weight.detach(), GROUP)
-    w = dequantize(made.codes, made.scale, made.zero, GROUP, torch.float64, SIZE)
-    bound = ROUNDING * (x.double().abs() @ w.abs().t())
-    return "packed" if bool(((y - x.double() @ w.t()).abs() <= bound).all()) else "wrong"
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[None]:
+    """A list that grows with each call of a function."""
+    calls: list[None] = []
+    function = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls
 
 
-def outcomes(model: Two, x: Tensor) -> tuple[str, ...]:
+# --- the same memory, seen in another way --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.t(),
+        lambda data: data[:1].expand(N, K),
+        lambda data: data[:, :1].expand(N, K),
+        lambda data: data.view(torch.float16),
+        lambda data: data.flip(0),
+        lambda data: torch.as_strided(data, (N, K), (1, 1)),
+    ],
+    ids=["t", "row", "column", "dtype", "flip", "overlapping"],
+)
+def test_memory_that_is_seen_in_another_way(change: Callable[[Tensor], Tensor]) -> None:
+    model = linear(torch.bfloat16)
+    compiled = int4(model)
+    x = torch.randn(4, K).bfloat16()
     with torch.no_grad():
-        results = model(x)
-    layers = (model.a, model.b)
-    return tuple(outcome(y, x, of.fc.weight) for y, of in zip(results, layers, strict=True))
+        original = model.weight.data
+        for weight in (original, change(original), original, change(original)):
+            model.weight.data = weight
+            own = x.to(weight.dtype)
+            for _ in range(2):
+                assert_product(compiled(own), own, model.weight)
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(8, SIZE)
-
-
-def test_threads_that_call_their_layers_first_at_once(x: Tensor) -> None:
-    """No call touches what the compiler alone may use, such as a graph's fake tensors."""
-    count, found, errors = 4, list[str](), list[BaseException]()
-    first = regional(Two())
-    outcomes(first, x)
-
-    def work(layer: Layer, start: threading.Barrier) -> None:
+def test_parameters_that_are_swapped_when_a_module_is_converted() -> None:
+    model = nn.Sequential(linear())
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        compiled(x)
+        torch.__future__.set_swap_module_params_on_conversion(True)
         try:
-            start.wait(timeout=30)
-            with torch.no_grad():
-                found.append(outcome(layer(x), x, layer.fc.weight))
-        except BaseException as error:
-            errors.append(error)
-
-    for _ in range(10):
-        layers = [layer for _ in range(count // 2) for layer in regional(Two()).children()]
-        start = threading.Barrier(count)
-        threads = [threading.Thread(target=work, args=(layer, start)) for layer in layers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-    assert errors == []
-    assert found == ["packed"] * 10 * count
+            weight = model[0].weight
+            model.bfloat16()
+            assert model[0].weight is weight
+            assert_product(compiled(x.bfloat16()), x.bfloat16(), weight)
+            model.load_state_dict({"0.weight": torch.randn(N, K).bfloat16()})
+            assert model[0].weight is weight
+            assert_product(compiled(x.bfloat16()), x.bfloat16(), weight)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-def test_models_that_come_and_go_at_one_address_have_plans_of_their_own(x: Tensor) -> None:
-    for _ in range(40):
-        model = regional(Two(), skip=["a"])
-        assert outcomes(model, x) == ("kept", "packed")
-        del model
-        gc.collect()
+class Tagged(nn.Parameter):
+    """As vLLM's parameters: a subclass whose values are its own."""
+
+    tag = "a"
 
 
-def test_bindings_go_with_the_weights_that_they_keep(
-    x: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs = []
-    bind = lowering.Int4Graph._bind
-
-    def noted(self: Any, *args: Any) -> Any:
-        graphs.append(self)
-        return bind(self, *args)
-
-    monkeypatch.setattr(lowering.Int4Graph, "_bind", noted)
-    model = regional(Two(), skip=["a"])
-    for _ in range(20):
-        for layer in (model.a, model.b):
-            layer.fc.weight = nn.Parameter(torch.randn(SIZE, SIZE))
-        assert outcomes(model, x) == ("kept", "packed")
-    assert sum(len(graph._bindings) for graph in set(graphs)) == 2
-
-
-@pytest.mark.parametrize("way", ["regional", "outer", "pack_", "pack_ with arguments"])
-@pytest.mark.parametrize("name", ["a", "b"])
-def test_a_tied_weight_is_skipped_by_any_of_its_names(way: str, name: str, x: Tensor) -> None:
-    model, options = Two().eval(), {"group_size": GROUP, "skip": [name]}
-    model.b.fc.weight = model.a.fc.weight
-    run: Any = model
-    if way == "regional":
-        regional(model, skip=[name])
-    elif way == "outer":
-        run = torch.compile(model, backend="int4tile", options=options)
-    else:
-        fxint4.pack_(model, (x,) if way.endswith("arguments") else (), options)
-    assert outcomes(run, x) == ("kept", "kept")
+def test_a_subclass_of_parameter_is_a_weight() -> None:
+    model = nn.Sequential(linear())
+    model[0].weight = Tagged(model[0].weight.detach(), requires_grad=False)
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        assert_product(int4(model)(x), x, model[0].weight.detach().as_subclass(Tensor))
     report = fxint4.last_report()
-    if not way.startswith("pack_"):
-        assert report is not None
-        assert report.unmatched_patterns == []
+    assert report is not None
+    assert [(record.name, record.action) for record in report.records] == [("0", "packed")]
+    for args in ((), (x,)):
+        other = nn.Sequential(linear())
+        other[0].weight = Tagged(other[0].weight.detach(), requires_grad=False)
+        values = other[0].weight.detach().as_subclass(Tensor).clone()
+        fxint4.pack_(other, args)
+        assert isinstance(other[0].weight, fxint4.Int4TileTensor)
+        assert_product(other(x), x, values)
 
 
-def test_options_go_with_a_weight_once_it_was_seen(x: Tensor) -> None:
-    model = regional(Two(), skip=["a"])
-    assert outcomes(model, x) == ("kept", "packed")
-    torch.utils.swap_tensors(model.a.fc.weight, model.b.fc.weight)
-    assert outcomes(model, x) == ("packed", "kept")
+# --- ops that read more than their operands ------------------------------------------------------
+
+FACTOR = [1.0]
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_calibration_tells_layers_apart_that_share_code(
-    sequential: bool, compiled: bool, x: Tensor
-) -> None:
-    """Also layers that are compiled by themselves, which run as they are meanwhile."""
-    model = Two().eval()
-    if compiled:
-        regional(model)
-    made = fxint4.calibrate(
-        model, [x, x + 1], {"method": "gptq", "group_size": GROUP}, sequential=sequential
+@torch.library.custom_op("fxint4_tests::scaled", mutates_args=())
+def scaled(w: Tensor) -> Tensor:
+    return w * FACTOR[0]
+
+
+@scaled.register_fake
+def _(w: Tensor) -> Tensor:
+    return torch.empty_like(w)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_weight_that_a_custom_op_computes_is_kept(inner: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(N, K), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = torch.ops.fxint4_tests.scaled(self.w)
+            return x @ (w + 1 if inner else w).t()
+
+    model = Model().eval()
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    for factor in (1.0, 2.0):
+        FACTOR[0] = factor
+        with torch.no_grad():
+            assert torch.equal(compiled(x), model(x))
+    report = fxint4.last_report()
+    assert report is not None
+    (record,) = report.records
+    assert (record.name, record.action) == ("w", "kept")
+    assert record.reason == (
+        "computed by fxint4_tests.scaled, a custom op, which may read more than its operands"
     )
-    assert isinstance(made, Calibration)
-    assert sorted(made) == ["a.fc.weight", "b.fc.weight"]
-    both = torch.cat([x, x + 1]).double()
-    for name in made:  # both layers multiply the model's input
-        torch.testing.assert_close(
-            made[name].second_moments.double(), both.T @ both, rtol=1e-5, atol=1e-4
-        )
-    report = fxint4.explain(model, x, options={"group_size": GROUP, "measure": False})
-    assert {record.name: record.action for record in report.records} == {
-        "a.fc": "packed",
-        "b.fc": "packed",
-    }
+
+
+# --- what a call costs ---------------------------------------------------------------------------
+
+
+def test_values_are_judged_once_for_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(linear(), linear())
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    good = model[0].weight.clone()
+    with torch.no_grad():
+        compiled(x)
+        judged = counted(monkeypatch, cache_module, "nonfinite_fault")
+        for count, value in enumerate((torch.nan, torch.inf, torch.nan), 1):
+            model[0].weight[0, 0] = value
+            for _ in range(3):
+                assert not compiled(x).isfinite().all()
+            assert len(judged) == count
+        model[0].weight.data = model[0].weight.data.clone()  # other memory, as bad
+        for _ in range(3):
+            assert not compiled(x).isfinite().all()
+        assert len(judged) == 4
+        model[0].weight.copy_(good)
+        for _ in range(3):
+            assert compiled(x).isfinite().all()
+        assert len(judged) == 5
+
+
+class Layer(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def test_many_layers_that_share_code_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module is found by its path; not each one visits all modules of the model."""
+    x = torch.randn(2, 32)
+
+    def visits(count: int) -> int:
+        torch._dynamo.reset()
+        model = nn.Sequential(*(Layer(32, 32) for _ in range(count))).eval()
+        for layer in model:
+            layer.compile(backend="int4tile")
+        with monkeypatch.context() as patch, torch.no_grad():
+            model[0](x)
+            visited = counted(patch, nn.Module, "named_modules")  # calls itself for each module
+            model(x)
+        report = fxint4.last_report()
+        assert report is not None
+        assert report.totals["packed"] == count
+        return len(visited)
+
+    few, many = visits(16), visits(128)
+    assert many <= 8 * few * 1.25, (few, many)
+
+
+def test_a_call_in_another_mode_binds_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = linear()
+    compiled = int4(model)
+    x = torch.randn(4, K)
+    bound = counted(monkeypatch, Int4Graph, "_bind")
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            compiled(x)
+    assert bound
+    before = len(bound)
+    for _ in range(3):
+        for mode in (torch.no_grad, torch.inference_mode):
+            for wanted in (True, False):
+                model.weight.requires_grad_(wanted)
+                with mode():
+                    assert_product(compiled(x), x, model.weight)
+    # Dynamo compiles once more for a weight that wants a gradient, in each mode at most.
+    assert len(bound) <= before + 2
+    before = len(bound)
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            compiled(x)
+    assert len(bound) == before
+
+
+def test_the_first_rows_may_be_none() -> None:
+    model = linear()
+
+    def chosen(x: Tensor, mask: Tensor) -> Tensor:
+        return model(x[mask])
+
+    x = torch.randn(40, K)
+    rows = torch.arange(40)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        compiled = int4(chosen, fullgraph=True)
+        for count in (0, 4, 40, 1, 0):
+            mask = rows < count
+            y = compiled(x, mask)
+            assert y.shape == (count, N)
+            assert_product(y, x[mask], model.weight)
+    report = fxint4.last_report()
+    assert report is not None
+    assert report.totals["graphs"] == 1
+
+
+# --- a fork --------------------------------------------------------------------------------------
+
+FORK = """
+import os, signal, threading, torch, fxint4
+from torch import nn
+import torch._inductor.config
+from fxint4.weights import cache
+torch._inductor.config.fallback_by_default = True
+torch.set_num_threads(1)
+one, other = (nn.Linear(64, 64, bias=False).eval().requires_grad_(False) for _ in range(2))
+x = torch.randn(4, 64)
+f, g = (torch.compile(m, backend="int4tile") for m in (one, other))
+with torch.no_grad():
+    before = f(x)
+    g(x)
+folding, done, judge = threading.Event(), threading.Event(), cache.nonfinite_fault
+def slow(weight):
+    if threading.current_thread().name == "folds":
+        folding.set()
+        done.wait()
+    return judge(weight)
+cache.nonfinite_fault = slow
+other.weight.mul_(2)
+thread = threading.Thread(target=lambda: torch.no_grad()(g)(x), name="folds")
+thread.start()
+assert folding.wait(60)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    one.weight.mul_(-1)
+    with torch.no_grad():
+        near = (f(x) + before).norm() < 0.02 * before.norm()
+    os._exit(0 if near else 1)
+status = os.waitpid(child, 0)[1]
+done.set()
+thread.join(60)
+assert not thread.is_alive()
+assert status == 0, f"the child ended with {status}"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_another_thread_folds() -> None:
+    """No thread lives in the child that could give back the lock."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -49,7 +49,14 @@ def materialize_parametrized(model: nn.Module, config: Int4Config) -> None:
         kept = kept or nonfinite_fault(matrix) is not None
         del weight, matrix
         if not kept:
+            # PyTorch removes the weight's property from the class, which copies of a module share.
+            module.__class__ = _copied(type(module))
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def _copied(cls: type[nn.Module]) -> type[nn.Module]:
+    own = {k: value for k, value in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, cls.__bases__, own)
 
 
 def replace_parameters(
