@@ -47,7 +47,7 @@ def decided(
         return choose_shape(record.n, record.k, own.group_size, own.inner_k_tiles)
 
     config = Int4Config(**(options or {}))
-    return decide(record, dtype, torch.device(device), key, config, shape_of)
+    return decide(record, record.parameters, dtype, torch.device(device), key, config, shape_of)
 
 
 def statistics(seed: int = 0, pre_scale: bool = False) -> Statistics:
@@ -246,7 +246,7 @@ def test_names_of_weights_that_no_module_holds(known: bool) -> None:
     own = [made.weights[root] for root in site.weight.roots]
     first = plans.captured(site, own, origins_of("a", own) if known else {})
     other = plans.of(first, [torch.randn(N, K), torch.randn(1, K)], {})
-    assert other.record.parameters == (("w0?", "w1?") if known else ("w0", "w1"))
+    assert other.record.parameters == (("w0?1", "w1?2") if known else ("w0", "w1"))
     assert bool(other.kept) == (not known)
 
 
