@@ -616,3 +616,31 @@ def test_gptq_takes_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.undo()
     [alone] = blocks(w, shape, fxint4.quant.recipe.Recipe("gptq", statistics))
     assert torch.equal(block.codes, alone.codes)
+
+
+def test_a_lock_that_no_thread_gives_back_is_made_anew_in_a_child(
+    weight_cache: WeightCache,
+) -> None:
+    w = parameter()
+    before = folded(weight_cache, plain(), w)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with weight_cache._lock:
+            held.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    weight_cache.after_fork()
+    try:
+        assert weight_cache._lock.acquire(timeout=0)  # else the next line would wait
+        weight_cache._lock.release()
+        with torch.no_grad():
+            w.mul_(-1)
+        assert folded(weight_cache, plain(), w) is before
+        assert_holds(before, w)
+    finally:
+        done.set()
+        holder.join(60)

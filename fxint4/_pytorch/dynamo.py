@@ -6,6 +6,7 @@ All of it was run on torch 2.11, 2.13 and 2.15, what tells of recompile limits o
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -160,7 +161,8 @@ def roomy_recompile_limit() -> Iterator[None]:
 def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Drop at the end what Dynamo compiled meanwhile in this thread, and the backend, from it.
 
-    Code that frames were compiled to before stays, and so does what other threads compile.
+    Code that frames were compiled to before stays, and so does what other threads compile. The
+    sizes that Dynamo saw meanwhile are forgotten, too, else those that differ become dynamic.
 
     Args:
         backend: A backend.
@@ -171,7 +173,9 @@ def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[Callable[..., An
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo.convert_frame import register_bytecode_hook
     from torch._dynamo.eval_frame import cached_backends
+    from torch._dynamo.pgo import get_code_state
 
+    sizes_before = copy.deepcopy(dict(get_code_state()))
     thread = threading.get_ident()
     made: list[tuple[CodeType, CodeType]] = []
 
@@ -200,6 +204,13 @@ def compiles_forgotten(backend: Callable[..., Any]) -> Iterator[Callable[..., An
             # What is invalidated stays in the list, and counts as a compile.
             if all(entry.code is None for entry in entries):
                 reset_code(code)
+        sizes = get_code_state()
+        compiled = {(code.co_name, code.co_firstlineno) for code, _ in made}
+        for code_id in [each for each in sizes if (each.name, each.firstlineno) in compiled]:
+            if code_id in sizes_before:
+                sizes[code_id] = sizes_before[code_id]
+            else:
+                del sizes[code_id]
         for key, known in list(cached_backends.items()):
             if noted in (known, getattr(known, "compiler_fn", None)):
                 del cached_backends[key]

@@ -55,23 +55,28 @@ def explain(
     config = with_budget_choices(config, model, args, kwargs)
     report = Report(config, patches)
 
-    cache = WeightCache()  # packed copies go when the report is made
+    # Dynamo may keep compiled code for as long as the model's code lives: where a graph breaks, its
+    # pieces are in the globals of the model's file. The packed copies go when the report is made.
+    cache = WeightCache()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_captured(gm, example_inputs, config, patches, report, cache)
 
-    with compiled_anew(model, backend) as compiled:
-        if config.measure is False:
-            compiled(args, kwargs)
-            _add_parameters(report, model)
-            return report
-        guard = StateGuard(model)
-        try:
-            errors = _measured(model, args, kwargs, config, guard)
-            with guard.run(args, kwargs) as (own_args, own_kwargs):
-                compiled(own_args, own_kwargs)
-        finally:
-            guard.forget()
+    try:
+        with compiled_anew(model, backend) as compiled:
+            if config.measure is False:
+                compiled(args, kwargs)
+                _add_parameters(report, model)
+                return report
+            guard = StateGuard(model)
+            try:
+                errors = _measured(model, args, kwargs, config, guard)
+                with guard.run(args, kwargs) as (own_args, own_kwargs):
+                    compiled(own_args, own_kwargs)
+            finally:
+                guard.forget()
+    finally:
+        cache.clear()
     _add_parameters(report, model)
     if errors is not None:
         report.measured(errors.output, errors.of_weights)

@@ -77,11 +77,11 @@ def traced(
 def compiled_anew(model: Callable[..., Any], backend: Callable[..., Any]) -> Iterator[ModelRunner]:
     """Compile a model with a backend of ours, apart from the user's compiles of it.
 
-    Dynamo remembers by code object what it compiled and how often, and by the code's file, line and
-    name which sizes varied. So a copy of the model's code under another name is compiled: our run
-    is no recompile of the model, and no size becomes dynamic in the user's compile because ours saw
-    two values of it. Inner functions are compiled as they are, where the graph breaks. In the end
-    all that was compiled is dropped.
+    Dynamo remembers by code object what it compiled and how often. So a copy of the model's code
+    under another name is compiled: our run is no recompile of the model. Inner functions are
+    compiled as they are, where the graph breaks. In the end all that was compiled is dropped, and
+    with it the sizes that Dynamo saw: none becomes dynamic in the user's compile because ours saw
+    two values of it.
 
     Args:
         model: A module or a function.

@@ -292,6 +292,11 @@ class WeightCache:
             if not rest:
                 self._storages.pop(storage, None)
 
+    def clear(self) -> None:
+        """Free all packed weights; compiled code that still runs folds its own anew."""
+        for identity in tuple(self._packed):
+            self._drop(identity)
+
     def after_fork(self) -> None:
         """Make a new lock: in a child process no thread lives that could give back the old one."""
         self._lock = threading.RLock()
