@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fxint4
 from fxint4.lowering.graph import Int4Graph
 from fxint4.weights import cache as cache_module
+from fxint4.weights.formats import most_int4_rows
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -244,21 +245,27 @@ def test_a_call_in_another_mode_binds_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(bound) == before
 
 
-def test_the_first_rows_may_be_none() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_the_first_rows_may_be_none(known: bool) -> None:
+    """In one graph, whether a call tells how many rows it has, or only the graph itself."""
     model = linear()
+    x = torch.randn(400, K)
+    w = dequantized(model.weight, K, torch.float32)
 
     def chosen(x: Tensor, mask: Tensor) -> Tensor:
-        return model(x[mask])
+        return model(x if known else x[mask])
 
-    x = torch.randn(40, K)
-    rows = torch.arange(40)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
         compiled = int4(chosen, fullgraph=True)
-        for count in (0, 4, 40, 1, 0):
-            mask = rows < count
-            y = compiled(x, mask)
+        for count in (0, 4, 400, 1, 0):
+            rows, mask = x[:count].clone(), torch.arange(400) < count
+            if known:
+                torch._dynamo.decorators.mark_unbacked(rows, 0)
+            y = compiled(rows if known else x, mask)
             assert y.shape == (count, N)
-            assert_product(y, x[mask], model.weight)
+            assert_product(y, rows, model.weight)
+            if count > most_int4_rows(x.device, x.dtype):  # a dense copy, which rounds as fp32 does
+                torch.testing.assert_close(y, rows @ w.T)
     report = fxint4.last_report()
     assert report is not None
     assert report.totals["graphs"] == 1
