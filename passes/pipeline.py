@@ -148,7 +148,7 @@ def run_passes(
     config: Int4Config,
     fake_mode: Any,
     *,
-    last: Literal["find", "fold", "rewrite"],
+    last: Literal["find", "rewrite"],
     change: Callable[[Site | Record], Site | Record] | None = None,
     rows: Callable[[Site], int | None] = lambda _: None,
     cache: WeightCache = weight_cache,
@@ -202,7 +202,7 @@ def run_passes(
     made.packed, made.records = run(
         "fold", captured, fold, made.found, weights.tensors, rows, config, cache
     )
-    if last == "fold" or not made.found:
+    if not made.found:
         return made
     # Makes a new graph, and groups matmuls that share an activation, for which all formats must be
     # known. It runs again when a call needs other formats or plans. After it Inductor runs with

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from fxint4.graph.names import (
     Inputs,
     layer_name,
     named_from,
-    names_in_call,
     origins_in_call,
     parameters_around,
     source_line,
@@ -330,6 +330,12 @@ def test_an_owner_may_be_a_global_or_nobody(x: Tensor) -> None:
 
 
 # --- the modules being called --------------------------------------------------------------------
+
+
+def names_in_call(
+    tensors: list[Tensor], candidates: Mapping[str, nn.Module] = MappingProxyType({})
+) -> dict[int, str]:
+    return {key: origin.name for key, origin in origins_in_call(tensors, candidates).items()}
 
 
 class Looks(nn.Module):

@@ -152,7 +152,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def share_storage(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same storage; works for tensors without data, too."""
-    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    return storage_key(one) == storage_key(other)
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -29,7 +29,6 @@ __all__ = [
     "layer_name",
     "modules_of",
     "named_from",
-    "names_in_call",
     "origins_in_call",
     "parameters_around",
     "parameters_of",
@@ -179,13 +178,6 @@ class Origin:
     aliases: tuple[str, ...] = ()
 
 
-def names_in_call(
-    tensors: Iterable[Tensor], candidates: Mapping[str, nn.Module] = MappingProxyType({})
-) -> Mapping[int, str]:
-    """Full names of `tensors`, by `id`; see `origins_in_call`."""
-    return {key: origin.name for key, origin in origins_in_call(tensors, candidates).items()}
-
-
 def origins_in_call(
     tensors: Iterable[Tensor], candidates: Mapping[str, nn.Module] = MappingProxyType({})
 ) -> Mapping[int, Origin]:
@@ -227,8 +219,7 @@ def origins_in_call(
 @contextlib.contextmanager
 def named_from(model: object) -> Iterator[None]:
     """While it holds, full names start from this module, whatever larger one was called before."""
-    owner = _module_of(model)
-    token = _root.set(None if owner is None else owner)
+    token = _root.set(_module_of(model))
     try:
         yield
     finally:
@@ -371,7 +362,7 @@ def plain_name(name: str) -> str:
 
 
 def parameters_of(module: nn.Module) -> Mapping[int, Parameter]:
-    """What a report says of each parameter, by `id`; the names are those of `names_in_call`."""
+    """What a report says of each parameter, by `id`; the names are those of `origins_in_call`."""
     return {
         id(tensor): described(plain_name(_joined(path, name)), tensor, owner)
         for path, owner, name, tensor in _owned_tensors(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fxint4._pytorch.tensors import holds_own_values
 from fxint4.report import Parameter, Place
 from fxint4.tensor import Int4TileTensor
 
@@ -28,7 +29,7 @@ def _why_in_no_matmul(parameter: Tensor, owner: nn.Module) -> str:
     """What keeps a parameter out of matmuls, judged by what it is; empty where nothing does."""
     if isinstance(parameter, Int4TileTensor):
         return "packed before"
-    if nn.Parameter not in type(parameter).__mro__:
+    if not holds_own_values(parameter):
         return f"a {type(parameter).__name__}, a tensor of a kind that is not packed"
     if parameter.is_meta:
         return "on the meta device: offloaded, or not loaded yet"

@@ -171,7 +171,7 @@ def program_tensor(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
 def _program_names(program: ExportedProgram) -> dict[int, str]:
     """Full names of a program's parameters and buffers, by `id`.
 
-    A weight that a layer shares with an embedding goes by the layer's name, as in `names_in_call`.
+    A weight that a layer shares with an embedding goes by the layer's name; see `origins_in_call`.
     """
     lookups = [node for node in program.graph.nodes if node.target is aten.embedding.default]
     stacks = [[*node.meta.get("nn_module_stack", {}).values()] for node in lookups]
