@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fxint4
 from fxint4 import Int4TileTensor, PackedFormatError
+from fxint4.tensor.files import PARTS, assemble, flatten, read_header
 
 safe_open = pytest.importorskip("safetensors").safe_open
 
@@ -235,6 +236,103 @@ def test_releases_without_pre_scales_read_files_without_them(tmp_path: Path) -> 
     assert versions == {"plain": 1, "scaled": 2}
 
 
+def test_a_weight_named_like_a_part_of_another(tmp_path: Path) -> None:
+    one, two = (Int4TileTensor.from_float(torch.randn(64, 256)) for _ in range(2))
+    for state in ({"w": one, "w.tiles": two}, {"w.tiles": two, "w": one, "w.scale_and_zero": two}):
+        fxint4.save_file(state, tmp_path / "w")
+        loaded = fxint4.load_file(tmp_path / "w")
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def shards(state: dict[str, Tensor], folder: Path, count: int = 2) -> list[Path]:
+    """Write a state dict as several files; each part goes to the next of them."""
+    from safetensors.torch import save_file
+
+    tensors, entries = flatten(state)
+    paths = [folder / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for i, path in enumerate(paths):
+        own = {name: value for j, (name, value) in enumerate(tensors.items()) if j % count == i}
+        save_file(own, path, metadata=entries)
+    return paths
+
+
+def test_parts_in_several_files(packed: nn.Module, pre_scaled: bool, tmp_path: Path) -> None:
+    state = packed.state_dict()
+    tensors: dict[str, Tensor] = {}
+    metadata = []
+    for path in shards(state, tmp_path):
+        with safe_open(path, framework="pt") as file:
+            metadata.append(file.metadata())
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = read_header(tmp_path, *metadata)
+    assert header == read_header(tmp_path, metadata[0])
+    assert header.shared == {"b.weight": "a.weight"}
+    assert header.packed.keys() == {"a.weight", "c", "experts"}
+    for name in header.packed:
+        names = header.parts(name)
+        assert tuple(names) == PARTS[: 2 + pre_scaled]
+        made = assemble(tmp_path, name, header, {part: tensors[names[part]] for part in names})
+        assert torch.equal(made, state[name])
+        assert made.metadata == state[name].metadata
+
+
+def test_one_of_several_files_is_no_model(packed: nn.Module, tmp_path: Path) -> None:
+    for path in shards(packed.state_dict(), tmp_path):
+        with pytest.raises(PackedFormatError, match=r"one of several .*load their folder, with"):
+            fxint4.load_file(path)
+
+
+def test_headers_of_two_models(tmp_path: Path) -> None:
+    one = Int4TileTensor.from_float(torch.randn(64, 256))
+    entries = [
+        flatten(state)[1]
+        for state in (
+            {"a": one, "b": one},
+            {"c": Int4TileTensor.from_float(torch.randn(64, 100))},
+            {"a": Int4TileTensor.from_float(torch.randn(32, 256))},
+            {"a": one.like(pre_scale=torch.ones(256))},
+        )
+    ]
+    both = read_header(tmp_path, entries[0], {}, entries[1])
+    assert both.packed.keys() == {"a", "c"}
+    assert both.shared == {"b": "a"}
+    assert read_header(tmp_path) == read_header(tmp_path, {"format": "pt"}) == ({}, {}, frozenset())
+    with pytest.raises(PackedFormatError, match="headers of two files differ in a; "):
+        read_header(tmp_path, entries[0], entries[2])
+    with pytest.raises(PackedFormatError, match="header of one file a has a pre-scale"):
+        read_header(tmp_path, entries[0], entries[3])
+
+
+def test_what_does_not_make_a_weight() -> None:
+    weight = Int4TileTensor.from_float(torch.randn(64, 256)).like(pre_scale=torch.ones(256))
+    header = read_header("x", flatten({"w": weight})[1])
+    parts = weight.buffers
+    with pytest.raises(PackedFormatError, match=r"^x: the header does not list .* v$"):
+        assemble("x", "v", header, parts)
+    with pytest.raises(PackedFormatError, match=r"^x: .* w is damaged: there are no tensors; by "):
+        assemble("x", "w", header, {})
+    with pytest.raises(PackedFormatError, match=r"^x: .* w is damaged: there are scale_and_zero, "):
+        assemble("x", "w", header, {name: parts[name] for name in PARTS[:2]})
+    with pytest.raises(PackedFormatError, match=r"^x: .* w is damaged: scale_and_zero has shape"):
+        assemble("x", "w", header, parts | {"tiles": parts["tiles"][..., :1].contiguous()})
+    meta = {name: part.to("meta") for name, part in parts.items()}
+    assert assemble("x", "w", header, meta).is_meta
+
+
+def test_the_header_of_many_weights_is_small() -> None:
+    weight = Int4TileTensor.from_float(torch.randn(32, 64))
+    one, many = (
+        len(
+            flatten({f"model.layers.{i}.mlp.up_proj.weight": weight.clone() for i in range(n)})[1][
+                "fxint4"
+            ]
+        )
+        for n in (1, 101)
+    )
+    assert many - one < 100 * (len("model.layers.100.mlp.up_proj.weight") + 50)
+
+
 def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change only the header that fxint4 wrote."""
     data = path.read_bytes()
@@ -269,6 +367,10 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
     "columns beyond all numbers": lambda h: h["packed"]["w"].__setitem__(2, [[0, 10**30]]),
     "columns from behind": lambda h: h["packed"]["w"].__setitem__(2, [[-64, 64]]),
     "a dtype that is a list": lambda h: h["packed"]["w"].__setitem__(0, ["float32"]),
+    "a pre-scale of nothing": lambda h: h.__setitem__("pre_scaled", ["v"]),
+    "a pre-scale without a name": lambda h: h.__setitem__("pre_scaled", [["w"]]),
+    "a weight that is two": lambda h: h["shared"].__setitem__("w", "w"),
+    "a tie that is a tensor": lambda h: h["shared"].__setitem__("w.tiles2", "w"),
     "a later version": lambda h: h.__setitem__("version", 3),
 }
 
@@ -276,7 +378,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_header_that_was_tampered_with(name: str, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    fxint4.save_file({"w": Int4TileTensor.from_float(torch.randn(64, 256))}, path)
+    state = {"w": Int4TileTensor.from_float(torch.randn(64, 256)), "w.tiles2": torch.ones(2)}
+    fxint4.save_file(state, path)
     rewritten(path, lambda header: None)
     assert "w" in fxint4.load_file(path)
     rewritten(path, DAMAGE[name])

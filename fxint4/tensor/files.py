@@ -1,30 +1,61 @@
-"""Packed weights in safetensors files: no pickle, and all that is read is checked."""
+"""Packed weights in safetensors files: no pickle, and all that is read is checked.
+
+A packed weight `name` is stored as ordinary tensors, `name.tiles`, `name.scale_and_zero` and, if it
+has a pre-scale, `name.pre_scale`. The entry "fxint4" of the file's header describes all packed
+weights and names those that share memory. A model may be stored in several files (shards), as
+transformers writes it; then the entry of each lists the weights of all, and the tensors of one
+weight may lie in different files.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxint4.atomic_files import write_tensors
-from fxint4.errors import PackedFormatError, WriteError
+from fxint4.errors import PackedFormatError, WriteError, first_line
+from fxint4.quant.tile_layout import DTYPES
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import checked
 from fxint4.untrusted_files import check_metadata, open_tensors, parse_json
 
-__all__ = ["load_file", "save_file"]
+__all__ = ["PARTS", "Header", "assemble", "flatten", "load_file", "read_header", "save_file"]
+
+#: The tensors of a packed weight, by their names after the weight's; `Int4TileTensor.buffers`. Only
+#: a weight with a pre-scale has the last.
+PARTS = ("tiles", "scale_and_zero", "pre_scale")
 
 #: The entry of a file's header that says which tensors are packed, and how.
 _HEADER = "fxint4"
 #: Versions of the header. Files without a pre-scale have the first, which older releases read.
 _PLAIN, _PRE_SCALED = 1, 2
-_PARTS = ("tiles", "scale_and_zero")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+class Header(NamedTuple):
+    """What the headers of one or several files say of packed weights.
+
+    Attributes:
+        packed: The description of each packed weight, by its name. `assemble` checks it.
+        shared: Names that share the memory of another, by that other one's name: tied weights.
+        pre_scaled: Names of packed weights that have a pre-scale.
+    """
+
+    packed: dict[str, Any]
+    shared: dict[str, str]
+    pre_scaled: frozenset[str]
+
+    def parts(self, name: str) -> dict[str, str]:
+        """The full name of each tensor of a packed weight, by its name in `PARTS`."""
+        parts = PARTS if name in self.pre_scaled else PARTS[:2]
+        return {part: f"{name}.{part}" for part in parts}
 
 
 def save_file(
@@ -48,6 +79,76 @@ def save_file(
         PackedFormatError: An entry is no tensor, is sparse or on the meta device, is named like a
             part of a packed weight, or is a packed weight that `load_file` would refuse.
         WriteError: The file can't be written, or can't hold a name or a dtype; it is as it was.
+    """
+    tensors, entries = flatten(state_dict)
+    entries = {**(metadata or {}), **entries}
+    check_metadata(path, entries, WriteError)
+    write_tensors(Path(path), tensors, entries)
+
+
+def load_file(
+    path: str | PathLike[str], device: torch.device | str | int = "cpu"
+) -> dict[str, Tensor]:
+    """Read a state dict that `save_file` wrote, or any other safetensors file.
+
+    Pass the result to `model.load_state_dict(..., assign=True)`, or without `assign` if the model
+    has the same packed shapes. On the CPU the file is memory-mapped.
+
+    Args:
+        path: The path of the file.
+        device: The device of the tensors.
+
+    Returns:
+        The state dict, with an `Int4TileTensor` for every packed weight.
+
+    Raises:
+        PackedFormatError: The file can't be read, is truncated or no safetensors file, its header
+            does not fit its tensors, a packed weight holds inf or NaN, or the file is one of
+            several and a packed weight lies in another one.
+    """
+    with open_tensors(path, PackedFormatError, str(torch.device(device))) as file:
+        header = read_header(path, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    packed = {}
+    used: set[str] = set()
+    for name in header.packed:
+        names = header.parts(name)
+        missing = [full for full in names.values() if full not in tensors]
+        if missing:
+            raise PackedFormatError(_elsewhere(path, f"{missing[0]}, a part of the packed {name}"))
+        used |= set(names.values())
+        packed[name] = assemble(path, name, header, {p: tensors[full] for p, full in names.items()})
+    values = {name: value for name, value in tensors.items() if name not in used}
+    for name in (*packed, *header.shared):
+        if name in values:
+            raise PackedFormatError(f"{path}: its header is damaged: {name} is a tensor, too")
+    values |= packed
+    for name, original in header.shared.items():
+        if original not in values:
+            raise PackedFormatError(_elsewhere(path, f"{original}, whose memory {name} shares"))
+        values[name] = values[original]
+    return values
+
+
+def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Turn a state dict that may hold packed weights into what a safetensors file can hold.
+
+    The tensors may be written to one file, or spread over several of which each gets all entries.
+    `assemble` is the inverse.
+
+    Args:
+        state_dict: What `model.state_dict()` returns.
+
+    Returns:
+        Contiguous plain tensors that share no memory, by name, and the entries of the header. Of
+        tensors that are the same memory (tied weights) the first is there alone; the header names
+        the others.
+
+    Raises:
+        TypeError: state_dict is no state dict.
+        PackedFormatError: An entry is no tensor, is sparse or on the meta device, is named like a
+            part of a packed weight, or is a packed weight that `assemble` would refuse.
+        WriteError: The header would be longer than what is read.
     """
     _check_state_dict(state_dict)
     plain: dict[str, Tensor] = {}
@@ -94,42 +195,92 @@ def save_file(
     header: dict[str, Any] = {"version": _PLAIN, "packed": packed, "shared": shared}
     if pre_scaled:
         header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}
-    entries = {**(metadata or {}), "format": "pt", _HEADER: json.dumps(header)}
-    check_metadata(path, entries, WriteError)
-    write_tensors(Path(path), plain, entries)
+    entries = {"format": "pt", _HEADER: json.dumps(header, separators=(",", ":"))}
+    check_metadata("the state dict", entries, WriteError)
+    return plain, entries
 
 
-def load_file(
-    path: str | PathLike[str], device: torch.device | str | int = "cpu"
-) -> dict[str, Tensor]:
-    """Read a state dict that `save_file` wrote, or any other safetensors file.
-
-    Pass the result to `model.load_state_dict(..., assign=True)`, or without `assign` if the model
-    has the same packed shapes. On the CPU the file is memory-mapped.
+def read_header(path: object, *metadata: Mapping[str, str]) -> Header:
+    """Read what the headers of files say of packed weights.
 
     Args:
-        path: The path of the file.
-        device: The device of the tensors.
+        path: The file, or the folder of the files; for errors.
+        metadata: The entries of the header of each file, as safetensors' `metadata()` returns them.
 
     Returns:
-        The state dict, with an `Int4TileTensor` for every packed weight.
+        What all of them say together; nothing, if no file has an entry of fxint4's.
 
     Raises:
-        PackedFormatError: The file can't be read, is truncated or no safetensors file, its header
-            does not fit its tensors, or a packed weight holds inf or NaN.
+        PackedFormatError: An entry is damaged or of a later version, or two contradict each other.
     """
-    with open_tensors(path, PackedFormatError, str(torch.device(device))) as file:
-        header = parse_json((file.metadata() or {}).get(_HEADER, "{}"), path, PackedFormatError)
-        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    packed, shared, pre_scaled = _entries(path, header)
-    for name, described in packed.items():
-        parts = (*_PARTS, *["pre_scale"] * (name in pre_scaled))
-        values[name] = _assembled(path, name, described, parts, values)
-    for name, original in shared.items():
-        if original not in values:
-            raise PackedFormatError(f"{path}: {name} shares the memory of {original}, not there")
-        values[name] = values[original]
-    return values
+    merged = Header({}, {}, frozenset())
+    # All shards of a model have the same entry, which may have megabytes: each text is read once.
+    for text in dict.fromkeys(entries[_HEADER] for entries in metadata if _HEADER in entries):
+        read = _entries(path, parse_json(text, path, PackedFormatError))
+        for known, new in ((merged.packed, read.packed), (merged.shared, read.shared)):
+            differ = [name for name in known.keys() & new.keys() if known[name] != new[name]]
+            if differ:
+                raise PackedFormatError(
+                    f"{path}: the headers of two files differ in {min(differ)}; they are not of "
+                    "one model"
+                )
+        both = merged.packed.keys() & read.packed.keys()
+        differ = [name for name in both if (name in merged.pre_scaled) != (name in read.pre_scaled)]
+        if differ:
+            raise PackedFormatError(
+                f"{path}: by the header of one file {min(differ)} has a pre-scale, by that of "
+                "another it has none"
+            )
+        merged = Header(
+            merged.packed | read.packed,
+            merged.shared | read.shared,
+            merged.pre_scaled | read.pre_scaled,
+        )
+    return merged
+
+
+def assemble(
+    path: object, name: str, header: Header, parts: Mapping[str, Tensor]
+) -> Int4TileTensor:
+    """Make a packed weight from the tensors of a file, without a copy.
+
+    Args:
+        path: The file or folder; for errors.
+        name: The weight's name in it.
+        header: The header of the file, or of all files of the folder.
+        parts: The tensors by their names in `PARTS`: "tiles", "scale_and_zero" and, if the weight
+            has one, "pre_scale". On the meta device their values are not checked.
+
+    Raises:
+        PackedFormatError: The header does not list the weight, a part is missing or one too many,
+            the description does not fit the tensors, or they hold inf or NaN.
+    """
+    damaged = f"{path}: the packed weight {name} is damaged: "
+    if name not in header.packed:
+        raise PackedFormatError(f"{path}: the header does not list the packed weight {name}")
+    wanted = header.parts(name).keys()
+    if parts.keys() != wanted:
+        raise PackedFormatError(
+            f"{damaged}there are {', '.join(sorted(parts)) or 'no tensors'}; by the header it has "
+            f"{', '.join(wanted)}"
+        )
+    try:
+        dtype, *rest = header.packed[name]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise PackedFormatError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+        made = checked(
+            parts["tiles"],
+            parts["scale_and_zero"],
+            (_DTYPES[dtype], *rest),
+            parts.get("pre_scale"),
+        )
+        if not made.is_meta:
+            made.check_values()
+    except PackedFormatError as error:
+        raise PackedFormatError(f"{damaged}{error}") from error
+    except (TypeError, ValueError) as error:  # no list, or too short
+        raise PackedFormatError(f"{damaged}its description: {first_line(error)}") from error
+    return made
 
 
 def _check_state_dict(given: object) -> None:
@@ -141,10 +292,10 @@ def _check_state_dict(given: object) -> None:
             raise TypeError(f"the state dict has the name {name!r}; names must be text")
 
 
-def _entries(path: object, header: Any) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The header's packed weights, names that share memory, and names with a pre-scale."""
+def _entries(path: object, header: Any) -> Header:
+    """Check the parsed entry of a file's header; descriptions of weights are checked later."""
     if header == {}:
-        return {}, {}, []
+        return Header({}, {}, frozenset())
     if not isinstance(header, dict):
         raise PackedFormatError(f"{path}: its header is damaged: {_HEADER} is no JSON object")
     if header.get("version") not in (_PLAIN, _PRE_SCALED):
@@ -158,13 +309,20 @@ def _entries(path: object, header: Any) -> tuple[dict[str, Any], dict[str, str],
         isinstance(packed, dict)
         and isinstance(shared, dict)
         and isinstance(pre_scaled, list)
-        and all(isinstance(original, str) for original in shared.values())
+        and all(isinstance(name, str) for name in (*shared.values(), *pre_scaled))
     ):
         raise PackedFormatError(
             f"{path}: its header is damaged: packed and shared must be JSON objects, pre_scaled a "
-            "list"
+            "list of names"
         )
-    return packed, shared, pre_scaled
+    contradictions = (
+        ({*pre_scaled} - packed.keys(), "has a pre-scale, but is not packed"),
+        (packed.keys() & shared.keys(), "is packed, and shares the memory of another"),
+    )
+    for names, what in contradictions:
+        if names:
+            raise PackedFormatError(f"{path}: its header is damaged: {min(names)} {what}")
+    return Header(packed, shared, frozenset(pre_scaled))
 
 
 def _described(weight: Int4TileTensor) -> list[Any]:
@@ -172,19 +330,11 @@ def _described(weight: Int4TileTensor) -> list[Any]:
     return [str(dtype).removeprefix("torch."), *rest]
 
 
-def _assembled(
-    path: object, name: str, described: Any, parts: Sequence[str], values: dict[str, Tensor]
-) -> Int4TileTensor:
-    try:
-        tiles, scale_and_zero, *further = (values.pop(f"{name}.{part}") for part in parts)
-        dtype, *rest = described
-        made = checked(tiles, scale_and_zero, (getattr(torch, dtype), *rest), *further)
-        made.check_values()
-        return made
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PackedFormatError(
-            f"{path}: the packed weight {name} is damaged: {type(error).__name__}: {error}"
-        ) from error
+def _elsewhere(path: object, missing: str) -> str:
+    return (
+        f"{path} has no {missing}. Either it is damaged, or it is one of several files of a model: "
+        "then load their folder, with fxint4.load_(model, folder) or from_pretrained(folder)"
+    )
 
 
 def _identity(value: Tensor) -> object:
