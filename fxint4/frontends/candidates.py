@@ -64,13 +64,13 @@ class Owners:
 
     def name(self, parameter: nn.Parameter) -> str:
         """Full name of a parameter; the layer's, where a layer and an embedding share it."""
-        places = self._places[id(parameter)]
-        names = [name for module, _, name in places if not isinstance(module, nn.Embedding)]
-        return names[0] if names else places[0][2]
+        return self.names(parameter)[0]
 
     def names(self, parameter: nn.Parameter) -> list[str]:
-        """All full names of a parameter; several where modules share it."""
-        return [name for _, _, name in self._places[id(parameter)]]
+        """All full names of a parameter; several where modules share it, those of layers first."""
+        places = self._places[id(parameter)]
+        places = sorted(places, key=lambda place: isinstance(place[0], nn.Embedding))
+        return [name for _, _, name in places]
 
     def replace(self, parameter: nn.Parameter, new: nn.Parameter) -> None:
         """Put `new` in the place of a parameter in all modules, and forget the parameter."""

@@ -201,7 +201,7 @@ def _measured(
         candidate = found.get(id(root))
         if candidate is None:
             return None
-        packed, _ = packed_candidate(candidate, owners, config)
+        packed, _ = packed_candidate(candidate, owners.names(candidate.parameter), config)
         return None if packed is None else candidate.logical(packed).dequantize()
 
     def quantized_of(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
