@@ -20,6 +20,7 @@ from fxint4.frontends.candidates import (
     candidates_of_modules,
     candidates_that_run,
 )
+from fxint4.frontends.in_place import tell_followers
 from fxint4.frontends.parameters import (
     materialize_parametrized,
     packed_candidate,
@@ -119,6 +120,7 @@ def pack_(
     ]
     if target is not None:
         _move_rest(model, target)
+    tell_followers(model, config)
     report.put("pack_", GraphReport((*records, *kept), parameters, "", ""))
     return report
 

@@ -18,6 +18,7 @@ from fxint4.frontends.candidates import Candidate, use_of
 from fxint4.frontends.checkpoints import auto_round, awq, compressed_tensors, gptq, torchao
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
+from fxint4.frontends.in_place import tell_followers
 from fxint4.frontends.parameters import packed_record, record_of
 from fxint4.graph.names import layer_name, parameters_of
 from fxint4.quant.tile_layout import DTYPES
@@ -93,6 +94,7 @@ def load_(
         setattr(module, attribute, value)
     for slot in slots:
         setattr(slot.place.module, slot.place.attribute, slot.new)
+    tell_followers(model)
     report = Report()
     records = {id(slot.new): record for slot in slots if (record := slot.record())}
     parameters = {
