@@ -8,15 +8,12 @@ gets such a quantizer, too, so that it can be saved. Run with transformers 5.17 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -26,22 +23,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import CheckpointError, FoldError, OptionError, PackedFormatError
-from fxint4.frontends.candidates import Candidate, Owners, candidates_of_modules, use_of
-from fxint4.frontends.parameters import (
-    decided_candidate,
-    packed_candidate,
-    packed_record,
-    record_of,
-)
+from fxint4.errors import Int4Error, OptionError
+from fxint4.frontends.streamed import PackedFiles, StreamedPacking, tie
 from fxint4.frontends.unpack import dequantize_
-from fxint4.graph.names import layer_name, parameters_of
-from fxint4.passes.plan import Kept, Plan
 from fxint4.quant.statistics import Calibration
-from fxint4.report import GraphReport, Record, Report
-from fxint4.report.latest import remember
 from fxint4.tensor import Int4TileTensor
-from fxint4.tensor.files import PARTS, Header, assemble, flatten, read_header
+from fxint4.tensor.files import PARTS, flatten
 from fxint4.version import __version__
 
 if TYPE_CHECKING:  # transformers imports this module while it makes this class
@@ -52,7 +39,6 @@ __all__ = ["Int4TileConfig", "Int4TileQuantizer", "follow_packing", "register"]
 #: What transformers knows the format by, in `config.json`.
 NAME = "int4tile"
 _DEFAULTS = Int4Config()
-_CPU = torch.device("cpu")
 
 
 class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -218,12 +204,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Int4TileConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._config = None if self.pre_quantized else quantization_config.int4_config()
-        self._candidates: dict[str, tuple[Candidate, list[str]]] = {}
-        self._records: dict[str, Record] = {}
-        self._bytes: dict[str, int] = {}
-        self._folder: object = None
-        self._stored_names: dict[str, str] = {}
-        self._header = Header({}, {}, frozenset())
+        self._weights: StreamedPacking | PackedFiles | None = None
         self._failure: Exception | None = None
 
     # --- before weights are loaded ---------------------------------------------------------------
@@ -244,26 +225,13 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         """Decide about each parameter, or read what the files' headers say of packed ones."""
-        if self.pre_quantized:
-            self._read_headers(model, checkpoint_files or [])
-        else:
-            self._decide(model)
-
-    def _decide(self, model: PreTrainedModel) -> None:
-        assert self._config is not None
+        if self._config is None:
+            self._weights = PackedFiles(checkpoint_files or [], f"{model.base_model_prefix}.")
+            return
         # transformers ties weights once they are loaded, but what is tied is packed, or not, once.
         for name, original in model.all_tied_weights_keys.items():
-            _tie(model, name, original)
-        owners = Owners([("", model)])
-        for candidate in candidates_of_modules(owners):
-            names = owners.names(candidate.parameter)
-            record, plan = decided_candidate(candidate, names, self._config, _CPU)
-            reason = plan.reason if isinstance(plan, Kept) else self._not_to_convert(names)
-            self._records[names[0]] = dataclasses.replace(record, reason=reason)
-            if isinstance(plan, Plan) and not reason:
-                for name in names:
-                    self._candidates[name] = candidate, names
-                    self._bytes[name] = plan.shape.packed_bytes
+            tie(model, name, original)
+        self._weights = StreamedPacking(model, self._config, self._not_to_convert)
 
     def _not_to_convert(self, names: Sequence[str]) -> str:
         patterns = self.quantization_config.modules_to_not_convert or ()
@@ -273,35 +241,16 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
                     return f"modules_to_not_convert={pattern!r}"
         return ""
 
-    def _read_headers(self, model: PreTrainedModel, files: Sequence[str]) -> None:
-        metadata, sizes = [], {}
-        for path in files:
-            self._folder = os.path.dirname(path)
-            with safe_open(path, framework="pt") as file:
-                metadata.append(file.metadata() or {})
-                for name in file.keys():  # noqa: SIM118
-                    shape = file.get_slice(name).get_shape()
-                    sizes[name] = math.prod(shape) * (2 if name.endswith(PARTS[1]) else 4)
-        self._header = read_header(self._folder, *metadata)
-        prefix = f"{model.base_model_prefix}."
-        for stored in self._header.packed:
-            # A folder of a model with a head may be loaded without it, and the other way round.
-            for name in (stored, prefix + stored, stored.removeprefix(prefix)):
-                self._stored_names[name] = stored
-                self._bytes[name] = sum(
-                    sizes.get(part, 0) for part in self._header.parts(stored).values()
-                )
-
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
         """Whether a parameter of the model is to be packed; its values may still forbid it."""
-        return param_name in self._candidates
+        return isinstance(self._weights, StreamedPacking) and param_name in self._weights
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes of a parameter for each of its elements, packed ones included; for device maps."""
-        if param_name in self._bytes:
-            return self._bytes[param_name] / param.numel()
+        if self._weights is not None and param_name in self._weights.nbytes:
+            return self._weights.nbytes[param_name] / param.numel()
         return float(param.element_size())
 
     # --- while they are loaded -----------------------------------------------------------------
@@ -312,94 +261,47 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """What makes packed weights of the tensors of a folder with packed weights."""
-        leaves = dict.fromkeys(name.rpartition(".")[2] for name in self._header.packed)
+        if not isinstance(self._weights, PackedFiles):
+            return []
         return [
-            WeightConverter([_pattern(leaf, part) for part in PARTS], leaf, [_Assemble(self)])
-            for leaf in leaves
+            WeightConverter([_pattern(attribute, part) for part in PARTS], attribute, [_Load(self)])
+            for attribute in self._weights.attributes
         ]
 
-    def pack(self, name: str, value: Tensor) -> Tensor:
-        """Pack a weight of the checkpoint.
+    def convert(self, make: Callable[[], Tensor], instead: Tensor) -> Tensor:
+        """Make a parameter, unless an earlier one failed.
 
         Args:
-            name: Full name of the parameter that it is for.
-            value: Its values, on the device where it goes.
-
-        Returns:
-            The packed parameter, or the values if they are to stay.
+            make: Makes it.
+            instead: What to return if it can't be made, on the meta device.
         """
-        known, names = self._candidates[name]
-        if self._failure is not None:
-            return known.parameter
-        assert self._config is not None
-        candidate = Candidate(nn.Parameter(value, requires_grad=False), known.op, known.k_axis)
-        try:
-            packed, record = packed_candidate(candidate, names, self._config)
-        except FoldError as error:
-            self._failure = error
-            return known.parameter
-        self._records[names[0]] = record
-        if packed is None:
-            return value
-        return nn.Parameter(candidate.logical(packed), requires_grad=False)
-
-    def assemble(self, name: str, parts: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
-        """Make a packed parameter of its tensors.
-
-        Args:
-            name: Its full name.
-            parts: The tensors, by their names in `PARTS`.
-            wanted: The parameter of the model, on the meta device.
-        """
-        if self._failure is not None:
-            return wanted
-        try:
-            packed = assemble(self._folder, self._stored_names.get(name, name), self._header, parts)
-            if packed.shape != wanted.shape:
-                raise CheckpointError(
-                    f"{self._folder}: {name} is {tuple(packed.shape)}; the model's is "
-                    f"{tuple(wanted.shape)}"
-                )
-        except (CheckpointError, PackedFormatError) as error:
-            self._failure = error
-            return wanted
-        return nn.Parameter(packed.to(wanted.dtype), requires_grad=False)
+        if self._failure is None:
+            try:
+                return make()
+            except Int4Error as error:
+                self._failure = error
+        return instead
 
     # --- after they are loaded -----------------------------------------------------------------
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        """Tie what the files say is tied, and set `model.int4tile_report`."""
+        """Set `model.int4tile_report`; raise what failed."""
         if self._failure is not None:
             raise self._failure
-        # Saving flattens packed weights before transformers undoes its conversions.
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or ()
-            if not any(isinstance(op, _Assemble) for op in getattr(conversion, "operations", ()))
-        ]
-        for name, original in self._header.shared.items():
-            _tie(model, name, original)
-        self._candidates.clear()
-        model.int4tile_report = self._report(model)
-        remember(model.int4tile_report)
+        assert self._weights is not None
+        if isinstance(self._weights, PackedFiles):
+            self._weights.tie(model)
+            # Saving flattens packed weights before transformers undoes its conversions.
+            model._weight_conversions = [
+                conversion
+                for conversion in model._weight_conversions
+                if not any(isinstance(op, _Load) for op in getattr(conversion, "operations", ()))
+            ]
+        model.int4tile_report = self._weights.report(model, "from_pretrained")
+        self._weights = None
         return model
-
-    def _report(self, model: PreTrainedModel) -> Report:
-        report = Report(self._config)
-        if self.pre_quantized:
-            records = _records_of_packed(model)
-        else:
-            records = [_with_key(record, model) for record in self._records.values()]
-        parameters = {
-            key: each._replace(
-                reason=each.reason or f"{each.owner} is no kind of module that is packed"
-            )
-            for key, each in parameters_of(model).items()
-        }
-        report.put("from_pretrained", GraphReport(tuple(records), parameters, "", ""))
-        return report
 
     # --- saving, and the way back -----------------------------------------------------------------
 
@@ -422,30 +324,41 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-class _Pack(ConversionOps):  # type: ignore[misc]
-    """Packs one weight of a checkpoint; its float values are freed before the next is read."""
+class _Operation(ConversionOps):  # type: ignore[misc]
+    """What transformers does with tensors of a checkpoint.
+
+    Args:
+        quantizer: The quantizer that loads the model.
+    """
 
     def __init__(self, quantizer: Int4TileQuantizer) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Return the parameter by its full name, as `ConversionOps` of quantizers do."""
-        (value,) = input_dict.values()
-        value = value[0] if isinstance(value, list) else value
-        return {full_layer_name: self.hf_quantizer.pack(full_layer_name, value)}
-
-
-class _Assemble(ConversionOps):  # type: ignore[misc]
-    """Makes one packed weight of its tensors in a checkpoint."""
-
-    def __init__(self, quantizer: Int4TileQuantizer) -> None:
-        self.hf_quantizer = quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Assemble:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Operation:
         """Transformers copies an operation for each weight; the quantizer stays the same."""
         return self
+
+
+class _Pack(_Operation):
+    """Packs one weight; its float values are freed before the next is read."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return the parameter by its full name."""
+        weights, instead = self.hf_quantizer._weights, model.get_parameter(full_layer_name)
+        (value,) = map(_only, input_dict.values())
+        made = self.hf_quantizer.convert(lambda: weights.pack(full_layer_name, value), instead)
+        return {full_layer_name: made}
+
+
+class _Load(_Operation):
+    """Makes one packed weight of its tensors."""
 
     def convert(
         self,
@@ -457,56 +370,23 @@ class _Assemble(ConversionOps):  # type: ignore[misc]
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Return the parameter by its full name."""
-        parts = {}
-        for part, pattern in zip(PARTS, source_patterns, strict=True):
-            if pattern in input_dict:
-                value = input_dict[pattern]
-                parts[part] = value[0] if isinstance(value, list) else value
-        wanted = model.get_parameter(full_layer_name)
-        return {full_layer_name: self.hf_quantizer.assemble(full_layer_name, parts, wanted)}
+        weights, wanted = self.hf_quantizer._weights, model.get_parameter(full_layer_name)
+        by_pattern = dict(zip(source_patterns, PARTS, strict=True))
+        parts = {by_pattern[pattern]: _only(value) for pattern, value in input_dict.items()}
+        made = self.hf_quantizer.convert(
+            lambda: weights.assemble(full_layer_name, parts, wanted), wanted
+        )
+        return {full_layer_name: made}
+
+
+def _only(value: Any) -> Any:
+    """The tensor of a list of one; transformers gives either."""
+    return value[0] if isinstance(value, list) else value
 
 
 def _pattern(attribute: str, part: str) -> str:
     """A regular expression for the tensors of packed parameters of this name in its module."""
     return rf"(?<![^.])_{re.escape(attribute)}_{part}$"
-
-
-def _tie(model: nn.Module, name: str, original: str) -> None:
-    """Make a parameter the same as another one, if the model has both."""
-    path, _, attribute = name.rpartition(".")
-    try:
-        value, _ = model.get_parameter(original), model.get_parameter(name)
-    except AttributeError:  # of a model with more modules than this one, or no parameter
-        return
-    setattr(model.get_submodule(path), attribute, value)
-
-
-def _with_key(record: Record, model: nn.Module) -> Record:
-    return dataclasses.replace(record, weight_key=id(model.get_parameter(record.parameters[0])))
-
-
-def _records_of_packed(model: nn.Module) -> list[Record]:
-    """A record for each packed parameter of a model, and for those that could be."""
-    owners = Owners([("", model)])
-    records = []
-    for parameter in owners.parameters.values():
-        uses = [use for owner in owners.of(parameter) if (use := use_of(owner, parameter))]
-        packed = isinstance(parameter, Int4TileTensor)
-        if not (uses or packed) or parameter.ndim < 2:
-            continue
-        op, k_axis = uses[0] if uses else ("linear", -1)
-        name = owners.name(parameter)
-        plain = nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False
-        )
-        stored = Candidate(plain, op, k_axis).as_stored
-        record = record_of(layer_name(name), (name,), op, stored, plain)
-        record = dataclasses.replace(record, weight_key=id(parameter))
-        if isinstance(parameter, Int4TileTensor):
-            records.append(packed_record(record, parameter, "packed in the checkpoint"))
-        else:
-            records.append(dataclasses.replace(record, reason="not packed in the checkpoint"))
-    return records
 
 
 # --- models that are packed in place ------------------------------------------------------------
