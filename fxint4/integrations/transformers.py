@@ -191,6 +191,9 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         quantization_config: An `Int4TileConfig`.
         **kwargs: Of `HfQuantizer`: `pre_quantized` is True where the folder has packed weights.
 
+    Attributes:
+        weights: What the weights become, while they are loaded.
+
     Raises:
         OptionError: See `Int4TileConfig.int4_config`.
         PackedFormatError: See there.
@@ -204,7 +207,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Int4TileConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._config = None if self.pre_quantized else quantization_config.int4_config()
-        self._weights: StreamedPacking | PackedFiles | None = None
+        self.weights: StreamedPacking | PackedFiles | None = None
         self._failure: Exception | None = None
 
     # --- before weights are loaded ---------------------------------------------------------------
@@ -226,12 +229,12 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         """Decide about each parameter, or read what the files' headers say of packed ones."""
         if self._config is None:
-            self._weights = PackedFiles(checkpoint_files or [], f"{model.base_model_prefix}.")
+            self.weights = PackedFiles(checkpoint_files or [], f"{model.base_model_prefix}.")
             return
         # transformers ties weights once they are loaded, but what is tied is packed, or not, once.
         for name, original in model.all_tied_weights_keys.items():
             tie(model, name, original)
-        self._weights = StreamedPacking(model, self._config, self._not_to_convert)
+        self.weights = StreamedPacking(model, self._config, self._not_to_convert)
 
     def _not_to_convert(self, names: Sequence[str]) -> str:
         patterns = self.quantization_config.modules_to_not_convert or ()
@@ -245,12 +248,12 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
         """Whether a parameter of the model is to be packed; its values may still forbid it."""
-        return isinstance(self._weights, StreamedPacking) and param_name in self._weights
+        return isinstance(self.weights, StreamedPacking) and param_name in self.weights
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes of a parameter for each of its elements, packed ones included; for device maps."""
-        if self._weights is not None and param_name in self._weights.nbytes:
-            return self._weights.nbytes[param_name] / param.numel()
+        if self.weights is not None and param_name in self.weights.nbytes:
+            return self.weights.nbytes[param_name] / param.numel()
         return float(param.element_size())
 
     # --- while they are loaded -----------------------------------------------------------------
@@ -261,11 +264,11 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """What makes packed weights of the tensors of a folder with packed weights."""
-        if not isinstance(self._weights, PackedFiles):
+        if not isinstance(self.weights, PackedFiles):
             return []
         return [
             WeightConverter([_pattern(attribute, part) for part in PARTS], attribute, [_Load(self)])
-            for attribute in self._weights.attributes
+            for attribute in self.weights.attributes
         ]
 
     def convert(self, make: Callable[[], Tensor], instead: Tensor) -> Tensor:
@@ -290,17 +293,17 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         """Set `model.int4tile_report`; raise what failed."""
         if self._failure is not None:
             raise self._failure
-        assert self._weights is not None
-        if isinstance(self._weights, PackedFiles):
-            self._weights.tie(model)
+        assert self.weights is not None
+        if isinstance(self.weights, PackedFiles):
+            self.weights.tie(model)
             # Saving flattens packed weights before transformers undoes its conversions.
             model._weight_conversions = [
                 conversion
                 for conversion in model._weight_conversions
                 if not any(isinstance(op, _Load) for op in getattr(conversion, "operations", ()))
             ]
-        model.int4tile_report = self._weights.report(model, "from_pretrained")
-        self._weights = None
+        model.int4tile_report = self.weights.report(model, "from_pretrained")
+        self.weights = None
         return model
 
     # --- saving, and the way back -----------------------------------------------------------------
@@ -351,7 +354,8 @@ class _Pack(_Operation):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Return the parameter by its full name."""
-        weights, instead = self.hf_quantizer._weights, model.get_parameter(full_layer_name)
+        weights, instead = self.hf_quantizer.weights, model.get_parameter(full_layer_name)
+        assert isinstance(weights, StreamedPacking)
         (value,) = map(_only, input_dict.values())
         made = self.hf_quantizer.convert(lambda: weights.pack(full_layer_name, value), instead)
         return {full_layer_name: made}
@@ -370,7 +374,8 @@ class _Load(_Operation):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Return the parameter by its full name."""
-        weights, wanted = self.hf_quantizer._weights, model.get_parameter(full_layer_name)
+        weights, wanted = self.hf_quantizer.weights, model.get_parameter(full_layer_name)
+        assert isinstance(weights, PackedFiles)
         by_pattern = dict(zip(source_patterns, PARTS, strict=True))
         parts = {by_pattern[pattern]: _only(value) for pattern, value in input_dict.items()}
         made = self.hf_quantizer.convert(
