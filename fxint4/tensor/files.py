@@ -26,14 +26,23 @@ from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import checked
 from fxint4.untrusted_files import check_metadata, open_tensors, parse_json
 
-__all__ = ["PARTS", "Header", "assemble", "flatten", "load_file", "read_header", "save_file"]
+__all__ = [
+    "HEADER",
+    "PARTS",
+    "Header",
+    "assemble",
+    "flatten",
+    "load_file",
+    "read_header",
+    "save_file",
+]
 
+#: The entry of a file's header that says which tensors are packed, and how.
+HEADER = "fxint4"
 #: The tensors of a packed weight, by their names after the weight's; `Int4TileTensor.buffers`. Only
 #: a weight with a pre-scale has the last.
 PARTS = ("tiles", "scale_and_zero", "pre_scale")
 
-#: The entry of a file's header that says which tensors are packed, and how.
-_HEADER = "fxint4"
 #: Versions of the header. Files without a pre-scale have the first, which older releases read.
 _PLAIN, _PRE_SCALED = 1, 2
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -195,7 +204,7 @@ def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     header: dict[str, Any] = {"version": _PLAIN, "packed": packed, "shared": shared}
     if pre_scaled:
         header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}
-    entries = {"format": "pt", _HEADER: json.dumps(header, separators=(",", ":"))}
+    entries = {"format": "pt", HEADER: json.dumps(header, separators=(",", ":"))}
     check_metadata("the state dict", entries, WriteError)
     return plain, entries
 
@@ -215,7 +224,7 @@ def read_header(path: object, *metadata: Mapping[str, str]) -> Header:
     """
     merged = Header({}, {}, frozenset())
     # All shards of a model have the same entry, which may have megabytes: each text is read once.
-    for text in dict.fromkeys(entries[_HEADER] for entries in metadata if _HEADER in entries):
+    for text in dict.fromkeys(entries[HEADER] for entries in metadata if HEADER in entries):
         read = _entries(path, parse_json(text, path, PackedFormatError))
         for known, new in ((merged.packed, read.packed), (merged.shared, read.shared)):
             differ = [name for name in known.keys() & new.keys() if known[name] != new[name]]
@@ -297,7 +306,7 @@ def _entries(path: object, header: Any) -> Header:
     if header == {}:
         return Header({}, {}, frozenset())
     if not isinstance(header, dict):
-        raise PackedFormatError(f"{path}: its header is damaged: {_HEADER} is no JSON object")
+        raise PackedFormatError(f"{path}: its header is damaged: {HEADER} is no JSON object")
     if header.get("version") not in (_PLAIN, _PRE_SCALED):
         raise PackedFormatError(
             f"{path} is of version {header.get('version')!r}; this fxint4 reads {_PLAIN} and "
