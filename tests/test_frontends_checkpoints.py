@@ -1306,11 +1306,11 @@ def mutate(tree: Any, chance: random.Random) -> None:
     elif key is not None and chance.random() < 0.3:
         del tree[key]
     elif isinstance(tree, dict):
-        tree[chance.choice([*keys, "d", "a.weight"])] = chance.choice(JUNK)
+        tree[chance.choice([*keys, "d", "a.weight"])] = copy.copy(chance.choice(JUNK))
     elif key is not None:
-        tree[key] = chance.choice(JUNK)
+        tree[key] = copy.copy(chance.choice(JUNK))
     else:
-        tree.append(chance.choice(JUNK))
+        tree.append(copy.copy(chance.choice(JUNK)))
 
 
 def test_one_own_weight_at_a_time(tmp_path: Path) -> None:
