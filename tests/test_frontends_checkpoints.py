@@ -6,9 +6,12 @@ without anything of the reader. What comes out is held to `(code - zero_point) *
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 import fxint4
 from fxint4 import CheckpointError, Int4TileTensor
+from fxint4.tensor.files import flatten
 
 pytest.importorskip("safetensors")
 
@@ -941,16 +945,403 @@ def test_experts_in_one_parameter(tmp_path: Path) -> None:
     assert [(r.op, r.batch) for r in report.records] == [("experts", 2)]
 
 
+# --- fxint4's own files --------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """Named and made as that of transformers: x @ weight + bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(96, 64, dtype=torch.bfloat16))
+        self.bias = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+
+
+class Kinds(nn.Module):
+    """A weight of each kind that can be packed, and what is not packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bf16 = torch.bfloat16
+        self.fc = nn.Linear(100, 50, dtype=bf16)
+        self.tied = nn.Linear(100, 50, bias=False, dtype=bf16)
+        self.tied.weight = self.fc.weight
+        self.fp16 = nn.Linear(128, 64, dtype=torch.float16)
+        self.single = nn.Linear(320, 64)
+        self.conv1d = Conv1D()
+        self.conv = nn.Conv2d(64, 32, 1, dtype=bf16)
+        self.experts = nn.Parameter(torch.randn(3, 64, 40, dtype=bf16))
+        self.runs = nn.Linear(96, 32, bias=False, dtype=bf16)
+        self.embed = nn.Embedding(7, 50, dtype=bf16)
+        self.head = nn.Linear(50, 7, bias=False, dtype=bf16)
+        self.head.weight = self.embed.weight
+        self.register_buffer("positions", torch.arange(7))
+        self.register_buffer("table", torch.randn(32, 64, dtype=bf16))
+        self.register_buffer("fp8", torch.randn(4, 4).to(torch.float8_e4m3fn))
+        self.register_buffer("unsigned", torch.arange(4).to(torch.uint16))
+
+
+def kinds() -> Kinds:
+    """A packed model; its weights differ in axes, groups, columns, dtypes and pre-scales."""
+    torch.manual_seed(0)
+    model = Kinds().eval()
+    fxint4.pack_(model)
+    wide = Int4TileTensor.from_float(torch.randn(32, 256).bfloat16())
+    new = {
+        "single": Int4TileTensor.from_float(
+            torch.randn(64, 320), fxint4.Int4Config(group_size=32, inner_k_tiles=2)
+        ).like(pre_scale=torch.rand(320) + 0.5),
+        "runs": wide.like(columns=((0, 40), (50, 74), (128, 160)), is_part=True),
+    }
+    for name, weight in new.items():
+        model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+    experts = Int4TileTensor.from_float(model.experts.detach().mT)
+    model.experts = nn.Parameter(experts.like(axes=(0, 2, 1)), requires_grad=False)
+    model.table = Int4TileTensor.from_float(model.table)
+    packed = [name for name, value in model.state_dict().items() if is_packed(value)]
+    assert len(packed) == 9
+    return model
+
+
+def is_packed(value: Any) -> bool:
+    return isinstance(value, Int4TileTensor)
+
+
+def write_own(folder: Path, state: Mapping[str, Tensor], shards: int, config: bool = False) -> Path:
+    """Write a state dict as `save_file` does, or spread over several files with an index."""
+    folder.mkdir(exist_ok=True)
+    if config:
+        text = json.dumps({"model_type": "x", "quantization_config": {"quant_method": "int4tile"}})
+        (folder / "config.json").write_text(text)
+    if shards == 1:
+        fxint4.save_file(state, folder / "model.safetensors")
+        return folder
+    tensors, entries = flatten(state)
+    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    split = {
+        name: {key: value for j, (key, value) in enumerate(tensors.items()) if j % shards == i}
+        for i, name in enumerate(names)
+    }
+    write_shards(folder, split, entries)
+    return folder
+
+
+def assert_same(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Assert that a model holds the tensors of a state dict, bit for bit."""
+    loaded = model.state_dict()
+    assert loaded.keys() == state.keys()
+    for name, value in state.items():
+        other = loaded[name]
+        assert (type(other), other.dtype) == (type(value), value.dtype), name
+        assert other.shape == value.shape, name
+        if is_packed(value):
+            assert other.metadata == value.metadata, name
+            assert other.buffers.keys() == value.buffers.keys()
+            assert all(torch.equal(b, value.buffers[part]) for part, b in other.buffers.items())
+        elif value.dtype is torch.float8_e4m3fn:
+            assert torch.equal(other.view(torch.uint8), value.view(torch.uint8))
+        else:
+            assert torch.equal(other, value), name
+
+
+@pytest.mark.parametrize("config", [False, True], ids=["header only", "config"])
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_own_files_are_taken_bit_for_bit(
+    device: str, shards: int, config: bool, tmp_path: Path
+) -> None:
+    state = kinds().state_dict()
+    write_own(tmp_path, state, shards, config)
+    with torch.device(device):
+        model = Kinds()
+    before = dict(model.named_modules())
+    report = fxint4.load_(model, tmp_path)
+    assert dict(model.named_modules()) == before
+    assert_same(model, state)
+    assert model.fc.weight is model.tied.weight
+    assert model.head.weight is model.embed.weight
+    assert isinstance(model.single.weight, nn.Parameter)
+    assert not isinstance(model.table, nn.Parameter)
+
+    packed = {name: value for name, value in state.items() if is_packed(value)}
+    records = {record.parameters[0]: record for record in report.records}
+    # Those that are tied are one parameter, which has one record.
+    assert len(packed.keys() & records.keys()) == len(packed) - 1
+    for name, record in records.items():
+        if name in packed:
+            shape = packed[name].stored
+            assert (record.action, record.reason) == ("packed", "from fxint4")
+            assert (record.n, record.k, record.group_size) == (shape.n, shape.k, shape.group_size)
+            assert record.bytes_after == packed[name].packed_bytes
+    assert (records["head.weight"].action, records["experts"].batch) == ("kept", 3)
+    assert str(report)
+
+
+def test_an_own_file_and_a_config_of_what_was_packed(tmp_path: Path) -> None:
+    """A checkpoint of GPTQ, loaded and saved again beside the config.json that it came with."""
+    write_layer(tmp_path / "gptq", CASES["gptq"])
+    model, again = Layer(48, 512), Layer(48, 512)
+    fxint4.load_(model, tmp_path / "gptq")
+    fxint4.save_file(model.state_dict(), tmp_path / "gptq" / "model.safetensors")
+    fxint4.load_(again, tmp_path / "gptq")
+    assert_same(again, model.state_dict())
+
+
+def test_an_own_file_into_a_packed_model(tmp_path: Path) -> None:
+    state = kinds().state_dict()
+    fxint4.save_file(state, tmp_path / "m.safetensors")
+    model = Kinds()
+    fxint4.pack_(model, options={"group_size": 32})
+    fxint4.load_(model, tmp_path / "m.safetensors")
+    assert_same(model, state)
+
+
+def test_an_own_file_takes_the_models_dtype(tmp_path: Path) -> None:
+    state = kinds().state_dict()
+    fxint4.save_file(state, tmp_path / "m.safetensors")
+    model = Kinds().float()
+    model.fp8 = torch.zeros(4, 4, dtype=torch.float8_e4m3fn)
+    fxint4.load_(model, tmp_path / "m.safetensors")
+    assert model.fc.weight.dtype is torch.float32
+    expected = state["fc.weight"].dequantize(torch.float32)
+    assert torch.equal(model.fc.weight.dequantize(), expected)
+
+
+def test_an_own_file_without_a_packed_weight(tmp_path: Path) -> None:
+    state = Tied().state_dict()
+    fxint4.save_file(state, tmp_path / "m.safetensors")
+    model = Tied()
+    fxint4.load_(model, tmp_path / "m.safetensors")
+    assert_same(model, state)
+
+
+def test_ties_of_an_own_file_come_back(tmp_path: Path) -> None:
+    """Also into a model that does not tie, and under other names."""
+    model = nn.ModuleDict({name: nn.Linear(64, 32, bias=False) for name in ("a", "b")})
+    model["b"].weight = model["a"].weight
+    fxint4.pack_(model)
+    fxint4.save_file(model.state_dict(), tmp_path / "m.safetensors")
+    apart = nn.ModuleDict({name: nn.Linear(64, 32, bias=False) for name in ("x_a", "x_b")})
+    fxint4.load_(apart, tmp_path / "m.safetensors", rename=lambda name: f"x_{name}")
+    assert apart["x_a"].weight is apart["x_b"].weight
+    assert torch.equal(apart["x_a"].weight, model["a"].weight)
+    with pytest.raises(CheckpointError, match=r"Not in the model: a\.weight, b\.weight\."):
+        fxint4.load_(apart, tmp_path / "m.safetensors")
+    only = nn.ModuleDict({"a": nn.Linear(64, 32, bias=False)})
+    fxint4.load_(only, tmp_path / "m.safetensors", ignore="b")
+    assert torch.equal(only["a"].weight, model["a"].weight)
+
+
+def test_an_own_file_of_another_shape(tmp_path: Path) -> None:
+    fxint4.save_file(kinds().state_dict(), tmp_path / "m.safetensors")
+    model = Kinds()
+    model.conv = nn.Conv2d(64, 31, 1, dtype=torch.bfloat16)
+    with (
+        unchanged(model),
+        pytest.raises(
+            CheckpointError,
+            match=r"^conv \(fxint4\): it is \(32, 64, 1, 1\); the model's parameter is \(31, 64, ",
+        ),
+    ):
+        fxint4.load_(model, tmp_path / "m.safetensors")
+    model = Kinds()
+    model.embed = nn.Embedding(8, 50, dtype=torch.bfloat16)
+    with unchanged(model), pytest.raises(CheckpointError, match=r"embed\.weight is .* \(7, 50\)"):
+        fxint4.load_(model, tmp_path / "m.safetensors")
+    model = Kinds().double()
+    with (
+        unchanged(model),
+        pytest.raises(CheckpointError, match=r"model's is torch\.float64; it mu"),
+    ):
+        fxint4.load_(model, tmp_path / "m.safetensors")
+
+
+def test_one_of_an_own_folders_files(tmp_path: Path) -> None:
+    write_own(tmp_path, kinds().state_dict(), 3)
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        with pytest.raises(CheckpointError, match="one of several files of a model: then give the"):
+            fxint4.load_(Kinds(), path)
+
+
+def test_own_tensors_without_their_header(tmp_path: Path) -> None:
+    tensors, _ = flatten(kinds().state_dict())
+    for entries in (None, {"format": "pt"}, {"fxint4": '{"version":1,"packed":{},"shared":{}}'}):
+        write_folder(tmp_path, tensors, metadata=entries)
+        with pytest.raises(CheckpointError, match=r"_experts_tiles is named like a part of a"):
+            fxint4.load_(Kinds(), tmp_path)
+
+
+def test_own_shards_of_two_models(tmp_path: Path) -> None:
+    one, two = kinds(), Kinds()
+    fxint4.pack_(two, options={"group_size": 32})
+    parts = {"model-1.safetensors": one, "model-2.safetensors": two}
+    flat = {name: flatten(model.state_dict()) for name, model in parts.items()}
+    index = dict.fromkeys(flat["model-1.safetensors"][0], "model-1.safetensors")
+    index["fc._weight_tiles"] = "model-2.safetensors"
+    for name, (tensors, entries) in flat.items():
+        own = {key: value for key, value in tensors.items() if index.get(key) == name}
+        write_shards(tmp_path, {name: own}, entries)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(CheckpointError, match=r"headers of two files differ in .*not of one model"):
+        fxint4.load_(Kinds(), tmp_path)
+
+
+def small() -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """A packed model with a tied weight and a pre-scale, its tensors in a file, and its header."""
+    model = nn.ModuleDict({name: nn.Linear(64, 32, bias=False) for name in ("a", "b", "c")})
+    model["b"].weight = model["a"].weight
+    fxint4.pack_(model)
+    weight = model["c"].weight.detach().like(pre_scale=torch.ones(64))
+    model["c"].weight = nn.Parameter(weight, requires_grad=False)
+    tensors, entries = flatten(model.state_dict())
+    return model, tensors, json.loads(entries["fxint4"])
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any], Tensors], Any], str]] = {
+    "more rows": (lambda h, t: set_in(h, 1, 99), r"^a \(fxint4\): .* 99 rows and"),
+    "fewer rows": (lambda h, t: set_in(h, 1, 9), r"^a \(fxint4\): it is \(9, 64\); the model's"),
+    "no rows": (lambda h, t: set_in(h, 1, 0), r"^a \(fxint4\): "),
+    "huge": (lambda h, t: set_in(h, 1, 10**30), r"^a \(fxint4\): "),
+    "huge columns": (lambda h, t: set_in(h, 2, [[0, 10**30]]), r"^a \(fxint4\): "),
+    "negative": (lambda h, t: set_in(h, 2, [[-64, 64]]), r"^a \(fxint4\): "),
+    "text": (lambda h, t: set_in(h, 3, "32"), r"^a \(fxint4\): "),
+    "other axes": (lambda h, t: set_in(h, 4, [1, 0]), r"^a \(fxint4\): it is \(64, 32\)"),
+    "no axes": (lambda h, t: set_in(h, 4, None), r"^a \(fxint4\): "),
+    "a dtype": (lambda h, t: set_in(h, 0, "__class__"), r"^a \(fxint4\): .*dtype is '__class__'"),
+    "nothing": (lambda h, t: h["packed"].update(a=None), r"has no _a_tiles"),
+    "not there": (
+        lambda h, t: h["packed"].update(d=h["packed"]["c.weight"]),
+        "has no _d_tiles, wh",
+    ),
+    "no pre-scale": (lambda h, t: t.pop("c._weight_pre_scale"), r"has no c\._weight_pre_scale, w"),
+    "one too many": (lambda h, t: h["pre_scaled"].clear(), r"Not in the model: c\._weight_pre_sca"),
+    "not packed": (lambda h, t: h["packed"].pop("a.weight"), r"has no a\.weight, whose memory b"),
+    "a tie to itself": (lambda h, t: h["shared"].update(d="d"), r"has no d, whose memory d shares"),
+    "packed and tied": (
+        lambda h, t: h["shared"].update({"c.weight": "a.weight"}),
+        r"c\.weight is packed, and shares the memory of another",
+    ),
+    "twice": (
+        lambda h, t: t.update({"b.weight": torch.zeros(32, 64)}),
+        r"b\.weight and b\.weight are both for b\.weight",
+    ),
+    "plain, too": (
+        lambda h, t: t.update({"a.weight": torch.zeros(32, 64)}),
+        r"a\.weight and a\.weight are both for a\.weight",
+    ),
+    "a version": (lambda h, t: h.update(version=4), "is of version 4; this fxint4 reads 1, 2, 3"),
+    "a list": (lambda h, t: h.update(packed=[1]), "its header is damaged"),
+    "int64 tiles": (
+        lambda h, t: t.update({"a._weight_tiles": t["a._weight_tiles"].long()}),
+        r"^a \(fxint4\): .* tiles are torch\.int64",
+    ),
+    "short tiles": (
+        lambda h, t: t.update({"a._weight_tiles": t["a._weight_tiles"][:2].clone()}),
+        r"^a \(fxint4\): .*scale_and_zero has shape",
+    ),
+    "no tiles": (
+        lambda h, t: t.update({"a._weight_tiles": torch.zeros(0, 4, dtype=torch.int32)}),
+        r"^a \(fxint4\): ",
+    ),
+    "not finite": (
+        lambda h, t: t["a._weight_scale_and_zero"].view(-1)[:1].fill_(torch.inf),
+        r"^a \(fxint4\): .*scale_and_zero holds inf or NaN",
+    ),
+}
+
+
+def set_in(header: dict[str, Any], place: int, value: Any) -> None:
+    header["packed"]["a.weight"][place] = value
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Assert that a model's tensors are the same objects with the same values at the end."""
+    before = {name: (value, value.clone()) for name, value in model.named_parameters()}
+    yield
+    for name, (value, copied) in before.items():
+        assert model.get_parameter(name) is value
+        assert torch.equal(value, copied)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_own_files_that_are_damaged(name: str, tmp_path: Path) -> None:
+    change, message = DAMAGED[name]
+    model, tensors, header = small()
+    for value in model.parameters():
+        assert is_packed(value)
+    change(header, tensors)
+    write_folder(tmp_path, tensors, metadata={"fxint4": json.dumps(header)})
+    fresh = nn.ModuleDict({layer: nn.Linear(64, 32, bias=False) for layer in ("a", "b", "c")})
+    with unchanged(fresh), pytest.raises(CheckpointError, match=message):
+        fxint4.load_(fresh, tmp_path)
+
+
+JUNK = (None, True, -1, 0, 3, 2**31, 10**30, 1.5, float("nan"), "", "a.weight", "x" * 99, [], {})
+
+
+def test_own_headers_with_anything_in_them(tmp_path: Path) -> None:
+    """Whatever a header says, it is refused with an error of ours, or read as it says."""
+    _, tensors, header = small()
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        changed_header = copy.deepcopy(header)
+        for _ in range(chance.choice((1, 1, 2))):
+            mutate(changed_header, chance)
+        write_folder(tmp_path, tensors, metadata={"fxint4": json.dumps(changed_header)})
+        fresh = nn.ModuleDict({layer: nn.Linear(64, 32, bias=False) for layer in ("a", "b", "c")})
+        before = list(fresh.parameters())
+        try:
+            fxint4.load_(fresh, tmp_path)
+        except CheckpointError:
+            refused += 1
+            assert all(a is b for a, b in zip(before, fresh.parameters(), strict=True))
+    assert refused > 100
+
+
+def mutate(tree: Any, chance: random.Random) -> None:
+    """Change, add or remove one value of a tree of JSON, at any depth."""
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    key = chance.choice(keys) if keys else None
+    if key is not None and isinstance(tree[key], (dict, list)) and chance.random() < 0.75:
+        mutate(tree[key], chance)
+    elif key is not None and chance.random() < 0.3:
+        del tree[key]
+    elif isinstance(tree, dict):
+        tree[chance.choice([*keys, "d", "a.weight"])] = copy.copy(chance.choice(JUNK))
+    elif key is not None:
+        tree[key] = copy.copy(chance.choice(JUNK))
+    else:
+        tree.append(copy.copy(chance.choice(JUNK)))
+
+
+def test_one_own_weight_at_a_time(tmp_path: Path) -> None:
+    layers, n, k = 12, 512, 512
+    model = nn.Sequential(*(nn.Linear(k, n, bias=False) for _ in range(layers)))
+    fxint4.pack_(model)
+    write_own(tmp_path, model.state_dict(), 2)
+    with torch.device("meta"):
+        fresh = nn.Sequential(*(nn.Linear(k, n, bias=False) for _ in range(layers)))
+    peak, kept = peak_bytes(lambda: fxint4.load_(fresh, tmp_path))
+    assert kept >= layers * n * k / 2
+    # The profiler counts the mapped files as if they had been allocated.
+    mapped = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert peak - kept - mapped < n * k
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, shards: Mapping[str, Tensors]) -> None:
+def write_shards(
+    folder: Path, shards: Mapping[str, Tensors], metadata: dict[str, str] | None = None
+) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
     places = {}
     for name, tensors in shards.items():
-        save_file(tensors, folder / name)
+        save_file(tensors, folder / name, metadata=metadata)
         places.update(dict.fromkeys(tensors, name))
     text = json.dumps({"metadata": {}, "weight_map": places})
     (folder / "model.safetensors.index.json").write_text(text)

@@ -29,14 +29,23 @@ from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import checked
 from fxint4.untrusted_files import check_metadata, open_tensors, parse_json
 
-__all__ = ["PARTS", "Header", "assemble", "flatten", "load_file", "read_header", "save_file"]
+__all__ = [
+    "HEADER",
+    "PARTS",
+    "Header",
+    "assemble",
+    "flatten",
+    "load_file",
+    "read_header",
+    "save_file",
+]
 
+#: The entry of a file's header that says which tensors are packed, and how.
+HEADER = "fxint4"
 #: The tensors of a packed weight, named as in `Int4TileTensor.buffers`. Only a weight with a
 #: pre-scale has the last.
 PARTS = ("tiles", "scale_and_zero", "pre_scale")
 
-#: The entry of a file's header that says which tensors are packed, and how.
-_HEADER = "fxint4"
 #: The version of the header that is written, and those that are read. The first two name the
 #: tensors of a packed weight `layer.weight.tiles` and so on.
 _VERSION, _VERSIONS = 3, (1, 2, 3)
@@ -206,7 +215,7 @@ def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
         "shared": shared,
         "pre_scaled": pre_scaled,
     }
-    entries = {"format": "pt", _HEADER: json.dumps(header, separators=(",", ":"))}
+    entries = {"format": "pt", HEADER: json.dumps(header, separators=(",", ":"))}
     check_metadata("the state dict", entries, WriteError)
     return plain, entries
 
@@ -226,7 +235,7 @@ def read_header(path: object, *metadata: Mapping[str, str]) -> Header:
     """
     merged: Header | None = None
     # All shards of a model have the same entry, which may have megabytes: each text is read once.
-    for text in dict.fromkeys(entries[_HEADER] for entries in metadata if _HEADER in entries):
+    for text in dict.fromkeys(entries[HEADER] for entries in metadata if HEADER in entries):
         read = _entries(path, parse_json(text, path, PackedFormatError))
         if merged is None:
             merged = read
@@ -314,7 +323,7 @@ def _entries(path: object, header: Any) -> Header:
     if header == {}:
         return Header({}, {}, frozenset())
     if not isinstance(header, dict):
-        raise PackedFormatError(f"{path}: its header is damaged: {_HEADER} is no JSON object")
+        raise PackedFormatError(f"{path}: its header is damaged: {HEADER} is no JSON object")
     version = header.get("version")
     if version not in _VERSIONS:
         known = ", ".join(map(str, _VERSIONS))

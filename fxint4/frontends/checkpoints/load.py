@@ -15,7 +15,14 @@ from tqdm import tqdm
 from fxint4.config.layer_patterns import first_match
 from fxint4.errors import CheckpointError
 from fxint4.frontends.candidates import Candidate, use_of
-from fxint4.frontends.checkpoints import auto_round, awq, compressed_tensors, gptq, torchao
+from fxint4.frontends.checkpoints import (
+    auto_round,
+    awq,
+    compressed_tensors,
+    gptq,
+    int4tile,
+    torchao,
+)
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
 from fxint4.frontends.in_place import tell_followers
@@ -33,6 +40,7 @@ _FINDERS: dict[str, Callable[[Checkpoint, Config], list[Weight]]] = {
     "auto-round": auto_round.find,
     "compressed-tensors": compressed_tensors.find,
     "torchao": torchao.find,
+    "int4tile": int4tile.find,
 }
 #: How older releases of the quantizers call themselves.
 _OTHER_NAMES = {"intel/auto-round": "auto-round", "auto_round": "auto-round"}
@@ -52,9 +60,11 @@ def load_(
 ) -> Report:
     """Load a checkpoint that was quantized to int4 into an ordinary model.
 
-    Reads GPTQ, AWQ, AutoRound, compressed-tensors (pack-quantized) and torchao's tiled tensors from
-    safetensors files, never a pickle. Codes are unchanged; scales and zeros are rounded to
-    bfloat16. Tensors that are not quantized are converted to the dtype of the model's.
+    Reads GPTQ, AWQ, AutoRound, compressed-tensors (pack-quantized), torchao's tiled tensors and
+    what `save_file` or transformers' `save_pretrained` wrote of a packed model, from safetensors
+    files, never a pickle. Codes are unchanged; scales and zeros are rounded to bfloat16, those of
+    fxint4's own files are as they were. Tensors that are not quantized are converted to the dtype
+    of the model's.
 
     The modules stay; the parameter of each quantized layer becomes an `Int4TileTensor`. Build the
     model on the meta device, so that its own weights take no memory. At the peak, memory holds the
@@ -96,7 +106,12 @@ def load_(
         setattr(slot.place.module, slot.place.attribute, slot.new)
     tell_followers(model)
     report = Report()
-    records = {id(slot.new): record for slot in slots if (record := slot.record())}
+    records: dict[int, Record] = {}
+    for slot in slots:
+        record = slot.record()
+        # Of tied weights the one that is multiplied by: an embedding's isn't.
+        if record and (slot.use or id(slot.new) not in records):
+            records[id(slot.new)] = record
     parameters = {
         key: each._replace(reason=each.reason or "not packed in the checkpoint")
         for key, each in parameters_of(model).items()
@@ -123,7 +138,8 @@ class _Plain:
     def check(self, current: Tensor) -> None:
         """Raise CheckpointError if it cannot replace a tensor of the model."""
         shape, dtype = self.checkpoint.shape(self.name), self.checkpoint.dtype(self.name)
-        floats = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        # An 8-bit float has a scale somewhere.
+        floats = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         if shape != current.shape or not (
             dtype == current.dtype or (floats and current.is_floating_point())
         ):
@@ -156,21 +172,40 @@ def _items(
     plain = [_Plain(name, checkpoint) for name in sorted(checkpoint.names) if name not in used]
     patterns = (ignore,) if isinstance(ignore, str) else ignore
     items: dict[str, Weight | _Plain] = {}
-    found: list[Weight | _Plain] = [*weights, *plain]
-    for item in found:
-        if first_match(item.name, (), patterns):
+    named: list[Weight | _Plain] = [*weights, *plain]
+    found = [(item.name, item) for item in named]
+    if method == "int4tile":
+        found += _shared(checkpoint, dict(found))
+    for stored, item in found:
+        if first_match(stored, (), patterns):
             continue
-        name = rename(item.name) if rename else item.name
+        name = rename(stored) if rename else stored
         if name in items:
             raise CheckpointError(
-                f"{checkpoint.path}: {items[name].name} and {item.name} are both for {name}"
+                f"{checkpoint.path}: {items[name].name} and {stored} are both for {name}"
             )
         items[name] = item
     return items
 
 
+def _shared(
+    checkpoint: Checkpoint, found: Mapping[str, Weight | _Plain]
+) -> list[tuple[str, Weight | _Plain]]:
+    """Further names of what fxint4's own files hold once: tied weights."""
+    names = int4tile.shared(checkpoint)
+    missing = [(name, first) for name, first in names.items() if first not in found]
+    if missing:
+        name, first = missing[0]
+        raise CheckpointError(
+            f"{checkpoint.path} has no {first}, whose memory {name} shares by its header"
+        )
+    return [(name, found[first]) for name, first in names.items()]
+
+
 def _method(checkpoint: Checkpoint, config: Config) -> str | None:
     """The format of a checkpoint, a key of `_FINDERS`; None if nothing in it is quantized."""
+    if int4tile.is_int4tile(checkpoint):  # whatever config.json says of what was packed
+        return "int4tile"
     method = config.get("quant_method", config.get("method"))
     if method is not None:
         method = _OTHER_NAMES.get(method, method)
@@ -232,7 +267,7 @@ class _Slot:
         """Raise CheckpointError if the item does not fit the place."""
         if isinstance(self.item, _Plain):
             self.item.check(self.place.tensor)
-        elif self.use is None:
+        elif self.use is None and not self.item.has_axes:
             raise self.item.error(
                 f"{self.place.name} is a parameter of {type(self.place.module).__name__}; int4 "
                 "weights go into nn.Linear and modules like it"
@@ -242,7 +277,7 @@ class _Slot:
                 f"the model's is {self.place.tensor.dtype}; it must be one of {DTYPES}"
             )
         else:
-            self.item.check(self._stored_shape(self.use))
+            self.item.check(self._shape())
 
     def read(self, device: torch.device) -> Tensor:
         """Read the item as a tensor for the place."""
@@ -251,23 +286,29 @@ class _Slot:
             value = self.item.read(current.dtype, device)
             is_parameter = isinstance(current, nn.Parameter)
             return nn.Parameter(value, current.requires_grad) if is_parameter else value
-        assert self.use is not None
         try:
-            packed = self.item.pack(self._stored_shape(self.use), current.dtype, device)
+            packed = self.item.pack(self._shape(), current.dtype, device)
         except CheckpointError:
             raise
         except ValueError as error:
             raise self.item.error(str(error)) from error
-        return nn.Parameter(self._candidate(self.use).logical(packed), requires_grad=False)
+        if not self.item.has_axes:
+            packed = self._candidate().logical(packed)
+        # A buffer can be one of fxint4's own.
+        is_parameter = isinstance(current, nn.Parameter)
+        return nn.Parameter(packed, requires_grad=False) if is_parameter else packed
 
     def record(self) -> Record | None:
         """The record of a matmul's weight; None for other tensors."""
-        if self.use is None or self.new is None:
+        if isinstance(self.new, Int4TileTensor):
+            stored: Tensor = self.new.like(axes=tuple(range(self.new.batch_axes + 2)))
+        elif self.use is None:
             return None
-        stored = self._candidate(self.use).as_stored
-        record = record_of(
-            layer_name(self.place.name), (self.place.name,), self.use[0], stored, self.place.tensor
-        )
+        else:
+            stored = self._candidate().as_stored
+        op = "matmul" if self.use is None else self.use[0]
+        name = self.place.name
+        record = record_of(layer_name(name), (name,), op, stored, self.place.tensor)
         if not isinstance(self.new, Int4TileTensor):
             return dataclasses.replace(
                 record, reason="not quantized in the checkpoint", weight_key=id(self.new)
@@ -276,12 +317,17 @@ class _Slot:
         record = dataclasses.replace(record, weight_key=id(self.new))
         return packed_record(record, self.new, reason)
 
-    def _candidate(self, use: tuple[str, int]) -> Candidate:
+    def _candidate(self) -> Candidate:
+        assert self.use is not None
         assert isinstance(self.place.tensor, nn.Parameter)
-        return Candidate(self.place.tensor, *use)
+        return Candidate(self.place.tensor, *self.use)
 
-    def _stored_shape(self, use: tuple[str, int]) -> tuple[int, ...]:
-        return tuple(self._candidate(use).as_stored.shape)
+    def _shape(self) -> tuple[int, ...]:
+        """The shape that the item, a weight, must have."""
+        assert isinstance(self.item, Weight)
+        return tuple(
+            (self.place.tensor if self.item.has_axes else self._candidate().as_stored).shape
+        )
 
 
 def _slots(

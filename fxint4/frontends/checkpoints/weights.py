@@ -37,6 +37,9 @@ class Weight(ABC):
 
     #: The name of the format.
     title: ClassVar[str]
+    #: Whether the format stores the order of the axes. If so, `shape` is that of the model's
+    #: parameter in `check` and `pack`, the result of `pack` has it, and any parameter can hold it.
+    has_axes: ClassVar[bool] = False
 
     name: str
     checkpoint: Checkpoint
