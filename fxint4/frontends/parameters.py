@@ -16,6 +16,7 @@ from fxint4.errors import FoldError
 from fxint4.frontends.candidates import Candidate, Owners, is_pointwise
 from fxint4.graph.names import layer_name
 from fxint4.passes.plan import Kept, Plan, decide, sqnr_fault
+from fxint4.passes.site import Adapter
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import transposed_key
 from fxint4.quant.tile_layout import TileShape, choose_shape
@@ -129,12 +130,13 @@ def packed_candidate(
     name = owners.name(parameter)
     record = record_of(layer_name(name), (name,), candidate.op, stored, parameter)
     record = dataclasses.replace(record, source=candidate.source)
-    if candidate.fault:
-        return None, dataclasses.replace(record, reason=candidate.fault)
     key = transposed_key(name) if candidate.k_axis == -2 else name
-    plan = _decided(record, owners.names(parameter), stored, key, config, device)
+    adapter = candidate.adapter or owners.adapter(parameter)
+    plan = _decided(record, owners.names(parameter), stored, key, config, device, adapter)
     if isinstance(plan, Kept):
         return None, dataclasses.replace(record, reason=plan.reason)
+    if candidate.fault:
+        return None, dataclasses.replace(record, reason=candidate.fault)
     recipe = plan.recipe
     try:
         with torch.no_grad():
@@ -173,6 +175,7 @@ def _decided(
     key: str,
     config: Int4Config,
     device: torch.device | None = None,
+    adapter: Adapter | None = None,
 ) -> Plan | Kept:
     """What is decided of a weight ``[..., N, K]`` that goes to a device."""
     *batch, n, k = stored.shape
@@ -180,9 +183,8 @@ def _decided(
     def shape_of(own: Int4Config) -> TileShape:
         return choose_shape(n, k, own.group_size, own.inner_k_tiles, batch=tuple(batch))
 
-    return decide(
-        record, record.parameters, stored.dtype, device or stored.device, key, config, shape_of
-    )
+    about = (record, names, stored.dtype, device or stored.device, key, config, shape_of)
+    return decide(*about, adapter)
 
 
 def record_of(
