@@ -212,7 +212,7 @@ def _bases(
 
 
 def _read(found: Found, values: Mapping[fx.Node, int]) -> Any:
-    """A key of what a matmul reads: equal for casts and reshapes of one value."""
+    """A key of what a matmul reads: equal for casts and other shapes of one value."""
     node = found.x
     if node is None:
         return found.node
@@ -221,10 +221,10 @@ def _read(found: Found, values: Mapping[fx.Node, int]) -> Any:
         assert isinstance(node, fx.Node)
     outcome = found.outcome
     picks = (outcome.offs, outcome.ids) if isinstance(outcome, Match) else (None, None)
-    return (values[node], *(None if pick is None else values[pick] for pick in picks))
+    return (values[node], found.record.k, *(pick and values[pick] for pick in picks))
 
 
-#: Ops that give the same values, in the same order of rows and features.
+#: Ops that give the same values, in any order of the axes.
 _SAME = frozenset(
     (
         aten.view.default,
@@ -232,6 +232,9 @@ _SAME = frozenset(
         aten._unsafe_view.default,
         aten.squeeze.dim,
         aten.unsqueeze.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
         aten.clone.default,
         aten.detach.default,
         aten.alias.default,
