@@ -106,6 +106,8 @@ def pack_(
         candidates = [each for each in found if id(each.parameter) in owners.parameters]
         candidates += candidates_that_run(unread, owners, *run)
         del found, unread
+    for candidate in candidates:
+        candidate.adapter = candidate.adapter or owners.adapter(candidate.parameter)
     of_parameters: dict[str, float] = {}
     if config.measure:
         report.output_error, of_parameters = _measured(

@@ -16,6 +16,7 @@ from fxint4.errors import FoldError
 from fxint4.frontends.candidates import Candidate, Owners, is_pointwise
 from fxint4.graph.names import layer_name
 from fxint4.passes.plan import Kept, Plan, decide, sqnr_fault
+from fxint4.passes.site import Adapter
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import transposed_key
 from fxint4.quant.tile_layout import TileShape, choose_shape
@@ -136,10 +137,11 @@ def decided_candidate(
     name, stored = names[0], candidate.as_stored
     record = record_of(layer_name(name), (name,), candidate.op, stored, candidate.parameter)
     record = dataclasses.replace(record, source=candidate.source)
-    if candidate.fault:
-        return record, Kept(candidate.fault)
     key = transposed_key(name) if candidate.k_axis == -2 else name
-    return record, _decided(record, names, stored, key, config, device)
+    plan = _decided(record, names, stored, key, config, device, candidate.adapter)
+    if candidate.fault and not isinstance(plan, Kept):
+        return record, Kept(candidate.fault)
+    return record, plan
 
 
 def packed_candidate(
@@ -214,6 +216,7 @@ def _decided(
     key: str,
     config: Int4Config,
     device: torch.device | None = None,
+    adapter: Adapter | None = None,
 ) -> Plan | Kept:
     """What is decided of a weight ``[..., N, K]`` that goes to a device."""
     *batch, n, k = stored.shape
@@ -221,7 +224,8 @@ def _decided(
     def shape_of(own: Int4Config) -> TileShape:
         return choose_shape(n, k, own.group_size, own.inner_k_tiles, batch=tuple(batch))
 
-    return decide(record, names, stored.dtype, device or stored.device, key, config, shape_of)
+    about = (record, names, stored.dtype, device or stored.device, key, config, shape_of)
+    return decide(*about, adapter)
 
 
 def record_of(
