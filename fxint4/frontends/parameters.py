@@ -129,10 +129,12 @@ def packed_candidate(
     parameter, stored = candidate.parameter, candidate.as_stored
     name = owners.name(parameter)
     record = record_of(layer_name(name), (name,), candidate.op, stored, parameter)
-    record = dataclasses.replace(record, source=candidate.source)
+    names = owners.names(parameter)
+    aliases = tuple(other for other in names if other != name)
+    record = dataclasses.replace(record, source=candidate.source, aliases=aliases)
     key = transposed_key(name) if candidate.k_axis == -2 else name
     adapter = candidate.adapter or owners.adapter(parameter)
-    plan = _decided(record, owners.names(parameter), stored, key, config, device, adapter)
+    plan = _decided(record, names, stored, key, config, device, adapter)
     if isinstance(plan, Kept):
         return None, dataclasses.replace(record, reason=plan.reason)
     if candidate.fault:
