@@ -319,6 +319,32 @@ def test_other_kinds_of_adapters(kind: str) -> None:
     assert all("an adapter" in r.reason for r in report.records if r.action == "kept")
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_dora() -> None:
+    """It computes norms of W + B @ A; pack_ keeps W for that. Dynamo runs PEFT's layer in eager."""
+    original = adapted(128, config(32, use_dora=True, target_modules=["q"]))
+    x = activations(4, 128)
+    for examples in ((), (x,)):
+        packed = copy.deepcopy(original)
+        report = fxint4.pack_(packed, examples)
+        assert [r.name for r in report.records if r.action == "packed"] == ["base_model.model.v"]
+        with torch.no_grad():
+            torch.testing.assert_close(packed(x), original(x))
+        why = {r.name.rpartition(".")[2]: r.reason for r in report.records}
+        assert examples or "(DoRA) computes a norm of it" in why["base_layer"]
+    compiled = copy.deepcopy(original)
+    run = torch.compile(compiled, backend="int4tile")
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), original(x))
+        for model in (original, compiled):
+            for own in adapters_of(model):
+                own.data.mul_(-2)
+        torch.testing.assert_close(run(x), original(x))
+    report = fxint4.last_report()  # type: ignore[assignment]
+    assert all("an adapter" in r.reason for r in report.records if r.action == "kept")
+
+
 def test_an_oft_adapter_is_left_alone() -> None:
     asked = peft.OFTConfig(oft_block_size=32, target_modules=["q", "v"])
     report = fxint4.pack_(adapted(128, asked), (activations(4, 128),))
