@@ -14,12 +14,13 @@ from fxint4._pytorch.dynamo import frame_id, graph_break_reason
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.graph.names import Inputs, parameters_around
+from fxint4.graph.names import Inputs, layer_name, parameters_around
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.bound_records import BoundRecords
 from fxint4.lowering.dense import compile_graph
 from fxint4.lowering.graph import Binding, Int4Graph, expected_rows
+from fxint4.passes.adapters import adapter_by_name
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.pipeline import Analysis, run_passes
 from fxint4.passes.site import Site
@@ -145,6 +146,9 @@ def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:
         name = inputs.names[index]
         if isinstance(value, nn.Parameter):
             owner = inputs.owner(index)
+            # PEFT adds adapters to a model in eval mode that are not in it; the layers tell.
+            if adapter_by_name(layer_name(name), [name]) is not None:
+                continue
             if owner is not None and owner.training:
                 raise TrainingError(
                     f"the {type(owner).__name__} that owns {name} {tuple(value.shape)} is in "
