@@ -452,7 +452,7 @@ def test_sums_over_n_take_some_columns_at_a_time(
 )
 def test_two_packed_weights_are_not_multiplied(unsupported: Any) -> None:
     w = integers(*W)
-    with pytest.raises(UnsupportedOpError, match="of two of them.*Supported: "):
+    with pytest.raises(UnsupportedOpError, match=r"of two of them.*Supported: "):
         unsupported(w)
     with fxint4.dequantizing():
         assert torch.equal(unsupported(w), unsupported(w.dequantize()))
