@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import module
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -243,18 +244,140 @@ def test_a_packed_weight_wants_no_gradient() -> None:
 
 # --- compiled ------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "eager",
-        "aot_eager",
-        pytest.param("inductor", marks=[pytest.mark.compiles, pytest.mark.by_aten]),
-    ],
+BACKENDS = (
+    "eager",
+    "aot_eager",
+    pytest.param("inductor", marks=[pytest.mark.compiles, pytest.mark.by_aten]),
+    pytest.param("int4tile", marks=[pytest.mark.compiles, pytest.mark.by_aten]),
 )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_training(backend: str, dynamic: bool | None) -> None:
     packed, dense = twins()
     compiled = torch.compile(packed, backend=backend, dynamic=dynamic, fullgraph=True)
     for rows in (5, 7):
         assert_same_gradients(compiled, packed, dense, torch.randn(2, rows, K))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_gradient_checkpointing(backend: str) -> None:
+    packed, dense = twins()
+
+    def run(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(packed, x, use_reentrant=False)
+        return y
+
+    compiled = torch.compile(run, backend=backend)
+    assert_same_gradients(compiled, packed, dense, torch.randn(2, 5, K))
+
+
+class Stack(nn.Module):
+    """Layers with graph breaks between them, and one that is not packed at the end."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(dtype) for _ in range(3))
+        self.head = nn.Linear(K, 8 * K, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+            x = x * 2
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_where_graphs_break(frozen: bool) -> None:
+    packed, dense = twins(make=Stack)
+    for model in (packed, dense):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora" in name or not frozen)
+        if frozen:
+            model.eval()
+            for name, inner in model.named_modules():
+                inner.train("lora" in name)
+    compiled = torch.compile(packed, backend="int4tile")
+    x = torch.randn(2, 5, K)
+    assert_same_gradients(compiled, packed, dense, x)
+    text = str(fxint4.last_report()).replace("\n ", "")
+    assert "layers.0.up.weight" in text
+    assert "packed before" in text
+    assert "compiled for training, which packs nothing" in text  # the head
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_training_of_layers_that_are_compiled_one_by_one() -> None:
+    packed, dense = twins(make=Stack)
+    for layer in packed.layers:
+        layer.compile(backend="int4tile")
+    assert_same_gradients(packed, packed, dense, torch.randn(2, 5, K))
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_evaluation_between_steps() -> None:
+    packed, dense = twins()
+    compiled = torch.compile(packed, backend="int4tile")
+    x = torch.randn(2, 5, K)
+    assert_same_gradients(compiled, packed, dense, x)
+    packed.eval()
+    with torch.no_grad():
+        y = compiled(x)
+        report = fxint4.last_report()
+        assert report is not None
+        assert [r.name for r in report.records if r.action == "packed"] == ["up", "down"]
+        assert error(y, dense(x)) < ERROR
+    packed.train()
+    assert_same_gradients(compiled, packed, dense, x)
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_training_with_code_that_was_compiled_for_inference_is_an_error() -> None:
+    packed, dense = twins()
+    packed.dropout = nn.Identity()  # Dynamo guards the mode of modules that read it
+    packed.eval()
+    compiled = torch.compile(packed, backend="int4tile")
+    x = torch.randn(2, 5, K)
+    assert not compiled(x).requires_grad  # of gradients that are enabled by mistake
+    packed.train()
+    with pytest.raises(fxint4.TrainingError, match=r"compiled for inference.*no_grad.*reset\(\)"):
+        compiled(x)
+    with torch.no_grad():
+        compiled(x)
+    torch.compiler.reset()
+    assert_same_gradients(compiled, packed, dense, x)
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_the_gradient_of_an_input_in_evaluation_mode() -> None:
+    """As for prompts that are learned: no parameter is trained."""
+    packed, dense = twins()
+    for model in (packed, dense):
+        model.eval().requires_grad_(False)
+    compiled = torch.compile(packed, backend="int4tile")
+    prompt = torch.randn(2, 5, K)
+    for make in (lambda x: x, lambda x: x * 2):  # a leaf, and none
+        found, expected = [], []
+        for model, grads in ((compiled, found), (dense, expected)):
+            x = prompt.clone().requires_grad_()
+            model(make(x)).square().mean().backward()
+            grads.append(x.grad)
+        assert error(found[0], expected[0]) < ERROR
+
+
+def test_models_without_packed_weights_are_still_refused() -> None:
+    _, dense = twins()
+    message = r"call model.eval\(\) first.*pack_\(model\) has packed before"
+    with pytest.raises(BackendCompilerFailed, match=message):
+        torch.compile(dense, backend="int4tile")(torch.randn(2, K))
+    packed, _ = twins()
+    with pytest.raises(fxint4.TrainingError, match="in training mode"):
+        fxint4.explain(packed, torch.randn(2, K))
