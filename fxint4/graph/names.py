@@ -27,6 +27,7 @@ __all__ = [
     "Inputs",
     "Origin",
     "layer_name",
+    "modules_in_call",
     "modules_of",
     "named_from",
     "origins_in_call",
@@ -193,7 +194,7 @@ def origins_in_call(
     """
     wanted = {id(tensor) for tensor in tensors}
     found: dict[int, Origin] = {}
-    calling = _modules_in_call()
+    calling = modules_in_call()
     # A method that Dynamo compiles does not run yet.
     calling = [*(module for prefix, module in candidates.items() if not prefix), *calling]
     for prefix, module in [*candidates.items(), *(("", module) for module in calling)]:
@@ -370,7 +371,7 @@ def parameters_of(module: nn.Module) -> Mapping[int, Parameter]:
     }
 
 
-def _modules_in_call() -> list[nn.Module]:
+def modules_in_call() -> list[nn.Module]:
     """Modules whose methods are running, innermost first."""
     found: dict[nn.Module, None] = {}
     frame: FrameType | None = sys._getframe(1)

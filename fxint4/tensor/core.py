@@ -123,8 +123,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     al. 2023; torchao's act_pre_scale) each column of that is multiplied by its own factor; a matmul
     multiplies x by the factors instead.
 
-    Make one with `from_float`, `from_plain` or `from_tiles`. Inference only: it never requires
-    grad.
+    Make one with `from_float`, `from_plain` or `from_tiles`. It never requires grad; gradients of
+    what it multiplies pass through it, see `fxint4.tensor.matmul`.
 
     Args:
         tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
@@ -341,13 +341,13 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             divisor of it if the logical columns start or are joined in the middle of a group;
             then scales and zeros are repeated.
         """
-        codes = self._logical_columns(unpack(self.tiles)[..., : self.n, :])
+        codes = self.logical_columns(unpack(self.tiles)[..., : self.n, :])
         scale, zero = unpack_scale_and_zero(self.scale_and_zero[..., : self.n, :])
         group = self.plain_group
         if group != self.group_size:
             times = self.group_size // group
             scale, zero = (part.repeat_interleave(times, -1) for part in (scale, zero))
-        scale, zero = (self._logical_columns(part, group) for part in (scale, zero))
+        scale, zero = (self.logical_columns(part, group) for part in (scale, zero))
         return codes.contiguous(), scale.contiguous(), zero.contiguous()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -373,7 +373,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         ).view(*codes.shape[:-1], -1)
         if self.pre_scale is not None:
             weight = weight.mul_(self.pre_scale[: weight.shape[-1]]).to(dtype)
-        weight = self._logical_columns(weight[..., : self.n, :])
+        weight = self.logical_columns(weight[..., : self.n, :])
         kept = [axis for axis in self.axes if axis != NEW_AXIS]
         weight = weight.permute(kept)
         for position, axis in enumerate(self.axes):
@@ -417,7 +417,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         """The factor of each logical column, float32 ``[K]``; None without a pre-scale."""
         if self.pre_scale is None:
             return None
-        return self._logical_columns(self.pre_scale).clone()
+        return self.logical_columns(self.pre_scale).clone()
 
     @property
     def block_size(self) -> tuple[int, ...]:
@@ -704,7 +704,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         whole = self.tiles.untyped_storage().nbytes() == self.tiles.nbytes
         return self.pre_scale is not None and not whole
 
-    def _logical_columns(self, tensor: Tensor, step: int = 1) -> Tensor:
+    def logical_columns(self, tensor: Tensor, step: int = 1) -> Tensor:
         """Pick the logical columns of a tensor whose last axis is the stored columns.
 
         Args:
@@ -1023,7 +1023,7 @@ def _unsupported(func: Any, operands: Any) -> str:
     known = sorted({op.overloadpacket.__name__ for op in _IMPLEMENTATIONS})
     form = ""
     if func in MATMULS:
-        form = " where it sums over their N, as the gradient of x does, or multiplies two of them"
+        form = " in this form, or of two of them"
     elif func in _IMPLEMENTATIONS:
         form = " with these arguments"
     offload = f". {_OFFLOAD}" if func is aten.view.dtype else ""
