@@ -1,5 +1,7 @@
 """int4 weight-only inference for any PyTorch model: `torch.compile(model, backend="int4tile")`."""
 
+from typing import TYPE_CHECKING, Any
+
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import (
     CheckpointError,
@@ -20,6 +22,7 @@ from fxint4.frontends.pack import pack_
 from fxint4.frontends.package import package
 from fxint4.frontends.refresh import refresh
 from fxint4.frontends.unpack import dequantize_
+from fxint4.integrations.registration import register_integrations
 from fxint4.quant.statistics import Calibration
 from fxint4.report import Record, Report
 from fxint4.report.latest import last_report
@@ -28,6 +31,9 @@ from fxint4.tensor import Int4TileTensor, dequantizing
 from fxint4.tensor.files import load_file, save_file
 from fxint4.version import __version__ as __version__
 from fxint4.weights import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
+
+if TYPE_CHECKING:
+    from fxint4.integrations.transformers import Int4TileConfig as Int4TileConfig
 
 __all__ = [
     "Calibration",
@@ -60,3 +66,19 @@ __all__ = [
     "rewrite",
     "save_file",
 ]
+
+register_integrations()
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Int4TileConfig`, which needs transformers, when it is asked for."""
+    if name != "Int4TileConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fxint4.integrations.transformers import Int4TileConfig
+
+    return Int4TileConfig
+
+
+def __dir__() -> list[str]:
+    """All public names, with those that are imported when they are asked for."""
+    return sorted([*globals(), "Int4TileConfig"])

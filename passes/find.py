@@ -13,6 +13,7 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.graph.constants import Constants
 from fxint4.graph.names import Origin, layer_name, source_line
 from fxint4.graph.symbolic import value_of
+from fxint4.passes.adapters import Found, adapters_of
 from fxint4.passes.pattern import Match, Pattern, PrepackedMatch, Unmatched
 from fxint4.passes.plan import Plans
 from fxint4.passes.site import Site
@@ -56,7 +57,7 @@ def find(
         stays as it is with any weight of this shape.
     """
     by_op = {op: pattern for pattern in patterns for op in pattern.ops}
-    found: list[Site | Record] = []
+    matmuls: list[Found] = []
     for node in gm.graph.nodes:
         pattern = by_op.get(node.target) if node.op == "call_function" else None
         if pattern is None:
@@ -64,15 +65,21 @@ def find(
         outcome = pattern.match(node, constants) or _not_constant(node, constants)
         if outcome is None:
             continue
-        if isinstance(outcome, Unmatched):
-            weight = constants.weight(outcome.weight, "NK")
-            record = _record(node, outcome, weight, tensors, names)
-            found.append(replace(record, reason=outcome.reason))
+        unmatched = isinstance(outcome, Unmatched)
+        weight = (
+            constants.weight(outcome.weight, "NK") if unmatched else outcome.constant(constants)
+        )
+        matmuls.append(Found(node, outcome, weight, _record(node, outcome, weight, tensors, names)))
+    adapters = adapters_of(gm.graph, matmuls, constants)
+    found: list[Site | Record] = []
+    for each in matmuls:
+        if isinstance(each.outcome, Unmatched):
+            found.append(replace(each.record, reason=each.outcome.reason))
             continue
-        weight = outcome.constant(constants)
-        record = _record(node, outcome, weight, tensors, names)
-        roots = [tensors[root] for root in weight.roots]
-        site = plans.captured(_site(node, pattern, outcome, weight, record), roots, origins)
+        roots = [tensors[root] for root in each.weight.roots]
+        site = _site(each.node, by_op[each.node.target], each.outcome, each.weight, each.record)
+        site = replace(site, adapter=adapters.get(each.node))
+        site = plans.captured(site, roots, origins)
         found.append(replace(site.record, reason=site.kept) if site.alike else site)
     return found
 

@@ -18,7 +18,8 @@ from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.layer_patterns import first_match
 from fxint4.graph.names import Origin, layer_name, origins_in_call
-from fxint4.passes.site import Site
+from fxint4.passes.adapters import adapter_by_name, is_named
+from fxint4.passes.site import Adapter, Site
 from fxint4.quant.recipe import RTN, WITHOUT_DATA, Recipe
 from fxint4.quant.tile_layout import DTYPES, TileShape
 from fxint4.report import Record
@@ -65,6 +66,7 @@ def decide(
     key: str,
     config: Int4Config,
     shape_of: Callable[[Int4Config], TileShape],
+    adapter: Adapter | None = None,
 ) -> Plan | Kept:
     """Decide what becomes of a weight, without its values; see `packing_fault` for these.
 
@@ -76,8 +78,10 @@ def decide(
         key: Its key in the calibration statistics, see `fxint4.weights.expression.Weight.key`.
         config: What the user asked for.
         shape_of: Returns the packed shape, for what the user asked for this weight.
+        adapter: The adapter that it is known to be; else the names tell.
     """
-    reason = _never(record, dtype, device, config)
+    adapter = adapter or adapter_by_name(record.name, record.parameters)
+    reason = _never(record, dtype, device, config, adapter)
     if reason is not None:
         return Kept(reason, alike=True)
     skipped = first_match(record.name, names, config.skip)
@@ -85,6 +89,8 @@ def decide(
         return Kept(f"skip={skipped!r}")
     if config.include and first_match(record.name, names, config.include) is None:
         return Kept("no pattern of include matches it")
+    if adapter is not None and not is_named(adapter, record.name, names, config.include):
+        return Kept(f"{adapter.what}; to pack it, name it in include")
     reason = config.kept_by_budget(key)
     if reason is not None:
         return Kept(reason)
@@ -97,7 +103,11 @@ def decide(
 
 
 def _never(
-    record: Record, dtype: torch.dtype, device: torch.device, config: Int4Config
+    record: Record,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: Int4Config,
+    adapter: Adapter | None,
 ) -> str | None:
     """Why no weight of this shape, dtype and device is packed, or None."""
     fault = device_fault(device)
@@ -108,7 +118,8 @@ def _never(
     if not record.batch * record.n * record.k:
         return "the weight has no elements"
     if min(record.n, record.k) < config.min_features:
-        return f"{record.n}x{record.k} is small: min_features is {config.min_features}"
+        small = f"{record.n}x{record.k} is small: min_features is {config.min_features}"
+        return small if adapter is None else f"{adapter.what}; {small}"
     return _outgrown(record)
 
 
@@ -231,7 +242,8 @@ def _planned(
         record = site.record
         key = site.weight.key(record.parameters, roots)
         names = (*record.parameters, *aliases)
-        decided = decide(record, names, site.dtype, site.device, key, config, site.shape_by)
+        about = (record, names, site.dtype, site.device, key, config, site.shape_by)
+        decided = decide(*about, site.adapter)
     if isinstance(decided, Kept):
         return dataclasses.replace(site, kept=decided.reason, alike=decided.alike, key=key)
     return dataclasses.replace(

@@ -15,7 +15,23 @@ from fxint4.report import Record
 from fxint4.weights.expression import Weight
 from fxint4.weights.formats import Format, activation_dtype, rows_multiple
 
-__all__ = ["Site"]
+__all__ = ["Adapter", "Site"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is known of a weight of an adapter, such as A and B of LoRA.
+
+    Attributes:
+        what: What it is, for the report.
+        base: The path of the layer that it adapts, in the module that holds both; empty if it is
+            that module.
+        own: How many parts its layer's name has beyond that module's.
+    """
+
+    what: str
+    base: str
+    own: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Site:
         x_dtype: The dtype of the activation.
         stored: The packed shape of a prepacked weight; None for others.
         only_aten: Whether its rewrite uses ATen ops only, which run without fxint4.
+        adapter: The adapter that the structure of the graph shows it to be, or None.
     """
 
     node: fx.Node
@@ -75,6 +92,7 @@ class Site:
     x_dtype: torch.dtype = torch.bfloat16
     stored: TileShape | None = None
     only_aten: bool = False
+    adapter: Adapter | None = None
 
     def shape_by(self, config: Int4Config) -> TileShape:
         """The packed shape, for what the user asked for the weight."""

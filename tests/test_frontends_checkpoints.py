@@ -1167,7 +1167,7 @@ def test_own_tensors_without_their_header(tmp_path: Path) -> None:
     tensors, _ = flatten(kinds().state_dict())
     for entries in (None, {"format": "pt"}, {"fxint4": '{"version":1,"packed":{},"shared":{}}'}):
         write_folder(tmp_path, tensors, metadata=entries)
-        with pytest.raises(CheckpointError, match=r"conv\.weight\.tiles is named like a part of a"):
+        with pytest.raises(CheckpointError, match=r"_experts_tiles is named like a part of a"):
             fxint4.load_(Kinds(), tmp_path)
 
 
@@ -1177,7 +1177,7 @@ def test_own_shards_of_two_models(tmp_path: Path) -> None:
     parts = {"model-1.safetensors": one, "model-2.safetensors": two}
     flat = {name: flatten(model.state_dict()) for name, model in parts.items()}
     index = dict.fromkeys(flat["model-1.safetensors"][0], "model-1.safetensors")
-    index["fc.weight.tiles"] = "model-2.safetensors"
+    index["fc._weight_tiles"] = "model-2.safetensors"
     for name, (tensors, entries) in flat.items():
         own = {key: value for key, value in tensors.items() if index.get(key) == name}
         write_shards(tmp_path, {name: own}, entries)
@@ -1208,10 +1208,13 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any], Tensors], Any], str]] = {
     "other axes": (lambda h, t: set_in(h, 4, [1, 0]), r"^a \(fxint4\): it is \(64, 32\)"),
     "no axes": (lambda h, t: set_in(h, 4, None), r"^a \(fxint4\): "),
     "a dtype": (lambda h, t: set_in(h, 0, "__class__"), r"^a \(fxint4\): .*dtype is '__class__'"),
-    "nothing": (lambda h, t: h["packed"].update(a=None), r"has no a\.tiles"),
-    "not there": (lambda h, t: h["packed"].update(d=h["packed"]["c.weight"]), "has no d.tiles, wh"),
-    "no pre-scale": (lambda h, t: t.pop("c.weight.pre_scale"), r"has no c\.weight\.pre_scale, whi"),
-    "one too many": (lambda h, t: h["pre_scaled"].clear(), r"Not in the model: c\.weight\.pre_sca"),
+    "nothing": (lambda h, t: h["packed"].update(a=None), r"has no _a_tiles"),
+    "not there": (
+        lambda h, t: h["packed"].update(d=h["packed"]["c.weight"]),
+        "has no _d_tiles, wh",
+    ),
+    "no pre-scale": (lambda h, t: t.pop("c._weight_pre_scale"), r"has no c\._weight_pre_scale, w"),
+    "one too many": (lambda h, t: h["pre_scaled"].clear(), r"Not in the model: c\._weight_pre_sca"),
     "not packed": (lambda h, t: h["packed"].pop("a.weight"), r"has no a\.weight, whose memory b"),
     "a tie to itself": (lambda h, t: h["shared"].update(d="d"), r"has no d, whose memory d shares"),
     "packed and tied": (
@@ -1226,22 +1229,22 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any], Tensors], Any], str]] = {
         lambda h, t: t.update({"a.weight": torch.zeros(32, 64)}),
         r"a\.weight and a\.weight are both for a\.weight",
     ),
-    "a version": (lambda h, t: h.update(version=3), "is of version 3; this fxint4 reads 1 and 2"),
+    "a version": (lambda h, t: h.update(version=4), "is of version 4; this fxint4 reads 1, 2, 3"),
     "a list": (lambda h, t: h.update(packed=[1]), "its header is damaged"),
     "int64 tiles": (
-        lambda h, t: t.update({"a.weight.tiles": t["a.weight.tiles"].long()}),
+        lambda h, t: t.update({"a._weight_tiles": t["a._weight_tiles"].long()}),
         r"^a \(fxint4\): .* tiles are torch\.int64",
     ),
     "short tiles": (
-        lambda h, t: t.update({"a.weight.tiles": t["a.weight.tiles"][:2].clone()}),
+        lambda h, t: t.update({"a._weight_tiles": t["a._weight_tiles"][:2].clone()}),
         r"^a \(fxint4\): .*scale_and_zero has shape",
     ),
     "no tiles": (
-        lambda h, t: t.update({"a.weight.tiles": torch.zeros(0, 4, dtype=torch.int32)}),
+        lambda h, t: t.update({"a._weight_tiles": torch.zeros(0, 4, dtype=torch.int32)}),
         r"^a \(fxint4\): ",
     ),
     "not finite": (
-        lambda h, t: t["a.weight.scale_and_zero"].view(-1)[:1].fill_(torch.inf),
+        lambda h, t: t["a._weight_scale_and_zero"].view(-1)[:1].fill_(torch.inf),
         r"^a \(fxint4\): .*scale_and_zero holds inf or NaN",
     ),
 }

@@ -205,7 +205,7 @@ def test_numbers_that_are_not_finite(part: str, value: float, tmp_path: Path) ->
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     tensors = load_file(path)
-    tensors[f"fc.weight.{part}"] = getattr(weight, part)
+    tensors[f"fc._weight_{part}"] = getattr(weight, part)
     save_file(tensors, path, metadata=header)
     with pytest.raises(PackedFormatError, match=rf"w\.safetensors.*fc\.weight.*{part} holds inf"):
         fxint4.load_file(path)
@@ -218,27 +218,34 @@ def test_a_file_of_weights_may_be_loaded_without_values(tmp_path: Path) -> None:
 
 def test_names_that_collide(tmp_path: Path) -> None:
     weight = Int4TileTensor.from_float(torch.randn(32, 64))
-    with pytest.raises(ValueError, match=r"w\.tiles is both a tensor and a part"):
-        fxint4.save_file({"w.tiles": torch.ones(2), "w": weight}, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"_w_tiles is both a tensor and a part"):
+        fxint4.save_file({"_w_tiles": torch.ones(2), "w": weight}, tmp_path / "x")
 
 
-def test_releases_without_pre_scales_read_files_without_them(tmp_path: Path) -> None:
-    """They refuse files with a pre-scale, which they would ignore."""
-    plain = Int4TileTensor.from_float(torch.randn(64, 256))
-    scaled = plain.like(pre_scale=torch.rand(256))
-    versions = {}
-    for name, state in (("plain", {"w": plain}), ("scaled", {"v": plain, "w": scaled})):
-        fxint4.save_file(state, tmp_path / name)
-        with safe_open(tmp_path / name, framework="pt") as file:
-            versions[name] = json.loads(file.metadata()["fxint4"])["version"]
-        for key, value in fxint4.load_file(tmp_path / name).items():
-            assert torch.equal(value.dequantize(), state[key].dequantize())
-    assert versions == {"plain": 1, "scaled": 2}
+@pytest.mark.parametrize("scaled", [False, True])
+def test_files_of_versions_1_and_2(scaled: bool, tmp_path: Path) -> None:
+    """Their parts have the weight's name before a dot; the first has no pre-scales."""
+    from safetensors.torch import save_file
+
+    weight = Int4TileTensor.from_float(torch.randn(64, 256))
+    if scaled:
+        weight = weight.like(pre_scale=torch.rand(256))
+    described = ["bfloat16", 64, [[0, 256]], 128, [0, 1], False]
+    described[0] = str(weight.dtype).removeprefix("torch.")
+    header: dict[str, Any] = {"version": 1, "packed": {"fc.w": described}, "shared": {"w": "fc.w"}}
+    if scaled:
+        header |= {"version": 2, "pre_scaled": ["fc.w"]}
+    tensors = {f"fc.w.{part}": buffer for part, buffer in weight.buffers.items()}
+    save_file(tensors, tmp_path / "x", metadata={"fxint4": json.dumps(header)})
+    loaded = fxint4.load_file(tmp_path / "x")
+    assert loaded.keys() == {"fc.w", "w"}
+    assert torch.equal(loaded["w"], weight)
+    assert loaded["w"] is loaded["fc.w"]
 
 
 def test_a_weight_named_like_a_part_of_another(tmp_path: Path) -> None:
     one, two = (Int4TileTensor.from_float(torch.randn(64, 256)) for _ in range(2))
-    for state in ({"w": one, "w.tiles": two}, {"w.tiles": two, "w": one, "w.scale_and_zero": two}):
+    for state in ({"w": one, "_w_tiles": two}, {"_w_tiles": two, "w": one, "_w_pre_scale": two}):
         fxint4.save_file(state, tmp_path / "w")
         loaded = fxint4.load_file(tmp_path / "w")
         assert loaded.keys() == state.keys()
@@ -297,11 +304,15 @@ def test_headers_of_two_models(tmp_path: Path) -> None:
     both = read_header(tmp_path, entries[0], {}, entries[1])
     assert both.packed.keys() == {"a", "c"}
     assert both.shared == {"b": "a"}
-    assert read_header(tmp_path) == read_header(tmp_path, {"format": "pt"}) == ({}, {}, frozenset())
+    nothing = ({}, {}, frozenset(), False)
+    assert read_header(tmp_path) == read_header(tmp_path, {"format": "pt"}) == nothing
     with pytest.raises(PackedFormatError, match="headers of two files differ in a; "):
         read_header(tmp_path, entries[0], entries[2])
     with pytest.raises(PackedFormatError, match="header of one file a has a pre-scale"):
         read_header(tmp_path, entries[0], entries[3])
+    older = {"fxint4": json.dumps({"version": 1, "packed": {}, "shared": {}})}
+    with pytest.raises(PackedFormatError, match="headers of two files are of different versions"):
+        read_header(tmp_path, entries[0], older)
 
 
 def test_what_does_not_make_a_weight() -> None:
@@ -370,15 +381,15 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], None]] = {
     "a pre-scale of nothing": lambda h: h.__setitem__("pre_scaled", ["v"]),
     "a pre-scale without a name": lambda h: h.__setitem__("pre_scaled", [["w"]]),
     "a weight that is two": lambda h: h["shared"].__setitem__("w", "w"),
-    "a tie that is a tensor": lambda h: h["shared"].__setitem__("w.tiles2", "w"),
-    "a later version": lambda h: h.__setitem__("version", 3),
+    "a tie that is a tensor": lambda h: h["shared"].__setitem__("_w_tiles2", "w"),
+    "a later version": lambda h: h.__setitem__("version", 4),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_header_that_was_tampered_with(name: str, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    state = {"w": Int4TileTensor.from_float(torch.randn(64, 256)), "w.tiles2": torch.ones(2)}
+    state = {"w": Int4TileTensor.from_float(torch.randn(64, 256)), "_w_tiles2": torch.ones(2)}
     fxint4.save_file(state, path)
     rewritten(path, lambda header: None)
     assert "w" in fxint4.load_file(path)

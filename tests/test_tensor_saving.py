@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxint4 import Int4Config, Int4TileTensor, PackedFormatError, UnsupportedOpError
+from fxint4 import Int4Config, Int4TileTensor, PackedFormatError, UnsupportedOpError, WriteError
+from fxint4.quant.tile_layout import DTYPES
 from fxint4.tensor.core import NEW_AXIS
 
 
@@ -158,6 +161,51 @@ def test_tied_weights_share_their_buffers_in_the_file() -> None:
     assert embedding.scale_and_zero.data_ptr() == head.scale_and_zero.data_ptr()
 
 
+# --- savers and readers of other libraries -------------------------------------------------------
+
+FOREIGN_SAVERS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "save_file": lambda model, path: safetensors.torch.save_file(model.state_dict(), path),
+    "save_model": lambda model, path: safetensors.torch.save_model(model, str(path)),
+    "save": lambda model, path: path.write_bytes(safetensors.torch.save(model.state_dict())),
+}
+
+
+@pytest.mark.parametrize("save", FOREIGN_SAVERS.values(), ids=FOREIGN_SAVERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saver_that_cannot_says_which_one_can(
+    save: Callable[[nn.Module, Path], Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)).to(dtype)
+    model[0].weight = nn.Parameter(weight(32, 64, dtype=dtype), requires_grad=False)
+    path = tmp_path / "model.safetensors"
+    path.write_text("what was there")
+    with pytest.raises(WriteError, match=r"\(32, 64\).*fxint4\.save_file.*save_pretrained"):
+        save(model, path)
+    assert path.read_text() == "what was there"
+
+
+READERS: dict[str, Callable[[Tensor], Any]] = {
+    "numpy": lambda packed: packed.numpy(),
+    "numpy of a copy": lambda packed: packed.detach().cpu().numpy(force=True),
+    "asarray": np.asarray,
+    "tolist": lambda packed: packed.tolist(),
+    "dlpack": torch.from_dlpack,
+    "numpy dlpack": np.from_dlpack,
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_values_are_read_by_dequantize_alone(read: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(UnsupportedOpError, match=r"\(20, 100\).*\.dequantize\(\)"):
+        read(weight(20, 100))
+
+
+def test_no_address_that_others_could_read() -> None:
+    packed = weight(20, 100)
+    assert not hasattr(packed, "__cuda_array_interface__")
+    assert packed.data_ptr() < 0
+
+
 # --- damaged files -------------------------------------------------------------------------------
 
 
@@ -264,6 +312,19 @@ def test_deepcopy(is_parameter: bool) -> None:
     for buffer in original.buffers.values():
         buffer.zero_()
     assert torch.equal(made.dequantize(), before)
+
+
+def test_deepcopy_of_views_of_one_memory() -> None:
+    whole = weight(16, 64)
+    module = nn.ParameterList([nn.Parameter(w, False) for w in (whole, whole.t(), whole[8:])])
+    made = copy.deepcopy(module)
+    memory = [w.tiles.untyped_storage().data_ptr() for w in made]
+    assert len(set(memory)) == 1
+    assert memory[0] != whole.tiles.untyped_storage().data_ptr()
+    assert all(
+        torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(made, module, strict=True)
+    )
+    assert made[2].is_part
 
 
 def test_deepcopy_of_a_module_keeps_tied_weights_tied() -> None:

@@ -14,8 +14,10 @@ from torch.nn.parameter import is_lazy
 from fxint4._pytorch.aot import example_size
 from fxint4._pytorch.tensors import aten, holds_own_values, real_tensors
 from fxint4.config.int4_config import Int4Config
-from fxint4.graph.names import plain_name
+from fxint4.graph.names import layer_name, plain_name
+from fxint4.passes.adapters import adapter_below
 from fxint4.passes.pipeline import Analysis
+from fxint4.passes.site import Adapter
 from fxint4.quant.tile_layout import choose_shape
 from fxint4.report import Record
 from fxint4.report.graph_text import graph_text, readers
@@ -49,10 +51,14 @@ class Owners:
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self._places: dict[int, list[tuple[nn.Module, str, str]]] = {}
         self.parameters: dict[int, nn.Parameter] = {}
+        #: For each name of PEFT's parts of a layer the name of the layer.
+        self._adapted: dict[str, str] = {}
         for prefix, outer in modules:
             for path, module in outer.named_modules(prefix=prefix):
+                for name in _adapter_names(module):
+                    self._adapted[_below(path, name)] = plain_name(path)
                 for name, parameter in module.named_parameters(recurse=False):
-                    full = plain_name(f"{path}.{name}" if path else name)
+                    full = _below(path, name)
                     places = self._places.setdefault(id(parameter), [])
                     if not any(owner is module and own == name for owner, own, _ in places):
                         places.append((module, name, full))
@@ -64,19 +70,43 @@ class Owners:
 
     def name(self, parameter: nn.Parameter) -> str:
         """Full name of a parameter; the layer's, where a layer and an embedding share it."""
-        places = self._places[id(parameter)]
-        names = [name for module, _, name in places if not isinstance(module, nn.Embedding)]
-        return names[0] if names else places[0][2]
+        return self.names(parameter)[0]
 
     def names(self, parameter: nn.Parameter) -> list[str]:
-        """All full names of a parameter; several where modules share it."""
-        return [name for _, _, name in self._places[id(parameter)]]
+        """All full names of a parameter; several where modules share it, those of layers first."""
+        places = self._places[id(parameter)]
+        places = sorted(places, key=lambda place: isinstance(place[0], nn.Embedding))
+        return [name for _, _, name in places]
+
+    def adapter(self, parameter: nn.Parameter) -> Adapter | None:
+        """The adapter of PEFT's that a parameter is a part of, or None."""
+        for name in self.names(parameter) if self._adapted else ():
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                layer = self._adapted.get(".".join(parts[:end]))
+                if layer is not None:
+                    return adapter_below(layer_name(self.name(parameter)), layer)
+        return None
 
     def replace(self, parameter: nn.Parameter, new: nn.Parameter) -> None:
         """Put `new` in the place of a parameter in all modules, and forget the parameter."""
         for module, name, _ in self._places.pop(id(parameter)):
             setattr(module, name, new)
         del self.parameters[id(parameter)]
+
+
+def _below(path: str, name: str) -> str:
+    return plain_name(f"{path}.{name}" if path else name)
+
+
+def _adapter_names(module: nn.Module) -> Sequence[str]:
+    """Names of the members that hold the adapters, if a module is a layer of PEFT's around another.
+
+    PEFT's wrappers of whole layers (`modules_to_save`) have no `base_layer`: what they hold takes
+    the place of a layer, and is packed as one.
+    """
+    names = getattr(module, "adapter_layer_names", ())
+    return names if isinstance(names, tuple) and hasattr(module, "base_layer") else ()
 
 
 @dataclass
@@ -92,6 +122,7 @@ class Candidate:
         turned: Whether packing along its other axis was tried before, and failed.
         source: The line of the user's code that multiplies by it, where a graph tells.
         pre_scaled: Whether it gets a pre-scale, where a graph tells.
+        adapter: The adapter that a graph shows it to be, or None.
     """
 
     parameter: nn.Parameter
@@ -101,6 +132,7 @@ class Candidate:
     turned: bool = False
     source: str = ""
     pre_scaled: bool = False
+    adapter: Adapter | None = None
 
     @property
     def as_stored(self) -> Tensor:
@@ -217,6 +249,7 @@ def candidates_of_model(
     def add(found: Iterable[Candidate]) -> None:
         for candidate in found:
             known = candidates.setdefault(id(candidate.parameter), candidate)
+            known.adapter = known.adapter or candidate.adapter
             if known.k_axis != candidate.k_axis:
                 known.fault = known.fault or "multiplied along different axes"
             known.fault = known.fault or candidate.fault
@@ -343,6 +376,7 @@ def candidates_of_graph(analysis: Analysis, tensors: Mapping[fx.Node, Tensor]) -
                 candidate = Candidate(parameter, record.op, k_axis, source=record.source)
                 candidate = candidates.setdefault(root, candidate)
                 candidate.pre_scaled |= direct and not site.kept and site.shape.pre_scaled
+                candidate.adapter = candidate.adapter or site.adapter
     trying = dict(candidates)
     while trying:
         with real_tensors():

@@ -20,6 +20,7 @@ from fxint4.frontends.candidates import (
     candidates_of_modules,
     candidates_that_run,
 )
+from fxint4.frontends.in_place import tell_followers
 from fxint4.frontends.parameters import (
     materialize_parametrized,
     packed_candidate,
@@ -105,6 +106,8 @@ def pack_(
         candidates = [each for each in found if id(each.parameter) in owners.parameters]
         candidates += candidates_that_run(unread, owners, *run)
         del found, unread
+    for candidate in candidates:
+        candidate.adapter = candidate.adapter or owners.adapter(candidate.parameter)
     of_parameters: dict[str, float] = {}
     if config.measure:
         report.output_error, of_parameters = _measured(
@@ -119,6 +122,7 @@ def pack_(
     ]
     if target is not None:
         _move_rest(model, target)
+    tell_followers(model, config)
     report.put("pack_", GraphReport((*records, *kept), parameters, "", ""))
     return report
 
@@ -201,7 +205,7 @@ def _measured(
         candidate = found.get(id(root))
         if candidate is None:
             return None
-        packed, _ = packed_candidate(candidate, owners, config)
+        packed, _ = packed_candidate(candidate, owners.names(candidate.parameter), config)
         return None if packed is None else candidate.logical(packed).dequantize()
 
     def quantized_of(site: Site, roots: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:

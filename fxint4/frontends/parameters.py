@@ -16,13 +16,21 @@ from fxint4.errors import FoldError
 from fxint4.frontends.candidates import Candidate, Owners, is_pointwise
 from fxint4.graph.names import layer_name
 from fxint4.passes.plan import Kept, Plan, decide, sqnr_fault
+from fxint4.passes.site import Adapter
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.quant.statistics import transposed_key
 from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
 
-__all__ = ["materialize_parametrized", "packed_candidate", "record_of", "replace_parameters"]
+__all__ = [
+    "decided_candidate",
+    "materialize_parametrized",
+    "packed_candidate",
+    "packed_record",
+    "record_of",
+    "replace_parameters",
+]
 
 
 def materialize_parametrized(model: nn.Module, config: Int4Config) -> None:
@@ -100,7 +108,8 @@ def replace_parameters(
 def _replace(
     candidate: Candidate, owners: Owners, config: Int4Config, device: torch.device | None
 ) -> Record:
-    packed, record = packed_candidate(candidate, owners, config, device)
+    names = owners.names(candidate.parameter)
+    packed, record = packed_candidate(candidate, names, config, device)
     if packed is None:
         return record
     new = nn.Parameter(candidate.logical(packed), requires_grad=False)
@@ -108,14 +117,44 @@ def _replace(
     return dataclasses.replace(record, weight_key=id(new))
 
 
+def decided_candidate(
+    candidate: Candidate,
+    names: Sequence[str],
+    config: Int4Config,
+    device: torch.device | None = None,
+) -> tuple[Record, Plan | Kept]:
+    """Decide about one parameter, whose values are not read.
+
+    Args:
+        candidate: The parameter.
+        names: All its full names; the first is that of the layer.
+        config: What the user asked for.
+        device: Where the packed weight goes; None for the device of the parameter.
+
+    Returns:
+        The record of the parameter as it is, and what becomes of it.
+    """
+    name, stored = names[0], candidate.as_stored
+    record = record_of(layer_name(name), (name,), candidate.op, stored, candidate.parameter)
+    record = dataclasses.replace(record, source=candidate.source)
+    key = transposed_key(name) if candidate.k_axis == -2 else name
+    plan = _decided(record, names, stored, key, config, device, candidate.adapter)
+    if candidate.fault and not isinstance(plan, Kept):
+        return record, Kept(candidate.fault)
+    return record, plan
+
+
 def packed_candidate(
-    candidate: Candidate, owners: Owners, config: Int4Config, device: torch.device | None = None
+    candidate: Candidate,
+    names: Sequence[str],
+    config: Int4Config,
+    device: torch.device | None = None,
 ) -> tuple[Int4TileTensor | None, Record]:
     """Pack one parameter; the model is not changed.
 
     Args:
         candidate: The parameter.
-        owners: The modules that own it.
+        names: All its full names; the first is that of the layer.
         config: What the user asked for.
         device: Where the packed weight goes; None for the device of the parameter.
 
@@ -125,16 +164,10 @@ def packed_candidate(
     Raises:
         FoldError: The parameter could not be packed.
     """
-    parameter, stored = candidate.parameter, candidate.as_stored
-    name = owners.name(parameter)
-    record = record_of(layer_name(name), (name,), candidate.op, stored, parameter)
-    record = dataclasses.replace(record, source=candidate.source)
-    if candidate.fault:
-        return None, dataclasses.replace(record, reason=candidate.fault)
-    key = transposed_key(name) if candidate.k_axis == -2 else name
-    plan = _decided(record, owners.names(parameter), stored, key, config, device)
+    record, plan = decided_candidate(candidate, names, config, device)
     if isinstance(plan, Kept):
         return None, dataclasses.replace(record, reason=plan.reason)
+    name, stored = names[0], candidate.as_stored
     recipe = plan.recipe
     try:
         with torch.no_grad():
@@ -154,13 +187,23 @@ def packed_candidate(
     fault = sqnr_fault(sqnr_db, plan.config)
     if fault:
         return None, dataclasses.replace(record, reason=fault, sqnr_db=sqnr_db)
-    return packed, dataclasses.replace(
+    record = dataclasses.replace(record, method=recipe.method, sqnr_db=sqnr_db)
+    return packed, packed_record(record, packed, recipe.remark)
+
+
+def packed_record(record: Record, packed: Int4TileTensor, reason: str) -> Record:
+    """The record of a weight that is packed now.
+
+    Args:
+        record: Of the weight as it was.
+        packed: The packed weight.
+        reason: What there is to say of it.
+    """
+    return dataclasses.replace(
         record,
         action="packed",
-        reason=recipe.remark,
+        reason=reason,
         group_size=packed.group_size,
-        method=recipe.method,
-        sqnr_db=sqnr_db,
         bytes_after=packed.packed_bytes,
         held_bytes=0,
     )
@@ -173,6 +216,7 @@ def _decided(
     key: str,
     config: Int4Config,
     device: torch.device | None = None,
+    adapter: Adapter | None = None,
 ) -> Plan | Kept:
     """What is decided of a weight ``[..., N, K]`` that goes to a device."""
     *batch, n, k = stored.shape
@@ -180,9 +224,8 @@ def _decided(
     def shape_of(own: Int4Config) -> TileShape:
         return choose_shape(n, k, own.group_size, own.inner_k_tiles, batch=tuple(batch))
 
-    return decide(
-        record, record.parameters, stored.dtype, device or stored.device, key, config, shape_of
-    )
+    about = (record, names, stored.dtype, device or stored.device, key, config, shape_of)
+    return decide(*about, adapter)
 
 
 def record_of(

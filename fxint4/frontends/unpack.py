@@ -7,6 +7,7 @@ from torch import nn
 
 from fxint4.errors import FoldError, OptionError
 from fxint4.frontends.candidates import Owners
+from fxint4.frontends.in_place import tell_followers
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["dequantize_"]
@@ -49,3 +50,4 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 "rest are packed; make room on the device, or give a smaller dtype, and call again"
             ) from error
         owners.replace(parameter, nn.Parameter(plain, requires_grad=False))
+    tell_followers(model)

@@ -60,6 +60,10 @@ class Constants:
         """Whether a value is a node that is constant and computed from at least one weight."""
         return isinstance(value, fx.Node) and self._role.get(value) is Role.WEIGHT
 
+    def is_constant(self, value: object) -> bool:
+        """Whether a value is a node that depends on no activation."""
+        return isinstance(value, fx.Node) and self._role.get(value, Role.VARIES) is not Role.VARIES
+
     def custom_op_of(self, value: object) -> str | None:
         """The custom op that a value would be a weight without; None if there is none.
 

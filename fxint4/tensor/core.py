@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 import threading
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import (
     MATMULS,
+    aten,
     disabled_torch_function,
     make_wrapper,
     map_tensors,
@@ -27,7 +29,7 @@ from fxint4._pytorch.tensors import (
     view_like,
 )
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import PackedFormatError, UnsupportedOpError
+from fxint4.errors import PackedFormatError, UnsupportedOpError, WriteError
 from fxint4.quant.blockwise import Block, pack_block, quantize_by_blocks
 from fxint4.quant.primitives import dequantize
 from fxint4.quant.recipe import RTN, Recipe
@@ -54,6 +56,12 @@ NEW_AXIS = -1
 
 #: Dtypes of codes that `from_plain` takes.
 _CODES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+#: What accelerate's disk offload is told, which reads weights by NumPy, bfloat16 as int16.
+_OFFLOAD = (
+    "accelerate's disk offload reads weights so, and can't hold packed ones: use 'cpu' in place of "
+    "'disk' in the device map, or offload to disk before fxint4.pack_"
+)
 
 #: (start, stop) of runs of stored columns.
 Columns = tuple[tuple[int, int], ...]
@@ -85,7 +93,28 @@ def dequantizing() -> Iterator[None]:
         _dequantizing.reset(token)
 
 
-class Int4TileTensor(Tensor):
+class _MadeAsAnother(type(Tensor)):  # type: ignore[misc]
+    """Lets `Int4TileTensor` be called as accelerate calls the type of any parameter."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a packed weight of buffers, or a parameter of a packed weight.
+
+        accelerate puts a parameter in another's place by ``type(old)(value, requires_grad=...)``,
+        or with all attributes of the old one in place of ``requires_grad``. The type of a packed
+        parameter is `Int4TileTensor`.
+        """
+        if args and isinstance(args[0], Int4TileTensor):
+            return nn.Parameter(args[0], requires_grad=False)
+        if len(args) == 1 and isinstance(args[0], Tensor) and kwargs.keys() <= {"requires_grad"}:
+            raise TypeError(
+                f"a {args[0].dtype} tensor {tuple(args[0].shape)} can't take the place of a packed "
+                "parameter as it is: load float weights before fxint4.pack_, or quantize it with "
+                "Int4TileTensor.from_float"
+            )
+        return super().__call__(*args, **kwargs)
+
+
+class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     """An int4 weight in tensor-core tiles, with the shape and dtype of the weight it stands for.
 
     The stored weight is ``[N, K]``, or ``[E, N, K]`` with any number of axes in front. The logical
@@ -734,6 +763,76 @@ class Int4TileTensor(Tensor):
         """
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int4TileTensor:
+        """A copy with its own buffers; views of one memory stay views of one memory."""
+        if id(self) not in memo:
+            made = memo[id(self)] = self.detach()
+            made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def data_ptr(self) -> int:
+        """A number of the memory that the weight lies in, to tell weights apart; 0 on meta.
+
+        accelerate knows tied parameters by it. It is negative, so that it is no address: whatever
+        would read memory there as floats fails.
+        """
+        return 0 if self.tiles.is_meta else -self.tiles.data_ptr()
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes of a value, scales and zeros included: `nbytes` / `numel()`, often no integer.
+
+        transformers and diffusers compute a model's memory of it.
+        """
+        return self.nbytes / self.numel()
+
+    @property
+    def itemsize(self) -> float:  # type: ignore[override]
+        """As `element_size`."""
+        return self.element_size()
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """As `packed_bytes`."""
+        return self.packed_bytes
+
+    def storage(self) -> Any:
+        """Raise WriteError: values lie in the buffers' storages, which only fxint4 writes.
+
+        Savers of other libraries ask for it, safetensors among them.
+        """
+        # safetensors would take an UnsupportedOpError, a NotImplementedError, for "no values".
+        raise WriteError(
+            f"{self!r} has no storage that another library could write. To save it, call "
+            "fxint4.save_file(model.state_dict(), path), or model.save_pretrained(folder) for a "
+            "model of transformers or diffusers; to offload it, choose the CPU, not the disk"
+        )
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Raise UnsupportedOpError: NumPy can't hold packed values."""
+        raise self._unreadable("numpy()")
+
+    def tolist(self) -> Any:
+        """Raise UnsupportedOpError: a list can't hold packed values."""
+        raise self._unreadable("tolist()")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """Raise UnsupportedOpError: NumPy can't hold packed values."""
+        raise self._unreadable("a NumPy array")
+
+    def __dlpack__(self, **_: Any) -> Any:
+        """Raise UnsupportedOpError: DLPack can't describe packed values."""
+        raise self._unreadable("DLPack")
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        """Raise AttributeError, so that others see none."""
+        raise AttributeError(str(self._unreadable("__cuda_array_interface__")))
+
+    def _unreadable(self, way: str) -> UnsupportedOpError:
+        return UnsupportedOpError(
+            f"{self!r} can't be read by {way}: call .dequantize() on it first. {_OFFLOAD}"
+        )
+
     @property
     def data(self) -> Tensor:
         """As for any tensor; it cannot be assigned, because the buffers would not change."""
@@ -927,11 +1026,13 @@ def _unsupported(func: Any, operands: Any) -> str:
         form = " where it sums over their N, as the gradient of x does, or multiplies two of them"
     elif func in _IMPLEMENTATIONS:
         form = " with these arguments"
+    offload = f". {_OFFLOAD}" if func is aten.view.dtype else ""
     return (
         f"{func} is not supported for packed int4 weights{form} (here {shapes}). Supported: "
         f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within "
         "`with fxint4.dequantizing():` where it does not write to the weight. Where it does, as "
         "merging an adapter does, call fxint4.dequantize_(model) first, and pack the result"
+        f"{offload}"
     )
 
 

@@ -1,10 +1,13 @@
 """Packed weights in safetensors files: no pickle, and all that is read is checked.
 
-A packed weight `name` is stored as ordinary tensors, `name.tiles`, `name.scale_and_zero` and, if it
-has a pre-scale, `name.pre_scale`. The entry "fxint4" of the file's header describes all packed
-weights and names those that share memory. A model may be stored in several files (shards), as
-transformers writes it; then the entry of each lists the weights of all, and the tensors of one
-weight may lie in different files.
+A packed weight `layer.weight` is stored as ordinary tensors, `layer._weight_tiles`,
+`layer._weight_scale_and_zero` and, if it has a pre-scale, `layer._weight_pre_scale`. The entry
+"fxint4" of the file's header describes all packed weights and names those that share memory. A
+model may be stored in several files (shards), as transformers writes it; then the entry of each
+lists the weights of all, and the tensors of one weight may lie in different files.
+
+The underscore keeps the names out of the patterns by which transformers renames, splits and merges
+parameters. torchao's names are of the same kind.
 """
 
 from __future__ import annotations
@@ -39,12 +42,13 @@ __all__ = [
 
 #: The entry of a file's header that says which tensors are packed, and how.
 HEADER = "fxint4"
-#: The tensors of a packed weight, by their names after the weight's; `Int4TileTensor.buffers`. Only
-#: a weight with a pre-scale has the last.
+#: The tensors of a packed weight, named as in `Int4TileTensor.buffers`. Only a weight with a
+#: pre-scale has the last.
 PARTS = ("tiles", "scale_and_zero", "pre_scale")
 
-#: Versions of the header. Files without a pre-scale have the first, which older releases read.
-_PLAIN, _PRE_SCALED = 1, 2
+#: The version of the header that is written, and those that are read. The first two name the
+#: tensors of a packed weight `layer.weight.tiles` and so on.
+_VERSION, _VERSIONS = 3, (1, 2, 3)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -55,16 +59,20 @@ class Header(NamedTuple):
         packed: The description of each packed weight, by its name. `assemble` checks it.
         shared: Names that share the memory of another, by that other one's name: tied weights.
         pre_scaled: Names of packed weights that have a pre-scale.
+        dotted: Whether the tensors of a packed weight are named as versions 1 and 2 did.
     """
 
     packed: dict[str, Any]
     shared: dict[str, str]
     pre_scaled: frozenset[str]
+    dotted: bool = False
 
     def parts(self, name: str) -> dict[str, str]:
         """The full name of each tensor of a packed weight, by its name in `PARTS`."""
         parts = PARTS if name in self.pre_scaled else PARTS[:2]
-        return {part: f"{name}.{part}" for part in parts}
+        if self.dotted:
+            return {part: f"{name}.{part}" for part in parts}
+        return {part: _part_name(name, part) for part in parts}
 
 
 def save_file(
@@ -74,9 +82,9 @@ def save_file(
 ) -> None:
     """Write a state dict that may hold packed weights.
 
-    A packed weight `name` becomes ordinary tensors, `name.tiles`, `name.scale_and_zero` and, if it
-    has one, `name.pre_scale`, and an entry of the header. Weights that share memory (tied ones)
-    are written once.
+    A packed weight `layer.weight` becomes ordinary tensors, `layer._weight_tiles`,
+    `layer._weight_scale_and_zero` and, if it has one, `layer._weight_pre_scale`, and an entry of
+    the header. Weights that share memory (tied ones) are written once.
 
     Args:
         state_dict: What `model.state_dict()` returns.
@@ -186,7 +194,7 @@ def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
             except PackedFormatError as error:
                 raise PackedFormatError(f"{name} can't be saved: {error}") from error
             packed[name] = _described(value)
-            parts = {f"{name}.{part}": buffer for part, buffer in value.buffers.items()}
+            parts = {_part_name(name, part): buffer for part, buffer in value.buffers.items()}
             if value.pre_scale is not None:
                 pre_scaled.append(name)
         else:
@@ -201,9 +209,12 @@ def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     for name, value in plain.items():
         if storages[value.untyped_storage().data_ptr()] > 1 or _is_part(value):
             plain[name] = value.clone()
-    header: dict[str, Any] = {"version": _PLAIN, "packed": packed, "shared": shared}
-    if pre_scaled:
-        header |= {"version": _PRE_SCALED, "pre_scaled": pre_scaled}
+    header = {
+        "version": _VERSION,
+        "packed": packed,
+        "shared": shared,
+        "pre_scaled": pre_scaled,
+    }
     entries = {"format": "pt", HEADER: json.dumps(header, separators=(",", ":"))}
     check_metadata("the state dict", entries, WriteError)
     return plain, entries
@@ -222,10 +233,15 @@ def read_header(path: object, *metadata: Mapping[str, str]) -> Header:
     Raises:
         PackedFormatError: An entry is damaged or of a later version, or two contradict each other.
     """
-    merged = Header({}, {}, frozenset())
+    merged: Header | None = None
     # All shards of a model have the same entry, which may have megabytes: each text is read once.
     for text in dict.fromkeys(entries[HEADER] for entries in metadata if HEADER in entries):
         read = _entries(path, parse_json(text, path, PackedFormatError))
+        if merged is None:
+            merged = read
+            continue
+        if merged.dotted != read.dotted:
+            raise PackedFormatError(f"{path}: the headers of two files are of different versions")
         for known, new in ((merged.packed, read.packed), (merged.shared, read.shared)):
             differ = [name for name in known.keys() & new.keys() if known[name] != new[name]]
             if differ:
@@ -244,8 +260,9 @@ def read_header(path: object, *metadata: Mapping[str, str]) -> Header:
             merged.packed | read.packed,
             merged.shared | read.shared,
             merged.pre_scaled | read.pre_scaled,
+            merged.dotted,
         )
-    return merged
+    return merged or Header({}, {}, frozenset())
 
 
 def assemble(
@@ -307,11 +324,10 @@ def _entries(path: object, header: Any) -> Header:
         return Header({}, {}, frozenset())
     if not isinstance(header, dict):
         raise PackedFormatError(f"{path}: its header is damaged: {HEADER} is no JSON object")
-    if header.get("version") not in (_PLAIN, _PRE_SCALED):
-        raise PackedFormatError(
-            f"{path} is of version {header.get('version')!r}; this fxint4 reads {_PLAIN} and "
-            f"{_PRE_SCALED}"
-        )
+    version = header.get("version")
+    if version not in _VERSIONS:
+        known = ", ".join(map(str, _VERSIONS))
+        raise PackedFormatError(f"{path} is of version {version!r}; this fxint4 reads {known}")
     packed, shared = header.get("packed"), header.get("shared")
     pre_scaled = header.get("pre_scaled", [])
     if not (
@@ -331,7 +347,12 @@ def _entries(path: object, header: Any) -> Header:
     for names, what in contradictions:
         if names:
             raise PackedFormatError(f"{path}: its header is damaged: {min(names)} {what}")
-    return Header(packed, shared, frozenset(pre_scaled))
+    return Header(packed, shared, frozenset(pre_scaled), dotted=version < _VERSION)
+
+
+def _part_name(name: str, part: str) -> str:
+    layer, dot, attribute = name.rpartition(".")
+    return f"{layer}{dot}_{attribute}_{part}"
 
 
 def _described(weight: Int4TileTensor) -> list[Any]:

@@ -107,6 +107,22 @@ def _to_copy(
     )
 
 
+@implements(aten.is_pinned.default)
+def _is_pinned(weight: Int4TileTensor, device: Any = None) -> bool:
+    return all(buffer.is_pinned() for buffer in weight.buffers.values())
+
+
+@implements(aten._pin_memory.default)
+def _pin_memory(weight: Int4TileTensor, device: Any = None) -> Int4TileTensor:
+    return weight.on_buffers(lambda buffer: aten._pin_memory(buffer.contiguous()), is_part=False)
+
+
+@implements(aten.record_stream.default)
+def _record_stream(weight: Int4TileTensor, stream: Any) -> None:
+    for buffer in weight.buffers.values():
+        buffer.record_stream(stream)
+
+
 @implements(aten.equal.default)
 def _equal(left: Any, right: Any) -> Any:
     if not (isinstance(left, Int4TileTensor) and isinstance(right, Int4TileTensor)):

@@ -49,10 +49,10 @@ def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
                 "damaged, or it is one of several files of a model: then give their folder"
             )
         found.append(PackedWeight(name, checkpoint, parts, header))
-    if not found and _unlisted(checkpoint):
-        name = _unlisted(checkpoint)[0]
+    unlisted = _unlisted(checkpoint)
+    if unlisted and not found:
         raise CheckpointError(
-            f"{checkpoint.path}: {name}.{PARTS[0]} is named like a part of a weight that fxint4 "
+            f"{checkpoint.path}: {unlisted[0]} is named like a part of a weight that fxint4 "
             f"packed, but no file has the entry {HEADER!r} in its header, which describes it: "
             "another program wrote the files anew. Write them with fxint4.save_file"
         )
@@ -120,8 +120,11 @@ def _header(checkpoint: Checkpoint) -> Header:
 
 
 def _unlisted(checkpoint: Checkpoint) -> list[str]:
-    """Names of weights whose tiles and scale_and_zero a checkpoint has, by their names."""
-    names = (name.removesuffix(f".{PARTS[0]}") for name in sorted(checkpoint.names))
+    """Names of tensors that are tiles, by their names and those of others."""
+    tiles, parameters, _ = PARTS
     return [
-        name for name in names if {f"{name}.{PARTS[0]}", f"{name}.{PARTS[1]}"} <= checkpoint.names
+        name
+        for name in sorted(checkpoint.names)
+        if name.endswith((f"_{tiles}", f".{tiles}"))
+        and f"{name.removesuffix(tiles)}{parameters}" in checkpoint.names
     ]

@@ -25,7 +25,8 @@ from fxint4.frontends.checkpoints import (
 )
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
-from fxint4.frontends.parameters import record_of
+from fxint4.frontends.in_place import tell_followers
+from fxint4.frontends.parameters import packed_record, record_of
 from fxint4.graph.names import layer_name, parameters_of
 from fxint4.quant.tile_layout import DTYPES
 from fxint4.report import GraphReport, Record, Report
@@ -103,6 +104,7 @@ def load_(
         setattr(module, attribute, value)
     for slot in slots:
         setattr(slot.place.module, slot.place.attribute, slot.new)
+    tell_followers(model)
     report = Report()
     records: dict[int, Record] = {}
     for slot in slots:
@@ -311,15 +313,9 @@ class _Slot:
             return dataclasses.replace(
                 record, reason="not quantized in the checkpoint", weight_key=id(self.new)
             )
-        return dataclasses.replace(
-            record,
-            action="packed",
-            reason=f"from {self.item.title}" if isinstance(self.item, Weight) else "",
-            group_size=self.new.group_size,
-            bytes_after=self.new.packed_bytes,
-            held_bytes=0,
-            weight_key=id(self.new),
-        )
+        reason = f"from {self.item.title}" if isinstance(self.item, Weight) else ""
+        record = dataclasses.replace(record, weight_key=id(self.new))
+        return packed_record(record, self.new, reason)
 
     def _candidate(self) -> Candidate:
         assert self.use is not None

@@ -1,0 +1,227 @@
+"""Packing where another library reads a model's files, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fxint4.config.int4_config import Int4Config
+from fxint4.errors import CheckpointError
+from fxint4.frontends.candidates import Candidate, Owners, candidates_of_modules, use_of
+from fxint4.frontends.parameters import (
+    decided_candidate,
+    packed_candidate,
+    packed_record,
+    record_of,
+)
+from fxint4.graph.names import layer_name, parameters_of
+from fxint4.passes.plan import Kept
+from fxint4.report import GraphReport, Record, Report
+from fxint4.report.latest import remember
+from fxint4.tensor import Int4TileTensor
+from fxint4.tensor.files import PARTS, Header, assemble, read_header
+
+__all__ = ["PackedFiles", "StreamedPacking", "tie"]
+
+_CPU = torch.device("cpu")
+
+
+class StreamedPacking:
+    """Packs the parameters of a model one at a time, as another library reads them.
+
+    What becomes of each is decided beforehand, by the model on the meta device.
+
+    Args:
+        model: The model, of which no values are read. Tied parameters are one.
+        config: What the user asked for.
+        kept: Returns why the library keeps a parameter as it is, by all its full names, or "".
+
+    Attributes:
+        nbytes: Bytes that each parameter will take packed, by all its full names.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Int4Config, kept: Callable[[Sequence[str]], str]
+    ) -> None:
+        self.nbytes: dict[str, int] = {}
+        self._config = config
+        self._candidates: dict[str, tuple[Candidate, list[str]]] = {}
+        self._records: dict[str, Record] = {}
+        owners = Owners([("", model)])
+        for candidate in candidates_of_modules(owners):
+            names = owners.names(candidate.parameter)
+            record, plan = decided_candidate(candidate, names, config, _CPU)
+            reason = plan.reason if isinstance(plan, Kept) else kept(names)
+            self._records[names[0]] = dataclasses.replace(record, reason=reason)
+            if not (isinstance(plan, Kept) or reason):
+                for name in names:
+                    self._candidates[name] = candidate, names
+                    self.nbytes[name] = plan.shape.packed_bytes
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a parameter is to be packed; its values may still forbid it."""
+        return name in self._candidates
+
+    def pack(self, name: str, value: Tensor) -> Tensor:
+        """Pack one parameter.
+
+        Args:
+            name: One of its full names.
+            value: Its values, on the device where it goes.
+
+        Returns:
+            The packed parameter, or the values if they are to stay.
+
+        Raises:
+            FoldError: It could not be packed.
+        """
+        known, names = self._candidates[name]
+        candidate = Candidate(nn.Parameter(value, requires_grad=False), known.op, known.k_axis)
+        packed, self._records[names[0]] = packed_candidate(candidate, names, self._config)
+        if packed is None:
+            return value
+        return nn.Parameter(candidate.logical(packed), requires_grad=False)
+
+    def report(self, model: nn.Module, title: str) -> Report:
+        """What was packed, and what not and why; `fxint4.last_report` returns it too.
+
+        Args:
+            model: The model, loaded.
+            title: The way in, such as "from_pretrained".
+        """
+        self._candidates.clear()
+        records = [
+            dataclasses.replace(record, weight_key=id(model.get_parameter(record.parameters[0])))
+            for record in self._records.values()
+        ]
+        return _reported(model, title, records, self._config)
+
+
+class PackedFiles:
+    """The packed weights in files that another library reads.
+
+    Args:
+        files: Safetensors files, those of one folder.
+        prefix: What the names of a model with a head have in front that those of the model inside
+            lack. One may be loaded from the files of the other.
+
+    Attributes:
+        nbytes: Bytes that each packed parameter takes, by its full name, with the prefix, too.
+
+    Raises:
+        PackedFormatError: A header is damaged, or of a later version.
+    """
+
+    def __init__(self, files: Sequence[str], prefix: str = "") -> None:
+        self.nbytes: dict[str, int] = {}
+        self._folder = os.path.dirname(files[0]) if files else ""
+        self._stored: dict[str, str] = {}
+        metadata, sizes = [], {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                metadata.append(file.metadata() or {})
+                for name in file.keys():  # noqa: SIM118
+                    shape = file.get_slice(name).get_shape()
+                    sizes[name] = math.prod(shape) * (2 if name.endswith(PARTS[1]) else 4)
+        self._header: Header = read_header(self._folder, *metadata)
+        for stored in self._header.packed:
+            parts = self._header.parts(stored).values()
+            for name in (stored, prefix + stored, stored.removeprefix(prefix)):
+                self._stored[name] = stored
+                self.nbytes[name] = sum(sizes.get(part, 0) for part in parts)
+
+    @property
+    def attributes(self) -> list[str]:
+        """The names that packed parameters have in their modules."""
+        return list(dict.fromkeys(name.rpartition(".")[2] for name in self._header.packed))
+
+    def assemble(self, name: str, parts: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+        """Make a packed parameter of its tensors, without a copy.
+
+        Args:
+            name: Its full name in the model.
+            parts: The tensors, by their names in `fxint4.tensor.files.PARTS`.
+            wanted: The parameter of the model, of which no values are read.
+
+        Raises:
+            CheckpointError: Its shape is not that of the model's.
+            PackedFormatError: The tensors are damaged, or don't fit what the header says.
+        """
+        packed = assemble(self._folder, self._stored.get(name, name), self._header, parts)
+        if packed.shape != wanted.shape:
+            raise CheckpointError(
+                f"{self._folder}: {name} is {tuple(packed.shape)}; the model's is "
+                f"{tuple(wanted.shape)}"
+            )
+        return nn.Parameter(packed.to(wanted.dtype), requires_grad=False)
+
+    def report(self, model: nn.Module, title: str) -> Report:
+        """What is packed in a model, and what could be and is not.
+
+        Args:
+            model: The model, loaded.
+            title: The way in, such as "from_pretrained".
+        """
+        return _reported(model, title, _records_of(model), None)
+
+    def tie(self, model: nn.Module) -> None:
+        """Make one parameter of those that were one when the files were written."""
+        for name, original in self._header.shared.items():
+            tie(model, name, original)
+
+
+def tie(model: nn.Module, name: str, original: str) -> None:
+    """Make a parameter the same as another one, if the model has both.
+
+    Args:
+        model: The model.
+        name: Full name of the parameter that is replaced.
+        original: Full name of the other one.
+    """
+    path, _, attribute = name.rpartition(".")
+    try:
+        value, _ = model.get_parameter(original), model.get_parameter(name)
+    except AttributeError:  # of a model with more modules than this one, or no parameter
+        return
+    setattr(model.get_submodule(path), attribute, value)
+
+
+def _reported(
+    model: nn.Module, title: str, records: Sequence[Record], config: Int4Config | None
+) -> Report:
+    report = Report(config)
+    parameters = {
+        key: each._replace(reason=each.reason or f"{each.owner} is not packed while it is loaded")
+        for key, each in parameters_of(model).items()
+    }
+    report.put(title, GraphReport(tuple(records), parameters, "", ""))
+    remember(report)
+    return report
+
+
+def _records_of(model: nn.Module) -> list[Record]:
+    """A record for each packed parameter of a model, and for those that could be packed."""
+    owners = Owners([("", model)])
+    records = []
+    for parameter in owners.parameters.values():
+        uses = [use for owner in owners.of(parameter) if (use := use_of(owner, parameter))]
+        if not uses and not isinstance(parameter, Int4TileTensor):
+            continue
+        op, k_axis = uses[0] if uses else ("linear", -1)
+        name = owners.name(parameter)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        plain = nn.Parameter(values, requires_grad=False)
+        stored = Candidate(plain, op, k_axis).as_stored
+        record = record_of(layer_name(name), (name,), op, stored, plain)
+        record = dataclasses.replace(record, weight_key=id(parameter))
+        if isinstance(parameter, Int4TileTensor):
+            records.append(packed_record(record, parameter, "packed in the checkpoint"))
+        else:
+            records.append(dataclasses.replace(record, reason="not packed in the checkpoint"))
+    return records
