@@ -24,7 +24,7 @@ __all__ = ["register_integrations"]
 
 logger = logging.getLogger("fxint4")
 
-#: A module of another library, and the module of ours whose `register` is called once it is there,
+#: A module of another library, and the module of ours that registers with it when it is imported,
 #: and whose `follow_packing` is one of `fxint4.frontends.in_place.followers`.
 _INTEGRATIONS = {"transformers.quantizers": "fxint4.integrations.transformers"}
 
@@ -56,7 +56,7 @@ def _follow_packing(model: nn.Module, config: Int4Config | None) -> None:
 
 def _register(integration: str) -> None:
     try:
-        import_module(integration).register()
+        import_module(integration)
     except ImportError as error:  # an older version of the library, which goes on without us
         logger.warning("%s does not work with what is installed: %s", integration, error)
 
@@ -97,7 +97,7 @@ class _Registering(Loader):
 
     Args:
         loader: The module's own loader.
-        integration: The module of ours to call `register` of.
+        integration: The module of ours to import then.
     """
 
     def __init__(self, loader: Loader, integration: str) -> None:

@@ -34,7 +34,7 @@ from fxint4.version import __version__
 if TYPE_CHECKING:  # transformers imports this module while it makes this class
     from transformers import PreTrainedModel
 
-__all__ = ["Int4TileConfig", "Int4TileQuantizer", "follow_packing", "register"]
+__all__ = ["Int4TileConfig", "Int4TileQuantizer", "follow_packing"]
 
 #: What transformers knows the format by, in `config.json`.
 NAME = "int4tile"
@@ -209,6 +209,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         self._config = None if self.pre_quantized else quantization_config.int4_config()
         self.weights: StreamedPacking | PackedFiles | None = None
         self._failure: Exception | None = None
+        self._conversions: Any = None
 
     # --- before weights are loaded ---------------------------------------------------------------
 
@@ -296,12 +297,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.weights is not None
         if isinstance(self.weights, PackedFiles):
             self.weights.tie(model)
-            # Saving flattens packed weights before transformers undoes its conversions.
-            model._weight_conversions = [
-                conversion
-                for conversion in model._weight_conversions
-                if not any(isinstance(op, _Load) for op in getattr(conversion, "operations", ()))
-            ]
+        self.keep_names(model)
         model.int4tile_report = self.weights.report(model, "from_pretrained")
         self.weights = None
         return model
@@ -321,6 +317,20 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
             if value.is_meta:
                 state_dict[name] = load_offloaded_parameter(model, name)
         return flatten(state_dict)
+
+    def keep_names(self, model: PreTrainedModel) -> None:
+        """Have a model saved under its own names, by which the header calls packed weights.
+
+        transformers would give some of them the names of the original checkpoint, and split merged
+        experts, and loads either.
+        """
+        self._conversions = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Undo what saving packed weights took; for a model that has none any more."""
+        super().remove_quantization_config(model)
+        model._weight_conversions = self._conversions
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         dequantize_(model, dtype)
@@ -416,14 +426,15 @@ def follow_packing(model: nn.Module, config: Int4Config | None) -> None:
             if known is None:
                 options = Int4TileConfig.of(config or Int4Config())
                 part.hf_quantizer = Int4TileQuantizer(options, pre_quantized=True)
+                part.hf_quantizer.keep_names(part)
                 part.config.quantization_config = options
         elif isinstance(known, Int4TileQuantizer):
             known.remove_quantization_config(part)
 
 
-def register() -> None:
-    """Make transformers know the format by its name; harmless when done twice."""
-    if NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(NAME)(Int4TileConfig)
-    if NAME not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(NAME)(Int4TileQuantizer)
+for _known, _register, _ours in (
+    (AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config, Int4TileConfig),
+    (AUTO_QUANTIZER_MAPPING, register_quantizer, Int4TileQuantizer),
+):
+    if NAME not in _known:  # to register a name twice is an error
+        _register(NAME)(_ours)

@@ -1,0 +1,543 @@
+"""`from_pretrained` with `Int4TileConfig`, `save_pretrained`, and what comes after them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import relative_error
+from torch import Tensor, nn
+
+import fxint4
+from fxint4 import CheckpointError, FoldError, Int4TileTensor, OptionError, PackedFormatError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers.core_model_loading", reason="transformers is older than 5.17")
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 96
+IDS = torch.arange(12).view(1, 12) * 7 % VOCABULARY
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+}
+OPTIONS = {"group_size": 32}
+#: The CPU's op rounds x to bf16: half a unit in the last place, for each of about eight matmuls in
+#: a row.
+ROUNDED = 8 * 2.0**-9
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
+
+
+def mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+
+
+def qwen_moe() -> PreTrainedModel:
+    sizes = {**SIZES, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+
+
+def gpt2() -> PreTrainedModel:
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, **ids)
+    )
+
+
+def bert() -> PreTrainedModel:
+    return BertForMaskedLM(BertConfig(**SIZES))
+
+
+def t5() -> PreTrainedModel:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(
+        T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0)
+    )
+
+
+def llava() -> PreTrainedModel:
+    vision = {"image_size": 16, "patch_size": 8, **SIZES}
+    for name in ("num_key_value_heads", "vocab_size"):
+        del vision[name]
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**vision),
+            text_config=LlamaConfig(**SIZES),
+            image_token_index=VOCABULARY - 1,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama,
+    "tied llama": lambda: llama(tie_word_embeddings=True),
+    "mixtral": mixtral,
+    "qwen3 moe": qwen_moe,
+    "gpt2": gpt2,
+    "bert": bert,
+    "t5": t5,
+    "llava": llava,
+}
+
+
+def output(model: nn.Module) -> Tensor:
+    inputs = {"input_ids": IDS}
+    if isinstance(model, T5ForConditionalGeneration):
+        inputs["decoder_input_ids"] = IDS
+    with torch.no_grad():
+        result: Tensor = model(**inputs)[0]
+    return result
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    return {
+        name
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if isinstance(value, Int4TileTensor)
+    }
+
+
+def same_state(one: nn.Module, other: nn.Module) -> None:
+    """Assert that two models hold the same values, bit for bit."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert type(value) is type(theirs[name]), name
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_layer(tmp_path: Path) -> Path:
+    """A folder with a Llama of one layer, for what runs a model."""
+    llama(num_hidden_layers=1).save_pretrained(tmp_path / "one layer")
+    return tmp_path / "one layer"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a Llama that is not quantized."""
+    llama().save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def load(folder: Path, kind: type = LlamaForCausalLM, **options: Any) -> Any:
+    config = fxint4.Int4TileConfig(**{**OPTIONS, **options})
+    return kind.from_pretrained(folder, quantization_config=config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loading_saving_and_loading_again(name: str, tmp_path: Path) -> None:
+    original = MODELS[name]().eval()
+    original.save_pretrained(tmp_path / "float")
+    kind = type(original)
+
+    loaded = load(tmp_path / "float", kind)
+    in_place = kind.from_pretrained(tmp_path / "float")
+    fxint4.pack_(in_place, options=OPTIONS)
+    assert packed_names(loaded) == packed_names(in_place) != set()
+    same_state(loaded, in_place)
+    unpacked = copy.deepcopy(loaded)
+    fxint4.dequantize_(unpacked)
+    assert relative_error(output(loaded), output(unpacked)) < ROUNDED
+
+    loaded.save_pretrained(tmp_path / "int4", max_shard_size="20KB")
+    assert len(list((tmp_path / "int4").glob("*.safetensors"))) > 2
+    again = kind.from_pretrained(tmp_path / "int4")
+    same_state(loaded, again)
+    assert torch.equal(output(again), output(loaded))
+
+    again.save_pretrained(tmp_path / "again")
+    same_state(loaded, kind.from_pretrained(tmp_path / "again"))
+
+    in_place.save_pretrained(tmp_path / "in place")
+    same_state(loaded, kind.from_pretrained(tmp_path / "in place"))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_load_reads_the_folder(name: str, tmp_path: Path) -> None:
+    original = MODELS[name]()
+    original.save_pretrained(tmp_path / "float")
+    loaded = load(tmp_path / "float", type(original))
+    loaded.save_pretrained(tmp_path / "int4", max_shard_size="20KB")
+    fresh = MODELS[name]().eval()
+    fxint4.load_(fresh, tmp_path / "int4")
+    same_state(loaded, fresh)
+    fresh.save_pretrained(tmp_path / "again")
+    same_state(loaded, type(original).from_pretrained(tmp_path / "again"))
+
+
+def test_of_a_model_with_a_head_and_without(tmp_path: Path) -> None:
+    """Names differ by a prefix; the header has those of the model that was saved."""
+    for name, model, inside in (
+        ("llama", llama(tie_word_embeddings=True), "model"),
+        ("llava", llava(), "model"),
+    ):
+        model.save_pretrained(tmp_path / name)
+        loaded = load(tmp_path / name, type(model))
+        loaded.save_pretrained(tmp_path / f"{name} int4")
+        kind = LlavaModel if name == "llava" else AutoModel
+        body = kind.from_pretrained(tmp_path / f"{name} int4")
+        same_state(body, getattr(loaded, inside))
+        body.save_pretrained(tmp_path / f"{name} body")
+        head = type(model).from_pretrained(tmp_path / f"{name} body")
+        same_state(getattr(head, inside), body)
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse", "hqq"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_methods_and_dtypes(method: str, dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
+    config = fxint4.Int4TileConfig(method=method, group_size=64)
+    loaded = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    in_place = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    fxint4.pack_(in_place, options={"method": method, "group_size": 64})
+    same_state(loaded, in_place)
+    weight = loaded.model.layers[0].mlp.up_proj.weight
+    assert (weight.dtype, weight.group_size) == (dtype, 64)
+    assert {record.method for record in loaded.int4tile_report.records} == {method}
+    loaded.save_pretrained(tmp_path / "int4")
+    same_state(loaded, LlamaForCausalLM.from_pretrained(tmp_path / "int4"))
+    other = LlamaForCausalLM.from_pretrained(tmp_path / "int4", dtype=torch.float32)
+    assert other.model.layers[0].mlp.up_proj.weight.dtype is torch.float32
+    assert output(other).isfinite().all()
+
+
+def test_what_is_kept_and_why(folder: Path) -> None:
+    loaded = load(
+        folder,
+        skip=["*.o_proj"],
+        include=["model.layers.0.*", "*.v_proj", "lm_head"],
+        overrides={"*.up_proj": {"group_size": 64}},
+        modules_to_not_convert=["lm_head", "model.layers.0.mlp.down_proj"],
+    )
+    reasons = {record.name: record.reason for record in loaded.int4tile_report.records}
+    packed = {name for name, reason in reasons.items() if not reason}
+    layer = "model.layers.0"
+    assert packed == {
+        *(f"{layer}.self_attn.{part}_proj" for part in "qkv"),
+        f"{layer}.mlp.gate_proj",
+        f"{layer}.mlp.up_proj",
+        "model.layers.1.self_attn.v_proj",
+    }
+    assert {f"{name}.weight" for name in packed} == packed_names(loaded)
+    assert reasons["lm_head"] == "modules_to_not_convert='lm_head'"
+    assert reasons[f"{layer}.mlp.down_proj"] == (
+        "modules_to_not_convert='model.layers.0.mlp.down_proj'"
+    )
+    assert reasons[f"{layer}.self_attn.o_proj"] == "skip='*.o_proj'"
+    assert reasons["model.layers.1.mlp.up_proj"] == "no pattern of include matches it"
+    assert loaded.model.layers[0].mlp.up_proj.weight.group_size == 64
+    assert loaded.model.layers[0].mlp.gate_proj.weight.group_size == 32
+    assert fxint4.last_report() is loaded.int4tile_report
+    (graph,) = loaded.int4tile_report.graphs
+    of_parameter = {parameter.name: parameter.reason for parameter in graph.parameters.values()}
+    embedded = of_parameter["model.embed_tokens.weight"]
+    assert embedded == "Embedding is not packed while it is loaded"
+
+
+def test_a_weight_whose_values_forbid_it(folder: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = torch.nan
+    model.save_pretrained(folder)
+    loaded = load(folder)
+    (head,) = [each for each in loaded.int4tile_report.records if each.name == "lm_head"]
+    assert head.action == "kept"
+    assert "NaN" in head.reason
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.detach()) is False  # NaN
+    assert torch.equal(loaded.lm_head.weight.nan_to_num(), model.lm_head.weight.nan_to_num())
+
+
+def test_the_report_of_what_was_loaded_packed(folder: Path, tmp_path: Path) -> None:
+    load(folder, skip=["lm_head"]).save_pretrained(tmp_path / "int4")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "int4")
+    of_layer = {record.name: record for record in again.int4tile_report.records}
+    assert of_layer["lm_head"].reason == "not packed in the checkpoint"
+    up = of_layer["model.layers.0.mlp.up_proj"]
+    assert (up.action, up.n, up.k, up.group_size) == ("packed", 128, 64, 32)
+    assert up.bytes_after == again.model.layers[0].mlp.up_proj.weight.packed_bytes
+    assert len(of_layer) == 15
+
+
+def test_what_the_folder_says(folder: Path, tmp_path: Path) -> None:
+    load(folder, skip=["lm_head"], overrides={"*.up_proj": {"group_size": 64}}).save_pretrained(
+        tmp_path / "int4"
+    )
+    config = json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "int4tile"
+    assert config["group_size"] == 32
+    assert config["skip"] == ["lm_head"]
+    assert config["overrides"] == {"*.up_proj": {"group_size": 64}}
+    assert "`pip install fxint4`, and `import fxint4` before" in config["note"]
+    options = AutoConfig.from_pretrained(tmp_path / "int4").quantization_config
+    assert fxint4.Int4TileConfig.from_dict(options).model_card_line == config["note"]
+
+
+def test_options_go_round() -> None:
+    config = fxint4.Int4TileConfig(
+        64, 4, "mse", None, {"a": {"method": "hqq"}}, None, None, ["a"], ["b"], 12.5, 16, ["c"]
+    )
+    again = fxint4.Int4TileConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    ours = config.int4_config()
+    assert (ours.group_size, ours.inner_k_tiles, ours.method) == (64, 4, "mse")
+    assert (ours.include, ours.skip, ours.min_sqnr_db) == (("a",), ("b",), 12.5)
+    assert fxint4.Int4TileConfig.of(ours).to_dict() == {
+        **config.to_dict(),
+        "modules_to_not_convert": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 48}, "group_size is 48; it takes one of 32, 64, 128, 256"),
+        ({"method": "best"}, "method is 'best'"),
+        ({"bits": 4}, "Int4TileConfig has no option 'bits'; it has group_size, "),
+        ({"kernel": "cuda"}, "has no option 'kernel'"),
+        ({"skip": [3]}, "skip"),
+        ({"overrides": {"a": {"kernel": "cuda"}}}, "overrides for 'a' hold 'kernel'"),
+        ({"modules_to_not_convert": "lm_head"}, "takes a list of names"),
+    ],
+)
+def test_options_that_are_wrong(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        fxint4.Int4TileConfig(**options)
+
+
+def test_calibrated_methods(one_layer: Path, tmp_path: Path) -> None:
+    """From a file of statistics while weights are loaded, or on the loaded model."""
+    model = LlamaForCausalLM.from_pretrained(one_layer)
+    calibration = fxint4.calibrate(model, [(IDS,)], options={"method": "gptq", **OPTIONS})
+    calibration.save(tmp_path / "statistics")
+    options = {"method": "gptq", "calibration": tmp_path / "statistics"}
+    loaded = load(one_layer, **options)
+    fxint4.pack_(model, options={**OPTIONS, "method": "gptq", "calibration": calibration})
+    same_state(loaded, model)
+    plain = load(one_layer)
+    layer = "model.layers.0.mlp.gate_proj.weight"
+    assert not torch.equal(plain.get_parameter(layer), loaded.get_parameter(layer))
+
+    (tmp_path / "statistics").unlink()
+    for each, name in ((loaded, "loaded"), (model, "packed")):
+        each.save_pretrained(tmp_path / name)
+        same_state(loaded, LlamaForCausalLM.from_pretrained(tmp_path / name))  # needs no statistics
+    with pytest.raises(PackedFormatError, match="statistics"):
+        load(one_layer, **options)
+    with pytest.raises(OptionError, match=r"gptq.* looks at activations"):
+        load(one_layer, method="gptq")
+
+
+def test_a_budget_that_a_calibration_chose_by(one_layer: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(one_layer)
+    whole = sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    options = {"max_bytes": whole // 3}
+    calibration = fxint4.calibrate(model, [(IDS,)], options=options)
+    loaded = load(one_layer, **options, calibration=calibration)
+    fxint4.pack_(model, options={**options, "calibration": calibration})
+    same_state(loaded, model)
+    with pytest.raises(OptionError, match=r"max_bytes=.* has nothing to choose by"):
+        load(one_layer, **options)
+
+
+def test_a_weight_that_can_not_be_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would log the error, and give the weight random values."""
+    packing = Int4TileTensor.quantized
+
+    def fails(weight: Tensor, *args: Any) -> Any:
+        if weight.shape == (VOCABULARY, 64):
+            raise torch.OutOfMemoryError("no memory")
+        return packing(weight, *args)
+
+    monkeypatch.setattr(Int4TileTensor, "quantized", fails)
+    with pytest.raises(
+        FoldError, match=r"could not pack lm_head \(96x64, lm_head\.weight\).*no me"
+    ):
+        load(folder)
+
+
+def test_damaged_files(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    load(folder).save_pretrained(tmp_path / "int4")
+    path = tmp_path / "int4" / "model.safetensors"
+    tensors = load_file(path)
+    metadata = fxint4_metadata(path)
+    name = "model.layers.1.mlp.up_proj._weight_tiles"
+    damaged = r"layers\.1\.mlp\.up_proj\.weight is damaged"
+    for changed in (
+        {**tensors, name: tensors[name][:4].clone()},
+        {key: value for key, value in tensors.items() if key != name},
+    ):
+        save_file(changed, path, metadata=metadata)
+        with pytest.raises(PackedFormatError, match=damaged):
+            LlamaForCausalLM.from_pretrained(tmp_path / "int4")
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight is \(64, 128\); the model's is"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "int4", intermediate_size=192)
+
+
+def fxint4_metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def test_what_is_loaded_behaves_like_any_model(folder: Path, tmp_path: Path) -> None:
+    loaded = load(folder)
+    assert loaded.get_memory_footprint() < 0.6 * llama().get_memory_footprint()
+    duplicate = copy.deepcopy(loaded)
+    same_state(loaded, duplicate)
+    torch.save(loaded, tmp_path / "pickle")
+    same_state(loaded, torch.load(tmp_path / "pickle", weights_only=False))
+    plain = duplicate.dequantize()
+    assert packed_names(plain) == set()
+    assert not hasattr(plain.config, "quantization_config")
+    assert relative_error(output(plain), output(loaded)) < ROUNDED
+    plain.save_pretrained(tmp_path / "plain")
+    same_state(plain, LlamaForCausalLM.from_pretrained(tmp_path / "plain"))
+
+
+def test_a_model_that_is_packed_and_unpacked_in_place(folder: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    fxint4.pack_(model, options={**OPTIONS, "skip": ["lm_head"]})
+    assert model.config.quantization_config.skip == ["lm_head"]
+    assert model.half().dtype is torch.float16
+    fxint4.dequantize_(model)
+    assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert packed_names(again) == set()
+
+
+def test_a_model_inside_another_is_saved_by_itself(tmp_path: Path) -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = bert()
+            self.out = nn.Linear(VOCABULARY, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            result: Tensor = self.out(self.body(ids)[0])
+            return result
+
+    model = Classifier().eval()
+    fxint4.pack_(model, options=OPTIONS)
+    model.body.save_pretrained(tmp_path)
+    same_state(model.body, BertForMaskedLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "device_map", ["cpu", "auto", {"": "cpu"}, {"model": 0, "lm_head": "disk"}]
+)
+def test_device_maps(device_map: Any, folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    if "disk" in str(device_map):
+        with pytest.raises(OptionError, match="can't be offloaded to the disk"):
+            LlamaForCausalLM.from_pretrained(
+                folder, quantization_config=fxint4.Int4TileConfig(), device_map=device_map
+            )
+        return
+    config = fxint4.Int4TileConfig(**OPTIONS)
+    loaded = LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map=device_map
+    )
+    if device_map != "auto":
+        same_state(loaded, load(folder))
+    assert output(loaded.to("cpu") if device_map != "auto" else loaded).isfinite().all()
+
+
+def test_a_device_map_sees_packed_bytes(folder: Path) -> None:
+    quantizer_config = fxint4.Int4TileConfig(**OPTIONS)
+    seen: dict[str, float] = {}
+
+    from fxint4.integrations.transformers import Int4TileQuantizer
+
+    class Recording(Int4TileQuantizer):
+        def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+            size = super().param_element_size(model, param_name, param)
+            seen[param_name] = size * param.numel()
+            return size
+
+    from transformers.modeling_utils import get_total_byte_count
+
+    loaded = load(folder)
+    with torch.device("meta"):
+        skeleton = llama()
+    quantizer = Recording(quantizer_config, pre_quantized=False)
+    quantizer.preprocess_model(skeleton)
+    names = dict.fromkeys((name for name, _ in skeleton.named_parameters()), "cpu")
+    total = get_total_byte_count(skeleton, names, quantizer)["cpu"]
+    expected = sum(
+        value.packed_bytes if isinstance(value, Int4TileTensor) else value.nbytes
+        for value in loaded.parameters()
+    )
+    assert total == pytest.approx(expected)
+    assert seen.keys() == names.keys()
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_compiled(one_layer: Path) -> None:
+    loaded = load(one_layer)
+    expected = output(loaded)
+    loaded.compile(backend="int4tile")
+    assert relative_error(output(loaded), expected) < ROUNDED
+    report = fxint4.last_report()
+    assert report is not None
+    assert sum(record.action == "packed" for record in report.records) == 8
+
+
+def test_peft_adapters_of_a_packed_model(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    loaded = load(folder)
+    before = output(loaded)
+    config = peft.LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights=False)
+    loaded.add_adapter(config)
+    with_adapter = output(loaded)
+    assert relative_error(with_adapter, before) > 1e-3
+    loaded.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    again = load(folder)
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(output(again), with_adapter)
