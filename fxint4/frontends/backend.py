@@ -14,7 +14,7 @@ from fxint4._pytorch.dynamo import frame_id, graph_break_reason
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.graph.names import Inputs, parameters_around
+from fxint4.graph.names import Inputs, model_around, parameters_around
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.bound_records import BoundRecords
@@ -65,7 +65,8 @@ def int4tile(
             "run the model on"
         )
     config.require_choices()
-    return compile_captured(gm, example_inputs, config, patches, report_of_caller(config, patches))
+    report = report_of_caller(config, patches, model_around())
+    return compile_captured(gm, example_inputs, config, patches, report)
 
 
 def compile_captured(
