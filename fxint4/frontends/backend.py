@@ -20,7 +20,13 @@ from fxint4._pytorch.dynamo import frame_id, graph_break_reason
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.graph.names import Inputs, layer_name, modules_in_call, parameters_around
+from fxint4.graph.names import (
+    Inputs,
+    layer_name,
+    model_around,
+    modules_in_call,
+    parameters_around,
+)
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.bound_records import BoundRecords
@@ -73,7 +79,7 @@ def int4tile(
             "run the model on"
         )
     config.require_choices()
-    report = report_of_caller(config, patches)
+    report = report_of_caller(config, patches, model_around())
     return compile_captured(gm, example_inputs, config, patches, report, trains=True)
 
 
