@@ -1,178 +1,127 @@
-"""diffusers: `from_pretrained(..., quantization_config=)` and `save_pretrained` of packed models.
+"""diffusers: `from_pretrained` with int4 weights, and `save_pretrained` of packed models.
 
-Imported only when diffusers is: `register` once `diffusers.quantizers` is loaded, `register_models`
-once `diffusers.models.modeling_utils` is. The files are those of `fxint4.tensor.files`, so
-`fxint4.load_` reads them too. Tried with diffusers 0.42.
+As for transformers: `fxint4.Int4TileConfig` goes to `from_pretrained(..., quantization_config=)` of
+a model, or into a pipeline's `PipelineQuantizationConfig`; the files are those of
+`fxint4.tensor.files`. Run with diffusers 0.42, which needs transformers for it.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import CheckpointError, OptionError
-from fxint4.frontends.candidates import Owners, candidates_of_modules
-from fxint4.frontends.parameters import packed_candidate
+from fxint4.frontends.streamed import PackedFiles, StreamedPacking
 from fxint4.frontends.unpack import dequantize_
-from fxint4.graph.names import parameters_of
-from fxint4.quant.statistics import Calibration
-from fxint4.report import GraphReport, Record, Report
+from fxint4.integrations.transformers import NAME, Int4TileConfig
 from fxint4.tensor import Int4TileTensor
-from fxint4.tensor.files import Header, assemble, flatten, read_header
-from fxint4.untrusted_files import open_tensors
+from fxint4.tensor.files import flatten
 
-__all__ = ["Int4TileDiffusersConfig", "Int4TileQuantizer", "register", "register_models"]
-
-NAME = "int4tile"
-
-#: Fields of `Int4Config` that say nothing of how weights are packed while they load.
-_NOT_OF_LOADING = {"measure", "report", "kernel", "fuse_projections", "progress"}
+__all__ = ["Int4TileDiffusersQuantizer", "follow_packing", "register"]
 
 
 class _Method(str):
-    """The method's name; diffusers reads `.value` of it, as of a member of an Enum."""
+    """The name of a method; diffusers reads its `value`, as if it were a member of an Enum."""
 
     @property
     def value(self) -> str:
         return str(self)
 
 
-class Int4TileDiffusersConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What diffusers reads of a quantization config, and writes to a model's config.json.
+class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Packs the weights of a diffusers model while it is loaded, and saves packed ones.
 
     Args:
-        quant_method: "int4tile".
-        modules_to_not_convert: Modules to keep as they are, by full name or the beginning of it.
-        calibration: File that `fxint4.Calibration.save` wrote, for methods that need one.
-        options: Further fields of `Int4Config`. Others are ignored: a newer release wrote them.
+        quantization_config: An `Int4TileConfig`.
+        **kwargs: Of `DiffusersQuantizer`: `pre_quantized` is True where the folder has packed
+            weights.
+
+    Attributes:
+        weights: What the weights become, while they are loaded.
 
     Raises:
-        OptionError: A value is outside its range.
+        OptionError: See `Int4TileConfig.int4_config`.
+        PackedFormatError: See there.
     """
 
-    def __init__(
-        self,
-        quant_method: str = NAME,
-        modules_to_not_convert: Sequence[str] | None = None,
-        calibration: str | PathLike[str] | Calibration | None = None,
-        **options: Any,
-    ) -> None:
-        if quant_method != NAME:
-            raise OptionError(f"quant_method is {quant_method!r}; it must be {NAME!r}")
-        self.quant_method = _Method(NAME)
-        self.modules_to_not_convert = list(modules_to_not_convert or ())
-        self.calibration = calibration
-        known = {each.name for each in dataclasses.fields(Int4Config)} - _NOT_OF_LOADING
-        self.options = {name: value for name, value in options.items() if name in known}
-        self.options.pop("calibration", None)
-        statistics = calibration
-        if isinstance(calibration, (str, PathLike)):
-            statistics = Calibration.load(calibration)
-        values = {**self.options, "calibration": statistics}
-        for name in ("include", "skip"):
-            values[name] = tuple(values.get(name) or ())
-        #: The same as fxint4 takes it.
-        self.int4_config = Int4Config(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What was given, as far as JSON holds it: statistics that came from no file are not."""
-        given = {**self.options, "modules_to_not_convert": self.modules_to_not_convert}
-        if isinstance(self.calibration, (str, PathLike)):
-            given["calibration"] = str(self.calibration)
-        return {"quant_method": NAME, **{name: value for name, value in given.items() if value}}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """As `to_dict`, for diffusers' log."""
-        return self.to_dict()
-
-
-class Int4TileQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Packs weights while diffusers loads a model, one at a time; saves and loads packed ones.
-
-    Args:
-        quantization_config: An `Int4TileDiffusersConfig`, or anything whose `to_dict` it takes.
-        kwargs: Of the base class; `pre_quantized` says that the files hold packed weights.
-    """
-
-    use_keep_in_fp32_modules = True
     requires_calibration = False
+    use_keep_in_fp32_modules = True
 
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        if not isinstance(quantization_config, Int4TileDiffusersConfig):
-            quantization_config = Int4TileDiffusersConfig.from_dict(quantization_config.to_dict())
-        super().__init__(quantization_config, **kwargs)
-        self.quantization_config: Int4TileDiffusersConfig
-        self._header = Header({}, {}, frozenset())
+    def __init__(self, quantization_config: Int4TileConfig, **kwargs: Any) -> None:
+        own = copy.copy(quantization_config)
+        own.quant_method = _Method(NAME)
+        super().__init__(own, **kwargs)
+        self._config = None if self.pre_quantized else own.int4_config()
+        self.weights: StreamedPacking | PackedFiles | None = None
+        #: While it loads: the model, and of packed weights the tensors that have been read so far.
+        self._model: nn.Module | None = None
         self._parts: dict[str, dict[str, Tensor]] = {}
-        self._path = ""
-        self._records: list[Record] = []
-        self._owned: dict[str, tuple[nn.Module, str]] = {}
 
-    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """Refuse to offload to the disk, which holds no packed weights."""
+    # --- before weights are loaded ---------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a device map that sends weights to the disk.
+
+        Raises:
+            OptionError: It does.
+        """
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
-            places = sorted(name for name, place in device_map.items() if place == "disk")
             raise OptionError(
-                f"device_map puts {', '.join(map(repr, places))} on the disk, which can't hold "
-                "packed int4 weights; put them on 'cpu'"
+                "packed weights can't be offloaded to the disk, where diffusers writes plain "
+                "tensors alone; give 'cpu' in the place of 'disk' in device_map"
             )
-
-    # --- before loading --------------------------------------------------------------------------
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: Sequence[Any]
     ) -> list[str]:
-        """Replace the names of parts by those of packed weights; read the files' headers."""
-        names = [str(file) for file in checkpoint_files]
-        files = [name for name in names if name.endswith(".safetensors")]
-        if not self.pre_quantized or not files:
+        """The names of the parameters in the files, for those of the files' tensors.
+
+        Args:
+            loaded_keys: The names of the tensors.
+            checkpoint_files: The files; pickled ones have packed weights under their own names.
+
+        Raises:
+            CheckpointError: A tensor is missing.
+            PackedFormatError: A header is damaged.
+        """
+        if not self.pre_quantized:
             return loaded_keys
-        self._path = ", ".join(files)
-        headers = []
-        for path in files:
-            with open_tensors(path, CheckpointError, "cpu") as file:
-                headers.append(file.metadata() or {})
-        self._header = header = read_header(self._path, *headers)
-        parts = {part: name for name in header.packed for part in header.parts(name).values()}
-        missing = sorted(parts.keys() - set(loaded_keys))
+        files = [str(file) for file in checkpoint_files]
+        self.weights = PackedFiles([file for file in files if file.endswith(".safetensors")])
+        header = self.weights.header
+        parts = {part for name in header.packed for part in header.parts(name).values()}
+        missing = sorted(parts - set(loaded_keys))
         if missing:
-            raise CheckpointError(f"{self._path}: there is no {missing[0]}, which the header lists")
+            raise CheckpointError(
+                f"{files[0]}: there is no tensor {missing[0]}, which the header lists"
+            )
         plain = [key for key in loaded_keys if key not in parts]
         return [*plain, *header.packed, *header.shared]
 
     def _process_model_before_weight_loading(
-        self,
-        model: nn.Module,
-        device_map: Any = None,
-        keep_in_fp32_modules: Sequence[str] = (),
-        **_: Any,
+        self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
-        self.modules_to_not_convert = [
-            *self.quantization_config.modules_to_not_convert,
-            *keep_in_fp32_modules,
-        ]
-        owners = Owners([("", model)])
-        for candidate in candidates_of_modules(owners):
-            name = owners.name(candidate.parameter)
-            module = owners.of(candidate.parameter)[0]
-            self._owned[name] = module, name.rpartition(".")[2]
-        _describe(model, self.quantization_config)
+        """Decide about each parameter, unless the files have them packed."""
+        self._model = model
+        if self._config is not None:
+            reasons = _Reasons(
+                self.quantization_config.modules_to_not_convert or (), keep_in_fp32_modules
+            )
+            self.weights = StreamedPacking(model, self._config, reasons)
+        _set_config(model, self.quantization_config)
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """As diffusers does: None is float32."""
-        return torch_dtype
+    # For device maps that diffusers makes: 4 bits for a value of a packed weight, room for scales.
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
-        """For device maps: packed weights take 4 bits a value."""
+        """The dtype of packed weights, as accelerate counts it."""
         from accelerate.utils import CustomDtype
 
         return CustomDtype.INT4
@@ -180,36 +129,45 @@ class Int4TileQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def get_special_dtypes_update(
         self, model: nn.Module, torch_dtype: torch.dtype
     ) -> dict[str, torch.dtype]:
-        """For device maps: the parameters that are not packed."""
-        packed = self._header.packed if self.pre_quantized else self._owned
-        return {
-            name: torch_dtype
-            for name, _ in model.named_parameters()
-            if name not in packed or self._is_left_out(name)
-        }
+        """The dtype of the parameters that are not packed."""
+        packed = {} if self.weights is None else self.weights.nbytes
+        return {name: torch_dtype for name, _ in model.named_parameters() if name not in packed}
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Leave room for scales and zeros."""
+        """A tenth less than there is."""
         return {device: size * 0.9 for device, size in max_memory.items()}
 
     def get_cuda_warm_up_factor(self) -> int:
-        """Reserve a quarter of what the model takes in 16 bits."""
-        return 8
+        """What divides the number of elements: the GPU's allocator reserves that many of 16 bits.
+
+        Returns:
+            4: the packed model takes a quarter of the bytes, and scales.
+        """
+        return 4
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """No: one weight is packed at a time, so that memory holds few of the originals."""
+        """No: memory is to hold the float values of one weight at a time."""
         return False
 
-    # --- loading ---------------------------------------------------------------------------------
+    # --- while they are loaded -------------------------------------------------------------------
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Put together packed weights from a file's tensors; parts may come with another file."""
+        """The parameters that a file completes, for its tensors.
+
+        Raises:
+            CheckpointError: The shape of one is not that of the model's.
+            PackedFormatError: One is damaged.
+        """
+        if not isinstance(self.weights, PackedFiles) or self._model is None:
+            return state_dict
+        header = self.weights.header
         place = {
             full: (name, part)
-            for name in self._header.packed
-            for part, full in self._header.parts(name).items()
+            for name in header.packed
+            for part, full in header.parts(name).items()
         }
+        wanted = dict(self._model.named_parameters(remove_duplicate=False))
         made: dict[str, Any] = {}
         for key, value in state_dict.items():
             if key not in place:
@@ -218,14 +176,10 @@ class Int4TileQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             name, part = place[key]
             parts = self._parts.setdefault(name, {})
             parts[part] = value
-            if parts.keys() == self._header.parts(name).keys():
-                made[name] = assemble(self._path, name, self._header, self._parts.pop(name))
-        made |= {
-            name: made[original]
-            for name, original in self._header.shared.items()
-            if original in made
-        }
-        return made
+            if parts.keys() == header.parts(name).keys() and name in wanted:
+                made[name] = self.weights.assemble(name, self._parts.pop(name), wanted[name])
+        shared = {name: made[first] for name, first in header.shared.items() if first in made}
+        return made | shared
 
     def check_if_quantized_param(
         self,
@@ -233,23 +187,12 @@ class Int4TileQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         param_value: Tensor,
         param_name: str,
         state_dict: dict[str, Any],
-        **_: Any,
+        **kwargs: Any,
     ) -> bool:
-        """Whether `create_quantized_param` makes this parameter."""
-        if isinstance(param_value, Int4TileTensor):
-            return True
-        return not self.pre_quantized and param_name in self._owned
-
-    def check_quantized_param_shape(
-        self, param_name: str, current_param: Tensor, loaded_param: Tensor
-    ) -> bool:
-        """Refuse another shape."""
-        if loaded_param.shape != current_param.shape:
-            raise CheckpointError(
-                f"{self._path}: {param_name} is {tuple(loaded_param.shape)}; the model's is "
-                f"{tuple(current_param.shape)}"
-            )
-        return True
+        """Whether a parameter is packed, or is to be; its values may still forbid it."""
+        if isinstance(self.weights, StreamedPacking):
+            return param_name in self.weights
+        return isinstance(param_value, Int4TileTensor)
 
     def create_quantized_param(
         self,
@@ -257,133 +200,134 @@ class Int4TileQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         param_value: Tensor,
         param_name: str,
         target_device: Any,
-        *_: Any,
-        **__: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """Put a packed weight into the model, packed now if the file's is not."""
-        device = torch.device(target_device)
-        if isinstance(param_value, Int4TileTensor):
-            path, _dot, leaf = param_name.rpartition(".")
-            model.get_submodule(path)._parameters[leaf] = nn.Parameter(
-                param_value.to(device), requires_grad=False
-            )
-            return
-        module, leaf = self._owned[param_name]
-        module._parameters[leaf] = parameter = nn.Parameter(param_value, requires_grad=False)
-        record = self._pack(module, parameter, param_name, device)
-        if record.action != "packed":
-            module._parameters[leaf] = nn.Parameter(param_value.to(device), requires_grad=False)
-        self._records.append(record)
+        """Put a packed parameter into the model.
 
-    def _pack(
-        self, module: nn.Module, parameter: nn.Parameter, name: str, device: torch.device
-    ) -> Record:
-        """Replace a parameter by a packed weight on a device, or say why not."""
-        owners = Owners([(name.rpartition(".")[0], module)])
-        (candidate,) = [c for c in candidates_of_modules(owners) if c.parameter is parameter]
-        if self._is_left_out(name):
-            candidate.fault = "modules_to_not_convert, or kept in float32 by the model's class"
-        packed, record = packed_candidate(
-            candidate, owners.names(parameter), self.quantization_config.int4_config, device
-        )
-        if packed is None:
-            return record
-        new = nn.Parameter(candidate.logical(packed), requires_grad=False)
-        owners.replace(parameter, new)
-        return dataclasses.replace(record, weight_key=id(new))
+        Args:
+            model: The model.
+            param_value: The packed weight, or float values to pack.
+            param_name: The full name of the parameter.
+            target_device: Where it goes.
+            *args: Not used.
+            **kwargs: Not used.
 
-    def _is_left_out(self, name: str) -> bool:
-        parts = name.split(".")
-        return any(
-            name == left or name.startswith(f"{left}.") or left in parts
-            for left in self.modules_to_not_convert
-        )
+        Raises:
+            FoldError: It could not be packed.
+        """
+        value = param_value.to(torch.device(target_device))
+        if isinstance(self.weights, StreamedPacking):
+            value = self.weights.pack(param_name, value)
+        path, _, name = param_name.rpartition(".")
+        model.get_submodule(path)._parameters[name] = nn.Parameter(value, requires_grad=False)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        if self._parts:
-            name, parts = next(iter(self._parts.items()))
-            raise CheckpointError(f"{self._path}: of the packed {name} there is only {list(parts)}")
-        for name, original in self._header.shared.items():
-            _tie(model, name, original)
-        if not self.pre_quantized:
-            report = Report(self.quantization_config.int4_config)
-            report.put(NAME, GraphReport(tuple(self._records), parameters_of(model), "", ""))
-            model.int4tile_report = report  # type: ignore[assignment]
-        self._owned, self._records = {}, []
+    # --- after they are loaded -------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Set `model.int4tile_report`."""
+        assert self.weights is not None
+        if isinstance(self.weights, PackedFiles):
+            self.weights.tie(model)
+        model.int4tile_report = self.weights.report(model, "from_pretrained")  # type: ignore[assignment]
+        self.weights = self._model = None
+        self._parts = {}
         return model
 
     # --- saving, and the way back ----------------------------------------------------------------
 
-    def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Any], safe_serialization: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What safetensors can hold of a state dict; pickle holds all."""
-        return flatten(state_dict) if safe_serialization else (state_dict, {})
-
-    def _dequantize(self, model: nn.Module) -> nn.Module:
-        dequantize_(model)
-        _describe(model, None)
-        return model
-
     @property
     def is_serializable(self) -> bool:
-        """Yes, in safetensors and by pickle."""
+        """Packed weights can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """No: an int4 weight has no gradient."""
-        return False
+        """What is beside packed weights can be trained: adapters, norms."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
-        """Yes, with every backend."""
+        """Packed weights can be compiled."""
         return True
 
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the files hold of a state dict, and their header; pickled files hold all as it is.
 
-def _describe(model: Any, config: Int4TileDiffusersConfig | None) -> None:
-    """Say in a model's config, which becomes config.json, how to load it."""
-    model.register_to_config(quantization_config=config)
+        Raises:
+            PackedFormatError: A weight is on the meta device (offloaded), or holds inf or NaN.
+        """
+        return flatten(state_dict) if safe_serialization else (state_dict, {})
 
-
-def _tie(model: nn.Module, name: str, original: str) -> None:
-    """Make two parameters with the same values one, unless they are on different devices."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        module, parameter = model.get_submodule(path), model.get_parameter(original)
-    except AttributeError:
-        return
-    known = module._parameters.get(leaf)
-    if known is not None and known.device == parameter.device and not known.is_meta:
-        module._parameters[leaf] = parameter
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        dequantize_(model)
+        model.hf_quantizer = self  # type: ignore[assignment]  # diffusers deletes it next
+        return model
 
 
-class _QuantizerOfPacked:
-    """`hf_quantizer` of a model whose weights were packed after it was loaded.
+class _Reasons:
+    """Why parameters are left as they are.
 
-    diffusers asks a model for it in `save_pretrained`. A model that has one of its own is not
-    concerned, and one without packed weights has none, as before.
+    Args:
+        not_to_convert: Names of modules, as `Int4TileConfig.modules_to_not_convert`.
+        in_fp32: Names of modules that the model's class keeps in float32.
     """
 
-    def __get__(self, model: Any, owner: Any = None) -> Any:
-        if model is None:
-            return self
-        if not any(isinstance(each, Int4TileTensor) for each in model.parameters()):
-            raise AttributeError(f"{type(model).__name__} has no attribute 'hf_quantizer'")
-        config = Int4TileDiffusersConfig()
-        _describe(model, config)
-        return Int4TileQuantizer(config)
+    def __init__(self, not_to_convert: Sequence[str], in_fp32: Sequence[str]) -> None:
+        self._not_to_convert = not_to_convert
+        self._in_fp32 = set(in_fp32)
+
+    def __call__(self, names: Sequence[str]) -> str:
+        """The reason for a parameter with these full names, or ""."""
+        for name in names:
+            if self._in_fp32.intersection(name.split(".")):
+                return "the model's class keeps it in float32"
+            for pattern in self._not_to_convert:
+                if not should_convert_module(name.rpartition(".")[0], [pattern]):
+                    return f"modules_to_not_convert={pattern!r}"
+        return ""
+
+
+def _set_config(model: Any, config: Int4TileConfig | None) -> None:
+    """Set, or remove, what config.json will say of how to load the model."""
+    rest = {name: value for name, value in model.config.items() if name != "quantization_config"}
+    model._internal_dict = type(model.config)(rest)
+    if config is not None:
+        model.register_to_config(quantization_config=config)
+
+
+# --- models that are packed in place ------------------------------------------------------------
+
+
+def follow_packing(model: nn.Module, config: Int4Config | None) -> None:
+    """Let diffusers save the models in `model` whose weights were packed in place.
+
+    Those without packed weights lose what an earlier call gave them.
+
+    Args:
+        model: A model that `fxint4.pack_`, `load_` or `dequantize_` has changed.
+        config: What it was packed with; the defaults if None.
+    """
+    from diffusers import ModelMixin
+
+    for part in model.modules():
+        if not isinstance(part, ModelMixin):
+            continue
+        known = getattr(part, "hf_quantizer", None)
+        if any(isinstance(parameter, Int4TileTensor) for parameter in part.parameters()):
+            if known is None:
+                options = Int4TileConfig.of(config or Int4Config())
+                part.hf_quantizer = Int4TileDiffusersQuantizer(options, pre_quantized=True)
+                _set_config(part, part.hf_quantizer.quantization_config)
+        elif isinstance(known, Int4TileDiffusersQuantizer):
+            del part.hf_quantizer
+            part.is_quantized = False
+            _set_config(part, None)
 
 
 def register() -> None:
-    """Tell diffusers of "int4tile"; harmless when done twice."""
-    AUTO_QUANTIZER_MAPPING[NAME] = Int4TileQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = Int4TileDiffusersConfig
-
-
-def register_models() -> None:
-    """Have diffusers' models with packed weights save themselves; harmless when done twice."""
-    from diffusers.models.modeling_utils import ModelMixin
-
-    if not hasattr(ModelMixin, "hf_quantizer"):
-        ModelMixin.hf_quantizer = _QuantizerOfPacked()
+    """Make diffusers know the format by its name; harmless when done twice."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = Int4TileConfig
+    AUTO_QUANTIZER_MAPPING[NAME] = Int4TileDiffusersQuantizer

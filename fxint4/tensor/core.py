@@ -804,7 +804,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         raise WriteError(
             f"{self!r} has no storage that another library could write. To save it, call "
             "fxint4.save_file(model.state_dict(), path), or model.save_pretrained(folder) for a "
-            "model of transformers or diffusers; to offload it, choose the CPU, not the disk"
+            "model of transformers or diffusers that fxint4 packed or loaded; to offload it, "
+            "choose the CPU, not the disk"
         )
 
     def numpy(self, *, force: bool = False) -> Any:
