@@ -62,11 +62,11 @@ def adapted(hidden: int, asked: Any, seed: int = 0) -> Any:
 class Pair:
     """A model that runs with int4 weights, and its original, to which the same is done."""
 
-    def __init__(self, hidden: int, asked: Any, **compiled: Any) -> None:
-        self.original = adapted(hidden, asked)
+    def __init__(self, hidden: int, asked: Any, device: str = "cpu", **compiled: Any) -> None:
+        self.original = adapted(hidden, asked).to(device)
         self.model = copy.deepcopy(self.original)
         self.run: Callable[..., Tensor] = torch.compile(self.model, backend="int4tile", **compiled)
-        self.x = activations(4, hidden)
+        self.x = activations(4, hidden).to(device)
         with torch.no_grad():
             self.before = self.check()
 
@@ -105,9 +105,20 @@ def adapters_of(model: nn.Module) -> list[nn.Parameter]:
 @pytest.mark.by_aten
 @pytest.mark.parametrize("hidden", [128, 256])
 @pytest.mark.parametrize("rank", [4, 32, 64])
-def test_weights_that_change_are_read_at_the_next_call(hidden: int, rank: int) -> None:
-    pair = Pair(hidden, config(rank))
-    other = adapted(hidden, config(rank), seed=1)
+@pytest.mark.parametrize(
+    ("device", "mode"),
+    [
+        ("cpu", None),
+        pytest.param("cuda", None, marks=pytest.mark.gpu),
+        # CUDA graphs keep the addresses of parameters.
+        pytest.param("cuda", "reduce-overhead", marks=pytest.mark.gpu),
+    ],
+)
+def test_weights_that_change_are_read_at_the_next_call(
+    hidden: int, rank: int, device: str, mode: str | None
+) -> None:
+    pair = Pair(hidden, config(rank), device, mode=mode)
+    other = adapted(hidden, config(rank), seed=1).to(device)
     for model in pair.each():
         for own, new in zip(adapters_of(model), adapters_of(other), strict=True):
             own.data.copy_(new.data)

@@ -28,25 +28,32 @@ def planned(
     function: Callable[..., Any], shapes: dict[str, Sequence[int]], *inputs: Tensor, **options: Any
 ) -> dict[str, str]:
     """Why each weight of a function is kept, by name; "" where it is packed."""
-    weights = [torch.randn(*shape) for shape in shapes.values()]
+    weights = {name: torch.randn(*shape) for name, shape in shapes.items()}
+    return dict(find_all(function, weights, *inputs, **options))
+
+
+def find_all(
+    function: Callable[..., Any], named: dict[str, Tensor], *inputs: Tensor, **options: Any
+) -> list[tuple[str, str]]:
+    """The names of the parameters of each weight, and why it is kept."""
+    weights = list(named.values())
     gm = make_fx(torch.func.functionalize(function), tracing_mode="fake")(*weights, *inputs)
     nodes = gm.graph.find_nodes(op="placeholder")
     tensors = dict(zip(nodes, weights, strict=False))
-    names = dict(zip(nodes, shapes, strict=False))
+    names = dict(zip(nodes, named, strict=False))
     constants = Constants(gm, dict.fromkeys(tensors, Role.WEIGHT))
     found = find(gm, PATTERNS, constants, tensors, names, Plans(Int4Config(**options)), {})
-    return {
-        ".".join(record.parameters): reason
-        for record, reason in (
-            (each.record, each.kept) if isinstance(each, Site) else (each, each.reason)
-            for each in found
-        )
-    }
+    records = (
+        (each.record, each.kept) if isinstance(each, Site) else (each, each.reason)
+        for each in found
+    )
+    return [(".".join(record.parameters), reason) for record, reason in records]
 
 
 X = torch.randn(M, K)
 SHAPES: dict[str, Sequence[int]] = {"w": (N, K), "a": (R, K), "b": (N, R)}
 REASON = f"an adapter of rank {R} beside w; to pack it, name it in include"
+BESIDE_P = REASON.replace("beside w", "beside p")
 ADAPTERS = {"w": "", "a": REASON, "b": REASON}
 PACKED = dict.fromkeys(SHAPES, "")
 
@@ -220,6 +227,18 @@ def test_the_product_of_both_alone() -> None:
         lambda w, a, b, x, z: (plain(w, a, b, x), z @ (b @ a).t()), SHAPES, X, torch.randn(M, K)
     )
     assert found == {**ADAPTERS, "b.a": REASON} or found == {**ADAPTERS, "a.b": REASON}
+
+
+def test_a_parameter_that_holds_all_weights() -> None:
+    """The base, and what else is a slice of it, is no adapter."""
+
+    def sliced(p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, a, b = p[:N], p[N : N + R], p[N + R :].reshape(N, -1)[:, :R]
+        return plain(w, a, b, x), x.relu() @ w.t()
+
+    weight = torch.randn(N + R + N, K)
+    found = find_all(sliced, {"p": weight}, X)
+    assert [reason for _, reason in found] == ["", BESIDE_P, BESIDE_P, ""]
 
 
 # --- not found, packed as ever -------------------------------------------------------------------
@@ -454,6 +473,20 @@ def test_pack_with_examples_sees_the_structure(rank: int) -> None:
         torch.testing.assert_close(model(x), original(x))
     report = fxint4.pack_(original, (x,), {"include": ["*", "up"]})
     assert ("up" in [r.name for r in report.records if r.action == "packed"]) == (rank >= 32)
+
+
+def test_a_factor_that_is_a_buffer() -> None:
+    class Scaled(Lora):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("gains", torch.randn(N))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.gains * self.up(self.down(x))
+
+    report = fxint4.pack_(Scaled().eval(), (exact_rows(),))
+    found = {record.name: record.reason for record in report.records}
+    assert found == {"fc": "", "down": BESIDE, "up": BESIDE}
 
 
 @pytest.mark.compiles
