@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -27,10 +29,10 @@ from fxint4._pytorch.tensors import (
     view_like,
 )
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import PackedFormatError, UnsupportedOpError
+from fxint4.errors import PackedFormatError, RequantizedWarning, UnsupportedOpError
 from fxint4.quant.blockwise import Block, pack_block, quantize_by_blocks
 from fxint4.quant.primitives import dequantize
-from fxint4.quant.recipe import RTN, Recipe
+from fxint4.quant.recipe import RTN, WITHOUT_DATA, Recipe
 from fxint4.quant.tile_layout import (
     DTYPES,
     GROUP_SIZES,
@@ -59,6 +61,13 @@ _CODES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Columns = tuple[tuple[int, int], ...]
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+#: Methods that need no statistics of activations.
+_REPEATABLE = ("rtn", "mse", "hqq")
+#: What an error says where values can't be quantized into a weight.
+_INSTEAD = (
+    "call fxint4.dequantize_(model) first, change the plain weights and pack them again; or merge "
+    "before pack_"
+)
 _dequantizing: ContextVar[bool] = ContextVar("fxint4_dequantizing", default=False)
 
 
@@ -111,6 +120,9 @@ class Int4TileTensor(Tensor):
 
     Attributes:
         metadata: All but the buffers: dtype, n, columns, group_size, axes, is_part.
+        method: How the codes were chosen ("rtn", ...), to do the same when values are written to
+            the weight; None where it is not known. Files do not hold it, and it is no part of what
+            compiled code depends on.
     """
 
     tiles: Tensor
@@ -122,6 +134,7 @@ class Int4TileTensor(Tensor):
     axes: tuple[int, ...]
     is_part: bool
     metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
+    method: str | None = None
     _views: _Views | None = None
 
     @staticmethod
@@ -504,6 +517,7 @@ class Int4TileTensor(Tensor):
             if _is_view(values[name], buffer):
                 values[name] = self._views.find(buffer, values[name])
         made = Int4TileTensor(**values)
+        made.method = self.method
         if share_storage(made.tiles, self.tiles):
             made._views = self._views
         return made
@@ -540,6 +554,7 @@ class Int4TileTensor(Tensor):
         if recipe.pre_scale is not None:
             factors = recipe.pre_scale.to(weight.device)
             made = made.like(pre_scale=padded_pre_scale(factors, shape.k_padded))
+        made.method = recipe.method
         return made, made._quantize(weight, recipe)
 
     @classmethod
@@ -604,9 +619,10 @@ class Int4TileTensor(Tensor):
         )
 
     def copy_from(self, other: Tensor) -> None:
-        """Implement `copy_`: write into the same buffers; a float tensor is quantized to nearest.
+        """Implement `copy_`: write into the same buffers. A float tensor is quantized.
 
-        Quantizing keeps the pre-scale, if there is one.
+        Quantizing keeps the group size, the pre-scale if there is one, and the method, see
+        `method_again`.
 
         Args:
             other: A packed weight or a float tensor of the same shape.
@@ -628,7 +644,7 @@ class Int4TileTensor(Tensor):
             raise ValueError(
                 f"cannot copy {other.dtype} {tuple(other.shape)} into a part of a packed weight, "
                 f"{self!r}: the tiles at its edge hold more than it; copy into the whole weight, "
-                "or into a clone of the part"
+                f"or into a clone of the part; or {_INSTEAD}"
             )
         if isinstance(other, Int4TileTensor):
             if other.metadata[1:-1] != self.metadata[1:-1] or other.stored != stored:
@@ -643,11 +659,12 @@ class Int4TileTensor(Tensor):
                 )
             for name, buffer in self.buffers.items():
                 buffer.copy_(other.buffers[name])
+            self.method = other.method
             return
         if not self.is_whole:
             raise ValueError(
                 f"cannot quantize {other.dtype} {tuple(other.shape)} into {self!r}, whose columns "
-                "lie apart; assign Int4TileTensor.from_float(other) instead"
+                f"lie apart; assign Int4TileTensor.from_float(other) instead, or {_INSTEAD}"
             )
         for position in reversed([p for p, axis in enumerate(self.axes) if axis == NEW_AXIS]):
             other = other.squeeze(position)
@@ -657,9 +674,49 @@ class Int4TileTensor(Tensor):
             other = other.float() / self.pre_scale[: stored.k].to(other.device)
         # Quantized in full before anything is written: the last block may hold the only NaN.
         made = Int4TileTensor.empty(stored, self.dtype, other.device)
-        made._quantize(other)
+        made._quantize(other, Recipe(self.method_again))
         self.tiles.copy_(made.tiles)
         self.scale_and_zero.copy_(made.scale_and_zero)
+
+    @property
+    def method_again(self) -> str:
+        """The method by which values are quantized into the weight: its own, or "mse".
+
+        The latter if its own is not known, or needs statistics of activations, which are not kept.
+        """
+        return self.method if self.method in _REPEATABLE else WITHOUT_DATA
+
+    def write(self, values: Tensor, cause: str) -> None:
+        """Quantize values into the weight for code that may not know that it is packed.
+
+        Takes two float32 copies of the weight.
+
+        Args:
+            values: Float values of the weight's shape.
+            cause: What the code did, for the warning.
+
+        Raises:
+            ValueError: As `copy_from`. Then nothing is changed.
+
+        Warns:
+            RequantizedWarning: Always, with the relative error. Its text has only rounded numbers,
+                so that Python shows it a few times for a model, not once for each weight.
+        """
+        with torch.no_grad():
+            self.copy_(values)
+            off = self.dequantize(torch.float32).sub_(values)
+            whole = float(torch.linalg.vector_norm(values, dtype=torch.float32))
+            error = float(torch.linalg.vector_norm(off)) / whole if whole else 0.0
+        method = self.method_again
+        if self.method not in (None, method):
+            method += f" (there are no statistics any more for {self.method}, its own method)"
+        warnings.warn(
+            f"{cause} a packed int4 weight: the values were quantized again, with a relative error "
+            f"of {error:.0%}, by method {method}. To lose nothing, call fxint4.dequantize_(model) "
+            "first, or merge before pack_",
+            RequantizedWarning,
+            stacklevel=_level_of_caller(),
+        )
 
     def multiplies_alike(self, other: Int4TileTensor) -> bool:
         """Whether both have the same pre-scale; False if values are unknown, as on meta."""
@@ -736,15 +793,22 @@ class Int4TileTensor(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """As for any tensor; it cannot be assigned, because the buffers would not change."""
+        """As for any tensor.
+
+        To assign a packed weight puts its buffers, dtype and shape in the place of this one's. To
+        assign float values quantizes them into the buffers, as `copy_` does, and warns.
+        """
         return super().data
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise UnsupportedOpError(
-            f"the data of {self!r} can't be assigned: `with torch.no_grad(): weight.copy_(value)` "
-            "quantizes a float tensor into it, or put a new parameter in its place"
-        )
+        if not isinstance(value, Int4TileTensor):
+            self.write(value, "float values were assigned to")
+            return
+        new = cast("Int4TileTensor", value.detach())
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self._views, self.method = new._views, new.method
+        self.__dict__.update(new.__dict__)
 
     def __setitem__(self, place: Any, value: Any) -> None:
         """Write to a part if it is a view; a write to a copy, such as a row, would be lost."""
@@ -785,6 +849,15 @@ class Int4TileTensor(Tensor):
             (args, kwargs),
         )
         return func(*args, **kwargs)
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` for a warning that names the code which called into this package."""
+    level, frame = 1, sys._getframe(1)
+    package = __name__.partition(".")[0] + "."
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 @contextlib.contextmanager
@@ -929,9 +1002,8 @@ def _unsupported(func: Any, operands: Any) -> str:
         form = " with these arguments"
     return (
         f"{func} is not supported for packed int4 weights{form} (here {shapes}). Supported: "
-        f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within "
-        "`with fxint4.dequantizing():` where it does not write to the weight. Where it does, as "
-        "merging an adapter does, call fxint4.dequantize_(model) first, and pack the result"
+        f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within `with "
+        f"fxint4.dequantizing():` where it does not write to the weight. Where it does, {_INSTEAD}"
     )
 
 
