@@ -24,7 +24,7 @@ from fxint4.report.graph_text import graph_text, readers
 from fxint4.runs.state_guard import StateGuard
 from fxint4.runs.tracing import GraphRunner, traced
 from fxint4.tensor import Int4TileTensor
-from fxint4.tensor.core import NEW_AXIS
+from fxint4.tensor.core import NEW_AXIS, without_dense_copies
 
 __all__ = [
     "Candidate",
@@ -390,7 +390,7 @@ def candidates_of_graph(analysis: Analysis, tensors: Mapping[fx.Node, Tensor]) -
                 candidate.adapter = candidate.adapter or site.adapter
     trying = dict(candidates)
     while trying:
-        with real_tensors():
+        with real_tensors(), without_dense_copies():
             failed = _first_failure(analysis.captured, trying)
         if failed is None:
             break

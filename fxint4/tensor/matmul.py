@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import aten
-from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, implements
+from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, check_dense_copies, implements
 
 __all__: list[str] = []
 
@@ -159,6 +159,7 @@ def _over_k(op: Callable[..., Tensor], x: Tensor, weight: Int4TileTensor, *offs:
 
 def _over_n(op: Callable[..., Tensor], x: Tensor, weight: Int4TileTensor, *offs: Tensor) -> Tensor:
     """Call an op that sums over the stored N."""
+    check_dense_copies("a sum over N")
     _check_operand(x, weight, weight.n)
     last = weight.columns[-1][1]
     y = op(x, weight.tiles, weight.scale_and_zero, *offs, weight.group_size, last)
