@@ -1159,7 +1159,7 @@ def test_an_own_file_of_another_shape(tmp_path: Path) -> None:
 def test_one_of_an_own_folders_files(tmp_path: Path) -> None:
     write_own(tmp_path, kinds().state_dict(), 3)
     for path in sorted(tmp_path.glob("*.safetensors")):
-        with pytest.raises(CheckpointError, match="one of several files of a model: then give t"):
+        with pytest.raises(CheckpointError, match="one of several files of a model: then give the"):
             fxint4.load_(Kinds(), path)
 
 

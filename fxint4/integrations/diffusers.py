@@ -263,7 +263,7 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_(model)
-        model.hf_quantizer = self  # type: ignore[assignment]  # diffusers deletes it next
+        model.hf_quantizer = self
         return model
 
 
