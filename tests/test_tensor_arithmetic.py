@@ -221,22 +221,33 @@ def test_ops_that_read_the_weight_see_the_sum() -> None:
 # --- arithmetic that dequantizes -----------------------------------------------------------------
 
 
-def test_operands_of_one_shape() -> None:
+def test_operands_of_as_many_axes() -> None:
     weight, other = weight_of(20, 100), weight_of(20, 100)
     dense, x = weight.dequantize(), torch.randn(20, 100)
-    for op in (torch.add, torch.sub, torch.eq):
-        for left, right in ((weight, x), (x, weight), (weight, other), (weight.t(), x.t())):
+    pairs = ((weight, x), (x, weight), (weight, other), (weight.t(), x.t()), (weight, x[:1]))
+    for op in (torch.add, torch.sub, torch.mul, torch.div, torch.eq):
+        for left, right in pairs:
             plain = [
                 each.dequantize() if isinstance(each, Int4TileTensor) else each
                 for each in (left, right)
             ]
-            assert torch.equal(op(left, right), op(*plain))
+            torch.testing.assert_close(op(left, right), op(*plain), rtol=0, atol=0, equal_nan=True)
         for wrong in (1.0, x[0], torch.tensor(1.0)):
             with pytest.raises(UnsupportedOpError):
                 op(weight, wrong)
     assert torch.equal(torch.sub(x, weight, alpha=2), x - 2 * dense)
     half = weight.half()
     assert (half + x).dtype == torch.float32
+
+
+def test_sums_of_a_weight_and_a_product() -> None:
+    weight, experts = weight_of(20, 100), weight_of(3, 20, 100)
+    left, right = torch.randn(20, 4), torch.randn(4, 100)
+    y = torch.addmm(weight, left, right, beta=0.5, alpha=2)
+    assert torch.equal(y, torch.addmm(weight.dequantize(), left, right, beta=0.5, alpha=2))
+    lefts, rights = left.expand(3, -1, -1), right.expand(3, -1, -1)
+    y = torch.baddbmm(experts, lefts, rights, alpha=2)
+    assert torch.equal(y, torch.baddbmm(experts.dequantize(), lefts, rights, alpha=2))
 
 
 def test_isfinite() -> None:

@@ -1,9 +1,9 @@
 """Arithmetic with packed weights, for code that changes weights or decomposes them.
 
 A sum in place, as for merging an adapter, quantizes the weight again. Everything else here takes
-dequantized values and gives an ordinary tensor. It is supported where the dense copy costs little
-beside what the operator needs anyway: another operand has the size of the weight, or the weight is
-decomposed. Other operators raise `fxint4.UnsupportedOpError`.
+dequantized values and gives an ordinary tensor: sums, products and quotients with another tensor of
+as many axes, by which adapters are merged in other ways and DoRA finds norms, and decompositions,
+from which PiSSA and OLoRA start. Other operators raise `fxint4.UnsupportedOpError`.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def _sub_(target: Tensor, other: Any, *, alpha: float = 1) -> Any:
 
 
 def _elementwise(op: Callable[..., Any]) -> None:
-    """Implement an op of two tensors for operands of the same shape."""
+    """Implement an op of a weight and another tensor of as many axes, each equal or of size 1."""
 
     def run(left: Any, right: Any, **kwargs: Any) -> Any:
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return NotImplemented
-        if left.shape != right.shape:
+        if left.ndim != right.ndim:
             return NotImplemented
         return op(_dense(left), _dense(right), **kwargs)
 
     implements(op, dense=True)(run)
 
 
-for _op in (aten.add.Tensor, aten.sub.Tensor, aten.eq.Tensor):
+for _op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.eq.Tensor):
     _elementwise(_op)
 
 
