@@ -14,6 +14,7 @@ PAGES = [
     "README.md",
     "docs/accuracy.md",
     "docs/export.md",
+    "docs/huggingface.md",
     "docs/import.md",
     "docs/layout.md",
     "docs/packed.md",
