@@ -353,7 +353,8 @@ def _permute_last(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def _octets(words: Tensor) -> Tensor:
     """The four bytes of each int32 word, least significant first: uint8 ``[..., 4]``."""
-    return _little_endian(words.contiguous().unsqueeze(-1).view(torch.uint8))
+    octets = words.contiguous().view(torch.uint8)
+    return _little_endian(octets.view(*words.shape, 4))
 
 
 def _little_endian(octets: Tensor) -> Tensor:
