@@ -132,8 +132,10 @@ def packed_candidate(
     names = owners.names(parameter)
     aliases = tuple(other for other in names if other != name)
     record = dataclasses.replace(record, source=candidate.source, aliases=aliases)
-    key = transposed_key(name) if candidate.k_axis == -2 else name
     adapter = candidate.adapter or owners.adapter(parameter)
+    if candidate.fault and adapter is None:
+        return None, dataclasses.replace(record, reason=candidate.fault)
+    key = transposed_key(name) if candidate.k_axis == -2 else name
     plan = _decided(record, names, stored, key, config, device, adapter)
     if isinstance(plan, Kept):
         return None, dataclasses.replace(record, reason=plan.reason)
