@@ -212,6 +212,24 @@ def test_hotswapping(rank: int, new: int, tmp_path: Path) -> None:
 
 @pytest.mark.compiles
 @pytest.mark.by_aten
+def test_an_adapter_for_each_row_of_a_batch() -> None:
+    original = adapted(128, config(32))
+    original.add_adapter(SECOND, config(64))
+    original.eval()
+    compiled, packed = copy.deepcopy(original), copy.deepcopy(original)
+    x = activations(4, 128)
+    fxint4.pack_(packed, (x,))
+    run = torch.compile(compiled, backend="int4tile")
+    for names in ([FIRST, SECOND, "__base__", SECOND], [SECOND, FIRST, SECOND, FIRST]):
+        with torch.no_grad():
+            expected = original(x, adapter_names=names)
+            torch.testing.assert_close(run(x, adapter_names=names), expected)
+            torch.testing.assert_close(packed(x, adapter_names=names), expected)
+        check_report(fxint4.last_report())
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
 def test_dynamic_shapes() -> None:
     pair = Pair(128, config(32), dynamic=True, fullgraph=True)
     other = adapted(128, config(32), seed=1)
@@ -316,6 +334,7 @@ def test_other_kinds_of_adapters(kind: str) -> None:
             "v",
         }
         assert report.totals["packed"] == 2
+        assert all("an adapter" in r.reason for r in report.records if r.action == "kept")
         with torch.no_grad():
             torch.testing.assert_close(packed(x), original(x))
     run = torch.compile(compiled, backend="int4tile")

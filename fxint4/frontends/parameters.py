@@ -138,11 +138,13 @@ def decided_candidate(
     record = record_of(layer_name(name), (name,), candidate.op, stored, candidate.parameter)
     aliases = tuple(other for other in names if other != name)
     record = dataclasses.replace(record, source=candidate.source, aliases=aliases)
+    fault = Kept(candidate.fault)
+    if fault.reason and candidate.adapter is None:
+        return record, fault
     key = transposed_key(name) if candidate.k_axis == -2 else name
     plan = _decided(record, names, stored, key, config, device, candidate.adapter)
-    if candidate.fault and not isinstance(plan, Kept):
-        return record, Kept(candidate.fault)
-    return record, plan
+    # That it is an adapter says more than what else would forbid to pack it.
+    return record, fault if fault.reason and isinstance(plan, Plan) else plan
 
 
 def packed_candidate(
