@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,106 @@ def test_what_has_no_memory_changes_nothing() -> None:
         with pytest.raises(TypeError, match="need a module, a tensor, or several tensors"):
             fxint4.refresh(wrong)  # type: ignore[arg-type]
     assert [packed._versions for packed in known] == before
+
+
+# --- weights that come from elsewhere again and again --------------------------------------------
+
+
+def policy() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(K, 2 * K), nn.ReLU(), nn.Linear(2 * K, N)).eval()
+
+
+def sent(trainer: nn.Module) -> dict[str, Tensor]:
+    """A trainer's weights after a step, as they arrive."""
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    return {name: value.detach().clone() for name, value in trainer.named_parameters()}
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """A copy of a model with the values that its weights have in int4."""
+    made = copy.deepcopy(model)
+    fxint4.pack_(made)
+    fxint4.dequantize_(made)
+    return made
+
+
+WRITERS: dict[str, Callable[[nn.Module, str, Tensor], Any]] = {
+    "data.copy_": lambda model, name, new: model.get_parameter(name).data.copy_(new),
+    "data[:]": lambda model, name, new: model.get_parameter(name).data.__setitem__(
+        slice(None), new
+    ),
+    "data =": lambda model, name, new: setattr(model.get_parameter(name), "data", new),
+    "load": lambda model, name, new: model.load_state_dict({name: new}, strict=False),
+}
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_trainer_sends_weights_to_a_compiled_model(writer: str) -> None:
+    """As in reinforcement learning: the model that samples is compiled once."""
+    trainer, model = policy(), policy()
+    compiled = torch.compile(model, backend="int4tile")
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        compiled(x)
+        for _ in range(3):
+            for name, value in sent(trainer).items():
+                WRITERS[writer](model, name, value)
+            fxint4.refresh(model)
+            y = compiled(x)
+            expected = quantized(trainer)(x)
+            assert (y - expected).norm() < 0.01 * expected.norm()
+            assert (y - trainer(x)).norm() > 0.01 * expected.norm()
+    report = fxint4.last_report()
+    assert report is not None
+    assert report.totals["packed"] == 2
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_a_loader_writes_to_packed_parameters(writer: str, refreshed: bool) -> None:
+    """What it writes is quantized; nothing has to be told of."""
+    trainer, model = policy(), policy()
+    fxint4.pack_(model)
+    compiled = torch.compile(model, backend="int4tile")
+    x = torch.randn(4, K)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxint4.RequantizedWarning)
+        model(x), compiled(x)
+        packed = [model[0].weight, model[2].weight]
+        tiles = [weight.tiles.data_ptr() for weight in packed]  # type: ignore[union-attr, operator]
+        for _ in range(3):
+            for name, value in sent(trainer).items():
+                WRITERS[writer](model, name, value)
+            if refreshed:
+                fxint4.refresh(model)
+            expected = quantized(trainer)
+            assert [model[0].weight, model[2].weight] == packed
+            for ours, theirs in ((model[0], expected[0]), (model[2], expected[2])):
+                assert torch.equal(ours.weight.dequantize(), theirs.weight)  # type: ignore[operator]
+            wanted = expected(x)
+            for y in (model(x), compiled(x)):
+                assert (y - wanted).norm() < 0.01 * wanted.norm()
+    assert tiles == [weight.tiles.data_ptr() for weight in packed]  # type: ignore[union-attr, operator]
+
+
+def test_only_assigning_warns() -> None:
+    """Code that copies values knows that they are converted."""
+    model = policy()
+    fxint4.pack_(model)
+    new = torch.randn(2 * K, K)
+    for writer in ("data.copy_", "data[:]", "load"):
+        WRITERS[writer](model, "0.weight", new)
+    with pytest.warns(fxint4.RequantizedWarning, match="float values were assigned to a packed"):
+        WRITERS["data ="](model, "0.weight", new)
+    before = model[0].weight.dequantize()  # type: ignore[operator]
+    for wrong in (torch.randn(3, K), torch.full((2 * K, K), torch.nan), torch.ones(2 * K, K) > 0):
+        for writer in ("data.copy_", "data ="):
+            with pytest.raises((ValueError, fxint4.UnsupportedOpError)):
+                WRITERS[writer](model, "0.weight", wrong)
+    assert torch.equal(model[0].weight.dequantize(), before)  # type: ignore[operator]

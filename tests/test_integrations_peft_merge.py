@@ -328,6 +328,26 @@ def test_experts_are_adapted_and_merged() -> None:
     assert error(unpacked(x), y) < 0.15
 
 
+def test_fuse_lora_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"joint_attention_dim": K, "caption_projection_dim": K, "pooled_projection_dim": K}
+    heads = {"attention_head_dim": 32, "num_attention_heads": 2, "num_layers": 1}
+    size = {"sample_size": 8, "patch_size": 1, "in_channels": 4, "out_channels": 4}
+    model = diffusers.SD3Transformer2DModel(**size, **heads, **sizes).eval()
+    fxint4.pack_(model, options={"group_size": 32})
+    count = len(packed_weights(model))
+    model.add_adapter(lora(target_modules=["to_q", "to_k"]))
+    inputs = (torch.randn(1, 4, 8, 8), torch.randn(1, 5, K), torch.randn(1, K), torch.ones(1))
+    with torch.no_grad():
+        y = model(*inputs, return_dict=False)[0]
+        for change in (model.fuse_lora, model.unfuse_lora):
+            with pytest.warns(RequantizedWarning, match="call fxint4.dequantize_"):
+                change()
+            assert error(model(*inputs, return_dict=False)[0], y) < 0.02
+    assert len(packed_weights(model)) == count > 0
+
+
 def test_what_can_not_be_merged_says_what_to_do() -> None:
     """A weight whose columns lie apart in its tiles."""
     packed, _ = twins()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import module
+from support import assert_within, module, rounding_bound
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor
+from fxint4.weights import ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 K, N = 64, 96
@@ -381,3 +382,75 @@ def test_models_without_packed_weights_are_still_refused() -> None:
     packed, _ = twins()
     with pytest.raises(fxint4.TrainingError, match="in training mode"):
         fxint4.explain(packed, torch.randn(2, K))
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+def ends(*rows: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device="cuda").cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(20, 100), (96, 64), (300, 1000), (1024, 4096)])
+@pytest.mark.parametrize("bytes_at_a_time", [1, 2**28])
+def test_gradients_on_the_gpu(
+    dtype: torch.dtype, n: int, k: int, bytes_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_MOST_COLUMNS_BYTES", bytes_at_a_time)
+    config = Int4Config(group_size=32)
+    experts = Int4TileTensor.from_float(torch.randn(4, n, k).to(dtype), config).to("cuda")
+    dense = experts.dequantize(torch.float32).double()
+    for rows in (1, 7, 300):
+        x = torch.randn(4, rows, k, device="cuda", dtype=dtype, requires_grad=True)
+        y = torch.bmm(x, experts.mT)
+        grad = torch.randn_like(y)
+        y.backward(grad)
+        assert_within(x.grad, grad.double() @ dense, bounds(grad, dense))
+        x = torch.randn(rows, k, device="cuda", dtype=dtype, requires_grad=True)
+        F.linear(x, experts[1]).backward(grad[1])  # type: ignore[no-untyped-call]
+        assert_within(x.grad, grad[1].double() @ dense[1], bounds(grad[1], dense[1]))
+        offs = ends(0, rows // 2, 0, rows - rows // 2)
+        x = torch.randn(rows + 3, k, device="cuda", dtype=dtype, requires_grad=True)
+        grads = torch.randn(rows + 3, n, device="cuda", dtype=dtype)
+        F.grouped_mm(x, experts.mT, offs=offs).backward(grads)
+        for e, (start, stop) in ((1, (0, rows // 2)), (3, (rows // 2, rows))):
+            part = grads[start:stop]
+            assert_within(x.grad[start:stop], part.double() @ dense[e], bounds(part, dense[e]))
+        assert not x.grad[rows:].any()
+
+
+def bounds(grad: Tensor, weight: Tensor) -> Tensor:
+    """`rounding_bound` of ``grad @ weight``, for one matrix or several."""
+    if weight.ndim == 2:
+        return rounding_bound(grad, weight.mT)
+    return torch.stack([rounding_bound(g, w.mT) for g, w in zip(grad, weight, strict=True)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, "inductor", "int4tile"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_on_the_gpu(dtype: torch.dtype, backend: str | None) -> None:
+    packed, dense = (model.cuda() for model in twins(dtype))
+    run = packed if backend is None else torch.compile(packed, backend=backend)
+    assert_same_gradients(run, packed, dense, torch.randn(2, 5, K, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_backward_takes_the_memory_it_says() -> None:
+    """Of a weight whose dequantized values would take four times the most columns at a time."""
+    n, k = 8192, 4 * ops._MOST_COLUMNS_BYTES // (2 * 8192)
+    weight = Int4TileTensor.from_float(torch.randn(n, k, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = F.linear(x, weight)
+    grad = torch.randn_like(y)
+    y.backward(grad, retain_graph=True)  # compiles the kernel
+    x.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y.backward(grad)
+    taken = torch.cuda.max_memory_allocated() - before
+    most = ops._MOST_COLUMNS_BYTES
+    # Beside the columns: a copy of their tiles, a quarter of that, their scales, and gradients.
+    assert taken < 1.4 * most + 4 * x.nbytes + 2**25

@@ -273,9 +273,11 @@ def _bmm_t(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, k:
     """The products of ``[E, M, n]`` and the rows of E weights: ``[E, M, k]``."""
     y = x.new_empty((*x.shape[:-1], k))
     x = x.to(_dense_dtype(x))
-    for start, w in _columns(tiles, scale_and_zero, group_size, k, x.dtype):
-        part = y[..., start : start + w.shape[-1]]
+    for start, stop in _column_blocks(tiles, group_size, k, x.dtype):
+        w = _columns(tiles, scale_and_zero, group_size, start, stop, x.dtype)
+        part = y[..., start:stop]
         part.copy_(torch.bmm(x, w[:, : x.shape[-1]])[..., : part.shape[-1]])
+        del w  # before the next columns' is made
     return y
 
 
@@ -292,9 +294,11 @@ def _grouped_t_cuda(
     behind = torch.arange(len(x), device=x.device)[:, None] >= offs[-1]
     # It wants rows of whole 16 bytes, so all that is padded takes part.
     rows = _rows(x, scale_and_zero.shape[-2])
-    for start, w in _columns(tiles, scale_and_zero, group_size, k, rows.dtype):
-        part = y[:, start : start + w.shape[-1]]
+    for start, stop in _column_blocks(tiles, group_size, k, rows.dtype):
+        w = _columns(tiles, scale_and_zero, group_size, start, stop, rows.dtype)
+        part = y[:, start:stop]
         part.copy_(aten._grouped_mm(rows, w, offs)[:, : part.shape[-1]])
+        del w
     return y.masked_fill_(behind, 0)
 
 
@@ -317,40 +321,49 @@ def _dense_dtype(x: Tensor) -> torch.dtype:
     return torch.float16 if x.dtype is torch.float16 else torch.bfloat16
 
 
-def _columns(
-    tiles: Tensor, scale_and_zero: Tensor, group_size: int, k: int, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """Dequantize E weights, some columns at a time.
+def _column_blocks(
+    tiles: Tensor, group_size: int, k: int, dtype: torch.dtype
+) -> Iterator[tuple[int, int]]:
+    """Split the columns of E weights, so that a block of all of them is of bounded size.
 
     Args:
         tiles: Of E weights.
-        scale_and_zero: Of E weights.
         group_size: Of all weights.
-        k: Columns that are needed, at most K. A few more may come with them.
-        dtype: Of the result; on the GPU of 16 bits.
+        k: Columns that are needed, at most K. The last block may have a few more.
+        dtype: In which a block will be dequantized.
 
     Yields:
-        The first of these columns, and their values: ``[E, N, columns]``.
+        (start, stop) of each block, in whole tiles and groups.
     """
     count, n_tiles, _, _, words = tiles.shape
-    rows = count * 8 * n_tiles
-    span = 32 * words
-    unit = math.lcm(span, group_size)
-    cpu = tiles.device.type == "cpu"
-    most = _MOST_COLUMNS_BYTES // 16 if cpu else _MOST_COLUMNS_BYTES
-    step = max(1, most // max(1, rows * dtype.itemsize * unit)) * unit
+    unit = math.lcm(32 * words, group_size)
+    most = _MOST_COLUMNS_BYTES // (16 if tiles.device.type == "cpu" else 1)
+    step = max(1, most // max(1, count * 8 * n_tiles * dtype.itemsize * unit)) * unit
     for start in range(0, k, step):
-        stop = min(start + step, -(-k // unit) * unit)
-        # One matrix of the rows of all weights.
-        part = tiles[:, :, start // span : stop // span].flatten(0, 1)
-        groups = scale_and_zero[:, start // group_size : stop // group_size]
-        groups = groups.transpose(0, 1).flatten(1, 2)
-        if cpu:
-            w = dequantize(unpack(part), *unpack_scale_and_zero(groups), group_size, dtype)
-        else:
-            operands = (part.contiguous(), groups.contiguous())
-            w = triton_linear.dequantize(*operands, group_size, rows, dtype=dtype)
-        yield start, w.view(count, 8 * n_tiles, stop - start)
+        yield start, min(start + step, -(-k // unit) * unit)
+
+
+def _columns(
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    group_size: int,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dequantize a block of columns of E weights: ``[E, N, columns]``, on the GPU of 16 bits."""
+    count, n_tiles, _, _, words = tiles.shape
+    rows, span = count * 8 * n_tiles, 32 * words
+    # One matrix of the rows of all weights.
+    part = tiles[:, :, start // span : stop // span].flatten(0, 1)
+    groups = scale_and_zero[:, start // group_size : stop // group_size]
+    groups = groups.transpose(0, 1).flatten(1, 2)
+    if tiles.device.type == "cpu":
+        w = dequantize(unpack(part), *unpack_scale_and_zero(groups), group_size, dtype)
+    else:
+        operands = (part.contiguous(), groups.contiguous())
+        w = triton_linear.dequantize(*operands, group_size, rows, dtype=dtype)
+    return w.view(count, 8 * n_tiles, stop - start)
 
 
 def _by_expert(
