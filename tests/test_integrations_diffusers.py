@@ -17,9 +17,10 @@ from fxint4 import CheckpointError, Int4TileConfig, Int4TileTensor, OptionError
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.quantizers import PipelineQuantizationConfig, auto  # noqa: E402
+from diffusers.configuration_utils import register_to_config  # noqa: E402
+from diffusers.quantizers import PipelineQuantizationConfig  # noqa: E402
 
-from fxint4.integrations.diffusers import Int4TileDiffusersQuantizer, register  # noqa: E402
+from fxint4.integrations.diffusers import Int4TileDiffusersQuantizer  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -198,7 +199,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
     del content["weight_map"]["proj_out.bias"]
-    name = "context_embedder.weight.tiles"
+    name = "context_embedder._weight_tiles"
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=name):
@@ -269,18 +270,47 @@ def test_options_of_layers(tmp_path: Path) -> None:
     assert reasons["single_transformer_blocks.0.attn.to_q"].startswith("skip=")
 
 
+class Small(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
+    """Two layers, the second kept in float32."""
+
+    _keep_in_fp32_modules = ["second"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(self, size: int = 64) -> None:
+        super().__init__()
+        self.first = nn.Linear(size, size)
+        self.second = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.relu(self.first(x)).float())
+        return y
+
+
 def test_statistics_from_a_file(tmp_path: Path) -> None:
-    folder = saved(flux(1), tmp_path / "plain")
-    reference = flux(1)
-    inputs = [flux_inputs(torch.float32)]
-    statistics = fxint4.calibrate(reference, inputs, options={"method": "awq"})
+    reference = Small().eval()
+    folder = saved(reference, tmp_path / "plain")
+    x = torch.randn(128, 64)
+    statistics = fxint4.calibrate(reference, [x], options={"method": "gptq"})
     statistics.save(tmp_path / "statistics.safetensors")
-    fxint4.pack_(reference, options={"method": "awq", "calibration": statistics})
-    config = Int4TileConfig(method="awq", calibration=str(tmp_path / "statistics.safetensors"))
+    options = {"method": "gptq", "calibration": statistics, "skip": ["second"]}
+    fxint4.pack_(reference, options=options)
+    config = Int4TileConfig(method="gptq", calibration=tmp_path / "statistics.safetensors")
     model = loaded(reference, folder, quantization_config=config)
+    assert [record.method for record in model.int4tile_report.records] == ["gptq", ""]
     assert_same(model, reference)
     (tmp_path / "statistics.safetensors").unlink()  # reloading needs it no more
     assert_same(loaded(model, saved(model, tmp_path / "packed")), reference)
+
+
+def test_what_the_class_keeps_in_float32_is_kept(tmp_path: Path) -> None:
+    folder = saved(Small(), tmp_path)
+    config = Int4TileConfig()
+    model = loaded(Small(), folder, torch_dtype=torch.bfloat16, quantization_config=config)
+    assert packed_in(model) == ["first.weight"]
+    assert model.first.weight.dtype == torch.bfloat16
+    assert model.second.weight.dtype == torch.float32
+    [kept] = [record for record in model.int4tile_report.records if record.action == "kept"]
+    assert (kept.name, kept.reason) == ("second", "the model's class keeps it in float32")
 
 
 def test_a_wrong_option_is_refused() -> None:
@@ -321,7 +351,7 @@ def test_device_maps_count_packed_bytes() -> None:
     assert special["norm_out.linear.weight"] is torch.bfloat16
     assert "transformer_blocks.0.ff.net.2.weight" not in special
     assert special["transformer_blocks.0.ff.net.2.bias"] is torch.bfloat16
-    assert str(quantizer.adjust_target_dtype(torch.bfloat16)) == "int4"
+    assert quantizer.adjust_target_dtype(torch.bfloat16).value == "int4"
 
 
 def test_the_disk_is_refused(tmp_path: Path) -> None:
@@ -344,13 +374,7 @@ def test_the_memory_footprint() -> None:
     assert held < before / 4
 
 
-# --- registration --------------------------------------------------------------------------------
-
-
-def test_registered_twice() -> None:
-    before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    register()
-    assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+# --- pipelines -----------------------------------------------------------------------------------
 
 
 def test_a_mapping_for_a_pipeline() -> None:
