@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import fxint4
-from fxint4 import CheckpointError, Int4TileConfig, Int4TileTensor, OptionError
+from fxint4 import CheckpointError, Int4TileConfig, Int4TileTensor, OptionError, WriteError
 
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers.configuration_utils import register_to_config  # noqa: E402
+from diffusers.hooks import apply_group_offloading  # noqa: E402
 from diffusers.quantizers import PipelineQuantizationConfig  # noqa: E402
 
 from fxint4.integrations.diffusers import Int4TileDiffusersQuantizer  # noqa: E402
@@ -386,6 +387,97 @@ def test_a_mapping_for_a_pipeline() -> None:
     )
     made = pipeline._resolve_quant_config(True, "unet")
     assert made.to_dict() == config.to_dict()
+
+
+# --- offloaded by groups -------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def offloaded(model: Any, device: torch.device, kind: str, **options: Any) -> Any:
+    apply_group_offloading(
+        model,
+        onload_device=device,
+        offload_device=CPU,
+        offload_type=kind,
+        num_blocks_per_group=1 if kind == "block_level" else None,
+        **options,
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(kind: str, dtype: torch.dtype) -> None:
+    model = flux().to(dtype)
+    fxint4.pack_(model)
+    y = run(model, dtype=dtype)
+    packed = packed_in(model)
+    offloaded(model, CPU, kind)
+    for _ in range(2):
+        assert torch.equal(run(model, dtype=dtype), y)
+    assert packed_in(model) == packed
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_groups_on_the_disk_are_refused(kind: str, tmp_path: Path) -> None:
+    model = flux()
+    fxint4.pack_(model)
+    with pytest.raises(WriteError, match="to offload it, choose the CPU, not the disk"):
+        offloaded(model, CPU, kind, offload_to_disk_path=str(tmp_path))
+
+
+STREAMS: dict[str, dict[str, bool]] = {
+    "no stream": {},
+    "non-blocking": {"non_blocking": True},
+    "stream": {"use_stream": True},
+    "recorded stream": {"use_stream": True, "record_stream": True},
+    "stream, little memory": {"use_stream": True, "low_cpu_mem_usage": True},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_groups_on_the_gpu(kind: str, options: dict[str, bool], compiled: bool) -> None:
+    dtype = torch.bfloat16
+    model = flux().to(dtype)
+    fxint4.pack_(model)
+    y = run(copy.deepcopy(model).cuda(), dtype=dtype)
+    offloaded(model, torch.device("cuda"), kind, **options)
+    if compiled:
+        model.compile_repeated_blocks(backend="int4tile")
+    inputs = {name: value.cuda() for name, value in flux_inputs(dtype).items()}
+    held = []
+    for _ in range(4):
+        with torch.no_grad():
+            got = model(**inputs, return_dict=False)[0]
+        torch.testing.assert_close(got, y, rtol=2**-6, atol=2**-6 * y.abs().max().item())
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] <= held[1]
+    # On the CPU between calls, but for the group that is loaded ahead.
+    there = sum(p.nbytes for p in model.parameters() if p.is_cuda)
+    assert there < sum(p.nbytes for p in model.parameters()) / 2
+
+
+@pytest.mark.gpu
+def test_packed_while_it_loads_onto_the_gpu(tmp_path: Path) -> None:
+    dtype = torch.bfloat16
+    folder = saved(flux().to(dtype), tmp_path / "plain")
+    reference = loaded(flux(), folder, torch_dtype=dtype).cuda()
+    fxint4.pack_(reference)
+    for device_map in ("cuda", {"": 0}, "balanced"):
+        config = Int4TileConfig()
+        model = loaded(
+            flux(), folder, torch_dtype=dtype, quantization_config=config, device_map=device_map
+        )
+        assert_same(model, reference)
+        again = loaded(
+            flux(), saved(model, tmp_path / "packed"), torch_dtype=dtype, device_map=device_map
+        )
+        assert_same(again, reference)
 
 
 # --- compiled ------------------------------------------------------------------------------------

@@ -233,7 +233,8 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert self.weights is not None
         if isinstance(self.weights, PackedFiles):
             self.weights.tie(model)
-        model.int4tile_report = self.weights.report(model, "from_pretrained")  # type: ignore[assignment]
+        report = self.weights.report(model, "from_pretrained")
+        model.int4tile_report = report  # type: ignore[assignment]
         self.weights = self._model = None
         self._parts = {}
         return model
