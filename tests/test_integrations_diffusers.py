@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import fxint4
-from fxint4 import CheckpointError, Int4TileConfig, Int4TileTensor, OptionError
+from fxint4 import CheckpointError, Int4TileConfig, Int4TileTensor, OptionError, WriteError
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.quantizers import PipelineQuantizationConfig, auto  # noqa: E402
+from diffusers.configuration_utils import register_to_config  # noqa: E402
+from diffusers.hooks import apply_group_offloading  # noqa: E402
+from diffusers.quantizers import PipelineQuantizationConfig  # noqa: E402
 
-from fxint4.integrations.diffusers import Int4TileDiffusersQuantizer, register  # noqa: E402
+from fxint4.integrations.diffusers import Int4TileDiffusersQuantizer  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -198,7 +200,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
     del content["weight_map"]["proj_out.bias"]
-    name = "context_embedder.weight.tiles"
+    name = "context_embedder._weight_tiles"
     del content["weight_map"][name]
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=name):
@@ -269,18 +271,47 @@ def test_options_of_layers(tmp_path: Path) -> None:
     assert reasons["single_transformer_blocks.0.attn.to_q"].startswith("skip=")
 
 
+class Small(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
+    """Two layers, the second kept in float32."""
+
+    _keep_in_fp32_modules = ["second"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(self, size: int = 64) -> None:
+        super().__init__()
+        self.first = nn.Linear(size, size)
+        self.second = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.relu(self.first(x)).float())
+        return y
+
+
 def test_statistics_from_a_file(tmp_path: Path) -> None:
-    folder = saved(flux(1), tmp_path / "plain")
-    reference = flux(1)
-    inputs = [flux_inputs(torch.float32)]
-    statistics = fxint4.calibrate(reference, inputs, options={"method": "awq"})
+    reference = Small().eval()
+    folder = saved(reference, tmp_path / "plain")
+    x = torch.randn(128, 64)
+    statistics = fxint4.calibrate(reference, [x], options={"method": "gptq"})
     statistics.save(tmp_path / "statistics.safetensors")
-    fxint4.pack_(reference, options={"method": "awq", "calibration": statistics})
-    config = Int4TileConfig(method="awq", calibration=str(tmp_path / "statistics.safetensors"))
+    options = {"method": "gptq", "calibration": statistics, "skip": ["second"]}
+    fxint4.pack_(reference, options=options)
+    config = Int4TileConfig(method="gptq", calibration=tmp_path / "statistics.safetensors")
     model = loaded(reference, folder, quantization_config=config)
+    assert [record.method for record in model.int4tile_report.records] == ["gptq", ""]
     assert_same(model, reference)
     (tmp_path / "statistics.safetensors").unlink()  # reloading needs it no more
     assert_same(loaded(model, saved(model, tmp_path / "packed")), reference)
+
+
+def test_what_the_class_keeps_in_float32_is_kept(tmp_path: Path) -> None:
+    folder = saved(Small(), tmp_path)
+    config = Int4TileConfig()
+    model = loaded(Small(), folder, torch_dtype=torch.bfloat16, quantization_config=config)
+    assert packed_in(model) == ["first.weight"]
+    assert model.first.weight.dtype == torch.bfloat16
+    assert model.second.weight.dtype == torch.float32
+    [kept] = [record for record in model.int4tile_report.records if record.action == "kept"]
+    assert (kept.name, kept.reason) == ("second", "the model's class keeps it in float32")
 
 
 def test_a_wrong_option_is_refused() -> None:
@@ -321,7 +352,7 @@ def test_device_maps_count_packed_bytes() -> None:
     assert special["norm_out.linear.weight"] is torch.bfloat16
     assert "transformer_blocks.0.ff.net.2.weight" not in special
     assert special["transformer_blocks.0.ff.net.2.bias"] is torch.bfloat16
-    assert str(quantizer.adjust_target_dtype(torch.bfloat16)) == "int4"
+    assert quantizer.adjust_target_dtype(torch.bfloat16).value == "int4"
 
 
 def test_the_disk_is_refused(tmp_path: Path) -> None:
@@ -344,13 +375,7 @@ def test_the_memory_footprint() -> None:
     assert held < before / 4
 
 
-# --- registration --------------------------------------------------------------------------------
-
-
-def test_registered_twice() -> None:
-    before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    register()
-    assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+# --- pipelines -----------------------------------------------------------------------------------
 
 
 def test_a_mapping_for_a_pipeline() -> None:
@@ -362,6 +387,97 @@ def test_a_mapping_for_a_pipeline() -> None:
     )
     made = pipeline._resolve_quant_config(True, "unet")
     assert made.to_dict() == config.to_dict()
+
+
+# --- offloaded by groups -------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def offloaded(model: Any, device: torch.device, kind: str, **options: Any) -> Any:
+    apply_group_offloading(
+        model,
+        onload_device=device,
+        offload_device=CPU,
+        offload_type=kind,
+        num_blocks_per_group=1 if kind == "block_level" else None,
+        **options,
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(kind: str, dtype: torch.dtype) -> None:
+    model = flux().to(dtype)
+    fxint4.pack_(model)
+    y = run(model, dtype=dtype)
+    packed = packed_in(model)
+    offloaded(model, CPU, kind)
+    for _ in range(2):
+        assert torch.equal(run(model, dtype=dtype), y)
+    assert packed_in(model) == packed
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_groups_on_the_disk_are_refused(kind: str, tmp_path: Path) -> None:
+    model = flux()
+    fxint4.pack_(model)
+    with pytest.raises(WriteError, match="to offload it, choose the CPU, not the disk"):
+        offloaded(model, CPU, kind, offload_to_disk_path=str(tmp_path))
+
+
+STREAMS: dict[str, dict[str, bool]] = {
+    "no stream": {},
+    "non-blocking": {"non_blocking": True},
+    "stream": {"use_stream": True},
+    "recorded stream": {"use_stream": True, "record_stream": True},
+    "stream, little memory": {"use_stream": True, "low_cpu_mem_usage": True},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_groups_on_the_gpu(kind: str, options: dict[str, bool], compiled: bool) -> None:
+    dtype = torch.bfloat16
+    model = flux().to(dtype)
+    fxint4.pack_(model)
+    y = run(copy.deepcopy(model).cuda(), dtype=dtype)
+    offloaded(model, torch.device("cuda"), kind, **options)
+    if compiled:
+        model.compile_repeated_blocks(backend="int4tile")
+    inputs = {name: value.cuda() for name, value in flux_inputs(dtype).items()}
+    held = []
+    for _ in range(4):
+        with torch.no_grad():
+            got = model(**inputs, return_dict=False)[0]
+        torch.testing.assert_close(got, y, rtol=2**-6, atol=2**-6 * y.abs().max().item())
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] <= held[1]
+    # On the CPU between calls, but for the group that is loaded ahead.
+    there = sum(p.nbytes for p in model.parameters() if p.is_cuda)
+    assert there < sum(p.nbytes for p in model.parameters()) / 2
+
+
+@pytest.mark.gpu
+def test_packed_while_it_loads_onto_the_gpu(tmp_path: Path) -> None:
+    dtype = torch.bfloat16
+    folder = saved(flux().to(dtype), tmp_path / "plain")
+    reference = loaded(flux(), folder, torch_dtype=dtype).cuda()
+    fxint4.pack_(reference)
+    for device_map in ("cuda", {"": 0}, "balanced"):
+        config = Int4TileConfig()
+        model = loaded(
+            flux(), folder, torch_dtype=dtype, quantization_config=config, device_map=device_map
+        )
+        assert_same(model, reference)
+        again = loaded(
+            flux(), saved(model, tmp_path / "packed"), torch_dtype=dtype, device_map=device_map
+        )
+        assert_same(again, reference)
 
 
 # --- compiled ------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ KNOWN = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 assert AUTO_QUANTIZER_MAPPING["int4tile"].__name__ == "Int4TileQuantizer"
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["int4tile"] is fxint4.Int4TileConfig
-finders = [finder for finder in sys.meta_path if "fxint4" in type(finder).__module__]
-assert [finder._waiting for finder in finders] == [["diffusers.quantizers"]]
+waiting = [f._waiting for f in sys.meta_path if "fxint4" in type(f).__module__]
+assert waiting in ([], [["diffusers.quantizers"]]), waiting
 import transformers.quantizers
 assert "fxint4" not in type(transformers.quantizers.__loader__).__module__
 assert "fxint4" not in type(transformers.quantizers.__spec__.loader).__module__
@@ -40,6 +40,23 @@ def test_whatever_is_imported_first() -> None:
         "import fxint4\nfxint4.Int4TileConfig",
     ):
         run(f"{imports}\n{KNOWN}")
+
+
+def test_diffusers() -> None:
+    pytest.importorskip("diffusers")
+    for imports in (
+        "import fxint4, diffusers.quantizers",
+        "import diffusers.quantizers, fxint4",
+        "import fxint4\nfrom diffusers import ModelMixin",
+        "import fxint4\nfxint4.Int4TileConfig\nimport diffusers.quantizers",
+    ):
+        run(f"""
+{imports}
+from diffusers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING["int4tile"].__name__ == "Int4TileDiffusersQuantizer"
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["int4tile"] is fxint4.Int4TileConfig
+{KNOWN}
+""")
 
 
 def test_twice() -> None:
@@ -78,6 +95,8 @@ def test_an_older_transformers_works_without_it() -> None:
         import transformers.quantizers
         assert "int4tile" not in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING
         assert len(said) == 1 and "integrations.transformers" in said[0], said
+        import torch
+        fxint4.pack_(torch.nn.Sequential(torch.nn.Linear(64, 64)))
     """)
 
 

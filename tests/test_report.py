@@ -323,7 +323,7 @@ def test_a_recompile_with_a_replaced_weight_takes_the_place_of_the_older_one(
     ]:
         monkeypatch.setattr("fxint4.report.report.frame_id", lambda frame=frame: frame)
         report.put(key, GraphReport(tuple(records), {}, "g", "g"))
-    assert [each.name for each in report.records] == ["2", "1", "3", "2", "4"]
+    assert [each.name for each in report.records] == ["1", "3", "2", "4"]
 
 
 def test_late_weights_are_described_when_the_report_is_read() -> None:

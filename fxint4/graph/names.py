@@ -78,6 +78,9 @@ class Inputs:
         self._sources = [source_name(node) for node in placeholders]
         self._local, self._global = frame_scope()
         tensors = [value for value in values if isinstance(value, Tensor)]
+        for value in tuple(tensors):
+            if isinstance(value, Int4TileTensor):  # AOTAutograd's graph reads its buffers
+                tensors += value.buffers.values()
         self.outermost_modules = self._outermost_modules()
         self.origins = origins_in_call(tensors, self.outermost_modules)
         self.names = [

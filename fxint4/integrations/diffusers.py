@@ -25,7 +25,7 @@ from fxint4.integrations.transformers import NAME, Int4TileConfig
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.files import flatten
 
-__all__ = ["Int4TileDiffusersQuantizer", "follow_packing", "register"]
+__all__ = ["Int4TileDiffusersQuantizer", "follow_packing"]
 
 
 class _Method(str):
@@ -127,11 +127,15 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return CustomDtype.INT4
 
     def get_special_dtypes_update(
-        self, model: nn.Module, torch_dtype: torch.dtype
+        self, model: nn.Module, torch_dtype: torch.dtype | None
     ) -> dict[str, torch.dtype]:
         """The dtype of the parameters that are not packed."""
         packed = {} if self.weights is None else self.weights.nbytes
-        return {name: torch_dtype for name, _ in model.named_parameters() if name not in packed}
+        return {
+            name: parameter.dtype if torch_dtype is None else torch_dtype
+            for name, parameter in model.named_parameters()
+            if name not in packed
+        }
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """A tenth less than there is."""
@@ -229,7 +233,8 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert self.weights is not None
         if isinstance(self.weights, PackedFiles):
             self.weights.tie(model)
-        model.int4tile_report = self.weights.report(model, "from_pretrained")  # type: ignore[assignment]
+        report = self.weights.report(model, "from_pretrained")
+        model.int4tile_report = report  # type: ignore[assignment]
         self.weights = self._model = None
         self._parts = {}
         return model
@@ -327,7 +332,5 @@ def follow_packing(model: nn.Module, config: Int4Config | None) -> None:
             _set_config(part, None)
 
 
-def register() -> None:
-    """Make diffusers know the format by its name; harmless when done twice."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = Int4TileConfig
-    AUTO_QUANTIZER_MAPPING[NAME] = Int4TileDiffusersQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[NAME] = Int4TileConfig
+AUTO_QUANTIZER_MAPPING[NAME] = Int4TileDiffusersQuantizer

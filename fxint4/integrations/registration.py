@@ -37,24 +37,23 @@ def register_integrations() -> None:
 
     Harmless when called again.
     """
-    waiting = []
-    for module, integration in _INTEGRATIONS.items():
-        if module in sys.modules:
-            _register(integration)
-        else:
-            waiting.append(module)
+    waiting = [module for module in _INTEGRATIONS if module not in sys.modules]
     known = [finder for finder in sys.meta_path if isinstance(finder, _Finder)]
     if waiting and not known:
         sys.meta_path.insert(0, _Finder(waiting))
+    for module, integration in _INTEGRATIONS.items():
+        if module not in waiting:  # this may import one that is waited for
+            _register(integration)
     if _follow_packing not in followers:
         followers.append(_follow_packing)
 
 
 def _follow_packing(model: nn.Module, config: Int4Config | None) -> None:
     """Tell the integrations with the libraries that are imported; the model is of no other."""
-    for module, integration in _INTEGRATIONS.items():
-        if module in sys.modules:
-            import_module(integration).follow_packing(model, config)
+    for integration in _INTEGRATIONS.values():
+        loaded = sys.modules.get(integration)
+        if loaded is not None:
+            loaded.follow_packing(model, config)
 
 
 def _register(integration: str) -> None:

@@ -203,9 +203,19 @@ class Report:
                         made.setdefault(key, []).append(make())
                     except Exception:  # whoever runs a model or reads a report can't mend it
                         logger.warning("a report lacks weights that were used late", exc_info=True)
-                grown = {key: _grown(self._graphs[key], made[key]) for key in made}
-                self._graphs = {**self._graphs, **grown}
+                for key, additions in made.items():
+                    records = [record for added, _ in additions for record in added]
+                    graphs = {
+                        known: _without_stale(graph, records) if self._again(known, key) else graph
+                        for known, graph in self._graphs.items()
+                    }
+                    self._graphs = {**graphs, key: _grown(graphs[key], additions)}
         return self._graphs
+
+    def _again(self, one: Hashable, other: Hashable) -> bool:
+        """Whether two graphs are of one frame."""
+        frame = self._frames.get(one)
+        return one != other and frame is not None and self._frames.get(other) == frame
 
     def measured(self, output_error: float | None, of_weights: Mapping[Any, float]) -> None:
         """Add measured errors.
@@ -666,18 +676,14 @@ def _without_stale(graph: GraphReport, newer: Iterable[Record]) -> GraphReport:
 
     Args:
         graph: The graph.
-        newer: Records of a later compile of the same frame. Another weight in the place of an older
-            one has replaced it.
+        newer: Records of a later compile of the same frame, which are there in their stead: also
+            where that was compiled with the weights of another layer that shares the code.
     """
-    weights: dict[Hashable, set[Hashable]] = {}
-    for record in newer:
-        if record.place is not None:
-            weights.setdefault(record.place, set()).add(record.weight_key)
+    places = {record.place for record in newer if record.place is not None}
     records = [
         record
         for record in graph.records
-        if not is_gone(record.place)
-        and record.weight_key in weights.get(record.place, (record.weight_key,))
+        if not is_gone(record.place) and record.place not in places
     ]
     parameters = {
         key: parameter
