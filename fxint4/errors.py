@@ -11,6 +11,7 @@ __all__ = [
     "PackedFormatError",
     "PassError",
     "ReportError",
+    "RequantizedWarning",
     "TrainingError",
     "UnsupportedOpError",
     "WriteError",
@@ -32,7 +33,10 @@ class OptionError(Int4Error, ValueError):
 
 
 class TrainingError(Int4Error, RuntimeError):
-    """A model in training mode, or an input that requires grad; int4 weights are for inference."""
+    """A model in training mode, or an input that requires grad, where nothing is trained.
+
+    Adapters are trained over weights that were packed before.
+    """
 
 
 class FoldError(Int4Error, RuntimeError):
@@ -74,6 +78,14 @@ class CommandError(Int4Error):
 
 class UnsupportedOpError(Int4Error, NotImplementedError):
     """An operator that packed weights don't support. The message lists the supported ones."""
+
+
+class RequantizedWarning(UserWarning):
+    """Values were quantized into a packed weight by code that takes it for an ordinary one.
+
+    Merging an adapter does that, and assigning float values to `weight.data`. The message says what
+    error it costs.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from torch import fx
 from fxint4._pytorch.tensors import aten
 from fxint4.config.layer_patterns import first_match
 from fxint4.graph.constants import Constants
-from fxint4.graph.symbolic import known
+from fxint4.graph.symbolic import known, value_of
 from fxint4.passes.activations import value_numbers
 from fxint4.passes.pattern import Match, Unmatched
 from fxint4.passes.site import Adapter
@@ -143,11 +143,19 @@ def adapters_of(
         for part in (down_of[up], by_node[up]):
             adapter = _beside(part.record.name, base.record.name, by_node[up].record.k)
             adapters[part.node] = adapter
-            roots.update(dict.fromkeys(part.weight.roots, adapter))
+            if _is_whole(part.weight):  # else the parameter may hold other weights, too
+                roots[part.weight.roots[0]] = adapter
     for each in found:  # such as B @ A, for a norm
-        if roots.keys() >= set(each.weight.roots):
-            adapters.setdefault(each.node, roots[each.weight.roots[0]])
+        made_of = each.weight.roots
+        if made_of and roots.keys() >= set(made_of):
+            adapters.setdefault(each.node, roots[made_of[0]])
     return adapters
+
+
+def _is_whole(weight: Weight) -> bool:
+    """Whether a weight is all that one parameter holds."""
+    sizes = [value_of(node).numel() for node in (weight.node, *weight.roots)]
+    return len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 def _is_low_rank(down: Found, up: Found) -> bool:

@@ -65,10 +65,10 @@ def find(
         outcome = pattern.match(node, constants) or _not_constant(node, constants)
         if outcome is None:
             continue
-        unmatched = isinstance(outcome, Unmatched)
-        weight = (
-            constants.weight(outcome.weight, "NK") if unmatched else outcome.constant(constants)
-        )
+        if isinstance(outcome, Unmatched):
+            weight = constants.weight(outcome.weight, "NK")
+        else:
+            weight = outcome.constant(constants)
         matmuls.append(Found(node, outcome, weight, _record(node, outcome, weight, tensors, names)))
     adapters = adapters_of(gm.graph, matmuls, constants)
     found: list[Site | Record] = []

@@ -192,10 +192,10 @@ class Plans:
     ) -> Site:
         known = [origins[id(root)] for root in roots if id(root) in origins]
         place = tuple(origin.place for origin in known) or None
-        record = dataclasses.replace(site.record, weight_key=identity, place=place)
-        aliases = [name for origin in known for name in origin.aliases]
+        aliases = tuple(name for origin in known for name in origin.aliases)
+        record = dataclasses.replace(site.record, weight_key=identity, place=place, aliases=aliases)
         site = dataclasses.replace(site, record=record, kept="")
-        planned = _planned(site, roots, aliases, self._config)
+        planned = _planned(site, roots, self._config)
         self._planned[site.node, identity] = planned
         return planned
 
@@ -224,15 +224,12 @@ class Plans:
         return tuple(dict.fromkeys(names))
 
 
-def _planned(
-    site: Site, roots: Sequence[Tensor], aliases: Sequence[str], config: Int4Config
-) -> Site:
+def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Site:
     """A site with what is decided of its weight, by the names in its record.
 
     Args:
         site: The site.
         roots: The real tensors that its weight is computed from.
-        aliases: Further full names of these.
         config: What the user asked for.
     """
     if site.stored is not None:
@@ -241,7 +238,7 @@ def _planned(
     else:
         record = site.record
         key = site.weight.key(record.parameters, roots)
-        names = (*record.parameters, *aliases)
+        names = (*record.parameters, *record.aliases)
         about = (record, names, site.dtype, site.device, key, config, site.shape_by)
         decided = decide(*about, site.adapter)
     if isinstance(decided, Kept):

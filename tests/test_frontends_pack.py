@@ -149,6 +149,31 @@ def test_tied_layers_share_one_packed_weight() -> None:
     assert isinstance(model[0].weight, Int4TileTensor)
 
 
+@pytest.mark.parametrize(
+    "way", ["modules", "graphs", pytest.param("compiled", marks=pytest.mark.compiles)]
+)
+@pytest.mark.by_aten
+def test_options_hold_by_each_name_of_a_tied_weight(way: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    model[1].weight = model[0].weight
+    for name in ("0", "1"):
+        for options, method in (
+            ({"overrides": {name: {"method": "mse"}}}, "mse"),
+            ({"include": [f"{name}.weight"]}, "rtn"),
+            ({"skip": [name]}, ""),
+        ):
+            x = torch.randn(2, 64)
+            if way == "compiled":
+                report = fxint4.explain(model, x, options={**options, "measure": False})
+            else:
+                report = pack_(copy.deepcopy(model), (x,) if way == "graphs" else (), options)
+            assert {record.method for record in report.records} == {method}
+            assert {(*r.parameters, *r.aliases) for r in report.records} == {
+                ("0.weight", "1.weight")
+            }
+            assert report.unmatched_patterns == []
+
+
 def test_a_weight_that_an_embedding_reads_too_is_kept() -> None:
     model = nn.Sequential(nn.Embedding(64, 96), nn.Linear(96, 64, bias=False)).eval()
     model[1].weight = model[0].weight

@@ -107,7 +107,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
 COMPUTED = "read by (add.Tensor|mul.Tensor|mm), which packed weights don't support"
 KEPT_BY_PACK: dict[str, dict[bool, str]] = {
     "tied": dict.fromkeys([True, False], "also read by an embedding"),
-    "adapter": {True: COMPUTED, False: "is no kind of module that pack_ knows"},
+    "adapter": {True: f"{COMPUTED}|is small", False: "is no kind of module that pack_ knows"},
     "literals": {True: COMPUTED, False: "is no kind of module that pack_ knows"},
     "experts": {False: "is no kind of module that pack_ knows"},
     "functional": {False: "is no kind of module that pack_ knows"},

@@ -16,7 +16,8 @@ KNOWN = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 assert AUTO_QUANTIZER_MAPPING["int4tile"].__name__ == "Int4TileQuantizer"
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["int4tile"] is fxint4.Int4TileConfig
-assert not any("fxint4" in type(finder).__module__ for finder in sys.meta_path)
+finders = [finder for finder in sys.meta_path if "fxint4" in type(finder).__module__]
+assert [finder._waiting for finder in finders] == [["diffusers.quantizers"]]
 import transformers.quantizers
 assert "fxint4" not in type(transformers.quantizers.__loader__).__module__
 assert "fxint4" not in type(transformers.quantizers.__spec__.loader).__module__

@@ -527,6 +527,32 @@ def test_compiled(one_layer: Path) -> None:
     assert sum(record.action == "packed" for record in report.records) == 8
 
 
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_generate_compiles_with_int4tile(one_layer: Path) -> None:
+    """On a GPU by default, elsewhere when it is told to."""
+    loaded = load(one_layer)
+    packed = LlamaForCausalLM.from_pretrained(one_layer)
+    fxint4.pack_(packed, options=OPTIONS)
+    for model in (loaded, packed):
+        model.get_compiled_call(None)
+        assert model._last_compile_config.backend == "int4tile"
+        del model._compiled_call, model._last_compile_config
+    config = transformers.CompileConfig(backend="int4tile", mode="default")
+    config._compile_all_devices = True
+    told = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    expected = loaded.generate(IDS, **told)
+    assert fxint4.last_report() is not None
+    tokens = loaded.generate(IDS, **told, compile_config=config)
+    assert torch.equal(tokens, expected)
+    report = fxint4.last_report()
+    assert report is not None
+    assert sum(record.action == "packed" for record in report.records) == 8
+    fxint4.dequantize_(packed)
+    packed.get_compiled_call(None)
+    assert packed._last_compile_config.backend == "inductor"
+
+
 def test_peft_adapters_of_a_packed_model(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     loaded = load(folder)

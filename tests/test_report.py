@@ -79,6 +79,7 @@ def test_a_record_is_json() -> None:
         "fused_with": [],
         "kernels": [],
         "parameters": ["fc.weight", "fc.scale"],
+        "aliases": [],
         "source": "",
         "method": "",
         "output_error": None,
@@ -425,6 +426,10 @@ def test_a_pattern_that_matches_no_layer_is_said(tmp_path: Path, terminal: Any) 
     assert "skip: &#x27;encoder.*&#x27; matched no layer" in page(report.to_dict())
     report.save(tmp_path / "run.json")
     assert Report.load(tmp_path / "run.json").unmatched_patterns == expected
+    # A tied weight has several names.
+    report.put("f", GraphReport((record("fc", aliases=("encoder.w",)),), parameters, "g", "g"))
+    report.save(tmp_path / "run.json")
+    assert Report.load(tmp_path / "run.json").unmatched_patterns == expected[1:]
     # Another graph has the rest of the model.
     rest = {2: Parameter("encoder.fc.weight", 9), 3: Parameter("head", 1)}
     report.put("g", GraphReport((record("decoder.0", parameters=("a.b.c",)),), rest, "g", "g"))

@@ -452,11 +452,12 @@ def test_copy_of_float_keeps_the_pre_scale() -> None:
     factors, new = packed.plain_pre_scale.clone(), torch.randn(20, 100)
     packed.copy_(new)
     assert torch.equal(packed.plain_pre_scale, factors)
-    divided = Int4TileTensor.from_float(new / factors)
+    config = Int4Config(method="mse")  # nothing tells how the codes were chosen
+    divided = Int4TileTensor.from_float(new / factors, config)
     assert torch.equal(packed.dequantize(), divided.dequantize() * factors)
     # A new one multiplies x by nothing yet.
     empty = torch.empty_like(packed).copy_(new)
-    assert torch.equal(empty.dequantize(), Int4TileTensor.from_float(new).dequantize())
+    assert torch.equal(empty.dequantize(), Int4TileTensor.from_float(new, config).dequantize())
 
 
 def test_copy_takes_the_pre_scale_with_the_codes() -> None:
@@ -508,16 +509,43 @@ def test_items_are_assigned_to_views_and_refused_where_a_write_would_be_lost() -
 
 
 @pytest.mark.parametrize("as_parameter", [False, True])
-def test_data_is_read_and_not_assigned(as_parameter: bool) -> None:
-    packed = Int4TileTensor.from_float(torch.randn(16, 128))
-    packed = nn.Parameter(packed, requires_grad=False) if as_parameter else packed
-    before = packed.dequantize()
-    for value in (torch.randn(16, 128), torch.randn(3, 3), Int4TileTensor.from_float(before)):
-        with pytest.raises(UnsupportedOpError, match=r"can't be assigned: .*copy_"):
-            packed.data = value
-    assert packed.shape == (16, 128)
-    assert isinstance(packed.data, Int4TileTensor)
-    assert torch.equal(packed.data.dequantize(), before)
+def test_packed_weights_are_assigned_to_data(as_parameter: bool) -> None:
+    """Whatever their shape, dtype and packing, as for any tensor; views stay what they were."""
+    first = Int4TileTensor.from_float(torch.randn(16, 128))
+    weight = nn.Parameter(first, requires_grad=False) if as_parameter else first
+    view, before = weight[8:], weight.dequantize()
+    others = [
+        weight.data.bfloat16(),
+        weight.data,
+        Int4TileTensor.from_float(torch.randn(24, 96).half(), Int4Config(group_size=32)),
+        Int4TileTensor.from_float(torch.randn(3, 16, 64)).mT,
+        pre_scaled(Int4TileTensor.from_float(torch.randn(20, 100))),
+    ]
+    for other in others:
+        weight.data = other
+        assert isinstance(weight.data, Int4TileTensor)
+        assert isinstance(weight, nn.Parameter) is as_parameter
+        assert (weight.shape, weight.dtype, weight.stride()) == (
+            other.shape,
+            other.dtype,
+            other.stride(),
+        )
+        assert repr(weight).endswith(repr(other).partition("(")[2])
+        assert weight.__tensor_flatten__()[1] == other.metadata
+        assert torch.equal(weight.dequantize(), other.dequantize())
+        assert torch.equal(weight[..., 8:].dequantize(), other.dequantize()[..., 8:])
+    assert torch.equal(view.dequantize(), before[8:])
+
+
+def test_what_is_assigned_to_data_wants_no_gradient() -> None:
+    weight = nn.Parameter(Int4TileTensor.from_float(torch.randn(16, 128)))
+    delta = torch.randn(16, 128, requires_grad=True)
+    merged = weight.data.clone()
+    with pytest.warns(fxint4.RequantizedWarning):
+        merged += delta
+    weight.data = merged
+    assert weight.is_leaf
+    assert not weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -627,7 +655,7 @@ def test_unsupported_operators_run_dequantized_within_dequantizing() -> None:
         assert isinstance(packed.t(), Int4TileTensor)  # supported ones are not dequantized
         assert torch.equal(packed.double(), dense.double())
     with pytest.raises(UnsupportedOpError):
-        packed + x
+        packed.sum()
 
 
 def test_dequantizing_ends_with_an_exception_and_nests() -> None:
@@ -637,9 +665,9 @@ def test_dequantizing_ends_with_an_exception_and_nests() -> None:
     with fxint4.dequantizing():
         with fxint4.dequantizing():
             pass
-        assert torch.equal(packed.abs(), packed.dequantize().abs())
+        assert torch.equal(packed.exp(), packed.dequantize().exp())
     with pytest.raises(UnsupportedOpError):
-        packed.abs()
+        packed.exp()
 
 
 def test_dequantizing_holds_for_its_own_thread() -> None:
@@ -648,7 +676,7 @@ def test_dequantizing_holds_for_its_own_thread() -> None:
 
     def other() -> None:
         try:
-            packed.abs()
+            packed.exp()
         except UnsupportedOpError as error:
             caught.append(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError
 from fxint4.quant import tile_layout
 from fxint4.quant.tile_layout import GROUP_SIZES
 from fxint4.weights import cache as weights_cache
+from fxint4.weights import ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OFFS = torch.tensor([2, 2, 5, 7], dtype=torch.int32)
@@ -159,6 +161,39 @@ def test_integers_are_multiplied_exactly(case: str, pre_scaled: bool, dtype: tor
     assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
     assert torch.equal(y, expected)
     assert y.any() or not y.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pre_scaled", [False, True])
+@pytest.mark.parametrize("case", [*CASES, "grouped", *EINSUMS])
+def test_gradients_of_integers_are_exact(case: str, pre_scaled: bool, dtype: torch.dtype) -> None:
+    if case in CASES:
+        function, w_shape, x_shape, _ = CASES[case]
+    elif case in EINSUMS:
+        w_shape, x_shape, _ = EINSUMS[case]
+        function = functools.partial(lambda letters, x, w, b: torch.einsum(letters, x, w), case)
+    else:
+        w_shape, x_shape = E, (9, 100)
+        function = lambda x, w, b: F.grouped_mm(x, w.mT, offs=OFFS)  # noqa: E731
+    w = integers(*w_shape, dtype=dtype, pre_scaled=pre_scaled)
+    # Of both operands of sums: the product, and x where a bias may be multiplied, too.
+    x = torch.randn(x_shape).to(dtype).requires_grad_()
+    y, _ = both(function, w, x, dtype) if case != "grouped" else (function(x, w, None), None)
+    grad = torch.zeros(y.numel(), dtype=dtype)
+    grad[torch.randperm(y.numel())[:7]] = 1 - 2 * torch.randint(0, 2, (min(7, y.numel()),)).to(
+        dtype
+    )
+    (y * grad.view(y.shape)).sum().backward()
+    wide = x.detach().double().requires_grad_()
+    if case == "grouped":
+        spans = zip([0, *OFFS.tolist()], OFFS.tolist(), w.dequantize().double(), strict=False)
+        expected = torch.cat([*(wide[a:b] @ part.T for a, b, part in spans), wide[7:, :20] * 0])
+    else:
+        expected = function(wide, w.dequantize().double(), torch.zeros(20).double())
+    (expected * grad.double().view(y.shape)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert torch.equal(x.grad.double(), wide.grad)
 
 
 @pytest.mark.parametrize("letters", EINSUMS)
@@ -329,16 +364,6 @@ def test_inference_mode() -> None:
     assert torch.equal(z, y[:, 4:])
 
 
-def test_a_gradient_through_the_weight_is_refused() -> None:
-    w, x = integers(*W), signs(3, 100).requires_grad_()
-    y = F.linear(x, w)
-    with pytest.raises(UnsupportedOpError, match="sums over their N, as the gradient of x"):
-        y.sum().backward(retain_graph=True)
-    with fxint4.dequantizing():
-        y.sum().backward()
-    assert torch.equal(x.grad, w.dequantize().sum(0).expand(3, -1))
-
-
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -347,6 +372,7 @@ def test_a_gradient_through_the_weight_is_refused() -> None:
     [
         (lambda x, w, e: F.linear(x[:, 1:], w), "99"),
         (lambda x, w, e: torch.mm(x, w), "100 columns and 20 rows"),
+        (lambda x, w, e: torch.mm(x[:, :20].bfloat16(), w), "torch.bfloat16.*torch.float32"),
         (lambda x, w, e: torch.mm(x[None], w.t()), "2 axes"),
         (lambda x, w, e: torch.mm(w, x.t()[None]), "2 axes"),
         (lambda x, w, e: torch.mv(w, x.t()), "vector"),
@@ -368,23 +394,68 @@ def test_what_does_not_fit_is_an_error(wrong: Any, message: str) -> None:
         wrong(x, w, e)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pre_scaled", [False, True])
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w, e: x @ w,
+        lambda x, w, e: torch.mm(w.t(), x.t()),
+        lambda x, w, e: F.linear(x, w.t()),
+        lambda x, w, e: torch.einsum("mn,nk->mk", x, w),
+        lambda x, w, e: torch.mv(w.t(), x[0]),
+        lambda x, w, e: torch.bmm(x[None], w[None]),
+        lambda x, w, e: x @ e,
+        lambda x, w, e: e.mT @ x.t(),
+        lambda x, w, e: F.grouped_mm(x, e, offs=torch.tensor([0, 2, 2, 3], dtype=torch.int32)),
+        lambda x, w, e: x[:, :13] @ w[:13],
+        lambda x, w, e: x[:, 8:13] @ w[8:13],
+        lambda x, w, e: x @ torch.cat([w[:, 7:9], w[:, 40:77]], 1),
+    ],
+)
+def test_sums_over_n(product: Any, pre_scaled: bool, dtype: torch.dtype) -> None:
+    w = integers(*W, dtype=dtype, pre_scaled=pre_scaled)
+    e = integers(*E, dtype=dtype, pre_scaled=pre_scaled)
+    x = signs(3, 20, dtype=dtype)
+    y = product(x, w, e)
+    with torch.inference_mode():
+        assert torch.equal(product(x, w, e), y)
+    assert (type(y), y.dtype) == (Tensor, dtype)
+    if "grouped_mm" in product.__code__.co_names:
+        expected = torch.cat([x[:2] @ e[1].dequantize(), x[2:] @ e[3].dequantize()])
+    else:
+        expected = product(x, w.dequantize(), e.dequantize())
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("columns", [32, 64, 96])
+def test_sums_over_n_take_some_columns_at_a_time(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, e = integers(20, 300), integers(4, 20, 300)
+    x = signs(3, 20)
+    expected = [x @ w.dequantize(), x @ e.dequantize()]
+    of_both = 16 * 4 * 24 * columns  # 24 rows of fp32
+    for weight, bytes_, y in ((w, of_both, expected[0]), (e, 4 * of_both, expected[1])):
+        monkeypatch.setattr(ops, "_MOST_COLUMNS_BYTES", bytes_)
+        assert torch.equal(x @ weight, y)
+        monkeypatch.setattr(ops, "_MOST_COLUMNS_BYTES", 1)
+        assert torch.equal(x @ weight, y)
+
+
 @pytest.mark.parametrize(
     "unsupported",
     [
-        lambda x, w: x @ w,
-        lambda x, w: torch.mm(w.t(), x.t()),
-        lambda x, w: torch.einsum("mn,nk->mk", x, w),
-        lambda x, w: torch.mv(w.t(), x[0]),
-        lambda x, w: w @ w.t(),
-        lambda x, w: torch.bmm(x[None], w[None]),
+        lambda w: w @ w.t(),
+        lambda w: torch.bmm(w[None], w.t()[None]),
     ],
 )
-def test_sums_over_n_are_not_supported(unsupported: Any) -> None:
-    w, x = integers(*W), signs(3, 20)
-    with pytest.raises(UnsupportedOpError, match="Supported: "):
-        unsupported(x, w)
+def test_two_packed_weights_are_not_multiplied(unsupported: Any) -> None:
+    w = integers(*W)
+    with pytest.raises(UnsupportedOpError, match=r"of two of them.*Supported: "):
+        unsupported(w)
     with fxint4.dequantizing():
-        assert torch.equal(unsupported(x, w), unsupported(x, w.dequantize()))
+        assert torch.equal(unsupported(w), unsupported(w.dequantize()))
 
 
 # --- the ops beneath -----------------------------------------------------------------------------
@@ -397,8 +468,9 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 def test_opcheck(dtype: torch.dtype, n: int) -> None:
     w, e = integers(n, 100), integers(4, n, 100)
     one, all_ = (w.tiles, w.scale_and_zero), (e.tiles, e.scale_and_zero)
-    ops = torch.ops.fxint4
+    ops: Any = torch.ops.fxint4
     x, xs = signs(7, 100, dtype=dtype), signs(4, 3, 100, dtype=dtype)
+    z, zs = x[:, :n].contiguous(), xs[..., :n].contiguous()
     ids = torch.tensor([0, 3, 3, 1, -1, 2, 0])
     for op, arguments in (
         (ops.linear, (x, *one, 32, n)),
@@ -408,11 +480,17 @@ def test_opcheck(dtype: torch.dtype, n: int) -> None:
         (ops.bmm, (xs, *all_, 32, n)),
         (ops.grouped_mm, (x, *all_, OFFS, 32, n)),
         (ops.indexed_mm, (x, *all_, ids, 32, n)),
+        (ops.linear_t, (z, *one, 32, 100)),
+        (ops.linear_t, (zs, *one, 32, 99)),
+        (ops.linear_t, (z[0], *one, 32, 1)),
+        (ops.linear_t, (z[:0], *one, 32, 100)),
+        (ops.bmm_t, (zs, *all_, 32, 100)),
+        (ops.grouped_mm_t, (z, *all_, OFFS, 32, 100)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
         y = op(*arguments)
         assert y.is_contiguous()
-        assert (y.shape, y.dtype) == ((*arguments[0].shape[:-1], n), dtype)
+        assert (y.shape, y.dtype) == ((*arguments[0].shape[:-1], arguments[-1]), dtype)
 
 
 def test_indexed_mm() -> None:

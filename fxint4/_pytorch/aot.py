@@ -21,6 +21,7 @@ __all__ = [
     "CONFIG_PATCHES",
     "TESTED",
     "CompileState",
+    "compile_for_training",
     "compile_fx",
     "decompositions",
     "evaluate_size",
@@ -105,6 +106,25 @@ def compile_fx(
             decompositions=decompositions(extra_decompositions),
         )
     return apart.calling(cast("Callable[..., Any]", compiled))
+
+
+def compile_for_training(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config_patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Compile a graph by Inductor as it is, with gradients for the inputs that require them.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its inputs.
+        config_patches: Patches of Inductor's config.
+
+    Returns:
+        A function of the inputs of `gm`.
+    """
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    compiled = inductor_compile_fx(gm, example_inputs, config_patches=dict(config_patches))
+    return cast("Callable[..., Any]", compiled)
 
 
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:

@@ -21,6 +21,7 @@ from torch import fx
 
 __all__ = [
     "compile_request",
+    "compiled_call",
     "compiles_forgotten",
     "frame_function",
     "frame_id",
@@ -79,6 +80,17 @@ def compile_request(depth: int) -> object | None:
     """
     caller = sys._getframe(depth).f_locals.get("self")
     return caller if type(caller).__name__ == "_TorchCompileWrapper" else None
+
+
+def compiled_call() -> FrameType | None:
+    """The frame of the innermost running call of a compiled function or module; else None."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename.endswith("eval_frame.py"):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 #: How Dynamo's warning of a recompile limit begins, and the reason that it records.

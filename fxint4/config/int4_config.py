@@ -50,7 +50,8 @@ class Int4Config:
             can also choose by themselves, on their example arguments.
         max_bytes: A budget: the most bytes that packed and kept weights take together. The choices
             are those of the least error.
-        include: Patterns of modules to pack; empty means all.
+        include: Patterns of modules to pack; empty means all. Adapters (LoRA and its kin) are
+            left alone, unless a pattern matches them and not, like "*", the layer that they adapt.
         skip: Patterns of modules to keep as they are; stronger than `include`.
             A pattern is a glob, or a regular expression after the prefix "re:". It must match the
             full name of the layer, of its parameter, or of a module that holds it.

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxint4._pytorch.aot import CompileState, compile_fx, warn_if_untested
+from fxint4._pytorch.aot import (
+    CompileState,
+    compile_for_training,
+    compile_fx,
+    warn_if_untested,
+)
 from fxint4._pytorch.dynamo import frame_id, graph_break_reason
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
-from fxint4.graph.names import Inputs, parameters_around
+from fxint4.graph.names import (
+    Inputs,
+    layer_name,
+    model_around,
+    modules_in_call,
+    parameters_around,
+)
 from fxint4.graph.placeholders import GraphWeights, inputs_of
 from fxint4.kernels.policy import Policy
 from fxint4.lowering.bound_records import BoundRecords
 from fxint4.lowering.dense import compile_graph
 from fxint4.lowering.graph import Binding, Int4Graph, expected_rows
+from fxint4.passes.adapters import adapter_by_name
 from fxint4.passes.encoder_layer import DECOMPOSITIONS
 from fxint4.passes.pipeline import Analysis, run_passes
 from fxint4.passes.site import Site
@@ -55,7 +68,8 @@ def int4tile(
 
     Raises:
         OptionError: An option or mode that is not known, or `measure`, or a budget without choices.
-        TrainingError: A module in training mode, or an input that requires grad.
+        TrainingError: A module in training mode, or an input that requires grad, and no weight of
+            the model is packed. (If one is, the graph is compiled for training.)
         FoldError: A weight could not be folded.
     """
     config, patches = split_options(mode, options)
@@ -65,7 +79,8 @@ def int4tile(
             "run the model on"
         )
     config.require_choices()
-    return compile_captured(gm, example_inputs, config, patches, report_of_caller(config, patches))
+    report = report_of_caller(config, patches, model_around())
+    return compile_captured(gm, example_inputs, config, patches, report, trains=True)
 
 
 def compile_captured(
@@ -75,6 +90,7 @@ def compile_captured(
     patches: Mapping[str, Any],
     report: Report,
     cache: WeightCache = weight_cache,
+    trains: bool = False,
 ) -> Callable[..., Any]:
     """Compile one captured graph and add it to a report; see `int4tile`.
 
@@ -85,15 +101,20 @@ def compile_captured(
         patches: Of Inductor's config.
         report: Gets this graph.
         cache: Holds the packed weights.
+        trains: Whether the graph of a model with packed weights may be compiled for training.
 
     Raises:
-        TrainingError: A module in training mode, or an input that requires grad.
+        TrainingError: A module in training mode, or an input that requires grad, and the graph is
+            not compiled for training.
         FoldError: A weight could not be folded.
     """
     warn_if_untested()
     inputs = inputs_of(gm, example_inputs)
-    _refuse_training(inputs, example_inputs)
     graph_break = graph_break_reason(gm)
+    if _is_training(inputs, example_inputs, trains):
+        report.put(*_trained(inputs, example_inputs, graph_break))
+        remember(report)
+        return compile_for_training(gm, example_inputs, patches)
 
     def inner_compile(
         captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
@@ -137,28 +158,108 @@ def compile_captured(
         remember(report)
         return graph or compile_graph(captured, fake_inputs, policy, made.run_pass, **kwargs)
 
-    return compile_fx(gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor)
+    compiled = compile_fx(
+        gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor
+    )
+    return _for_inference_alone(compiled, inputs, len(example_inputs))
 
 
-def _refuse_training(inputs: Inputs, example_inputs: Sequence[Any]) -> None:
+def _is_training(inputs: Inputs, example_inputs: Sequence[Any], allowed: bool) -> bool:
+    """Whether to compile a graph for training: adapters, say, over packed weights.
+
+    A graph of a model that has packed weights is compiled for training if one of its modules is in
+    training mode, or if one of its inputs other than parameters requires grad. Parameters that do
+    tell nothing: all of them do unless somebody said otherwise.
+
+    Args:
+        inputs: The inputs of Dynamo's graph.
+        example_inputs: The real ones.
+        allowed: Whether it may be.
+
+    Raises:
+        TrainingError: A module in training mode, or a leaf that requires grad, in a graph of a
+            model without packed weights, or where training is not allowed.
+    """
+    told, derived = "", False
     for index, value in enumerate(example_inputs):
         name = inputs.names[index]
         if isinstance(value, nn.Parameter):
             owner = inputs.owner(index)
+            # PEFT adds adapters to a model in eval mode that are not in it; the layers tell.
+            if adapter_by_name(layer_name(name), [name]) is not None:
+                continue
             if owner is not None and owner.training:
-                raise TrainingError(
+                told = (
                     f"the {type(owner).__name__} that owns {name} {tuple(value.shape)} is in "
                     "training mode; backend 'int4tile' is for inference: call model.eval() first"
                 )
-        elif _wants_gradient(value):
-            raise TrainingError(
-                f"input {name} {tuple(value.shape)} requires grad; backend 'int4tile' is for "
-                "inference and computes none: pass it detached, or call under torch.no_grad()"
-            )
-
-
-def _wants_gradient(value: object) -> bool:
-    # An input that eager code computed from parameters requires grad, too, but is not a leaf.
-    if not isinstance(value, Tensor) or not torch.is_grad_enabled():
+                break
+        elif isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            # An input that eager code computed from parameters requires grad, but is no leaf.
+            derived = True
+            if value.is_leaf:
+                told = (
+                    f"input {name} {tuple(value.shape)} requires grad; backend 'int4tile' is for "
+                    "inference and computes none: pass it detached, or call under torch.no_grad()"
+                )
+                break
+    if not (told or derived):
         return False
-    return value.requires_grad and value.is_leaf
+    packed = allowed and _is_packed(inputs, example_inputs)
+    if told and not packed:
+        raise TrainingError(
+            f"{told}. Adapters are trained over weights that fxint4.pack_(model) has packed before"
+        )
+    return packed
+
+
+def _is_packed(inputs: Inputs, example_inputs: Sequence[Any]) -> bool:
+    """Whether the model that is being called has packed weights, in this graph or in others."""
+    modules = [*inputs.outermost_modules.values(), *modules_in_call()]
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return any(isinstance(value, Int4TileTensor) for value in (*example_inputs, *parameters))
+
+
+def _trained(
+    inputs: Inputs, example_inputs: Sequence[Any], graph_break: str | None
+) -> tuple[Hashable, GraphReport]:
+    """What a report says of a graph that is compiled for training, and the key of that."""
+    reason = "compiled for training, which packs nothing"
+    origins = inputs.origins
+    parameters = {
+        key: parameter._replace(reason=parameter.reason or reason)
+        for key, parameter in parameters_around(origins.values()).items()
+    }
+    places = (origins.get(id(value)) for value in example_inputs)
+    key = (frame_id(), frozenset(origin.place for origin in places if origin is not None))
+    return key, GraphReport((), parameters, "", "", graph_break)
+
+
+def _for_inference_alone(
+    compiled: Callable[..., Any], inputs: Inputs, count: int
+) -> Callable[..., Any]:
+    """Wrap compiled code to refuse modules that have been put into training mode since.
+
+    Dynamo does not compile again for that, and gradients would end here without a word. Within
+    torch.no_grad() there are none, and Dynamo compiles for that anew.
+    """
+    if not torch.is_grad_enabled():
+        return compiled
+    owners = dict.fromkeys(map(inputs.owner, range(count)))
+    refs = [weakref.ref(owner) for owner in owners if owner is not None]
+    if not refs:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        for ref in refs:
+            owner = ref()
+            if owner is not None and owner.training:
+                raise TrainingError(
+                    f"a {type(owner).__name__} is in training mode, but this code was compiled "
+                    "for inference, in evaluation mode with gradients enabled. Evaluate within "
+                    "torch.no_grad(), whose code is compiled by itself; here, call "
+                    "torch.compiler.reset() first"
+                )
+        return compiled(*args)
+
+    return run

@@ -24,7 +24,7 @@ from fxint4.report.graph_text import graph_text, readers
 from fxint4.runs.state_guard import StateGuard
 from fxint4.runs.tracing import GraphRunner, traced
 from fxint4.tensor import Int4TileTensor
-from fxint4.tensor.core import NEW_AXIS
+from fxint4.tensor.core import NEW_AXIS, without_dense_copies
 
 __all__ = [
     "Candidate",
@@ -53,10 +53,14 @@ class Owners:
         self.parameters: dict[int, nn.Parameter] = {}
         #: For each name of PEFT's parts of a layer the name of the layer.
         self._adapted: dict[str, str] = {}
+        #: Names of PEFT's layers with an adapter that reads the weight of the layer.
+        self._normed: set[str] = set()
         for prefix, outer in modules:
             for path, module in outer.named_modules(prefix=prefix):
                 for name in _adapter_names(module):
                     self._adapted[_below(path, name)] = plain_name(path)
+                    if name == "lora_magnitude_vector" and getattr(module, name):
+                        self._normed.add(plain_name(path))
                 for name, parameter in module.named_parameters(recurse=False):
                     full = _below(path, name)
                     places = self._places.setdefault(id(parameter), [])
@@ -87,6 +91,11 @@ class Owners:
                 if layer is not None:
                     return adapter_below(layer_name(self.name(parameter)), layer)
         return None
+
+    def is_normed(self, parameter: nn.Parameter) -> bool:
+        """Whether an adapter of PEFT's scales the rows of a weight by their norms (DoRA)."""
+        bases = (layer_name(name).rpartition(".") for name in self.names(parameter))
+        return any(last == "base_layer" and layer in self._normed for layer, _, last in bases)
 
     def replace(self, parameter: nn.Parameter, new: nn.Parameter) -> None:
         """Put `new` in the place of a parameter in all modules, and forget the parameter."""
@@ -178,6 +187,8 @@ def _known_use(parameter: nn.Parameter, owners: Owners) -> Candidate | None:
         fault = _EMBEDDED
     elif len(known) < len(uses) or any(use != known[0] for use in known):
         fault = "shared by modules that use it in different ways"
+    elif owners.is_normed(parameter):
+        fault = "its adapter (DoRA) computes a norm of it, which packed weights don't support"
     return Candidate(parameter, op, k_axis, fault)
 
 
@@ -379,7 +390,7 @@ def candidates_of_graph(analysis: Analysis, tensors: Mapping[fx.Node, Tensor]) -
                 candidate.adapter = candidate.adapter or site.adapter
     trying = dict(candidates)
     while trying:
-        with real_tensors():
+        with real_tensors(), without_dense_copies():
             failed = _first_failure(analysis.captured, trying)
         if failed is None:
             break

@@ -136,7 +136,8 @@ def decided_candidate(
     """
     name, stored = names[0], candidate.as_stored
     record = record_of(layer_name(name), (name,), candidate.op, stored, candidate.parameter)
-    record = dataclasses.replace(record, source=candidate.source)
+    aliases = tuple(other for other in names if other != name)
+    record = dataclasses.replace(record, source=candidate.source, aliases=aliases)
     key = transposed_key(name) if candidate.k_axis == -2 else name
     plan = _decided(record, names, stored, key, config, device, candidate.adapter)
     if candidate.fault and not isinstance(plan, Kept):

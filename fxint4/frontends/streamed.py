@@ -137,6 +137,11 @@ class PackedFiles:
                 self.nbytes[name] = sum(sizes.get(part, 0) for part in parts)
 
     @property
+    def header(self) -> Header:
+        """What the headers of all files say together."""
+        return self._header
+
+    @property
     def attributes(self) -> list[str]:
         """The names that packed parameters have in their modules."""
         return list(dict.fromkeys(name.rpartition(".")[2] for name in self._header.packed))

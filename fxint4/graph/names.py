@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxint4._pytorch.dynamo import frame_scope, source_name
+from fxint4._pytorch.dynamo import compiled_call, frame_scope, source_name
 from fxint4.graph.parameters import described
 from fxint4.report.parameters import Parameter, Place
 from fxint4.tensor import Int4TileTensor
@@ -27,6 +27,8 @@ __all__ = [
     "Inputs",
     "Origin",
     "layer_name",
+    "model_around",
+    "modules_in_call",
     "modules_of",
     "named_from",
     "origins_in_call",
@@ -193,7 +195,7 @@ def origins_in_call(
     """
     wanted = {id(tensor) for tensor in tensors}
     found: dict[int, Origin] = {}
-    calling = _modules_in_call()
+    calling = modules_in_call()
     # A method that Dynamo compiles does not run yet.
     calling = [*(module for prefix, module in candidates.items() if not prefix), *calling]
     for prefix, module in [*candidates.items(), *(("", module) for module in calling)]:
@@ -370,10 +372,21 @@ def parameters_of(module: nn.Module) -> Mapping[int, Parameter]:
     }
 
 
-def _modules_in_call() -> list[nn.Module]:
-    """Modules whose methods are running, innermost first."""
+def model_around() -> nn.Module | None:
+    """The outermost module that calls the compiled one, where only a part of a model is compiled.
+
+    That is so for `block.compile()` of each block. None where what is compiled is called by no
+    module.
+    """
+    call = compiled_call()
+    around = [] if call is None else modules_in_call(call)[1:]
+    return around[-1] if around else None
+
+
+def modules_in_call(frame: FrameType | None = None) -> list[nn.Module]:
+    """Modules whose methods are running, innermost first; from a frame on, if one is given."""
     found: dict[nn.Module, None] = {}
-    frame: FrameType | None = sys._getframe(1)
+    frame = frame or sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         arguments = code.co_varnames[: code.co_argcount]

@@ -26,7 +26,10 @@ logger = logging.getLogger("fxint4")
 
 #: A module of another library, and the module of ours that registers with it when it is imported,
 #: and whose `follow_packing` is one of `fxint4.frontends.in_place.followers`.
-_INTEGRATIONS = {"transformers.quantizers": "fxint4.integrations.transformers"}
+_INTEGRATIONS = {
+    "transformers.quantizers": "fxint4.integrations.transformers",
+    "diffusers.quantizers": "fxint4.integrations.diffusers",
+}
 
 
 def register_integrations() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -297,7 +298,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.weights is not None
         if isinstance(self.weights, PackedFiles):
             self.weights.tie(model)
-        self.keep_names(model)
+        self.attach(model)
         model.int4tile_report = self.weights.report(model, "from_pretrained")
         self.weights = None
         return model
@@ -318,19 +319,25 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
                 state_dict[name] = load_offloaded_parameter(model, name)
         return flatten(state_dict)
 
-    def keep_names(self, model: PreTrainedModel) -> None:
-        """Have a model saved under its own names, by which the header calls packed weights.
+    def attach(self, model: PreTrainedModel) -> None:
+        """Have a model with packed weights saved under its own names, and compiled with int4tile.
 
-        transformers would give some of them the names of the original checkpoint, and split merged
-        experts, and loads either.
+        The header calls packed weights by the model's names. transformers would give some of them
+        the names of the original checkpoint, and split merged experts; it loads either. `generate`
+        with a static cache compiles the model with what `_default_compile_config` returns, unless
+        its caller says otherwise; the default is plain Inductor.
         """
+        from transformers import CompileConfig
+
         self._conversions = getattr(model, "_weight_conversions", None)
         model._weight_conversions = []
+        model._default_compile_config = partial(CompileConfig, backend=NAME)
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        """Undo what saving packed weights took; for a model that has none any more."""
+        """Undo `attach`, of a model that has no packed weights any more."""
         super().remove_quantization_config(model)
         model._weight_conversions = self._conversions
+        vars(model).pop("_default_compile_config", None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         dequantize_(model, dtype)
@@ -426,7 +433,7 @@ def follow_packing(model: nn.Module, config: Int4Config | None) -> None:
             if known is None:
                 options = Int4TileConfig.of(config or Int4Config())
                 part.hf_quantizer = Int4TileQuantizer(options, pre_quantized=True)
-                part.hf_quantizer.keep_names(part)
+                part.hf_quantizer.attach(part)
                 part.config.quantization_config = options
         elif isinstance(known, Int4TileQuantizer):
             known.remove_quantization_config(part)

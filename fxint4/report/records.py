@@ -14,7 +14,7 @@ from fxint4.report.parameters import Parameter
 __all__ = ["GraphReport", "Record", "checked"]
 
 #: The types that JSON has for fields of a record; a field not listed is a whole number.
-_TUPLES = ("fused_with", "kernels", "parameters")
+_TUPLES = ("fused_with", "kernels", "parameters", "aliases")
 _TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "op": (str,),
@@ -54,6 +54,7 @@ class Record:
         kernels: On a GPU, the kernel for each range of M, such as "M<=16: ..."; one entry where M
             is fixed, none for experts.
         parameters: Full names of the parameters the weight is made of.
+        aliases: Their other full names, where they are tied.
         source: The line of the user's code that multiplies, such as "model.py:31 in forward"; empty
             where it is not known.
         output_error: Relative error of the product where this weight alone is quantized:
@@ -81,6 +82,7 @@ class Record:
     fused_with: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     source: str = ""
     method: str = ""
     output_error: float | None = None

@@ -38,7 +38,7 @@ logger = logging.getLogger("fxint4")
 #: Names of the matmul ops, as `graph_text` writes them.
 _MATMULS = {str(op).removesuffix(".default") for op in MATMULS}
 #: Version of `to_dict`. Increase it when fields are added, removed or change their meaning.
-SCHEMA = 3
+SCHEMA = 4
 #: Width of a report in a text file, in characters.
 _FILE_COLUMNS = 120
 #: Options that hold patterns of layers; those of `overrides` are the keys of a dict.
@@ -381,14 +381,11 @@ class Report:
         names = {parameter.name for graph in graphs for parameter in graph.parameters.values()}
         for graph in graphs:
             for record in graph.records:
-                names.update((record.name, *record.parameters))
-        # A weight may be skipped by another of its names.
-        reasons = {record.reason for graph in graphs for record in graph.records}
+                names.update((record.name, *record.parameters, *record.aliases))
         return [
             f"{option}: {pattern!r} matched no layer"
             for option in _PATTERNS
             for pattern in (without_match(names, self.options.get(option) or ()) if graphs else ())
-            if f"{option}={pattern!r}" not in reasons
         ]
 
     def _parameters(self) -> list[Parameter]:

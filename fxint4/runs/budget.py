@@ -194,20 +194,22 @@ class _Chooser:
 
     def _groups(self, site: Site) -> list[int]:
         """Group sizes to compare: those that its shape allows, or the one that options name."""
-        asked = self._config.overrides_of(site.record.name, site.record.parameters).get(
-            "group_size"
-        )
+        asked = self._overrides(site).get("group_size")
         sizes = GROUP_SIZES if asked is None else (asked,)
         shapes = (choose_shape(site.shape.n, site.shape.k, size) for size in sizes)
         return sorted({shape.group_size for shape in shapes})
 
     def _methods(self, site: Site) -> list[str]:
         """Methods to compare: "mse", "hqq" and the config's, or the one that options name."""
-        asked = self._config.overrides_of(site.record.name, site.record.parameters).get("method")
+        asked = self._overrides(site).get("method")
         if asked is not None:
             return [asked]
         method = self._config.method
         return list(dict.fromkeys(["mse", "hqq", method.removesuffix("+awq"), method]))
+
+    def _overrides(self, site: Site) -> dict[str, Any]:
+        record = site.record
+        return self._config.overrides_of(record.name, (*record.parameters, *record.aliases))
 
     def _offer(self, key: str, weight: Tensor, group: int, method: str) -> _Offer:
         site, _ = self._weights[key]

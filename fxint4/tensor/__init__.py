@@ -1,13 +1,13 @@
 """`Int4TileTensor`: a packed weight that behaves like the weight it was made from.
 
 `core` holds the class; `views` the operators that keep a weight packed, such as slicing; `matmul`
-those that multiply by it; `layers` those that are a whole layer; `files` reads and writes
-safetensors.
+those that multiply by it; `arithmetic` those that change or decompose it; `layers` those that are a
+whole layer; `files` reads and writes safetensors.
 """
 
 from __future__ import annotations
 
-from fxint4.tensor import layers, matmul, views
+from fxint4.tensor import arithmetic, layers, matmul, views
 from fxint4.tensor.core import Int4TileTensor, dequantizing
 
-__all__ = ["Int4TileTensor", "dequantizing", "layers", "matmul", "views"]
+__all__ = ["Int4TileTensor", "arithmetic", "dequantizing", "layers", "matmul", "views"]

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import hashlib
 import math
+import sys
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -29,10 +31,10 @@ from fxint4._pytorch.tensors import (
     view_like,
 )
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import PackedFormatError, UnsupportedOpError, WriteError
+from fxint4.errors import PackedFormatError, RequantizedWarning, UnsupportedOpError, WriteError
 from fxint4.quant.blockwise import Block, pack_block, quantize_by_blocks
 from fxint4.quant.primitives import dequantize
-from fxint4.quant.recipe import RTN, Recipe
+from fxint4.quant.recipe import RTN, WITHOUT_DATA, Recipe
 from fxint4.quant.tile_layout import (
     DTYPES,
     GROUP_SIZES,
@@ -49,7 +51,15 @@ from fxint4.quant.tile_layout import (
     unpack_scale_and_zero,
 )
 
-__all__ = ["NEW_AXIS", "Int4TileTensor", "checked", "dequantizing", "implements"]
+__all__ = [
+    "NEW_AXIS",
+    "Int4TileTensor",
+    "check_dense_copies",
+    "checked",
+    "dequantizing",
+    "implements",
+    "without_dense_copies",
+]
 
 #: In `Int4TileTensor.axes`: an axis of size 1 that the stored weight does not have.
 NEW_AXIS = -1
@@ -67,17 +77,58 @@ _OFFLOAD = (
 Columns = tuple[tuple[int, int], ...]
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+#: Those of them that take a dense copy of a weight.
+_DENSE: set[Any] = set()
+#: Methods that need no statistics of activations.
+_REPEATABLE = ("rtn", "mse", "hqq")
+#: What an error says where values can't be quantized into a weight.
+_INSTEAD = (
+    "call fxint4.dequantize_(model) first, change the plain weights and pack them again; or merge "
+    "before pack_"
+)
 _dequantizing: ContextVar[bool] = ContextVar("fxint4_dequantizing", default=False)
+_no_dense_copies: ContextVar[bool] = ContextVar("fxint4_no_dense_copies", default=False)
 
 
-def implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the implementation of aten ops for `Int4TileTensor`."""
+def implements(
+    *ops: Any, dense: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the implementation of aten ops for `Int4TileTensor`.
+
+    Args:
+        *ops: The ops.
+        dense: Whether it dequantizes a weight, or quantizes it again; see `without_dense_copies`.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _IMPLEMENTATIONS.update(dict.fromkeys(ops, function))
+        _DENSE.update(ops if dense else ())
         return function
 
     return register
+
+
+@contextlib.contextmanager
+def without_dense_copies() -> Iterator[None]:
+    """Refuse operators that training and merging need, at the cost of a dense copy of a weight.
+
+    Whether a weight is worth packing is tried out within. Applies to the current thread.
+    """
+    token = _no_dense_copies.set(True)
+    try:
+        yield
+    finally:
+        _no_dense_copies.reset(token)
+
+
+def check_dense_copies(what: str) -> None:
+    """Raise UnsupportedOpError within `without_dense_copies`.
+
+    Args:
+        what: What needs a dense copy, for the message.
+    """
+    if _no_dense_copies.get():
+        raise UnsupportedOpError(f"{what} takes a dense copy of the weight")
 
 
 @contextlib.contextmanager
@@ -123,8 +174,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     al. 2023; torchao's act_pre_scale) each column of that is multiplied by its own factor; a matmul
     multiplies x by the factors instead.
 
-    Make one with `from_float`, `from_plain` or `from_tiles`. Inference only: it never requires
-    grad.
+    Make one with `from_float`, `from_plain` or `from_tiles`. It never requires grad; gradients of
+    what it multiplies pass through it, see `fxint4.tensor.matmul`.
 
     Args:
         tiles: int32 ``[..., N/8, K/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
@@ -140,6 +191,9 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
 
     Attributes:
         metadata: All but the buffers: dtype, n, columns, group_size, axes, is_part.
+        method: How the codes were chosen ("rtn", ...), to do the same when values are written to
+            the weight; None where it is not known. Files do not hold it, and it is no part of what
+            compiled code depends on.
     """
 
     tiles: Tensor
@@ -151,6 +205,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     axes: tuple[int, ...]
     is_part: bool
     metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
+    method: str | None = None
     _views: _Views | None = None
 
     @staticmethod
@@ -341,13 +396,13 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             divisor of it if the logical columns start or are joined in the middle of a group;
             then scales and zeros are repeated.
         """
-        codes = self._logical_columns(unpack(self.tiles)[..., : self.n, :])
+        codes = self.logical_columns(unpack(self.tiles)[..., : self.n, :])
         scale, zero = unpack_scale_and_zero(self.scale_and_zero[..., : self.n, :])
         group = self.plain_group
         if group != self.group_size:
             times = self.group_size // group
             scale, zero = (part.repeat_interleave(times, -1) for part in (scale, zero))
-        scale, zero = (self._logical_columns(part, group) for part in (scale, zero))
+        scale, zero = (self.logical_columns(part, group) for part in (scale, zero))
         return codes.contiguous(), scale.contiguous(), zero.contiguous()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -373,7 +428,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         ).view(*codes.shape[:-1], -1)
         if self.pre_scale is not None:
             weight = weight.mul_(self.pre_scale[: weight.shape[-1]]).to(dtype)
-        weight = self._logical_columns(weight[..., : self.n, :])
+        weight = self.logical_columns(weight[..., : self.n, :])
         kept = [axis for axis in self.axes if axis != NEW_AXIS]
         weight = weight.permute(kept)
         for position, axis in enumerate(self.axes):
@@ -417,7 +472,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         """The factor of each logical column, float32 ``[K]``; None without a pre-scale."""
         if self.pre_scale is None:
             return None
-        return self._logical_columns(self.pre_scale).clone()
+        return self.logical_columns(self.pre_scale).clone()
 
     @property
     def block_size(self) -> tuple[int, ...]:
@@ -533,6 +588,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             if _is_view(values[name], buffer):
                 values[name] = self._views.find(buffer, values[name])
         made = Int4TileTensor(**values)
+        made.method = self.method
         if share_storage(made.tiles, self.tiles):
             made._views = self._views
         return made
@@ -569,6 +625,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         if recipe.pre_scale is not None:
             factors = recipe.pre_scale.to(weight.device)
             made = made.like(pre_scale=padded_pre_scale(factors, shape.k_padded))
+        made.method = recipe.method
         return made, made._quantize(weight, recipe)
 
     @classmethod
@@ -633,9 +690,10 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         )
 
     def copy_from(self, other: Tensor) -> None:
-        """Implement `copy_`: write into the same buffers; a float tensor is quantized to nearest.
+        """Implement `copy_`: write into the same buffers. A float tensor is quantized.
 
-        Quantizing keeps the pre-scale, if there is one.
+        Quantizing keeps the group size, the pre-scale if there is one, and the method, see
+        `method_again`.
 
         Args:
             other: A packed weight or a float tensor of the same shape.
@@ -657,7 +715,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             raise ValueError(
                 f"cannot copy {other.dtype} {tuple(other.shape)} into a part of a packed weight, "
                 f"{self!r}: the tiles at its edge hold more than it; copy into the whole weight, "
-                "or into a clone of the part"
+                f"or into a clone of the part; or {_INSTEAD}"
             )
         if isinstance(other, Int4TileTensor):
             if other.metadata[1:-1] != self.metadata[1:-1] or other.stored != stored:
@@ -672,11 +730,12 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
                 )
             for name, buffer in self.buffers.items():
                 buffer.copy_(other.buffers[name])
+            self.method = other.method
             return
         if not self.is_whole:
             raise ValueError(
                 f"cannot quantize {other.dtype} {tuple(other.shape)} into {self!r}, whose columns "
-                "lie apart; assign Int4TileTensor.from_float(other) instead"
+                f"lie apart; assign Int4TileTensor.from_float(other) instead, or {_INSTEAD}"
             )
         for position in reversed([p for p, axis in enumerate(self.axes) if axis == NEW_AXIS]):
             other = other.squeeze(position)
@@ -686,9 +745,49 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             other = other.float() / self.pre_scale[: stored.k].to(other.device)
         # Quantized in full before anything is written: the last block may hold the only NaN.
         made = Int4TileTensor.empty(stored, self.dtype, other.device)
-        made._quantize(other)
+        made._quantize(other, Recipe(self.method_again))
         self.tiles.copy_(made.tiles)
         self.scale_and_zero.copy_(made.scale_and_zero)
+
+    @property
+    def method_again(self) -> str:
+        """The method by which values are quantized into the weight: its own, or "mse".
+
+        The latter if its own is not known, or needs statistics of activations, which are not kept.
+        """
+        return self.method if self.method in _REPEATABLE else WITHOUT_DATA
+
+    def write(self, values: Tensor, cause: str) -> None:
+        """Quantize values into the weight for code that may not know that it is packed.
+
+        Takes two float32 copies of the weight.
+
+        Args:
+            values: Float values of the weight's shape.
+            cause: What the code did, for the warning.
+
+        Raises:
+            ValueError: As `copy_from`. Then nothing is changed.
+
+        Warns:
+            RequantizedWarning: Always, with the relative error. Its text has only rounded numbers,
+                so that Python shows it a few times for a model, not once for each weight.
+        """
+        with torch.no_grad():
+            self.copy_(values)
+            off = self.dequantize(torch.float32).sub_(values)
+            whole = float(torch.linalg.vector_norm(values, dtype=torch.float32))
+            error = float(torch.linalg.vector_norm(off)) / whole if whole else 0.0
+        method = self.method_again
+        if self.method not in (None, method):
+            method += f" (there are no statistics any more for {self.method}, its own method)"
+        warnings.warn(
+            f"{cause} a packed int4 weight: the values were quantized again, with a relative error "
+            f"of {error:.0%}, by method {method}. To lose nothing, call fxint4.dequantize_(model) "
+            "first, or merge before pack_",
+            RequantizedWarning,
+            stacklevel=_level_of_caller(),
+        )
 
     def multiplies_alike(self, other: Int4TileTensor) -> bool:
         """Whether both have the same pre-scale; False if values are unknown, as on meta."""
@@ -704,7 +803,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         whole = self.tiles.untyped_storage().nbytes() == self.tiles.nbytes
         return self.pre_scale is not None and not whole
 
-    def _logical_columns(self, tensor: Tensor, step: int = 1) -> Tensor:
+    def logical_columns(self, tensor: Tensor, step: int = 1) -> Tensor:
         """Pick the logical columns of a tensor whose last axis is the stored columns.
 
         Args:
@@ -804,7 +903,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         raise WriteError(
             f"{self!r} has no storage that another library could write. To save it, call "
             "fxint4.save_file(model.state_dict(), path), or model.save_pretrained(folder) for a "
-            "model of transformers or diffusers; to offload it, choose the CPU, not the disk"
+            "model of transformers or diffusers that fxint4 packed or loaded; to offload it, "
+            "choose the CPU, not the disk"
         )
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -835,15 +935,22 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
 
     @property
     def data(self) -> Tensor:
-        """As for any tensor; it cannot be assigned, because the buffers would not change."""
+        """As for any tensor.
+
+        To assign a packed weight puts its buffers, dtype and shape in the place of this one's. To
+        assign float values quantizes them into the buffers, as `copy_` does, and warns.
+        """
         return super().data
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise UnsupportedOpError(
-            f"the data of {self!r} can't be assigned: `with torch.no_grad(): weight.copy_(value)` "
-            "quantizes a float tensor into it, or put a new parameter in its place"
-        )
+        if not isinstance(value, Int4TileTensor):
+            self.write(value, "float values were assigned to")
+            return
+        new = cast("Int4TileTensor", value.detach())
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self._views, self.method = new._views, new.method
+        self.__dict__.update(new.__dict__)
 
     def __setitem__(self, place: Any, value: Any) -> None:
         """Write to a part if it is a view; a write to a copy, such as a row, would be lost."""
@@ -870,6 +977,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         """Run an aten op by the function that `implements` registered."""
         kwargs = kwargs or {}
         function = _IMPLEMENTATIONS.get(func)
+        if func in _DENSE:
+            check_dense_copies(str(func))
         # In inference mode composite functions arrive here without being decomposed.
         for attempt in (function, func.decompose):
             if attempt is not None:
@@ -884,6 +993,15 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             (args, kwargs),
         )
         return func(*args, **kwargs)
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` for a warning that names the code which called into this package."""
+    level, frame = 1, sys._getframe(1)
+    package = __name__.partition(".")[0] + "."
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 @contextlib.contextmanager
@@ -1023,16 +1141,15 @@ def _unsupported(func: Any, operands: Any) -> str:
     known = sorted({op.overloadpacket.__name__ for op in _IMPLEMENTATIONS})
     form = ""
     if func in MATMULS:
-        form = " where it sums over their N, as the gradient of x does, or multiplies two of them"
+        form = " in this form, or of two of them"
     elif func in _IMPLEMENTATIONS:
         form = " with these arguments"
     offload = f". {_OFFLOAD}" if func is aten.view.dtype else ""
     return (
         f"{func} is not supported for packed int4 weights{form} (here {shapes}). Supported: "
-        f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within "
-        "`with fxint4.dequantizing():` where it does not write to the weight. Where it does, as "
-        "merging an adapter does, call fxint4.dequantize_(model) first, and pack the result"
-        f"{offload}"
+        f"{', '.join(known)}. Call .dequantize() on the weight, or run the code within `with "
+        "fxint4.dequantizing():` where it does not write to the weight. Where it does, "
+        f"{_INSTEAD}{offload}"
     )
 
 

@@ -67,29 +67,12 @@ class Header(NamedTuple):
     pre_scaled: frozenset[str]
     dotted: bool = False
 
-    def parts(self, name: str, stored: str | None = None) -> dict[str, str]:
-        """The full name of each tensor of a packed weight, by its name in `PARTS`.
-
-        Args:
-            name: The weight's name in the header.
-            stored: Its name in the file, where the program that wrote it has renamed the tensors.
-        """
+    def parts(self, name: str) -> dict[str, str]:
+        """The full name of each tensor of a packed weight, by its name in `PARTS`."""
         parts = PARTS if name in self.pre_scaled else PARTS[:2]
-        stored = name if stored is None else stored
         if self.dotted:
-            return {part: f"{stored}.{part}" for part in parts}
-        return {part: _part_name(stored, part) for part in parts}
-
-    def owner(self, tiles: str) -> str | None:
-        """The name of the weight in the file whose tiles a tensor is, by their full name, or None.
-
-        The header need not list it: see `parts`.
-        """
-        name, _, part = tiles.rpartition("." if self.dotted else "_")
-        layer, dot, attribute = name.rpartition(".")
-        if part != PARTS[0] or not (self.dotted or attribute.startswith("_")):
-            return None
-        return name if self.dotted else f"{layer}{dot}{attribute[1:]}"
+            return {part: f"{name}.{part}" for part in parts}
+        return {part: _part_name(name, part) for part in parts}
 
 
 def save_file(

@@ -1,29 +1,37 @@
 """Operators that multiply by a packed weight.
 
-They call `fxint4::linear`, `fxint4::bmm` or `fxint4::grouped_mm` (see `fxint4.weights.ops`), which
-sum over the stored K. A product that sums over N is not supported. A pre-scale first multiplies x,
-in fp32, rounded once to x's dtype; torch.compile can fuse that into the op that makes x.
+``x @ W.T``, which sums over the stored K, calls `fxint4::linear`, `fxint4::bmm` or
+`fxint4::grouped_mm`. A pre-scale first multiplies x, in fp32, rounded once to x's dtype;
+torch.compile can fuse that into the op that makes x.
+
+``x @ W``, which sums over the stored N, calls `fxint4::linear_t`, `fxint4::bmm_t` or
+`fxint4::grouped_mm_t`. A pre-scale multiplies what they return, rounded once more.
+
+The gradient of x is such a product: for ``x @ W.T`` PyTorch computes ``grad @ W``, in eager mode
+and in the graphs of AOTAutograd. What it saves for that is the packed weight, or a view of it, so a
+forward pass holds no dequantized values. `fxint4.weights.ops` says how much scratch memory the
+product takes. A packed weight has no gradient itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import aten
-from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, implements
+from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, check_dense_copies, implements
 
 __all__: list[str] = []
 
 
 @implements(aten.linear.default)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not isinstance(weight, Int4TileTensor) or weight.axes != (0, 1):
+    if not isinstance(weight, Int4TileTensor) or weight.ndim != 2:
         return NotImplemented
-    y = _times(x, weight)
+    y = _matrix_product(x, weight, weight.axes[::-1])
     return y if bias is None else _added(y, bias, 1, 1)
 
 
@@ -31,26 +39,28 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 def _mm(left: Tensor, right: Tensor) -> Any:
     _check_matrices(left, right, 2)
     if isinstance(right, Int4TileTensor):
-        if isinstance(left, Int4TileTensor) or right.axes != (1, 0):
+        if isinstance(left, Int4TileTensor):
             return NotImplemented
-        return _times(left, right)
-    if not isinstance(left, Int4TileTensor) or left.axes != (0, 1):
+        return _matrix_product(left, right, right.axes)
+    if not isinstance(left, Int4TileTensor):
         return NotImplemented
-    return _times(right.t(), left).t()
+    return _matrix_product(right.t(), left, left.axes[::-1]).t()
 
 
 @implements(aten.addmm.default)
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(bias, Int4TileTensor):  # the sum of a weight and an adapter's product
+        return aten.addmm(bias.dequantize(), left, right, beta=beta, alpha=alpha)
     return _added(_mm(left, right), bias, beta, alpha)
 
 
 @implements(aten.mv.default)
 def _mv(weight: Tensor, x: Tensor) -> Any:
-    if not isinstance(weight, Int4TileTensor) or weight.axes != (0, 1):
+    if not isinstance(weight, Int4TileTensor) or weight.ndim != 2:
         return NotImplemented
     if x.ndim != 1:
         raise ValueError(f"mv takes a vector, x is {tuple(x.shape)}")
-    return _times(x, weight)
+    return _matrix_product(x, weight, weight.axes[::-1])
 
 
 @implements(aten.addmv.default)
@@ -68,20 +78,25 @@ def _bmm(left: Tensor, right: Tensor) -> Any:
         return y if y is NotImplemented else y.transpose(1, 2)
     if not isinstance(right, Int4TileTensor):
         return NotImplemented
-    if right.axes == (NEW_AXIS, 1, 0):
-        return _times(left, right)
-    if right.axes != (0, 2, 1):
+    batch, *axes = right.axes
+    if batch == NEW_AXIS:
+        return _matrix_product(left, right, axes)
+    if batch != 0:
         return NotImplemented
     if right.tiles.stride(0) == right.scale_and_zero.stride(0) == 0:  # one weight for the batch
-        return _times(left, right.on_batch(lambda buffer: buffer[0], axes=(1, 0)))
-    x, tiles, parameters = _operands(left, right)
-    return torch.ops.fxint4.bmm(x, tiles, parameters, right.group_size, right.n)
+        one = right.on_batch(lambda buffer: buffer[0], axes=tuple(axis - 1 for axis in axes))
+        return _matrix_product(left, one, one.axes)
+    if axes == [2, 1]:
+        return _over_k(torch.ops.fxint4.bmm, left, right)
+    return _over_n(torch.ops.fxint4.bmm_t, left, right)
 
 
 @implements(aten.baddbmm.default)
 def _baddbmm(
     bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
+    if isinstance(bias, Int4TileTensor):
+        return aten.baddbmm(bias.dequantize(), left, right, beta=beta, alpha=alpha)
     return _added(_bmm(left, right), bias, beta, alpha)
 
 
@@ -96,11 +111,12 @@ def _grouped_mm(
     """Multiply groups of rows of x ``[M, K]`` by the matrices of a weight ``[E, K, N]``.
 
     Group e ends at row ``offs[e]`` and is multiplied by matrix e. Rows behind the last group are 0.
+    The weight may be stored either way: as ``[E, N, K]``, or, for a gradient, as it is.
     """
     if (
         isinstance(left, Int4TileTensor)
         or not isinstance(right, Int4TileTensor)
-        or right.axes != (0, 2, 1)
+        or right.axes not in ((0, 2, 1), (0, 1, 2))
         or bias is not None
         or out_dtype not in (None, left.dtype)
     ):
@@ -113,32 +129,60 @@ def _grouped_mm(
         raise ValueError(
             f"offs are {tuple(offs.shape)}; there must be one for each of {right.shape[0]} weights"
         )
-    x, tiles, parameters = _operands(left, right)
-    return torch.ops.fxint4.grouped_mm(x, tiles, parameters, offs, right.group_size, right.n)
+    if right.axes == (0, 2, 1):
+        return _over_k(torch.ops.fxint4.grouped_mm, left, right, offs)
+    return _over_n(torch.ops.fxint4.grouped_mm_t, left, right, offs)
 
 
-def _times(x: Tensor, weight: Int4TileTensor) -> Tensor:
-    """Multiply x ``[..., K]`` by a stored weight ``[N, K]``: ``[..., N]``."""
-    x, tiles, parameters = _operands(x, weight)
-    return torch.ops.fxint4.linear(x, tiles, parameters, weight.group_size, weight.n)  # type: ignore[no-any-return]
+def _matrix_product(x: Tensor, weight: Int4TileTensor, axes: Sequence[int]) -> Tensor:
+    """Multiply x by a stored matrix ``[N, K]``.
+
+    Args:
+        x: ``[..., K]`` or ``[..., N]``.
+        weight: The stored matrix.
+        axes: The order in which the product reads its axes: N and K are the last but one and the
+            last if the product sums over N.
+
+    Returns:
+        ``[..., N]`` or ``[..., K]``.
+    """
+    if axes[0] > axes[1]:
+        return _over_k(torch.ops.fxint4.linear, x, weight)
+    return _over_n(torch.ops.fxint4.linear_t, x, weight)
 
 
-def _operands(x: Tensor, weight: Int4TileTensor) -> tuple[Tensor, Tensor, Tensor]:
+def _over_k(op: Callable[..., Tensor], x: Tensor, weight: Int4TileTensor, *offs: Tensor) -> Tensor:
+    """Call an op that sums over the stored K."""
     stored = weight.stored
-    if x.shape[-1] != stored.k:
+    _check_operand(x, weight, stored.k)
+    x = _spread(x, weight.columns)
+    if weight.pre_scale is not None:
+        x = (x * weight.pre_scale[: x.shape[-1]]).to(x.dtype)
+    return op(x, weight.tiles, weight.scale_and_zero, *offs, weight.group_size, weight.n)
+
+
+def _over_n(op: Callable[..., Tensor], x: Tensor, weight: Int4TileTensor, *offs: Tensor) -> Tensor:
+    """Call an op that sums over the stored N."""
+    check_dense_copies("a sum over N")
+    _check_operand(x, weight, weight.n)
+    last = weight.columns[-1][1]
+    y = op(x, weight.tiles, weight.scale_and_zero, *offs, weight.group_size, last)
+    if weight.pre_scale is not None:
+        y = (y * weight.pre_scale[:last]).to(y.dtype)
+    return y if weight.is_whole else weight.logical_columns(y).contiguous()
+
+
+def _check_operand(x: Tensor, weight: Int4TileTensor, size: int) -> None:
+    if x.shape[-1] != size:
         raise ValueError(
             f"x is {tuple(x.shape)} and the packed weight is {tuple(weight.shape)}: the last axis "
-            f"of x must be {stored.k}"
+            f"of x must be {size}"
         )
     if x.dtype != weight.dtype:
         raise ValueError(
             f"x is {x.dtype} and the packed weight stands for {weight.dtype}; convert one of them, "
             f"for example weight.to({x.dtype})"
         )
-    x = _spread(x, weight.columns)
-    if weight.pre_scale is not None:
-        x = (x * weight.pre_scale[: x.shape[-1]]).to(x.dtype)
-    return x, weight.tiles, weight.scale_and_zero
 
 
 def _spread(x: Tensor, columns: Sequence[tuple[int, int]]) -> Tensor:

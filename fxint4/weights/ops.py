@@ -1,5 +1,8 @@
 """The ops that multiply by packed weights: `linear`, `linears`, `bmm`, `grouped_mm`, `indexed_mm`.
 
+They compute ``x @ W.T``. `linear_t`, `bmm_t` and `grouped_mm_t` compute ``x @ W``, as the gradient
+of the others' x does: they dequantize, and multiply densely.
+
 They are `torch.ops.fxint4.*`, opaque to every compiler but ours. Each takes x in bfloat16, float16
 or float32 and returns that dtype. In between, products of bfloat16 are summed in fp32 (products of
 float16 in `linear` and `linears` on the GPU if x is float16). x may have fewer columns than the
@@ -15,12 +18,22 @@ Args:
     scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
     group_size: Neighbouring k that share a scale and a zero.
     n: Out features without padding, at most N.
+
+Those that end in ``_t`` take x ``[..., n]`` with n at most N, and in the place of n:
+
+    k: In features without padding, at most K: the columns of W to multiply by.
+
+Their scratch memory beside x and the result is that of some columns of W: on the GPU at most
+`_MOST_COLUMNS_BYTES` in 16 bits (but never fewer columns than tiles and groups allow), in which the
+product is computed; on the CPU a sixteenth of that, in fp32.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +44,8 @@ from fxint4._pytorch.tensors import aten
 from fxint4.kernels import triton_experts, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
 from fxint4.kernels.select import Choice, MatmulShape, select_kernel
+from fxint4.quant.primitives import dequantize
+from fxint4.quant.tile_layout import unpack, unpack_scale_and_zero
 from fxint4.weights.cache import weight_cache
 from fxint4.weights.expression import Prepacked
 
@@ -42,6 +57,9 @@ _SCHEMAS = (
     f"bmm(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
     f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
+    f"linear_t(Tensor x, {_WEIGHT}, int group_size, int k) -> Tensor",
+    f"bmm_t(Tensor x, {_WEIGHT}, int group_size, int k) -> Tensor",
+    f"grouped_mm_t(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int k) -> Tensor",
     "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
     "bool replayed=False, str? kernel=None, int[] sizes=[], bool lasting=False) -> Tensor",
     "linears.by_policy(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
@@ -51,6 +69,9 @@ _SCHEMAS = (
     f"grouped_mm.packaged(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm.packaged(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
 )
+#: The most bytes of dequantized columns that ``x @ W`` makes at a time, on the GPU.
+_MOST_COLUMNS_BYTES = 2**28
+
 _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -241,6 +262,97 @@ def _indexed_cpu(
     return _by_expert(x, tiles, scale_and_zero, spans, group_size, n)
 
 
+def _linear_t(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, k: int) -> Tensor:
+    """The product of ``[..., n]`` and the rows of one weight: ``[..., k]``."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y = _bmm_t(rows[None], tiles[None], scale_and_zero[None], group_size, k)
+    return y.view(*x.shape[:-1], k)
+
+
+def _bmm_t(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, k: int) -> Tensor:
+    """The products of ``[E, M, n]`` and the rows of E weights: ``[E, M, k]``."""
+    y = x.new_empty((*x.shape[:-1], k))
+    x = x.to(_dense_dtype(x))
+    for start, w in _columns(tiles, scale_and_zero, group_size, k, x.dtype):
+        part = y[..., start : start + w.shape[-1]]
+        part.copy_(torch.bmm(x, w[:, : x.shape[-1]])[..., : part.shape[-1]])
+    return y
+
+
+def _grouped_t_cuda(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, k: int
+) -> Tensor:
+    """Rows ``offs[e-1]`` to ``offs[e]`` of x ``[S, n]`` times weight e: ``[S, k]``.
+
+    Rows from offs[-1] on are 0.
+    """
+    y = x.new_empty((len(x), k))
+    offs = offs.to(torch.int32)
+    # What `aten._grouped_mm` leaves unwritten.
+    behind = torch.arange(len(x), device=x.device)[:, None] >= offs[-1]
+    # It wants rows of whole 16 bytes, so all that is padded takes part.
+    rows = _rows(x, scale_and_zero.shape[-2])
+    for start, w in _columns(tiles, scale_and_zero, group_size, k, rows.dtype):
+        part = y[:, start : start + w.shape[-1]]
+        part.copy_(aten._grouped_mm(rows, w, offs)[:, : part.shape[-1]])
+    return y.masked_fill_(behind, 0)
+
+
+def _grouped_t_cpu(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, k: int
+) -> Tensor:
+    y = x.new_zeros((len(x), k))
+    ends = [0, *offs.tolist()]
+    for e, (start, stop) in enumerate(itertools.pairwise(ends)):
+        if start < stop:
+            weight = (tiles[e], scale_and_zero[e])
+            y[start:stop] = _linear_t(x[start:stop], *weight, group_size, k)
+    return y
+
+
+def _dense_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which ``x @ W`` is computed: that of ``x @ W.T`` on the GPU, fp32 on the CPU."""
+    if x.device.type == "cpu":
+        return torch.float32
+    return torch.float16 if x.dtype is torch.float16 else torch.bfloat16
+
+
+def _columns(
+    tiles: Tensor, scale_and_zero: Tensor, group_size: int, k: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
+    """Dequantize E weights, some columns at a time.
+
+    Args:
+        tiles: Of E weights.
+        scale_and_zero: Of E weights.
+        group_size: Of all weights.
+        k: Columns that are needed, at most K. A few more may come with them.
+        dtype: Of the result; on the GPU of 16 bits.
+
+    Yields:
+        The first of these columns, and their values: ``[E, N, columns]``.
+    """
+    count, n_tiles, _, _, words = tiles.shape
+    rows = count * 8 * n_tiles
+    span = 32 * words
+    unit = math.lcm(span, group_size)
+    cpu = tiles.device.type == "cpu"
+    most = _MOST_COLUMNS_BYTES // 16 if cpu else _MOST_COLUMNS_BYTES
+    step = max(1, most // max(1, rows * dtype.itemsize * unit)) * unit
+    for start in range(0, k, step):
+        stop = min(start + step, -(-k // unit) * unit)
+        # One matrix of the rows of all weights.
+        part = tiles[:, :, start // span : stop // span].flatten(0, 1)
+        groups = scale_and_zero[:, start // group_size : stop // group_size]
+        groups = groups.transpose(0, 1).flatten(1, 2)
+        if cpu:
+            w = dequantize(unpack(part), *unpack_scale_and_zero(groups), group_size, dtype)
+        else:
+            operands = (part.contiguous(), groups.contiguous())
+            w = triton_linear.dequantize(*operands, group_size, rows, dtype=dtype)
+        yield start, w.view(count, 8 * n_tiles, stop - start)
+
+
 def _by_expert(
     x: Tensor,
     tiles: Tensor,
@@ -343,6 +455,9 @@ for _name, _cpu, _cuda, _shape in (
     ("bmm", _bmm_cpu, _bmm_cuda, _fake),
     ("grouped_mm", _grouped_cpu, _grouped_cuda, _fake),
     ("indexed_mm", _indexed_cpu, _indexed_cuda, _fake),
+    ("linear_t", _linear_t, _linear_t, _fake),
+    ("bmm_t", _bmm_t, _bmm_t, _fake),
+    ("grouped_mm_t", _grouped_t_cpu, _grouped_t_cuda, _fake),
     ("linears.by_policy", _by_policy, _by_policy, _fake_by_policy),
     ("linear.for_cpu", _for_cpu, None, _fake_for_cpu),
     ("bmm.packaged", _bmm_cpu, _bmm_cuda, _fake),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+import fxint4
 from fxint4 import Int4Config
 from fxint4.graph.constants import Constants, Role
 from fxint4.passes.adapters import adapter_by_name, is_named
@@ -26,25 +28,32 @@ def planned(
     function: Callable[..., Any], shapes: dict[str, Sequence[int]], *inputs: Tensor, **options: Any
 ) -> dict[str, str]:
     """Why each weight of a function is kept, by name; "" where it is packed."""
-    weights = [torch.randn(*shape) for shape in shapes.values()]
+    weights = {name: torch.randn(*shape) for name, shape in shapes.items()}
+    return dict(find_all(function, weights, *inputs, **options))
+
+
+def find_all(
+    function: Callable[..., Any], named: dict[str, Tensor], *inputs: Tensor, **options: Any
+) -> list[tuple[str, str]]:
+    """The names of the parameters of each weight, and why it is kept."""
+    weights = list(named.values())
     gm = make_fx(torch.func.functionalize(function), tracing_mode="fake")(*weights, *inputs)
     nodes = gm.graph.find_nodes(op="placeholder")
     tensors = dict(zip(nodes, weights, strict=False))
-    names = dict(zip(nodes, shapes, strict=False))
+    names = dict(zip(nodes, named, strict=False))
     constants = Constants(gm, dict.fromkeys(tensors, Role.WEIGHT))
     found = find(gm, PATTERNS, constants, tensors, names, Plans(Int4Config(**options)), {})
-    return {
-        ".".join(record.parameters): reason
-        for record, reason in (
-            (each.record, each.kept) if isinstance(each, Site) else (each, each.reason)
-            for each in found
-        )
-    }
+    records = (
+        (each.record, each.kept) if isinstance(each, Site) else (each, each.reason)
+        for each in found
+    )
+    return [(".".join(record.parameters), reason) for record, reason in records]
 
 
 X = torch.randn(M, K)
 SHAPES: dict[str, Sequence[int]] = {"w": (N, K), "a": (R, K), "b": (N, R)}
 REASON = f"an adapter of rank {R} beside w; to pack it, name it in include"
+BESIDE_P = REASON.replace("beside w", "beside p")
 ADAPTERS = {"w": "", "a": REASON, "b": REASON}
 PACKED = dict.fromkeys(SHAPES, "")
 
@@ -220,6 +229,18 @@ def test_the_product_of_both_alone() -> None:
     assert found == {**ADAPTERS, "b.a": REASON} or found == {**ADAPTERS, "a.b": REASON}
 
 
+def test_a_parameter_that_holds_all_weights() -> None:
+    """The base, and what else is a slice of it, is no adapter."""
+
+    def sliced(p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, a, b = p[:N], p[N : N + R], p[N + R :].reshape(N, -1)[:, :R]
+        return plain(w, a, b, x), x.relu() @ w.t()
+
+    weight = torch.randn(N + R + N, K)
+    found = find_all(sliced, {"p": weight}, X)
+    assert [reason for _, reason in found] == ["", BESIDE_P, BESIDE_P, ""]
+
+
 # --- not found, packed as ever -------------------------------------------------------------------
 
 
@@ -377,3 +398,127 @@ def test_small_ones_say_both() -> None:
     assert found["a"] == "an adapter of rank 8 beside w; 8x128 is small: min_features is 32"
     found = planned(plain, {"w": (N, K), "a": (8, K), "b": (N, 8)}, X, min_features=1)
     assert found["a"] == "an adapter of rank 8 beside w; to pack it, name it in include"
+
+
+# --- where it is decided -------------------------------------------------------------------------
+
+
+class Lora(nn.Module):
+    """LoRA as users write it, of names that tell nothing."""
+
+    def __init__(self, rank: int = R) -> None:
+        super().__init__()
+        self.fc = nn.Linear(K, N)
+        self.down = nn.Linear(K, rank, bias=False)
+        self.up = nn.Linear(rank, N, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        with torch.no_grad():
+            codes = torch.randint(-8, 8, (N, K))
+            codes[:, 0::8], codes[:, 1::8] = -8, 7  # each group has scale 2^-6 and zero 0
+            codes[:, 2].clamp_(min=-7)
+            self.fc.weight.copy_(codes / 64)
+            self.fc.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.scale * self.up(self.down(x))
+
+
+def exact_rows() -> Tensor:
+    """Activations ``[M, K]`` whose products with the weights of `Lora` bf16 holds exactly."""
+    return torch.randint(-1, 2, (M, K)) * (torch.rand(M, K) < 0.1).float()
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Lora(), Lora()])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+BESIDE = f"an adapter of rank {R} beside fc; to pack it, name it in include"
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_layers_that_share_code_have_patterns_of_their_own() -> None:
+    model = Both().eval()
+    original = copy.deepcopy(model)
+    options = {"include": ["*", "layers.1.up"]}
+    for layer in model.layers:
+        layer.compile(backend="int4tile", options=options)
+    x = exact_rows()
+    with torch.no_grad():
+        (first, second), expected = model(x), original(x)
+    torch.testing.assert_close(first, expected[0])
+    assert 0 < (second - expected[1]).norm() < 0.1 * second.norm()
+    report = fxint4.last_report()
+    assert report is not None
+    assert {record.name: record.reason for record in report.records if record.action == "kept"} == {
+        "layers.0.down": BESIDE,
+        "layers.0.up": BESIDE,
+        "layers.1.down": BESIDE,
+    }
+
+
+@pytest.mark.parametrize("rank", [4, R, 64, 96])
+def test_pack_with_examples_sees_the_structure(rank: int) -> None:
+    model = Lora(rank).eval()
+    original, x = copy.deepcopy(model), exact_rows()
+    report = fxint4.pack_(model, (x,))
+    packed = [record.name for record in report.records if record.action == "packed"]
+    assert packed == (["fc", "down", "up"] if 2 * rank > K else ["fc"])
+    if len(packed) == 1:
+        torch.testing.assert_close(model(x), original(x))
+    report = fxint4.pack_(original, (x,), {"include": ["*", "up"]})
+    assert ("up" in [r.name for r in report.records if r.action == "packed"]) == (rank >= 32)
+
+
+def test_a_factor_that_is_a_buffer() -> None:
+    class Scaled(Lora):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("gains", torch.randn(N))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.gains * self.up(self.down(x))
+
+    report = fxint4.pack_(Scaled().eval(), (exact_rows(),))
+    found = {record.name: record.reason for record in report.records}
+    assert found == {"fc": "", "down": BESIDE, "up": BESIDE}
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_a_merged_weight_follows_its_adapter() -> None:
+    """W + B @ A is packed as one weight, anew once an adapter is switched or loaded."""
+
+    class Merged(Lora):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.fc.weight + self.scale * (self.up.weight @ self.down.weight))
+
+    model, x = Merged().eval(), exact_rows()
+    x[:, 2] = 1.0
+    model.scale.data.fill_(1.0)
+    model.up.weight.data.zero_()
+    run = torch.compile(model, backend="int4tile")
+
+    def others() -> tuple[nn.Parameter, nn.Parameter]:
+        """The sum has the codes of W, those of one column with another sign."""
+        down, up = torch.zeros(R, K), torch.zeros(N, R)
+        down[0, 2], up[:, 0] = 1.0, -2 * model.fc.weight.detach()[:, 2]
+        return nn.Parameter(down), nn.Parameter(up)
+
+    with torch.no_grad():
+        before = model(x)
+        torch.testing.assert_close(run(x), before)
+        model.down.weight, model.up.weight = others()
+        torch.testing.assert_close(run(x), model(x))
+        assert not torch.allclose(before, model(x), rtol=2**-2)  # not by roundings alone
+        state = {name: -value for name, value in model.state_dict().items()}
+        model.load_state_dict(state)
+        torch.testing.assert_close(run(x), model(x))
+    report = fxint4.last_report()
+    assert report is not None
+    assert {record.action for record in report.records} == {"packed"}

@@ -323,8 +323,8 @@ def test_refused_where_the_low_rank_factors_of_lora_stay_apart() -> None:
     x = torch.randn(M, K)
     y, report = compile_and_report(model, x)
     assert {record.name: record.reason for record in report.records if record.name != "w"} == {
-        "a": "8x200 is small: min_features is 32",
-        "b": "50x8 is small: min_features is 32",
+        "a": "an adapter of rank 8 beside w; 8x200 is small: min_features is 32",
+        "b": "an adapter of rank 8 beside w; 50x8 is small: min_features is 32",
     }
     assert int4_matmuls(report) == 1
     w = dequantized(model.w, 128, torch.float64)

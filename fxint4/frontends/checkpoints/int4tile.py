@@ -2,20 +2,18 @@
 
 `fxint4.save_file` writes a file, and transformers' `save_pretrained` a folder of them; see
 `fxint4.tensor.files` for the format. The header names the packed weights, so config.json is not
-read. The tensors of one weight may lie in different files. transformers renames some models'
-tensors while it saves them, and the header has the names of before.
+read. The tensors of one weight may lie in different files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fxint4.errors import CheckpointError, PackedFormatError, first_line
 from fxint4.frontends.checkpoints.files import Checkpoint
-from fxint4.frontends.checkpoints.weights import Weight
+from fxint4.frontends.checkpoints.weights import Config, Weight
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.files import HEADER, PARTS, Header, assemble, read_header
 
@@ -29,34 +27,28 @@ def is_int4tile(checkpoint: Checkpoint) -> bool:
     return any(HEADER in entries for entries in checkpoint.headers) or bool(_unlisted(checkpoint))
 
 
-def find(checkpoint: Checkpoint, rename: Callable[[str], str] | None = None) -> list[Weight]:
+def find(checkpoint: Checkpoint, config: Config) -> list[Weight]:
     """Find the packed weights of a checkpoint.
 
     Args:
         checkpoint: The open checkpoint.
-        rename: Maps a name in the files to one in the model, and maybe in the header.
+        config: Not read.
 
     Raises:
         CheckpointError: The header is damaged, or lists tensors that are not there; or there is
             none, and the tensors are named like those of packed weights.
     """
     header = _header(checkpoint)
-    listed = {name: name for name in header.packed}
-    for stored in filter(None, map(header.owner, sorted(checkpoint.names))):
-        name = rename(stored) if rename and stored not in header.packed else stored
-        if name in header.packed:
-            listed[name] = stored
     found: list[Weight] = []
-    for name, stored in listed.items():
-        parts = header.parts(name, stored)
+    for name in header.packed:
+        parts = header.parts(name)
         missing = [full for full in parts.values() if full not in checkpoint.names]
         if missing:
             raise CheckpointError(
-                f"{checkpoint.path} has no {missing[0]}, which its header lists. It is damaged; or "
-                "it is one of several files of a model: then give their folder; or its tensors "
-                "were renamed: then rename= must map their names to those in the header"
+                f"{checkpoint.path} has no {missing[0]}, which its header lists. Either it is "
+                "damaged, or it is one of several files of a model: then give their folder"
             )
-        found.append(PackedWeight(stored, checkpoint, parts, header, name))
+        found.append(PackedWeight(name, checkpoint, parts, header))
     unlisted = _unlisted(checkpoint)
     if unlisted and not found:
         raise CheckpointError(
@@ -78,14 +70,12 @@ class PackedWeight(Weight):
 
     Attributes:
         header: The header of all files.
-        listed: The weight's name in it.
     """
 
     title = "fxint4"
     has_axes = True
 
     header: Header
-    listed: str
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError if its tensors do not fit each other, or it has another shape."""
@@ -108,7 +98,7 @@ class PackedWeight(Weight):
                 else self.checkpoint.read(name).to(device, copy=True)
                 for part, name in self.parts.items()
             }
-            return assemble(self.checkpoint.path, self.listed, self.header, tensors)
+            return assemble(self.checkpoint.path, self.name, self.header, tensors)
         except PackedFormatError as error:
             raise self.error(str(error)) from error
 

@@ -40,9 +40,8 @@ _FINDERS: dict[str, Callable[[Checkpoint, Config], list[Weight]]] = {
     "auto-round": auto_round.find,
     "compressed-tensors": compressed_tensors.find,
     "torchao": torchao.find,
+    "int4tile": int4tile.find,
 }
-#: fxint4's own format. Headers tell all of it, so its weights are found without a config.
-_OWN = "int4tile"
 #: How older releases of the quantizers call themselves.
 _OTHER_NAMES = {"intel/auto-round": "auto-round", "auto_round": "auto-round"}
 _NAMES_SHOWN = 5
@@ -164,24 +163,23 @@ def _items(
     config = checkpoint.config if config is None else config
     try:
         method = _method(checkpoint, config)
-        weights = _FINDERS[method](checkpoint, config) if method in _FINDERS else []
+        weights = _FINDERS[method](checkpoint, config) if method else []
     except (AttributeError, TypeError) as error:  # a list where a dict should be, say
         raise CheckpointError(
             f"{checkpoint.path}: the quantizer's config can't be read: {error}"
         ) from error
-    if method == _OWN:
-        weights = int4tile.find(checkpoint, rename)
     used = {name for weight in weights for name in weight.parts.values()}
     plain = [_Plain(name, checkpoint) for name in sorted(checkpoint.names) if name not in used]
     patterns = (ignore,) if isinstance(ignore, str) else ignore
     items: dict[str, Weight | _Plain] = {}
     named: list[Weight | _Plain] = [*weights, *plain]
-    found = [(item.name, rename(item.name) if rename else item.name, item) for item in named]
-    if method == _OWN:
-        found += _shared(checkpoint, found, rename)
-    for stored, name, item in found:
+    found = [(item.name, item) for item in named]
+    if method == "int4tile":
+        found += _shared(checkpoint, dict(found))
+    for stored, item in found:
         if first_match(stored, (), patterns):
             continue
+        name = rename(stored) if rename else stored
         if name in items:
             raise CheckpointError(
                 f"{checkpoint.path}: {items[name].name} and {stored} are both for {name}"
@@ -190,40 +188,30 @@ def _items(
     return items
 
 
-#: A name in the checkpoint, the name in the model, and what has it.
-_Found = tuple[str, str, "Weight | _Plain"]
-
-
 def _shared(
-    checkpoint: Checkpoint, found: Sequence[_Found], rename: Callable[[str], str] | None
-) -> list[_Found]:
+    checkpoint: Checkpoint, found: Mapping[str, Weight | _Plain]
+) -> list[tuple[str, Weight | _Plain]]:
     """Further names of what fxint4's own files hold once: tied weights."""
-    by_stored = {stored: item for stored, _, item in found}
-    by_name = {name: item for _, name, item in found}
-    further: list[_Found] = []
-    for name, first in int4tile.shared(checkpoint).items():
-        if first in by_stored:
-            further.append((name, rename(name) if rename else name, by_stored[first]))
-        elif first in by_name:  # the header has the model's names, see `int4tile`
-            further.append((name, name, by_name[first]))
-        else:
-            raise CheckpointError(
-                f"{checkpoint.path} has no {first}, whose memory {name} shares by its header"
-            )
-    return further
+    names = int4tile.shared(checkpoint)
+    missing = [(name, first) for name, first in names.items() if first not in found]
+    if missing:
+        name, first = missing[0]
+        raise CheckpointError(
+            f"{checkpoint.path} has no {first}, whose memory {name} shares by its header"
+        )
+    return [(name, found[first]) for name, first in names.items()]
 
 
 def _method(checkpoint: Checkpoint, config: Config) -> str | None:
     """The format of a checkpoint, a key of `_FINDERS`; None if nothing in it is quantized."""
     if int4tile.is_int4tile(checkpoint):  # whatever config.json says of what was packed
-        return _OWN
+        return "int4tile"
     method = config.get("quant_method", config.get("method"))
     if method is not None:
         method = _OTHER_NAMES.get(method, method)
-        known = (*_FINDERS, _OWN)
-        if method not in known:
+        if method not in _FINDERS:
             raise CheckpointError(
-                f"{checkpoint.path} was quantized by {method!r}; fxint4 reads {', '.join(known)}"
+                f"{checkpoint.path} was quantized by {method!r}; fxint4 reads {', '.join(_FINDERS)}"
             )
         return str(method)
     if "packing_format" in config:
