@@ -10,6 +10,8 @@ machine's memory holds them.
 Memory on a GPU is what PyTorch allocated there at most. On a CPU it is the process's anonymous
 memory (RssAnon), sampled by a thread: the pages of memory-mapped files, which the system takes back
 whenever it needs them, are a column of their own. Both count from just before `from_pretrained`.
+What is not packed stays mapped there, so that loading in bf16 reads next to nothing: its time says
+nothing on a CPU. On a busy machine OMP_NUM_THREADS=1 keeps threads from waiting for one another.
 
 Limit: at the peak at most the packed model, with all that is not packed, plus two of its largest
 weights in bf16. A reloaded model has the same bits.
@@ -142,14 +144,13 @@ def load(way: str, folder: str, device: str, saved: str | None) -> dict[str, Any
     """
     from transformers import AutoModelForCausalLM
 
-    with_options = {}
+    options: dict[str, Any] = {}
     if way not in ("bf16", "reload"):
-        config = fxint4.Int4TileConfig(group_size=GROUP_SIZE, method=way)
-        with_options["quantization_config"] = config
+        options = {"group_size": GROUP_SIZE, "method": way}
     # What a process does once: the GPU's context, code that is loaded or compiled when it is used.
     fxint4.pack_(
         nn.Sequential(nn.Linear(256, 256, device=device, dtype=torch.bfloat16)),
-        options={"method": way} if with_options else None,
+        options=options,
     )
     on_gpu = torch.device(device).type == "cuda"
     memory = Memory()
@@ -160,8 +161,10 @@ def load(way: str, folder: str, device: str, saved: str | None) -> dict[str, Any
         torch.cuda.reset_peak_memory_stats()
     with memory.watch():
         start = time.perf_counter()
+        # An auto class takes a None for "not quantized", whatever config.json says.
+        given = {"quantization_config": fxint4.Int4TileConfig(**options)} if options else {}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, device_map=device, **with_options
+            folder, dtype=torch.bfloat16, device_map=device, **given
         )
         if on_gpu:
             torch.cuda.synchronize()
