@@ -210,14 +210,24 @@ def use_of(module: nn.Module, parameter: nn.Parameter) -> tuple[str, int] | None
     if is_pointwise(module):
         return ("convolution", 1) if parameter is module.weight else None
     if parameter.ndim != 2:
-        # transformers' experts tell whether their weights are transposed; no others are known.
-        transposed = getattr(module, "is_transposed", None)
+        # Most of transformers' experts tell whether their weights are transposed.
+        transposed = getattr(module, "is_transposed", _EXPERTS.get(type(module).__name__))
         if parameter.ndim == 3 and isinstance(transposed, bool):
             return "experts", -2 if transposed else -1
         return None
     if type(module).__name__ == "Conv1D":  # transformers': x @ weight
         return "addmm", -2
     return None
+
+
+#: transformers' experts that don't tell whether their weights are transposed (as of 5.23), and
+#: whether they are.
+_EXPERTS = {
+    "Llama4TextExperts": True,
+    "JetMoeParallelExperts": False,
+    "LongcatFlashExperts": False,
+    "Step3p7Experts": False,
+}
 
 
 def is_pointwise(module: nn.Module) -> bool:
