@@ -25,11 +25,13 @@ from fxint4.passes.plan import Kept
 from fxint4.report import GraphReport, Record, Report
 from fxint4.report.latest import remember
 from fxint4.tensor import Int4TileTensor
-from fxint4.tensor.files import PARTS, Header, assemble, read_header
+from fxint4.tensor.files import HEADER, PARTS, Header, assemble, read_header
 
 __all__ = ["PackedFiles", "StreamedPacking", "tie"]
 
 _CPU = torch.device("cpu")
+#: Why a weight that was to be packed is not.
+_NOT_STORED = "has new values: the checkpoint has none for it, or none of its shape"
 
 
 class StreamedPacking:
@@ -76,12 +78,18 @@ class StreamedPacking:
             value: Its values, on the device where it goes.
 
         Returns:
-            The packed parameter, or the values if they are to stay.
+            The packed parameter, or the values if they are to stay. Values of another shape than
+            the parameter's are returned, and the parameter is none that is to be packed any more,
+            so that the library treats them as those of any other parameter.
 
         Raises:
             FoldError: It could not be packed.
         """
         known, names = self._candidates[name]
+        if value.shape != known.parameter.shape:
+            for each in names:
+                del self._candidates[each]
+            return value
         candidate = Candidate(nn.Parameter(value, requires_grad=False), known.op, known.k_axis)
         packed, self._records[names[0]] = packed_candidate(candidate, names, self._config)
         if packed is None:
@@ -97,7 +105,11 @@ class StreamedPacking:
         """
         self._candidates.clear()
         records = [
-            dataclasses.replace(record, weight_key=id(model.get_parameter(record.parameters[0])))
+            dataclasses.replace(
+                record,
+                weight_key=id(model.get_parameter(record.parameters[0])),
+                reason=record.reason or ("" if record.action == "packed" else _NOT_STORED),
+            )
             for record in self._records.values()
         ]
         return _reported(model, title, records, self._config)
@@ -115,6 +127,7 @@ class PackedFiles:
         nbytes: Bytes that each packed parameter takes, by its full name, with the prefix, too.
 
     Raises:
+        CheckpointError: No file has a header of fxint4's, or one lists tensors that no file has.
         PackedFormatError: A header is damaged, or of a later version.
     """
 
@@ -129,9 +142,20 @@ class PackedFiles:
                 for name in file.keys():  # noqa: SIM118
                     shape = file.get_slice(name).get_shape()
                     sizes[name] = math.prod(shape) * (2 if name.endswith(PARTS[1]) else 4)
+        if files and not any(HEADER in entries for entries in metadata):
+            raise CheckpointError(
+                f"{files[0]}: no packed weights, though the config says that fxint4 packed them. "
+                "Either another program wrote the file anew, or it is an older one, which is read "
+                "before the index of newer files beside it: then delete it"
+            )
         self._header: Header = read_header(self._folder, *metadata)
         for stored in self._header.packed:
             parts = self._header.parts(stored).values()
+            if not sizes.keys() & set(parts):  # where one is there, `assemble` says what is missing
+                raise CheckpointError(
+                    f"{self._folder} has no tensors of {stored}, which its header lists: a file is "
+                    "missing, or of another model"
+                )
             for name in (stored, prefix + stored, stored.removeprefix(prefix)):
                 self._stored[name] = stored
                 self.nbytes[name] = sum(sizes.get(part, 0) for part in parts)
@@ -146,25 +170,19 @@ class PackedFiles:
         """The names that packed parameters have in their modules."""
         return list(dict.fromkeys(name.rpartition(".")[2] for name in self._header.packed))
 
-    def assemble(self, name: str, parts: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+    def assemble(self, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Make a packed parameter of its tensors, without a copy.
 
         Args:
             name: Its full name in the model.
             parts: The tensors, by their names in `fxint4.tensor.files.PARTS`.
-            wanted: The parameter of the model, of which no values are read.
+            dtype: The dtype of the parameter.
 
         Raises:
-            CheckpointError: Its shape is not that of the model's.
             PackedFormatError: The tensors are damaged, or don't fit what the header says.
         """
         packed = assemble(self._folder, self._stored.get(name, name), self._header, parts)
-        if packed.shape != wanted.shape:
-            raise CheckpointError(
-                f"{self._folder}: {name} is {tuple(packed.shape)}; the model's is "
-                f"{tuple(wanted.shape)}"
-            )
-        return nn.Parameter(packed.to(wanted.dtype), requires_grad=False)
+        return nn.Parameter(packed.to(dtype), requires_grad=False)
 
     def report(self, model: nn.Module, title: str) -> Report:
         """What is packed in a model, and what could be and is not.

@@ -181,7 +181,13 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             parts = self._parts.setdefault(name, {})
             parts[part] = value
             if parts.keys() == header.parts(name).keys() and name in wanted:
-                made[name] = self.weights.assemble(name, self._parts.pop(name), wanted[name])
+                dtype = wanted[name].dtype
+                made[name] = self.weights.assemble(name, self._parts.pop(name), dtype)
+                if made[name].shape != wanted[name].shape:
+                    raise CheckpointError(
+                        f"the checkpoint's {name} is {tuple(made[name].shape)}; the model's is "
+                        f"{tuple(wanted[name].shape)}"
+                    )
         shared = {name: made[first] for name, first in header.shared.items() if first in made}
         return made | shared
 
