@@ -71,6 +71,34 @@ def qwen_moe() -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
+def llama4() -> PreTrainedModel:
+    sizes = {**SIZES, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1, "head_dim": 16}
+    config = transformers.Llama4TextConfig(**sizes, num_local_experts=4, num_experts_per_tok=1)
+    return transformers.Llama4ForCausalLM(config)
+
+
+def jetmoe() -> PreTrainedModel:
+    sizes = {**SIZES, "kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    del sizes["num_attention_heads"]  # it is that of keys, times that of experts
+    return transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**sizes))
+
+
+def longcat() -> PreTrainedModel:
+    sizes = {
+        **{name: size for name, size in SIZES.items() if name != "intermediate_size"},
+        "num_key_value_heads": 4,
+        "num_layers": 1,
+        "ffn_hidden_size": 128,
+        "expert_ffn_hidden_size": 64,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 32,
+        **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"), 16),
+    }
+    experts = {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}
+    config = transformers.LongcatFlashConfig(**sizes, **experts)
+    return transformers.LongcatFlashForCausalLM(config)
+
+
 def gpt2() -> PreTrainedModel:
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(
@@ -107,6 +135,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "tied llama": lambda: llama(tie_word_embeddings=True),
     "mixtral": mixtral,
     "qwen3 moe": qwen_moe,
+    "llama4": llama4,
+    "jetmoe": jetmoe,
+    "longcat": longcat,
     "gpt2": gpt2,
     "bert": bert,
     "t5": t5,
@@ -174,6 +205,8 @@ def test_loading_saving_and_loading_again(name: str, tmp_path: Path) -> None:
     in_place = kind.from_pretrained(tmp_path / "float")
     fxint4.pack_(in_place, options=OPTIONS)
     assert packed_names(loaded) == packed_names(in_place) != set()
+    experts = {name for name, value in loaded.named_parameters() if value.ndim == 3}
+    assert experts <= packed_names(loaded)
     same_state(loaded, in_place)
     unpacked = copy.deepcopy(loaded)
     fxint4.dequantize_(unpacked)
@@ -410,9 +443,136 @@ def test_damaged_files(folder: Path, tmp_path: Path) -> None:
         save_file(changed, path, metadata=metadata)
         with pytest.raises(PackedFormatError, match=damaged):
             LlamaForCausalLM.from_pretrained(tmp_path / "int4")
-    save_file(tensors, path, metadata=metadata)
-    with pytest.raises(CheckpointError, match=r"down_proj\.weight is \(64, 128\); the model's is"):
-        LlamaForCausalLM.from_pretrained(tmp_path / "int4", intermediate_size=192)
+    of_layer = "model.layers.1.mlp.up_proj."
+    save_file(
+        {key: value for key, value in tensors.items() if not key.startswith(of_layer)},
+        path,
+        metadata=metadata,
+    )
+    with pytest.raises(
+        CheckpointError, match=r"no tensors of model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        LlamaForCausalLM.from_pretrained(tmp_path / "int4")
+
+
+def test_an_older_file_that_is_not_packed(folder: Path) -> None:
+    # transformers leaves model.safetensors beside the shards, and reads it first.
+    load(folder).save_pretrained(folder, max_shard_size="20KB")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no packed weights.*delete it"):
+        LlamaForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    assert packed_names(LlamaForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_weights_of_another_shape(packed: bool, folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"quantization_config": fxint4.Int4TileConfig(**OPTIONS)}
+    if packed:
+        load(folder).save_pretrained(tmp_path / "int4")
+        folder, options = tmp_path / "int4", {}
+    options["intermediate_size"] = 192
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        LlamaForCausalLM.from_pretrained(folder, **options)
+
+    loaded, info = LlamaForCausalLM.from_pretrained(
+        folder, **options, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    others = {
+        f"model.layers.{layer}.mlp.{name}_proj.weight"
+        for layer in (0, 1)
+        for name in ("gate", "up", "down")
+    }
+    assert {name for name, *_ in info["mismatched_keys"]} == others
+    assert not packed_names(loaded) & others
+    assert packed_names(loaded)
+    kept = [record for record in loaded.int4tile_report.records if record.action == "kept"]
+    assert {f"{record.name}.weight" for record in kept} == others
+    assert all(record.reason for record in kept)
+    assert output(loaded).isfinite().all()
+
+
+def test_weights_that_the_checkpoint_lacks(folder: Path) -> None:
+    kind = transformers.LlamaForSequenceClassification
+    config = fxint4.Int4TileConfig(**OPTIONS)
+    loaded = kind.from_pretrained(folder, num_labels=64, quantization_config=config)
+    assert loaded.score.weight.requires_grad
+    (kept,) = (each for each in loaded.int4tile_report.records if each.action == "kept")
+    assert kept.name == "score"
+    assert "the checkpoint has none for it" in kept.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_stay_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    t5().save_pretrained(tmp_path / "float")
+    plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "float", dtype=dtype)
+    dtypes = {name: value.dtype for name, value in plain.named_parameters()}
+    assert (torch.float32 in dtypes.values()) == (dtype is torch.float16)
+
+    config = fxint4.Int4TileConfig(**OPTIONS)
+    loaded = T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "float", dtype=dtype, quantization_config=config
+    )
+    loaded.save_pretrained(tmp_path / "int4")
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "int4", dtype=dtype)
+    same_state(loaded, again)
+    for model in (loaded, again):
+        assert {name: value.dtype for name, value in model.named_parameters()} == dtypes
+        name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+        assert name in packed_names(model)
+        model.dequantize()
+        assert {name: value.dtype for name, value in model.named_parameters()} == dtypes
+
+
+class RouterConfig(LlamaConfig):
+    model_type = "with_a_router"
+
+
+class WithARouter(LlamaForCausalLM):
+    """A model with a weight that has a dtype of its own."""
+
+    config_class = RouterConfig
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__(config)
+        self.router = nn.Linear(64, 64, bias=False, dtype=torch.float32)
+        self.post_init()
+
+
+def test_a_weight_with_a_dtype_of_its_own(tmp_path: Path) -> None:
+    original = WithARouter(RouterConfig(**SIZES))
+    original.save_pretrained(tmp_path / "float")
+    config = fxint4.Int4TileConfig(**OPTIONS)
+    options = {"dtype": torch.bfloat16}
+    loaded = WithARouter.from_pretrained(tmp_path / "float", quantization_config=config, **options)
+    in_place = WithARouter.from_pretrained(tmp_path / "float", **options)
+    fxint4.pack_(in_place, options=OPTIONS)
+    assert loaded.router.weight.dtype == torch.float32
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.lm_head.weight, in_place.lm_head.weight)
+    assert loaded.router.weight.dtype == in_place.router.weight.dtype
+    loaded.save_pretrained(tmp_path / "int4")
+    same_state(loaded, WithARouter.from_pretrained(tmp_path / "int4", **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_plain_weights_again(name: str, tmp_path: Path) -> None:
+    original = MODELS[name]()
+    original.save_pretrained(tmp_path / "float")
+    kind = type(original)
+    loaded = load(tmp_path / "float", kind)
+    loaded.save_pretrained(tmp_path / "int4")  # makes a string of config.dtype
+    for index, model in enumerate((loaded, kind.from_pretrained(tmp_path / "int4"))):
+        model.dequantize()
+        model.save_pretrained(tmp_path / str(index))
+        assert names_in(tmp_path / str(index)) == names_in(tmp_path / "float")
+        same_state(model, kind.from_pretrained(tmp_path / str(index)))
+
+
+def names_in(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
 
 
 def fxint4_metadata(path: Path) -> dict[str, str]:

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    build_glob_alternation,
+)
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -329,7 +333,10 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         from transformers import CompileConfig
 
-        self._conversions = getattr(model, "_weight_conversions", None)
+        used = getattr(model, "_weight_conversions", None) or []
+        # None, the default of the model's class, gives the names of the original checkpoint. Ours
+        # have no way back.
+        self._conversions = [each for each in used if not _is_ours(each)] or None
         model._weight_conversions = []
         model._default_compile_config = partial(CompileConfig, backend=NAME)
 
@@ -340,7 +347,9 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         vars(model).pop("_default_compile_config", None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        dequantize_(model, dtype)
+        # transformers gives the dtype of the model's config where its caller gave none; it may be a
+        # name. Each weight keeps its own dtype then.
+        dequantize_(model, None if dtype == model.config.dtype else dtype)
         return model
 
 
@@ -374,6 +383,7 @@ class _Pack(_Operation):
         weights, instead = self.hf_quantizer.weights, model.get_parameter(full_layer_name)
         assert isinstance(weights, StreamedPacking)
         (value,) = map(_only, input_dict.values())
+        value = value.to(_dtype(model, full_layer_name))
         made = self.hf_quantizer.convert(lambda: weights.pack(full_layer_name, value), instead)
         return {full_layer_name: made}
 
@@ -391,14 +401,32 @@ class _Load(_Operation):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Return the parameter by its full name."""
-        weights, wanted = self.hf_quantizer.weights, model.get_parameter(full_layer_name)
+        weights, instead = self.hf_quantizer.weights, model.get_parameter(full_layer_name)
         assert isinstance(weights, PackedFiles)
         by_pattern = dict(zip(source_patterns, PARTS, strict=True))
         parts = {by_pattern[pattern]: _only(value) for pattern, value in input_dict.items()}
         made = self.hf_quantizer.convert(
-            lambda: weights.assemble(full_layer_name, parts, wanted), wanted
+            lambda: weights.assemble(full_layer_name, parts, _dtype(model, full_layer_name)),
+            instead,
         )
         return {full_layer_name: made}
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(each, _Operation) for each in getattr(conversion, "operations", ()))
+
+
+def _dtype(model: PreTrainedModel, name: str) -> torch.dtype:
+    """The dtype of a parameter of a model that is not loaded yet.
+
+    It is that of its values on the meta device, or float32 where the model's class asks for that:
+    transformers looks at neither for weights that are quantized. What is asked for depends on the
+    dtype of the model, that of most of its parameters.
+    """
+    dtype: torch.dtype = model.get_parameter(name).dtype
+    plan = model._get_dtype_plan(dtype)
+    found = build_glob_alternation(list(plan))[0].search(name) if plan else None
+    return dtype if found is None else torch.float32
 
 
 def _only(value: Any) -> Any:
