@@ -626,6 +626,22 @@ def test_a_model_inside_another_is_saved_by_itself(tmp_path: Path) -> None:
     same_state(model.body, BertForMaskedLM.from_pretrained(tmp_path))
 
 
+def test_a_part_of_what_was_loaded_is_saved_by_itself(tmp_path: Path) -> None:
+    llava().save_pretrained(tmp_path / "float")
+    loaded = load(tmp_path / "float", LlavaForConditionalGeneration)
+    loaded.save_pretrained(tmp_path / "int4")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "int4")
+    for index, model in enumerate((loaded, again)):
+        part = model.model.language_model
+        part.save_pretrained(tmp_path / str(index))
+        same_state(part, AutoModel.from_pretrained(tmp_path / str(index)))
+        model.dequantize()
+        assert not hasattr(part, "hf_quantizer")
+        assert not hasattr(part.config, "quantization_config")
+        part.save_pretrained(tmp_path / f"plain {index}")
+        same_state(part, AutoModel.from_pretrained(tmp_path / f"plain {index}"))
+
+
 @pytest.mark.parametrize(
     "device_map", ["cpu", "auto", {"": "cpu"}, {"model": 0, "lm_head": "disk"}]
 )

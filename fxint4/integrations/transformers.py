@@ -303,6 +303,9 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(self.weights, PackedFiles):
             self.weights.tie(model)
         self.attach(model)
+        for part in _packed_parts(model):
+            if part is not model:
+                _make_saveable(part, self.quantization_config)
         model.int4tile_report = self.weights.report(model, "from_pretrained")
         self.weights = None
         return model
@@ -451,20 +454,36 @@ def follow_packing(model: nn.Module, config: Int4Config | None) -> None:
         model: A model that `fxint4.pack_`, `load_` or `dequantize_` has changed.
         config: What it was packed with; the defaults if None.
     """
+    packed = _packed_parts(model)
+    for part in packed:
+        if getattr(part, "hf_quantizer", None) is None:
+            _make_saveable(part, Int4TileConfig.of(config or Int4Config()))
+    for part in _models_in(model):
+        known = getattr(part, "hf_quantizer", None)
+        if isinstance(known, Int4TileQuantizer) and not any(part is each for each in packed):
+            known.remove_quantization_config(part)
+
+
+def _models_in(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of transformers in a model; those in one of them can be saved by themselves."""
     from transformers import PreTrainedModel
 
-    for part in model.modules():
-        if not isinstance(part, PreTrainedModel):
-            continue
-        known = getattr(part, "hf_quantizer", None)
-        if any(isinstance(parameter, Int4TileTensor) for parameter in part.parameters()):
-            if known is None:
-                options = Int4TileConfig.of(config or Int4Config())
-                part.hf_quantizer = Int4TileQuantizer(options, pre_quantized=True)
-                part.hf_quantizer.attach(part)
-                part.config.quantization_config = options
-        elif isinstance(known, Int4TileQuantizer):
-            known.remove_quantization_config(part)
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def _packed_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """Those of `_models_in` that have packed weights."""
+    return [
+        part
+        for part in _models_in(model)
+        if any(isinstance(parameter, Int4TileTensor) for parameter in part.parameters())
+    ]
+
+
+def _make_saveable(part: PreTrainedModel, options: Int4TileConfig) -> None:
+    part.hf_quantizer = Int4TileQuantizer(options, pre_quantized=True)
+    part.hf_quantizer.attach(part)
+    part.config.quantization_config = options
 
 
 for _known, _register, _ours in (
