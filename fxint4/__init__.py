@@ -14,6 +14,7 @@ from fxint4.errors import (
     RequantizedWarning,
     TrainingError,
     UnsupportedOpError,
+    UntrainedWarning,
     WriteError,
 )
 from fxint4.frontends.checkpoints import load_
@@ -53,6 +54,7 @@ __all__ = [
     "RequantizedWarning",
     "TrainingError",
     "UnsupportedOpError",
+    "UntrainedWarning",
     "WriteError",
     "calibrate",
     "calibration_cost",

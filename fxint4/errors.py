@@ -14,6 +14,7 @@ __all__ = [
     "RequantizedWarning",
     "TrainingError",
     "UnsupportedOpError",
+    "UntrainedWarning",
     "WriteError",
     "first_line",
     "printable",
@@ -86,6 +87,10 @@ class RequantizedWarning(UserWarning):
     Merging an adapter does that, and assigning float values to `weight.data`. The message says what
     error it costs.
     """
+
+
+class UntrainedWarning(UserWarning):
+    """Code that trains a layer has asked for the gradient of a packed weight, which has none."""
 
 
 def first_line(error: BaseException) -> str:

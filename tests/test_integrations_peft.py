@@ -428,6 +428,20 @@ def test_include_packs_adapters() -> None:
     ]
 
 
+def test_modules_to_save_of_a_packed_model(tmp_path: Path) -> None:
+    asked = config(8, target_modules=["q"], modules_to_save=["v"])
+    base = Projections(128)
+    fxint4.pack_(base, options={"group_size": 32})
+    with pytest.warns(fxint4.UntrainedWarning, match="has no gradient and is not trained"):
+        peft.get_peft_model(copy.deepcopy(base), asked, FIRST)
+
+    fxint4.dequantize_(base.v)
+    tuned = peft.get_peft_model(base, asked, FIRST)
+    tuned(activations(4, 128)).sum().backward()
+    assert tuned.base_model.v.modules_to_save[FIRST].weight.grad is not None
+    tuned.save_pretrained(tmp_path)
+
+
 def test_modules_to_save_are_packed() -> None:
     """PEFT trains a copy of a whole layer, which is a layer as any other."""
     model = adapted(128, config(32, target_modules=["q"], modules_to_save=["v"]))

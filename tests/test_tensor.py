@@ -347,7 +347,9 @@ def test_it_never_requires_grad() -> None:
     assert not parameter.requires_grad
     module = nn.Linear(64, 16)
     module.weight = parameter
-    module.requires_grad_(True)
+    module.requires_grad_(False)
+    with pytest.warns(fxint4.UntrainedWarning, match=r"not trained.*fxint4\.dequantize_\(layer\)"):
+        module.requires_grad_(True)
     assert not parameter.requires_grad
     assert module.bias.requires_grad
     x = torch.randn(2, 64)

@@ -31,7 +31,13 @@ from fxint4._pytorch.tensors import (
     view_like,
 )
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import PackedFormatError, RequantizedWarning, UnsupportedOpError, WriteError
+from fxint4.errors import (
+    PackedFormatError,
+    RequantizedWarning,
+    UnsupportedOpError,
+    UntrainedWarning,
+    WriteError,
+)
 from fxint4.quant.blockwise import Block, pack_block, quantize_by_blocks
 from fxint4.quant.primitives import dequantize
 from fxint4.quant.recipe import RTN, WITHOUT_DATA, Recipe
@@ -859,7 +865,18 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
 
         It is no error because `nn.Parameter(weight)` and ``load_state_dict(..., assign=True)`` call
         it by default.
+
+        Warns:
+            UntrainedWarning: A parameter of a model is to get one, as PEFT's `modules_to_save` do.
         """
+        if mode and isinstance(self, nn.Parameter):
+            warnings.warn(
+                "a packed int4 weight has no gradient and is not trained. To train its layer, call "
+                "fxint4.dequantize_(layer) before, or leave it out when you pack (skip, "
+                "modules_to_not_convert)",
+                UntrainedWarning,
+                stacklevel=_level_of_caller(),
+            )
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int4TileTensor:
