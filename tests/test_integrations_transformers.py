@@ -554,6 +554,28 @@ def test_a_weight_with_a_dtype_of_its_own(tmp_path: Path) -> None:
     same_state(loaded, WithARouter.from_pretrained(tmp_path / "int4", **options))
 
 
+class WithAWeightNorm(LlamaForCausalLM):
+    """A model with a weight that is computed of parameters."""
+
+    config_class = RouterConfig
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__(config)
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.post_init()
+
+
+def test_a_parametrized_weight_that_was_packed(tmp_path: Path) -> None:
+    original = WithAWeightNorm(RouterConfig(**SIZES))
+    fxint4.pack_(original, options=OPTIONS)
+    assert "last.weight" in packed_names(original)
+    original.save_pretrained(tmp_path)
+    again, info = WithAWeightNorm.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    same_state(original, again)
+    assert hasattr(WithAWeightNorm(RouterConfig(**SIZES)).last, "parametrizations")
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_plain_weights_again(name: str, tmp_path: Path) -> None:
     original = MODELS[name]()

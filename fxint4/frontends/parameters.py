@@ -25,6 +25,7 @@ from fxint4.tensor import Int4TileTensor
 
 __all__ = [
     "decided_candidate",
+    "materialize",
     "materialize_parametrized",
     "packed_candidate",
     "packed_record",
@@ -57,9 +58,14 @@ def materialize_parametrized(model: nn.Module, config: Int4Config) -> None:
         kept = kept or nonfinite_fault(matrix) is not None
         del weight, matrix
         if not kept:
-            # PyTorch removes the weight's property from the class, which copies of a module share.
-            module.__class__ = _copied(type(module))
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            materialize(module, "weight")
+
+
+def materialize(module: nn.Module, name: str) -> None:
+    """Replace a parametrized parameter of a module by a plain one with its values."""
+    # PyTorch removes the parameter's property from the class, which copies of a module share.
+    module.__class__ = _copied(type(module))
+    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 def _copied(cls: type[nn.Module]) -> type[nn.Module]:

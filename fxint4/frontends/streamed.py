@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import CheckpointError
 from fxint4.frontends.candidates import Candidate, Owners, candidates_of_modules, use_of
 from fxint4.frontends.parameters import (
     decided_candidate,
+    materialize,
     packed_candidate,
     packed_record,
     record_of,
@@ -169,6 +171,19 @@ class PackedFiles:
     def attributes(self) -> list[str]:
         """The names that packed parameters have in their modules."""
         return list(dict.fromkeys(name.rpartition(".")[2] for name in self._header.packed))
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make plain parameters of parametrized ones that are packed in the files.
+
+        Args:
+            model: The model that is to be loaded, of which no values are read.
+        """
+        modules = dict(model.named_modules())
+        for name in self._stored:
+            path, _, attribute = name.rpartition(".")
+            module = modules.get(path)
+            if module is not None and parametrize.is_parametrized(module, attribute):
+                materialize(module, attribute)
 
     def assemble(self, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Make a packed parameter of its tensors, without a copy.

@@ -116,6 +116,8 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 self.quantization_config.modules_to_not_convert or (), keep_in_fp32_modules
             )
             self.weights = StreamedPacking(model, self._config, reasons)
+        elif isinstance(self.weights, PackedFiles):
+            self.weights.prepare(model)
         _set_config(model, self.quantization_config)
 
     # For device maps that diffusers makes: 4 bits for a value of a packed weight, room for scales.

@@ -236,6 +236,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         """Decide about each parameter, or read what the files' headers say of packed ones."""
         if self._config is None:
             self.weights = PackedFiles(checkpoint_files or [], f"{model.base_model_prefix}.")
+            self.weights.prepare(model)
             return
         # transformers ties weights once they are loaded, but what is tied is packed, or not, once.
         for name, original in model.all_tied_weights_keys.items():
