@@ -30,10 +30,29 @@ __all__ = [
     "graph_break_reason",
     "has_forward_hooks",
     "layers_uncompiled",
+    "never_compiled",
     "on_recompile_limit",
     "roomy_recompile_limit",
     "source_name",
 ]
+
+# --- Dynamo: code that it leaves alone -----------------------------------------------------------
+
+
+def never_compiled(code: CodeType) -> None:
+    """Keep Dynamo from compiling calls of a function, and whatever they call.
+
+    For code of ours that PyTorch calls while a frame of the user's, which Dynamo could not compile,
+    runs in eager mode. A call of the function costs no more than before.
+
+    Args:
+        code: The function's code.
+    """
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+
 
 # --- Dynamo: names and modules behind the inputs -------------------------------------------------
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxint4._pytorch.dynamo import never_compiled
 from fxint4._pytorch.tensors import (
     MATMULS,
     aten,
@@ -1010,6 +1011,9 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             (args, kwargs),
         )
         return func(*args, **kwargs)
+
+
+never_compiled(Int4TileTensor.__torch_dispatch__.__code__)
 
 
 def _level_of_caller() -> int:
