@@ -576,6 +576,52 @@ def test_a_parametrized_weight_that_was_packed(tmp_path: Path) -> None:
     assert hasattr(WithAWeightNorm(RouterConfig(**SIZES)).last, "parametrizations")
 
 
+# Dynamo warns that it traces into a cached function of transformers.
+@pytest.mark.filterwarnings("ignore:.*lru_cache.*:UserWarning")
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        ("eager", torch.float32),
+        ("batched_mm", torch.float32),
+        ("grouped_mm", torch.float32),
+        ("grouped_mm", torch.float16),
+        ("grouped_mm", torch.bfloat16),
+    ],
+)
+def test_experts_compiled(implementation: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    MixtralForCausalLM(
+        MixtralConfig(**{**SIZES, "num_hidden_layers": 1}, num_local_experts=4)
+    ).save_pretrained(tmp_path)
+    config = fxint4.Int4TileConfig(**OPTIONS)
+    loaded = MixtralForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype=dtype, experts_implementation=implementation
+    )
+    assert loaded.config._experts_implementation == implementation
+    unpacked = copy.deepcopy(loaded)
+    fxint4.dequantize_(unpacked)
+    unpacked.float()
+    loaded.compile(backend="int4tile")
+    for length in (12, 7):  # experts get other numbers of rows
+        with torch.no_grad():
+            y = loaded(IDS[:, :length], use_cache=False).logits
+            expected = unpacked(IDS[:, :length], use_cache=False).logits
+        assert relative_error(y, expected) < ROUNDED
+    if implementation == "eager":  # a loop, which Dynamo leaves in eager mode
+        return
+    records = fxint4.last_report().records
+    assert sum(record.action == "packed" for record in records) == len(packed_names(loaded))
+
+    torch._dynamo.reset()
+    embeddings = torch.randn(1, 12, 64, dtype=dtype)
+    gradients = []
+    for model in (torch.compile(loaded, backend="aot_eager"), unpacked):
+        x = embeddings.to(next(iter(model.parameters())).dtype, copy=True).requires_grad_()
+        model(inputs_embeds=x, labels=IDS, use_cache=False).loss.backward()
+        gradients.append(x.grad)
+    assert relative_error(*gradients) < ROUNDED
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_plain_weights_again(name: str, tmp_path: Path) -> None:
     original = MODELS[name]()

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - registers ops
 from torch import Tensor, nn
 from transformers.core_model_loading import (
     ConversionOps,
@@ -27,12 +28,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fxint4._pytorch.tensors import aten
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import Int4Error, OptionError
 from fxint4.frontends.streamed import PackedFiles, StreamedPacking, tie
 from fxint4.frontends.unpack import dequantize_
 from fxint4.quant.statistics import Calibration
 from fxint4.tensor import Int4TileTensor
+from fxint4.tensor.core import implements
 from fxint4.tensor.files import PARTS, flatten
 from fxint4.version import __version__
 
@@ -441,6 +444,39 @@ def _only(value: Any) -> Any:
 def _pattern(attribute: str, part: str) -> str:
     """A regular expression for the tensors of packed parameters of this name in its module."""
     return rf"(?<![^.])_{re.escape(attribute)}_{part}$"
+
+
+# --- ops of transformers' -------------------------------------------------------------------------
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """What transformers calls in place of `_grouped_mm` where it compiles other dtypes than bf16.
+
+    Args:
+        x: Rows ``[S, K]``, sorted by group.
+        weight: The matrices ``[E, K, N]``.
+        offs: The row behind each group, int32 or int64 ``[E]``.
+
+    Returns:
+        The products ``[S, N]``.
+    """
+    made: Tensor = aten._grouped_mm.default(x, weight, offs.to(torch.int32))
+    return made
+
+
+def _grouped_mm_backward(
+    x: Tensor, weight: Tensor, offs: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x ``[S, K]``, of that of the products ``[S, N]``; a weight has none."""
+    return _grouped_mm(grad, weight.transpose(1, 2), offs), x.new_empty(0)
+
+
+for _op, _function in (
+    ("grouped_mm_fallback", _grouped_mm),
+    ("grouped_mm_fallback_backward", _grouped_mm_backward),
+):
+    if hasattr(torch.ops.transformers, _op):  # 5.17 has the first alone
+        implements(getattr(torch.ops.transformers, _op).default)(_function)
 
 
 # --- models that are packed in place ------------------------------------------------------------
