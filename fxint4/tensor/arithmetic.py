@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import aten
-from fxint4.tensor.core import Int4TileTensor, implements
+from fxint4.tensor.core import Int4TileTensor, check_dequantizes, implements
 
 __all__: list[str] = []
 
 
 def _dense(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, Int4TileTensor) else value
+    if not isinstance(value, Int4TileTensor):
+        return value
+    check_dequantizes(value)
+    return value.dequantize()
 
 
 @implements(aten.add_.Tensor)
@@ -64,7 +67,7 @@ for _op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, 
 @implements(aten.abs.default)
 def _abs(weight: Int4TileTensor) -> Tensor:
     """With `eq` what torch.isfinite consists of, by which merged weights are checked."""
-    return weight.dequantize().abs_()
+    return _dense(weight).abs_()  # type: ignore[no-any-return]
 
 
 def _decomposition(op: Callable[..., Any]) -> None:

@@ -49,7 +49,14 @@ from fxint4.quant.tile_layout import (
     unpack_scale_and_zero,
 )
 
-__all__ = ["NEW_AXIS", "Int4TileTensor", "checked", "dequantizing", "implements"]
+__all__ = [
+    "NEW_AXIS",
+    "Int4TileTensor",
+    "check_dequantizes",
+    "checked",
+    "dequantizing",
+    "implements",
+]
 
 #: In `Int4TileTensor.axes`: an axis of size 1 that the stored weight does not have.
 NEW_AXIS = -1
@@ -79,6 +86,17 @@ def implements(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return register
+
+
+def check_dequantizes(weight: Int4TileTensor) -> None:
+    """To be called by an operator that dequantizes the weight, or a large part of it.
+
+    Raises:
+        UnsupportedOpError: The weight is on the meta device. There `fxint4.pack_` tries out the uses
+            of a parameter, and packs it only if none of them would dequantize it at each call.
+    """
+    if weight.is_meta:
+        raise UnsupportedOpError(f"{weight!r} would be dequantized, and has no values")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import aten
-from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, implements
+from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, check_dequantizes, implements
 
 __all__: list[str] = []
 
@@ -50,6 +50,7 @@ def _mm(left: Tensor, right: Tensor) -> Any:
 @implements(aten.addmm.default)
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     if isinstance(bias, Int4TileTensor):  # the sum of a weight and an adapter's product
+        check_dequantizes(bias)
         return aten.addmm(bias.dequantize(), left, right, beta=beta, alpha=alpha)
     return _added(_mm(left, right), bias, beta, alpha)
 
@@ -96,6 +97,7 @@ def _baddbmm(
     bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
     if isinstance(bias, Int4TileTensor):
+        check_dequantizes(bias)
         return aten.baddbmm(bias.dequantize(), left, right, beta=beta, alpha=alpha)
     return _added(_bmm(left, right), bias, beta, alpha)
 
@@ -163,6 +165,7 @@ def _over_k(op: Callable[..., Tensor], x: Tensor, weight: Int4TileTensor, *offs:
 
 def _over_n(op: Callable[..., Tensor], x: Tensor, weight: Int4TileTensor, *offs: Tensor) -> Tensor:
     """Call an op that sums over the stored N."""
+    check_dequantizes(weight)
     _check_operand(x, weight, weight.n)
     last = weight.columns[-1][1]
     y = op(x, weight.tiles, weight.scale_and_zero, *offs, weight.group_size, last)
