@@ -92,8 +92,8 @@ def check_dequantizes(weight: Int4TileTensor) -> None:
     """To be called by an operator that dequantizes the weight, or a large part of it.
 
     Raises:
-        UnsupportedOpError: The weight is on the meta device. There `fxint4.pack_` tries out the uses
-            of a parameter, and packs it only if none of them would dequantize it at each call.
+        UnsupportedOpError: The weight is on the meta device. There `fxint4.pack_` tries out the
+            uses of a parameter; it packs none that would be dequantized at each call.
     """
     if weight.is_meta:
         raise UnsupportedOpError(f"{weight!r} would be dequantized, and has no values")
