@@ -773,6 +773,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             RequantizedWarning: Always, with the relative error. Its text has only rounded numbers,
                 so that Python shows it a few times for a model, not once for each weight.
         """
+        values = values.detach().to(self.device)
         with torch.no_grad():
             self.copy_(values)
             off = self.dequantize(torch.float32).sub_(values)
