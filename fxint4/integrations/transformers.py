@@ -30,7 +30,6 @@ from fxint4.frontends.unpack import dequantize_
 from fxint4.quant.statistics import Calibration
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.files import PARTS, flatten
-from fxint4.version import __version__
 
 if TYPE_CHECKING:  # transformers imports this module while it makes this class
     from transformers import PreTrainedModel
@@ -159,8 +158,8 @@ class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def model_card_line(self) -> str:
         """What the README of a saved folder should say."""
         return (
-            f"The weights are int4 tiles of fxint4 {__version__}: `pip install fxint4`, and "
-            "`import fxint4` before `from_pretrained`."
+            "The weights are int4 tiles of fxint4: `pip install fxint4`, and `import fxint4` "
+            "before `from_pretrained`."
         )
 
 
