@@ -145,6 +145,6 @@ def test_a_weight_that_fails_is_named_and_the_rest_stays_packed(
 def test_what_can_not_be_done_with_a_packed_weight_names_it() -> None:
     model = nn.Linear(64, 64)
     fxint4.pack_(model)
-    message = r"as merging an adapter does, call fxint4\.dequantize_\(model\) first"
+    message = r"write to the weight\. Where it does, call fxint4\.dequantize_\(model\) first"
     with torch.no_grad(), pytest.raises(fxint4.UnsupportedOpError, match=message):
-        model.weight += torch.ones(64, 64)
+        model.weight *= torch.ones(64, 64)

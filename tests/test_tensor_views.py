@@ -571,6 +571,16 @@ def test_an_embedding_module_tied_to_its_head() -> None:
         assert torch.equal(head(one_hot), dense.t())
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("k", [32, 64, 256])
+def test_a_compiled_embedding(k: int) -> None:
+    """Inductor of torch 2.11 takes no other dtype for an axis of size 1."""
+    packed = weight(40, k)
+    tokens = torch.tensor([[0, 39, 7, 7]])
+    compiled = torch.compile(F.embedding)
+    assert torch.equal(compiled(tokens, packed), packed.dequantize()[tokens])
+
+
 def test_a_look_up_reads_only_its_rows() -> None:
     from support import peak_bytes
 

@@ -28,7 +28,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fxint4._pytorch.tensors import aten
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import Int4Error, OptionError
 from fxint4.frontends.streamed import PackedFiles, StreamedPacking, tie
@@ -37,7 +36,6 @@ from fxint4.quant.statistics import Calibration
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.core import implements
 from fxint4.tensor.files import PARTS, flatten
-from fxint4.version import __version__
 
 if TYPE_CHECKING:  # transformers imports this module while it makes this class
     from transformers import PreTrainedModel
@@ -166,8 +164,8 @@ class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def model_card_line(self) -> str:
         """What the README of a saved folder should say."""
         return (
-            f"The weights are int4 tiles of fxint4 {__version__}: `pip install fxint4`, and "
-            "`import fxint4` before `from_pretrained`."
+            "The weights are int4 tiles of fxint4: `pip install fxint4`, and `import fxint4` "
+            "before `from_pretrained`."
         )
 
 
@@ -460,7 +458,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     Returns:
         The products ``[S, N]``.
     """
-    made: Tensor = aten._grouped_mm.default(x, weight, offs.to(torch.int32))
+    made: Tensor = torch.ops.aten._grouped_mm.default(x, weight, offs.to(torch.int32))
     return made
 
 

@@ -157,24 +157,52 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
     """
     kernel, arguments = launch.kernel, launch.in_order(tensors)
     given = arguments[: len(tensors)]  # every signature begins with the tensors
-    varying = [launch.arguments[name] for name in VARYING if name in launch.arguments]
-    fixed = arguments[len(tensors) + len(varying) :]  # and goes on with those of VARYING
     # Triton launches on the current device. Device -1 (the CPU, interpreted) is a no-op here.
-    device = given[0].get_device()
-    with torch.cuda.device(device):
-        dtypes = tuple(t.dtype for t in given)
-        key = (kernel.__name__, device, dtypes, fixed, launch.warps, launch.stages)
-        usual = all(t.data_ptr() % 16 == 0 for t in given) and all(v < 2**31 for v in varying)
-        usual = usual and _takes_all_arguments()
-        variant = _compiled.get(key) if usual else None
+    with torch.cuda.device(given[0].get_device()):
+        key = _variant(launch, arguments, given)
+        variant = None if key is None else _compiled.get(key)
         if variant is not None:
             variant[(launch.programs, 1, 1)](*arguments)
             return
         variant = kernel[(launch.programs,)](
             *arguments, num_warps=launch.warps, num_stages=launch.stages
         )
-        if usual and not interpreted(kernel):
+        if key is not None and not interpreted(kernel):
             _compiled[key] = variant
+
+
+def runner_of(launch: Launch, tensors: Mapping[str, Tensor]) -> Any:
+    """What launches a kernel that `run` has launched before, or None if its variant is not cached.
+
+    It takes all arguments in the order of the signature, aligned tensors on the current device, and
+    the address of a stream as ``stream``.
+
+    Args:
+        launch: As for `run`.
+        tensors: As for `run`.
+    """
+    arguments = launch.in_order(tensors)
+    key = _variant(launch, arguments, arguments[: len(tensors)])
+    variant = None if key is None else _compiled.get(key)
+    return None if variant is None else variant[(launch.programs, 1, 1)]
+
+
+def _variant(launch: Launch, arguments: Sequence[Any], given: Sequence[Tensor]) -> Hashable | None:
+    """What the compiled variant of a kernel is cached by; None if it is none of the usual ones.
+
+    Args:
+        launch: The launch.
+        arguments: All arguments.
+        given: Those of them that are tensors.
+    """
+    varying = [launch.arguments[name] for name in VARYING if name in launch.arguments]
+    usual = all(t.data_ptr() % 16 == 0 for t in given) and all(v < 2**31 for v in varying)
+    if not (usual and _takes_all_arguments()):
+        return None
+    dtypes = tuple(t.dtype for t in given)
+    fixed = arguments[len(given) + len(varying) :]  # after the tensors, and those of VARYING
+    device = given[0].get_device()
+    return (launch.kernel.__name__, device, dtypes, fixed, launch.warps, launch.stages)
 
 
 #: The first and the last version of Triton whose compiled kernels were seen to take all arguments

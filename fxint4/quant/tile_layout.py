@@ -353,8 +353,8 @@ def _permute_last(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def _octets(words: Tensor) -> Tensor:
     """The four bytes of each int32 word, least significant first: uint8 ``[..., 4]``."""
-    octets = words.contiguous().view(torch.uint8)
-    return _little_endian(octets.view(*words.shape, 4))
+    # Flat: Inductor of torch 2.11 gives an axis of size 1 the stride 0, which no such view takes.
+    return _little_endian(words.reshape(-1).view(torch.uint8).view(*words.shape, 4))
 
 
 def _little_endian(octets: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ __all__ = [
     "checked",
     "dequantizing",
     "implements",
+    "quickly",
     "without_dense_copies",
 ]
 
@@ -84,7 +85,9 @@ _OFFLOAD = (
 Columns = tuple[tuple[int, int], ...]
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
-#: Those of them that take a dense copy of a weight.
+#: What is tried before those, in a few microseconds: the ops of eager `nn.Linear`.
+_QUICK: dict[Any, Callable[..., Any]] = {}
+#: Those of `_IMPLEMENTATIONS` that take a dense copy of a weight.
 _DENSE: set[Any] = set()
 #: Methods that need no statistics of activations.
 _REPEATABLE = ("rtn", "mse", "hqq")
@@ -110,6 +113,19 @@ def implements(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _IMPLEMENTATIONS.update(dict.fromkeys(ops, function))
         _DENSE.update(ops if dense else ())
+        return function
+
+    return register
+
+
+def quickly(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that `Int4TileTensor` tries before what `implements` registered.
+
+    It takes the op's positional arguments, and returns NotImplemented for whatever is unusual.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _QUICK.update(dict.fromkeys(ops, function))
         return function
 
     return register
@@ -214,6 +230,9 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
     method: str | None = None
     _views: _Views | None = None
+    #: See `fxint4.tensor.quick`.
+    _transposed: Any = None
+    _plans: Any = None
 
     @staticmethod
     def __new__(
@@ -780,6 +799,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             RequantizedWarning: Always, with the relative error. Its text has only rounded numbers,
                 so that Python shows it a few times for a model, not once for each weight.
         """
+        values = values.detach().to(self.device)
         with torch.no_grad():
             self.copy_(values)
             off = self.dequantize(torch.float32).sub_(values)
@@ -993,6 +1013,11 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an aten op by the function that `implements` registered."""
+        quick = _QUICK.get(func)
+        if quick is not None and not kwargs:
+            result = quick(*args)
+            if result is not NotImplemented:
+                return result
         kwargs = kwargs or {}
         function = _IMPLEMENTATIONS.get(func)
         if func in _DENSE:

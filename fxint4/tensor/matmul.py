@@ -50,6 +50,7 @@ def _mm(left: Tensor, right: Tensor) -> Any:
 @implements(aten.addmm.default)
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     if isinstance(bias, Int4TileTensor):  # the sum of a weight and an adapter's product
+        check_dense_copies("a packed bias")
         return aten.addmm(bias.dequantize(), left, right, beta=beta, alpha=alpha)
     return _added(_mm(left, right), bias, beta, alpha)
 
@@ -96,6 +97,7 @@ def _baddbmm(
     bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
     if isinstance(bias, Int4TileTensor):
+        check_dense_copies("a packed bias")
         return aten.baddbmm(bias.dequantize(), left, right, beta=beta, alpha=alpha)
     return _added(_bmm(left, right), bias, beta, alpha)
 
