@@ -223,6 +223,9 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
     method: str | None = None
     _views: _Views | None = None
+    #: Cached, because Dynamo's guards ask in every call of compiled code; with the tiles of then.
+    _flattened: tuple[list[str], Any] = ([], None)
+    _flattened_of: Tensor | None = None
     #: See `fxint4.tensor.quick`.
     _transposed: Any = None
     _plans: Any = None
@@ -268,8 +271,6 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         self.axes = axes
         self.is_part = is_part
         self.metadata = (self.dtype, n, columns, group_size, axes, is_part)
-        # Cached: Dynamo's guards read it twice in every call of compiled code.
-        self._flattened = (list(self.buffers), self.metadata)
 
     # --- constructors ----------------------------------------------------------------------------
 
@@ -843,7 +844,18 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     # --- for PyTorch -----------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """For torch.compile and torch.export."""
+        """For torch.compile and torch.export.
+
+        The context is `metadata` and how the buffers lie: all that compiled code depends on, but
+        for the device. So guards of the buffers themselves may be dropped, as
+        `fxint4._pytorch.dynamo.without_guards_of_buffers` does.
+        """
+        if self._flattened_of is not self.tiles:
+            self._flattened_of = self.tiles
+            pre_scaled = self.pre_scale is not None
+            buffers = (self.tiles, self.scale_and_zero)
+            lie = [(tuple(buffer.shape), buffer.stride()) for buffer in buffers]
+            self._flattened = (list(self.buffers), (*self.metadata, *lie, pre_scaled))
         return self._flattened
 
     @staticmethod
@@ -851,7 +863,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         inner: dict[str, Tensor], metadata: Any, outer_size: Any, outer_stride: Any
     ) -> Int4TileTensor:
         """The inverse of `__tensor_flatten__`."""
-        dtype, n, columns, group_size, axes, is_part = metadata
+        dtype, n, columns, group_size, axes, is_part, *_ = metadata
         return Int4TileTensor(
             **inner,
             n=n,
