@@ -223,9 +223,10 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
     method: str | None = None
     _views: _Views | None = None
-    #: Cached, because Dynamo's guards ask in every call of compiled code; with the tiles of then.
+    #: Cached, because Dynamo's guards ask in every call of compiled code; with the tiles and the
+    #: metadata of then.
     _flattened: tuple[list[str], Any] = ([], None)
-    _flattened_of: Tensor | None = None
+    _flattened_of: tuple[Any, Any] = (None, None)
     #: See `fxint4.tensor.quick`.
     _transposed: Any = None
     _plans: Any = None
@@ -850,8 +851,9 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         for the device. So guards of the buffers themselves may be dropped, as
         `fxint4._pytorch.dynamo.without_guards_of_buffers` does.
         """
-        if self._flattened_of is not self.tiles:
-            self._flattened_of = self.tiles
+        tiles, metadata = self._flattened_of
+        if tiles is not self.tiles or metadata is not self.metadata:
+            self._flattened_of = (self.tiles, self.metadata)
             pre_scaled = self.pre_scale is not None
             buffers = (self.tiles, self.scale_and_zero)
             lie = [(tuple(buffer.shape), buffer.stride()) for buffer in buffers]
