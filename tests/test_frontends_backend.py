@@ -24,8 +24,9 @@ from torch._inductor.decomposition import decompositions as inductor_decompositi
 from torch.nn import functional as F
 
 import fxint4
-from fxint4 import Int4TileTensor
+from fxint4 import Int4Config, Int4TileTensor
 from fxint4._pytorch.aot import compile_fx, mark_boxed, outer_input, warn_if_untested
+from fxint4.frontends.backend import packed_guards
 from fxint4.quant.primitives import dequantize, quantize
 from fxint4.weights.cache import weight_cache
 
@@ -802,3 +803,36 @@ def test_names_are_full_after_a_graph_break_within_a_child(x: Tensor) -> None:
     assert [record.name for record in report.records] == ["child.one", "child.two", "head"]
     assert report.totals["graph_breaks"] >= 1
     assert "graph break" in str(report)
+
+
+# --- guards of compiled code ----------------------------------------------------------------------
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("change", ["group_size", "inner_k_tiles", "pre_scale", "dtype", "rows"])
+def test_filtered_guards_see_a_weight_of_another_kind(change: str) -> None:
+    """Only the buffers' own guards are left out; what they told, the others tell."""
+    layer = nn.Linear(256, 64, bias=False)
+    values = torch.randn(64, 256)
+    one = Int4TileTensor.from_float(values, Int4Config(group_size=64, inner_k_tiles=4))
+    other = {
+        "group_size": Int4TileTensor.from_float(values, Int4Config(64 // 2, inner_k_tiles=4)),
+        "inner_k_tiles": Int4TileTensor.from_float(values, Int4Config(64, inner_k_tiles=2)),
+        "pre_scale": one.like(pre_scale=torch.rand(256) + 0.5),
+        "dtype": one.to(torch.bfloat16),
+        "rows": Int4TileTensor.from_float(values[:32], Int4Config(64, inner_k_tiles=4)),
+    }[change]
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(gm)
+        return gm
+
+    options = {"guard_filter_fn": packed_guards}
+    compiled = torch.compile(layer, backend=backend, options=options)
+    for count, weight in enumerate((one, one.clone(), other, one), 1):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        x = torch.randn(3, 256).to(weight.dtype)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), F.linear(x, weight))
+        assert len(graphs) == (1 if count < 3 else 2)

@@ -533,7 +533,8 @@ def test_packed_weights_are_assigned_to_data(as_parameter: bool) -> None:
             other.stride(),
         )
         assert repr(weight).endswith(repr(other).partition("(")[2])
-        assert weight.__tensor_flatten__()[1] == other.metadata
+        assert weight.metadata == other.metadata
+        assert weight.__tensor_flatten__() == other.__tensor_flatten__()
         assert torch.equal(weight.dequantize(), other.dequantize())
         assert torch.equal(weight[..., 8:].dequantize(), other.dequantize()[..., 8:])
     assert torch.equal(view.dequantize(), before[8:])

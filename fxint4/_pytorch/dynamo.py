@@ -34,6 +34,7 @@ __all__ = [
     "on_recompile_limit",
     "roomy_recompile_limit",
     "source_name",
+    "without_guards_of_buffers",
 ]
 
 # --- Dynamo: code that it leaves alone -----------------------------------------------------------
@@ -286,3 +287,37 @@ def has_forward_hooks(module: torch.nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     global_hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
     return any(map(len, (*hooks, *global_hooks)))
+
+
+def without_guards_of_buffers(subclass: type[torch.Tensor], entries: Sequence[Any]) -> list[bool]:
+    """Drop Dynamo's guards of the inner tensors of a traceable tensor subclass.
+
+    They take more time in each call than all else that Dynamo looks at for a parameter. For a
+    subclass whose context (`__tensor_flatten__`) tells how its inner tensors lie, they tell nothing
+    that the guards of the context and of the tensor do not.
+
+    To be partially applied, as the option ``guard_filter_fn`` of torch.compile.
+
+    Args:
+        subclass: The tensor subclass.
+        entries: The guards, as that option gets them.
+
+    Returns:
+        For each of them whether it is kept.
+    """
+    of_inner = {
+        each.name: cast(Any, each.value).__tensor_flatten__()[0]
+        for each in entries
+        if each.has_value and type(each.value) is subclass
+    }
+
+    def kept(entry: Any) -> bool:
+        if entry.name in of_inner:  # nobody marks axes of a parameter as dynamic
+            return "DIMENSION_DYNAMIC_MARKING" not in entry.guard_type
+        owner, _, inner = entry.name.rpartition(".")
+        return not (
+            owner in of_inner
+            and (inner in of_inner[owner] or inner.startswith("__tensor_flatten__"))
+        )
+
+    return [kept(entry) for entry in entries]

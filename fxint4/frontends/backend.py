@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -16,7 +17,7 @@ from fxint4._pytorch.aot import (
     compile_fx,
     warn_if_untested,
 )
-from fxint4._pytorch.dynamo import frame_id, graph_break_reason
+from fxint4._pytorch.dynamo import frame_id, graph_break_reason, without_guards_of_buffers
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
@@ -43,9 +44,13 @@ from fxint4.tensor import Int4TileTensor
 from fxint4.weights.cache import WeightCache, weight_cache
 from fxint4.weights.formats import Format
 
-__all__ = ["compile_captured", "int4tile"]
+__all__ = ["compile_captured", "int4tile", "packed_guards"]
 
 logger = logging.getLogger("fxint4")
+
+#: For the option ``guard_filter_fn`` of torch.compile: leaves out guards that tell nothing new of
+#: packed weights.
+packed_guards = functools.partial(without_guards_of_buffers, Int4TileTensor)
 
 
 def int4tile(

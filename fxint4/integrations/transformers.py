@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import Int4Error, OptionError
+from fxint4.frontends.backend import packed_guards
 from fxint4.frontends.streamed import PackedFiles, StreamedPacking, tie
 from fxint4.frontends.unpack import dequantize_
 from fxint4.quant.statistics import Calibration
@@ -45,6 +46,16 @@ __all__ = ["Int4TileConfig", "Int4TileQuantizer", "follow_packing"]
 #: What transformers knows the format by, in `config.json`.
 NAME = "int4tile"
 _DEFAULTS = Int4Config()
+#: How `generate` compiles packed models: with CUDA graphs, as it compiles others by the mode
+#: "reduce-overhead", which excludes options; and without the guards that take the host longest.
+_COMPILED = {
+    "backend": NAME,
+    "mode": None,
+    "options": {
+        "triton.cudagraphs": True,
+        "guard_filter_fn": packed_guards,
+    },
+}
 
 
 class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -343,7 +354,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         # have no way back.
         self._conversions = [each for each in used if not _is_ours(each)] or None
         model._weight_conversions = []
-        model._default_compile_config = partial(CompileConfig, backend=NAME)
+        model._default_compile_config = partial(CompileConfig, **_COMPILED)
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Undo `attach`, of a model that has no packed weights any more."""

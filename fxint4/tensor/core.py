@@ -230,6 +230,10 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
     method: str | None = None
     _views: _Views | None = None
+    #: Cached, because Dynamo's guards ask in every call of compiled code; with the tiles and the
+    #: metadata of then.
+    _flattened: tuple[list[str], Any] = ([], None)
+    _flattened_of: tuple[Any, Any] = (None, None)
     #: See `fxint4.tensor.quick`.
     _transposed: Any = None
     _plans: Any = None
@@ -275,8 +279,6 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         self.axes = axes
         self.is_part = is_part
         self.metadata = (self.dtype, n, columns, group_size, axes, is_part)
-        # Cached: Dynamo's guards read it twice in every call of compiled code.
-        self._flattened = (list(self.buffers), self.metadata)
 
     # --- constructors ----------------------------------------------------------------------------
 
@@ -850,7 +852,19 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     # --- for PyTorch -----------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """For torch.compile and torch.export."""
+        """For torch.compile and torch.export.
+
+        The context is `metadata` and how the buffers lie: all that compiled code depends on, but
+        for the device. So guards of the buffers themselves may be dropped, as
+        `fxint4._pytorch.dynamo.without_guards_of_buffers` does.
+        """
+        tiles, metadata = self._flattened_of
+        if tiles is not self.tiles or metadata is not self.metadata:
+            self._flattened_of = (self.tiles, self.metadata)
+            pre_scaled = self.pre_scale is not None
+            buffers = (self.tiles, self.scale_and_zero)
+            lie = [(tuple(buffer.shape), buffer.stride()) for buffer in buffers]
+            self._flattened = (list(self.buffers), (*self.metadata, *lie, pre_scaled))
         return self._flattened
 
     @staticmethod
@@ -858,7 +872,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         inner: dict[str, Tensor], metadata: Any, outer_size: Any, outer_stride: Any
     ) -> Int4TileTensor:
         """The inverse of `__tensor_flatten__`."""
-        dtype, n, columns, group_size, axes, is_part = metadata
+        dtype, n, columns, group_size, axes, is_part, *_ = metadata
         return Int4TileTensor(
             **inner,
             n=n,

@@ -39,16 +39,18 @@ class _Transposed:
         weight: The weight.
 
     Attributes:
-        tiles: Its tiles when that was; others mean another value.
+        tiles: Its tiles when that was; others mean another value, as do other `scale_and_zero` and
+            `metadata`.
         fields: The attributes of the view, with the plans; None where nothing is prepared for the
             weight. They don't refer to this, so that buffers are freed with the weight.
     """
 
-    __slots__ = ("fields", "scale_and_zero", "size", "stride", "tiles")
+    __slots__ = ("fields", "metadata", "scale_and_zero", "size", "stride", "tiles")
 
     def __init__(self, weight: Int4TileTensor) -> None:
         tiles, parameters = weight.tiles, weight.scale_and_zero
         self.tiles, self.scale_and_zero = tiles, parameters
+        self.metadata = weight.metadata
         self.fields: dict[str, Any] | None = None
         #: On the CPU the host's time is not what a caller waits for.
         if (
@@ -78,6 +80,7 @@ def _t(weight: Int4TileTensor) -> Any:
         made is None
         or made.tiles is not weight.tiles
         or made.scale_and_zero is not weight.scale_and_zero
+        or made.metadata is not weight.metadata
     ):
         made = weight._transposed = _Transposed(weight)
     if made.fields is None or torch.is_inference_mode_enabled():
