@@ -12,9 +12,9 @@ __all__ = ["current_device", "current_stream"]
 
 def current_device() -> int:
     """The index of the thread's current CUDA device; CUDA must be initialized."""
-    return int(torch._C._cuda_getDevice())
+    return torch._C._cuda_getDevice()
 
 
 def current_stream(device: int) -> int:
     """The address of the current stream of a CUDA device, by its index."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
+    return torch._C._cuda_getCurrentRawStream(device)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxint4._pytorch.cuda import current_stream
+
 __all__ = ["zeroed"]
 
 #: Counters of a device, and those of one stream.
@@ -58,7 +60,7 @@ def zeroed(count: int, like: Tensor) -> Tensor:
         if mine is not None and captured:
             part = _take(mine, count)
         elif mine is not None and count <= _A_STREAM:
-            stream = torch.cuda.current_stream(device).cuda_stream
+            stream = current_stream(device)
             part = mine.by_stream.get(stream)
             if part is None:
                 part = _take(mine, _A_STREAM)

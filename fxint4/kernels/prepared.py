@@ -87,13 +87,14 @@ class _PreparedLaunch:
             for name in self._names
         ]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Launch the kernel on tensors in the order of its signature."""
-        if (
-            self._runner is not None
-            and self._device == current_device()
-            and not any(tensor.data_ptr() % 16 for tensor in tensors)
-        ):
+    def __call__(self, tensors: Sequence[Tensor], aligned: bool) -> None:
+        """Launch the kernel.
+
+        Args:
+            tensors: In the order of its signature.
+            aligned: Whether all begin at a multiple of 16 bytes.
+        """
+        if self._runner is not None and aligned and self._device == current_device():
             self._runner(*tensors, *self._rest, stream=current_stream(self._device))
             return
         named = dict(zip(self._names, tensors, strict=True))
@@ -126,7 +127,8 @@ class _Fused:
             partial = x.new_empty(self._partial, dtype=torch.float32)
             counted = counters.zeroed(self._counters, x)
         given = (x, y, partial, counted, tiles, scale_and_zero)
-        self._launch([given[place] for place in self._order])
+        aligned = not (x.data_ptr() | tiles.data_ptr() | scale_and_zero.data_ptr()) & 15
+        self._launch([given[place] for place in self._order], aligned)
         return y
 
 
@@ -147,7 +149,8 @@ class _Dense:
     def __call__(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
         w = x.new_empty(self._size)
         given = (w, tiles, scale_and_zero)
-        self._launch([given[place] for place in self._order])
+        aligned = not (tiles.data_ptr() | scale_and_zero.data_ptr()) & 15
+        self._launch([given[place] for place in self._order], aligned)
         return x @ w.T
 
 
