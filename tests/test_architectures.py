@@ -706,7 +706,7 @@ PACKED_IN_PLACE = {
     "bert": (13, 13),
     "mixtral-grouped_mm": (7, 7),
     "gpt_oss-batched_mm": (7, 7),
-    "llama4_moe": (8, 10),  # only a graph tells along which axis its experts multiply
+    "llama4_moe": (10, 10),
 }
 
 
