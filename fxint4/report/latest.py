@@ -39,8 +39,9 @@ def last_report() -> Report | None:
     """Return the newest report, or None.
 
     It is that of the last `torch.compile(..., backend="int4tile")` that compiled, or of a later
-    `rewrite` or `package`. Parts of one model that are compiled each by itself with equal options
-    (by `block.compile()`, as diffusers' `compile_repeated_blocks` does) share a report.
+    `rewrite`, `package` or `from_pretrained`. Parts of one model that are compiled each by itself
+    with equal options (by `block.compile()`, as diffusers' `compile_repeated_blocks` does) share a
+    report.
     """
     return _newest
 
