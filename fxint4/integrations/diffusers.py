@@ -8,20 +8,24 @@ a model, or into a pipeline's `PipelineQuantizationConfig`; the files are those 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import CheckpointError, OptionError
+from fxint4.errors import CheckpointError
 from fxint4.frontends.streamed import PackedFiles, StreamedPacking
 from fxint4.frontends.unpack import dequantize_
-from fxint4.integrations.transformers import NAME, Int4TileConfig
+from fxint4.integrations.transformers import (
+    NAME,
+    Int4TileConfig,
+    not_to_convert,
+    refuse_disk,
+)
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.files import flatten
 
@@ -73,11 +77,7 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         Raises:
             OptionError: It does.
         """
-        if isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise OptionError(
-                "packed weights can't be offloaded to the disk, where diffusers writes plain "
-                "tensors alone; give 'cpu' in the place of 'disk' in device_map"
-            )
+        refuse_disk(device_map, "diffusers")
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: Sequence[Any]
@@ -112,10 +112,14 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Decide about each parameter, unless the files have them packed."""
         self._model = model
         if self._config is not None:
-            reasons = _Reasons(
-                self.quantization_config.modules_to_not_convert or (), keep_in_fp32_modules
-            )
-            self.weights = StreamedPacking(model, self._config, reasons)
+            in_fp32 = set(keep_in_fp32_modules)
+
+            def kept(names: Sequence[str]) -> str:
+                if any(in_fp32.intersection(name.split(".")) for name in names):
+                    return "the model's class keeps it in float32"
+                return not_to_convert(self.quantization_config, names)
+
+            self.weights = StreamedPacking(model, self._config, kept)
         elif isinstance(self.weights, PackedFiles):
             self.weights.prepare(model)
         _set_config(model, self.quantization_config)
@@ -278,29 +282,6 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dequantize_(model)
         model.hf_quantizer = self
         return model
-
-
-class _Reasons:
-    """Why parameters are left as they are.
-
-    Args:
-        not_to_convert: Names of modules, as `Int4TileConfig.modules_to_not_convert`.
-        in_fp32: Names of modules that the model's class keeps in float32.
-    """
-
-    def __init__(self, not_to_convert: Sequence[str], in_fp32: Sequence[str]) -> None:
-        self._not_to_convert = not_to_convert
-        self._in_fp32 = set(in_fp32)
-
-    def __call__(self, names: Sequence[str]) -> str:
-        """The reason for a parameter with these full names, or ""."""
-        for name in names:
-            if self._in_fp32.intersection(name.split(".")):
-                return "the model's class keeps it in float32"
-            for pattern in self._not_to_convert:
-                if not should_convert_module(name.rpartition(".")[0], [pattern]):
-                    return f"modules_to_not_convert={pattern!r}"
-        return ""
 
 
 def _set_config(model: Any, config: Int4TileConfig | None) -> None:

@@ -41,7 +41,13 @@ from fxint4.tensor.files import PARTS, flatten
 if TYPE_CHECKING:  # transformers imports this module while it makes this class
     from transformers import PreTrainedModel
 
-__all__ = ["Int4TileConfig", "Int4TileQuantizer", "follow_packing"]
+__all__ = [
+    "Int4TileConfig",
+    "Int4TileQuantizer",
+    "follow_packing",
+    "not_to_convert",
+    "refuse_disk",
+]
 
 #: What transformers knows the format by, in `config.json`.
 NAME = "int4tile"
@@ -198,6 +204,40 @@ _FIELDS = (
 _NO_FIELDS = ("quant_method", "note")
 
 
+def refuse_disk(device_map: object, library: str) -> None:
+    """Refuse a device map that sends weights to the disk.
+
+    Args:
+        device_map: What the user gave for it.
+        library: The name of the library that reads it.
+
+    Raises:
+        OptionError: It does.
+    """
+    if isinstance(device_map, Mapping) and "disk" in device_map.values():
+        raise OptionError(
+            f"packed weights can't be offloaded to the disk, where {library} writes plain "
+            "tensors alone; give 'cpu' in the place of 'disk' in device_map"
+        )
+
+
+def not_to_convert(options: Int4TileConfig, names: Sequence[str]) -> str:
+    """Why a parameter stays as it is by `modules_to_not_convert`.
+
+    Args:
+        options: What the user asked for.
+        names: All full names of the parameter.
+
+    Returns:
+        The reason for the report, or "".
+    """
+    for name in names:
+        for pattern in options.modules_to_not_convert or ():
+            if not should_convert_module(name.rpartition(".")[0], [pattern]):
+                return f"modules_to_not_convert={pattern!r}"
+    return ""
+
+
 class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
     """Packs the weights of a transformers model while it is loaded, and saves packed ones.
 
@@ -236,11 +276,7 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             OptionError: It does.
         """
-        if isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise OptionError(
-                "packed weights can't be offloaded to the disk, where transformers writes plain "
-                "tensors alone; give 'cpu' in the place of 'disk' in device_map"
-            )
+        refuse_disk(device_map, "transformers")
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -253,15 +289,8 @@ class Int4TileQuantizer(HfQuantizer):  # type: ignore[misc]
         # transformers ties weights once they are loaded, but what is tied is packed, or not, once.
         for name, original in model.all_tied_weights_keys.items():
             tie(model, name, original)
-        self.weights = StreamedPacking(model, self._config, self._not_to_convert)
-
-    def _not_to_convert(self, names: Sequence[str]) -> str:
-        patterns = self.quantization_config.modules_to_not_convert or ()
-        for name in names:
-            for pattern in patterns:
-                if not should_convert_module(name.rpartition(".")[0], [pattern]):
-                    return f"modules_to_not_convert={pattern!r}"
-        return ""
+        kept = partial(not_to_convert, self.quantization_config)
+        self.weights = StreamedPacking(model, self._config, kept)
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
@@ -506,7 +535,7 @@ def follow_packing(model: nn.Module, config: Int4Config | None) -> None:
             _make_saveable(part, Int4TileConfig.of(config or Int4Config()))
     for part in _models_in(model):
         known = getattr(part, "hf_quantizer", None)
-        if isinstance(known, Int4TileQuantizer) and not any(part is each for each in packed):
+        if isinstance(known, Int4TileQuantizer) and part not in packed:
             known.remove_quantization_config(part)
 
 
