@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,30 +16,13 @@ import fxint4
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.core_model_loading", reason="transformers is older than 5.17")
 
+from tiny_transformers import VOCABULARY, llama, llava, qwen_moe, t5  # noqa: E402
 from transformers import (  # noqa: E402
-    CLIPVisionConfig,
     CompileConfig,
     ContinuousBatchingConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
-VOCABULARY = 96
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-}
 NEW = 8
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
 #: Two prompts, the second of them shorter.
@@ -47,35 +31,7 @@ PADDED = IDS.clone()
 PADDED[1, :3] = 0
 MASK = (PADDED != 0).long()
 
-
-def llama(**changes: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
-
-
-def qwen_moe() -> PreTrainedModel:
-    sizes = {**SIZES, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
-
-
-def t5() -> PreTrainedModel:
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0)
-    )
-
-
-def llava() -> PreTrainedModel:
-    vision = {"image_size": 16, "patch_size": 8, **SIZES}
-    for name in ("num_key_value_heads", "vocab_size"):
-        del vision[name]
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**vision),
-            text_config=LlamaConfig(**SIZES),
-            image_token_index=VOCABULARY - 1,
-            image_seq_length=4,
-        )
-    )
+one_layer = partial(llama, num_hidden_layers=1)
 
 
 def pair(make: Callable[[], PreTrainedModel], seed: int = 0) -> tuple[Any, Any]:
@@ -101,14 +57,17 @@ def told(model: Any, **options: Any) -> Tensor:
 
 
 MODES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
-    "greedy": (llama, {"input_ids": IDS, **GREEDY}),
-    "a mixture of experts": (qwen_moe, {"input_ids": IDS, **GREEDY}),
-    "left padding": (llama, {"input_ids": PADDED, "attention_mask": MASK, **GREEDY}),
-    "a static cache": (llama, {"input_ids": IDS, "cache_implementation": "static", **GREEDY}),
-    "chunked prefill": (llama, {"input_ids": IDS, "prefill_chunk_size": 3, **GREEDY}),
-    "beams": (llama, {"input_ids": IDS, "num_beams": 3, **GREEDY}),
-    "sampling": (llama, {"input_ids": IDS, "max_new_tokens": NEW, "do_sample": True, "top_k": 5}),
-    "encoder and decoder": (t5, {"input_ids": IDS, **GREEDY}),
+    "greedy": (one_layer, {"input_ids": IDS, **GREEDY}),
+    "a mixture of experts": (partial(qwen_moe, num_hidden_layers=1), {"input_ids": IDS, **GREEDY}),
+    "left padding": (one_layer, {"input_ids": PADDED, "attention_mask": MASK, **GREEDY}),
+    "a static cache": (one_layer, {"input_ids": IDS, "cache_implementation": "static", **GREEDY}),
+    "chunked prefill": (one_layer, {"input_ids": IDS, "prefill_chunk_size": 3, **GREEDY}),
+    "beams": (one_layer, {"input_ids": IDS, "num_beams": 3, **GREEDY}),
+    "sampling": (
+        one_layer,
+        {"input_ids": IDS, "max_new_tokens": NEW, "do_sample": True, "top_k": 5},
+    ),
+    "encoder and decoder": (partial(t5, num_layers=1), {"input_ids": IDS, **GREEDY}),
 }
 
 
@@ -120,7 +79,7 @@ def test_tokens(mode: str) -> None:
 
 
 def test_vision_and_language() -> None:
-    packed, plain = pair(llava)
+    packed, plain = pair(partial(llava, num_hidden_layers=1))
     ids = IDS[:1].clone()
     ids[0, 1:5] = VOCABULARY - 1
     options = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16), **GREEDY}
@@ -128,15 +87,15 @@ def test_vision_and_language() -> None:
 
 
 def test_assisted() -> None:
-    packed, plain = pair(llama)
-    assistant, _ = pair(lambda: llama(intermediate_size=64), seed=3)
+    packed, plain = pair(one_layer)
+    assistant, _ = pair(lambda: one_layer(intermediate_size=64), seed=3)
     options = {"input_ids": IDS[:1], **GREEDY}
     assert torch.equal(told(packed, **options, assistant_model=assistant), told(plain, **options))
 
 
 def test_a_batch_that_goes_on() -> None:
     """`generate_batch`, with continuous batching and a paged cache."""
-    packed, plain = pair(llama)
+    packed, plain = pair(one_layer)
     prompts = [IDS[0].tolist(), IDS[1, 3:].tolist()]
     config = copy.deepcopy(packed.generation_config)
     config.max_new_tokens, config.do_sample = NEW, False
@@ -153,7 +112,7 @@ def test_a_batch_that_goes_on() -> None:
 @pytest.mark.compiles
 @pytest.mark.by_aten
 def test_compiled_by_int4tile() -> None:
-    packed, plain = pair(llama)
+    packed, plain = pair(one_layer)
     config = CompileConfig(backend="int4tile", mode="default")
     config._compile_all_devices = True  # a CPU otherwise compiles nothing
     options = {"input_ids": IDS, "cache_implementation": "static", **GREEDY}

@@ -19,56 +19,34 @@ from fxint4 import CheckpointError, FoldError, Int4TileTensor, OptionError, Pack
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.core_model_loading", reason="transformers is older than 5.17")
 
+from tiny_transformers import SIZES, VOCABULARY, llama, llava, qwen_moe, t5  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
-VOCABULARY = 96
 IDS = torch.arange(12).view(1, 12) * 7 % VOCABULARY
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-}
 OPTIONS = {"group_size": 32}
 #: The CPU's op rounds x to bf16: half a unit in the last place, for each of about eight matmuls in
 #: a row.
 ROUNDED = 8 * 2.0**-9
 
 
-def llama(**changes: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
-
-
 def mixtral() -> PreTrainedModel:
     return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
-
-
-def qwen_moe() -> PreTrainedModel:
-    sizes = {**SIZES, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
 def llama4() -> PreTrainedModel:
@@ -108,26 +86,6 @@ def gpt2() -> PreTrainedModel:
 
 def bert() -> PreTrainedModel:
     return BertForMaskedLM(BertConfig(**SIZES))
-
-
-def t5() -> PreTrainedModel:
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0)
-    )
-
-
-def llava() -> PreTrainedModel:
-    vision = {"image_size": 16, "patch_size": 8, **SIZES}
-    for name in ("num_key_value_heads", "vocab_size"):
-        del vision[name]
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**vision),
-            text_config=LlamaConfig(**SIZES),
-            image_token_index=VOCABULARY - 1,
-        )
-    )
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
