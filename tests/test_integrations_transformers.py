@@ -411,6 +411,9 @@ def test_damaged_files(folder: Path, tmp_path: Path) -> None:
         CheckpointError, match=r"no tensors of model\.layers\.1\.mlp\.up_proj\.weight"
     ):
         LlamaForCausalLM.from_pretrained(tmp_path / "int4")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "int4")
 
 
 def test_an_older_file_that_is_not_packed(folder: Path) -> None:

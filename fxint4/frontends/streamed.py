@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -28,6 +27,7 @@ from fxint4.report import GraphReport, Record, Report
 from fxint4.report.latest import remember
 from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.files import HEADER, PARTS, Header, assemble, read_header
+from fxint4.untrusted_files import open_tensors
 
 __all__ = ["PackedFiles", "StreamedPacking", "tie"]
 
@@ -127,9 +127,11 @@ class PackedFiles:
 
     Attributes:
         nbytes: Bytes that each packed parameter takes, by its full name, with the prefix, too.
+        header: What the headers of all files say together.
 
     Raises:
-        CheckpointError: No file has a header of fxint4's, or one lists tensors that no file has.
+        CheckpointError: A file can't be read, no file has a header of fxint4's, or one lists
+            tensors that no file has.
         PackedFormatError: A header is damaged, or of a later version.
     """
 
@@ -139,7 +141,7 @@ class PackedFiles:
         self._stored: dict[str, str] = {}
         metadata, sizes = [], {}
         for path in files:
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path, CheckpointError) as file:
                 metadata.append(file.metadata() or {})
                 for name in file.keys():  # noqa: SIM118
                     shape = file.get_slice(name).get_shape()
@@ -150,9 +152,9 @@ class PackedFiles:
                 "Either another program wrote the file anew, or it is an older one, which is read "
                 "before the index of newer files beside it: then delete it"
             )
-        self._header: Header = read_header(self._folder, *metadata)
-        for stored in self._header.packed:
-            parts = self._header.parts(stored).values()
+        self.header: Header = read_header(self._folder, *metadata)
+        for stored in self.header.packed:
+            parts = self.header.parts(stored).values()
             if not sizes.keys() & set(parts):  # where one is there, `assemble` says what is missing
                 raise CheckpointError(
                     f"{self._folder} has no tensors of {stored}, which its header lists: a file is "
@@ -163,14 +165,9 @@ class PackedFiles:
                 self.nbytes[name] = sum(sizes.get(part, 0) for part in parts)
 
     @property
-    def header(self) -> Header:
-        """What the headers of all files say together."""
-        return self._header
-
-    @property
     def attributes(self) -> list[str]:
         """The names that packed parameters have in their modules."""
-        return list(dict.fromkeys(name.rpartition(".")[2] for name in self._header.packed))
+        return list(dict.fromkeys(name.rpartition(".")[2] for name in self.header.packed))
 
     def prepare(self, model: nn.Module) -> None:
         """Make plain parameters of parametrized ones that are packed in the files.
@@ -196,7 +193,7 @@ class PackedFiles:
         Raises:
             PackedFormatError: The tensors are damaged, or don't fit what the header says.
         """
-        packed = assemble(self._folder, self._stored.get(name, name), self._header, parts)
+        packed = assemble(self._folder, self._stored.get(name, name), self.header, parts)
         return nn.Parameter(packed.to(dtype), requires_grad=False)
 
     def report(self, model: nn.Module, title: str) -> Report:
@@ -210,7 +207,7 @@ class PackedFiles:
 
     def tie(self, model: nn.Module) -> None:
         """Make one parameter of those that were one when the files were written."""
-        for name, original in self._header.shared.items():
+        for name, original in self.header.shared.items():
             tie(model, name, original)
 
 
