@@ -515,6 +515,35 @@ def test_a_weight_with_a_dtype_of_its_own(tmp_path: Path) -> None:
     same_state(loaded, WithARouter.from_pretrained(tmp_path / "int4", **options))
 
 
+class WithAMatmul(LlamaForCausalLM):
+    """A model with a weight `[K, N]` in a module that nobody knows."""
+
+    config_class = RouterConfig
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__(config)
+        self.last = nn.Module()
+        self.last.table = nn.Parameter(torch.randn(64, 128) / 8)
+        self.post_init()
+
+    def forward(self, **inputs: Any) -> Any:
+        states = self.model(**inputs).last_hidden_state
+        return (states @ self.last.table, self.lm_head(states))
+
+
+def test_the_report_of_a_weight_that_a_graph_found(tmp_path: Path) -> None:
+    original = WithAMatmul(RouterConfig(**SIZES)).eval()
+    before = original.last.table.nbytes
+    fxint4.pack_(original, options=OPTIONS, example_kwargs={"input_ids": IDS})
+    assert "last.table" in packed_names(original)
+    original.save_pretrained(tmp_path)
+    again = WithAMatmul.from_pretrained(tmp_path)
+    (record,) = (each for each in again.int4tile_report.records if each.name == "last.table")
+    assert (record.op, record.n, record.k) == ("matmul", 128, 64)
+    assert (record.action, record.bytes_before) == ("packed", before)
+    assert torch.equal(output(again), output(original))
+
+
 class WithAWeightNorm(LlamaForCausalLM):
     """A model with a weight that is computed of parameters."""
 

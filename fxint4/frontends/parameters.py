@@ -25,6 +25,7 @@ from fxint4.tensor import Int4TileTensor
 
 __all__ = [
     "decided_candidate",
+    "loaded_record",
     "materialize",
     "materialize_parametrized",
     "packed_candidate",
@@ -216,6 +217,43 @@ def packed_record(record: Record, packed: Int4TileTensor, reason: str) -> Record
         bytes_after=packed.packed_bytes,
         held_bytes=0,
     )
+
+
+def loaded_record(
+    name: str,
+    use: tuple[str, int] | None,
+    place: Tensor,
+    value: Tensor,
+    packed: str,
+    kept: str,
+) -> Record | None:
+    """The record of a parameter whose value comes from a checkpoint.
+
+    Args:
+        name: Its full name.
+        use: The op that multiplies by it and the axis K, as in `Candidate`; None if unknown.
+        place: The parameter before it was packed, or a buffer without a use; its values are not
+            read.
+        value: What the model has now.
+        packed: What there is to say of packed values.
+        kept: Why others are not packed.
+
+    Returns:
+        The record; None for a value that is not packed, and is not known to be multiplied by.
+    """
+    if isinstance(value, Int4TileTensor):  # it knows its axes, whatever the use
+        stored: Tensor = value.like(axes=tuple(range(value.batch_axes + 2)))
+    elif use is None:
+        return None
+    else:
+        assert isinstance(place, nn.Parameter)
+        stored = Candidate(place, *use).as_stored
+    op = "matmul" if use is None else use[0]
+    record = record_of(layer_name(name), (name,), op, stored, place)
+    record = dataclasses.replace(record, weight_key=id(value))
+    if isinstance(value, Int4TileTensor):
+        return packed_record(record, value, packed)
+    return dataclasses.replace(record, reason=kept)
 
 
 def _decided(

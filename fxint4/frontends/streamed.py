@@ -16,16 +16,14 @@ from fxint4.errors import CheckpointError
 from fxint4.frontends.candidates import Candidate, Owners, candidates_of_modules, use_of
 from fxint4.frontends.parameters import (
     decided_candidate,
+    loaded_record,
     materialize,
     packed_candidate,
-    packed_record,
-    record_of,
 )
-from fxint4.graph.names import layer_name, parameters_of
+from fxint4.graph.names import parameters_of
 from fxint4.passes.plan import Kept
 from fxint4.report import GraphReport, Record, Report
 from fxint4.report.latest import remember
-from fxint4.tensor import Int4TileTensor
 from fxint4.tensor.files import HEADER, PARTS, Header, assemble, read_header
 from fxint4.untrusted_files import open_tensors
 
@@ -245,18 +243,12 @@ def _records_of(model: nn.Module) -> list[Record]:
     owners = Owners([("", model)])
     records = []
     for parameter in owners.parameters.values():
-        uses = [use for owner in owners.of(parameter) if (use := use_of(owner, parameter))]
-        if not uses and not isinstance(parameter, Int4TileTensor):
-            continue
-        op, k_axis = uses[0] if uses else ("linear", -1)
-        name = owners.name(parameter)
+        uses = (use_of(owner, parameter) for owner in owners.of(parameter))
+        use = next((each for each in uses if each), None)
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        plain = nn.Parameter(values, requires_grad=False)
-        stored = Candidate(plain, op, k_axis).as_stored
-        record = record_of(layer_name(name), (name,), op, stored, plain)
-        record = dataclasses.replace(record, weight_key=id(parameter))
-        if isinstance(parameter, Int4TileTensor):
-            records.append(packed_record(record, parameter, "packed in the checkpoint"))
-        else:
-            records.append(dataclasses.replace(record, reason="not packed in the checkpoint"))
+        place = nn.Parameter(values, requires_grad=False)
+        reasons = "packed in the checkpoint", "not packed in the checkpoint"
+        record = loaded_record(owners.name(parameter), use, place, parameter, *reasons)
+        if record:
+            records.append(record)
     return records

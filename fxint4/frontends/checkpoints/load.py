@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -26,11 +25,10 @@ from fxint4.frontends.checkpoints import (
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
 from fxint4.frontends.in_place import tell_followers
-from fxint4.frontends.parameters import packed_record, record_of
-from fxint4.graph.names import layer_name, parameters_of
+from fxint4.frontends.parameters import loaded_record
+from fxint4.graph.names import parameters_of
 from fxint4.quant.tile_layout import DTYPES
 from fxint4.report import GraphReport, Record, Report
-from fxint4.tensor import Int4TileTensor
 
 __all__ = ["load_"]
 
@@ -300,22 +298,11 @@ class _Slot:
 
     def record(self) -> Record | None:
         """The record of a matmul's weight; None for other tensors."""
-        if isinstance(self.new, Int4TileTensor):
-            stored: Tensor = self.new.like(axes=tuple(range(self.new.batch_axes + 2)))
-        elif self.use is None:
-            return None
-        else:
-            stored = self._candidate().as_stored
-        op = "matmul" if self.use is None else self.use[0]
-        name = self.place.name
-        record = record_of(layer_name(name), (name,), op, stored, self.place.tensor)
-        if not isinstance(self.new, Int4TileTensor):
-            return dataclasses.replace(
-                record, reason="not quantized in the checkpoint", weight_key=id(self.new)
-            )
-        reason = f"from {self.item.title}" if isinstance(self.item, Weight) else ""
-        record = dataclasses.replace(record, weight_key=id(self.new))
-        return packed_record(record, self.new, reason)
+        packed = f"from {self.item.title}" if isinstance(self.item, Weight) else ""
+        kept = "not quantized in the checkpoint"
+        place, new = self.place.tensor, self.new
+        assert new is not None
+        return loaded_record(self.place.name, self.use, place, new, packed, kept)
 
     def _candidate(self) -> Candidate:
         assert self.use is not None
