@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from support import assert_within, rounding_bound
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxint4 import Int4Config, Int4TileTensor
+from fxint4._pytorch.tensors import is_disturbed, keys_of, plain_keys
 from fxint4.tensor.core import _QUICK
 
 N, K = 192, 1024
 ROWS = [1, 5, 16, 100, 513, 2048]
+
+#: PyTorch's own, when forward-mode differentiation is first used.
+of_forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
 def weight(dtype: torch.dtype, device: str = "cuda", n: int = N, k: int = K) -> Int4TileTensor:
@@ -28,11 +38,14 @@ def rows(m: int, dtype: torch.dtype, device: str = "cuda", k: int = K) -> Tensor
     return values.to(device, dtype)
 
 
+PRODUCTS = (F.linear, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each product was made in the prepared way."""
     made: list[bool] = []
-    for op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+    for op in PRODUCTS:
         quick = _QUICK[op]
 
         def recorded(*args: object, quick: object = quick) -> object:
@@ -69,12 +82,9 @@ def test_the_product(m: int, dtype: torch.dtype, biased: bool, calls: list[bool]
     bias = torch.randn(N, device="cuda", dtype=dtype) if biased else None
     x = rows(m, dtype)
     with torch.no_grad():
-        for given in (x, x.view(1, m, K)):
-            products = [F.linear(given, w, bias) for _ in range(2)]
-            op = torch.ops.fxint4.linear(given, w.tiles, w.scale_and_zero, w.group_size, N)
-            expected = op if bias is None else op + bias
-            for y in products:
-                assert torch.equal(y, expected)
+        products = [F.linear(given, w, bias) for given in (x, x.view(1, m, K)) for _ in range(2)]
+    assert [y.shape for y in products] == [(m, N)] * 2 + [(1, m, N)] * 2
+    assert all(torch.equal(y.view(m, N), products[0]) for y in products)
     assert calls == [True] * 4
     dense = w.dequantize(torch.float64)
     wide = F.linear(x.double(), dense, None if bias is None else bias.double())
@@ -89,18 +99,19 @@ def test_what_is_left_to_the_ordinary_way(calls: list[bool]) -> None:
     scaled = w.like(pre_scale=torch.rand(K, device="cuda") + 0.5)
     padded = weight(torch.bfloat16, k=1000)
     with torch.no_grad():
-        for product in (
-            lambda: x @ scaled.t(),
-            lambda: rows(4, torch.bfloat16, k=1000) @ padded.t(),
-            lambda: rows(K, torch.bfloat16, k=4).t() @ w.t(),  # x is not contiguous
-            lambda: x @ w[:64].t(),
+        for given, by in (
+            (x, scaled),
+            (rows(4, torch.bfloat16, k=1000), padded),
+            (rows(K, torch.bfloat16, k=4).t(), w),  # x is not contiguous
+            (x, w[:64]),
+            (x[:0], w),
         ):
-            assert product().isfinite().all()
+            assert torch.equal(given @ by.t(), F.linear(given, by))
         with pytest.raises(ValueError, match=r"x is torch\.float16 and the packed weight stands"):
             x.half() @ w.t()
         with pytest.raises(ValueError, match="cannot multiply"):
             x[:, :512].contiguous() @ w.t()
-    assert not any(calls[:3])
+    assert calls == [False] * len(calls)
 
 
 @pytest.mark.gpu
@@ -169,8 +180,161 @@ def test_gradients_and_other_modes() -> None:
         assert torch.equal(y, expected)
 
 
+def other_ways() -> dict[str, Callable[[Tensor, Int4TileTensor, Tensor], Tensor]]:
+    """Calls that ask for more than a product, or give what is no plain tensor."""
+
+    def in_forward_mode(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            y = F.linear(forward_ad.make_dual(x, 2 * x), w, bias)
+            return torch.stack(tuple(forward_ad.unpack_dual(y)))
+
+    def with_gradients(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x, bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
+            y = F.linear(x, w, bias)
+            y.sum().backward()
+        assert x.grad is not None
+        assert bias.grad is not None
+        return torch.cat([y.detach().flatten(), x.grad.flatten(), bias.grad])
+
+    def under_autocast(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return F.linear(x.float(), w, bias)
+
+    def fake(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            y = F.linear(x, w, bias)
+        assert isinstance(y, FakeTensor)
+        return torch.tensor(y.shape)
+
+    def of_mode(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        with FlopCounterMode(display=False):
+            return F.linear(x, w, bias)
+
+    def by_name(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight=w, bias=bias)
+
+    return {
+        "forward mode": in_forward_mode,
+        "gradients": with_gradients,
+        "autocast": under_autocast,
+        "fake": fake,
+        "a dispatch mode": of_mode,
+        "by name": by_name,
+        "vmap": lambda x, w, bias: torch.vmap(lambda row: F.linear(row, w, bias))(x),
+        "negative": lambda x, w, bias: F.linear(torch._neg_view(x), w, bias),
+        "transposed": lambda x, w, bias: F.linear(x.t().contiguous().t(), w, bias),
+        "a view of a bias": lambda x, w, bias: F.linear(x, w, torch.cat([bias, bias])[::2]),
+        "one bias": lambda x, w, bias: F.linear(x, w, bias[:1]),
+        "a vector": lambda x, w, bias: F.linear(x[0], w, bias),
+        "another dtype": lambda x, w, bias: F.linear(x, w, bias.float()),
+    }
+
+
+def outcome(way: str, x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor | str:
+    """What a call returns, or what it raises."""
+    try:
+        return other_ways()[way](x, w, bias)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
+@pytest.mark.gpu
+@of_forward_mode
+@pytest.mark.parametrize("way", list(other_ways()))
+def test_more_than_a_product(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = weight(torch.bfloat16), rows(4, torch.bfloat16)
+    bias = torch.randn(N, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        F.linear(x, w, bias)  # now there is something prepared that would be wrong
+        got = outcome(way, x, w, bias)
+        for op in PRODUCTS:
+            monkeypatch.delitem(_QUICK, op)
+        expected = outcome(way, x, w, bias)
+    if isinstance(got, Tensor):
+        assert isinstance(expected, Tensor)
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7)
+    else:
+        assert got == expected
+
+
+@pytest.mark.gpu
+def test_tensors_of_inference_mode(calls: list[bool]) -> None:
+    w, x = weight(torch.bfloat16), rows(4, torch.bfloat16)
+    with torch.no_grad():
+        expected = F.linear(x, w)
+    with torch.inference_mode():
+        inside = x.clone()
+        assert torch.equal(F.linear(inside, w), expected)
+    assert torch.equal(F.linear(inside, w), expected)
+    assert calls == [True] * 3
+
+
+def disturbances() -> dict[str, Callable[[Tensor], bool]]:
+    """Ways to have something look at the ops of a thread; what `is_disturbed` says in each."""
+
+    def within(context: Any) -> bool:
+        with context:
+            return is_disturbed()
+
+    def seen(transform: Callable[..., Any], x: Tensor) -> bool:
+        said: list[bool] = []
+
+        def look(value: Tensor) -> Tensor:
+            said.append(is_disturbed())
+            return value.sum()
+
+        transform(look, x)
+        return said[0]
+
+    return {
+        "fake": lambda x: within(FakeTensorMode()),
+        "a dispatch mode": lambda x: within(FlopCounterMode(display=False)),
+        "autocast": lambda x: within(torch.autocast("cpu", torch.bfloat16)),
+        "forward mode": lambda x: within(forward_ad.dual_level()),
+        "vmap": lambda x: seen(lambda f, x: torch.vmap(f)(x), x),
+        "a gradient of functions": lambda x: seen(lambda f, x: torch.func.grad(f)(x), x),
+        "functionalize": lambda x: seen(lambda f, x: torch.func.functionalize(f)(x), x),
+        "tracing": lambda x: seen(lambda f, x: make_fx(f)(x), x),
+        "tracing symbols": lambda x: seen(lambda f, x: make_fx(f, tracing_mode="symbolic")(x), x),
+    }
+
+
+@of_forward_mode
+@pytest.mark.parametrize("way", list(disturbances()))
+def test_what_looks_at_ops_is_noticed(way: str) -> None:
+    assert not is_disturbed()
+    assert disturbances()[way](torch.ones(2, 2))
+    assert not is_disturbed()
+
+
+def test_modes_of_autograd_disturb_nothing() -> None:
+    with torch.no_grad():
+        assert not is_disturbed()
+    with torch.inference_mode():
+        assert not is_disturbed()
+    with torch.enable_grad():
+        assert not is_disturbed()
+
+
+def test_plain_tensors_have_the_plain_keys() -> None:
+    x = torch.ones(2, 2)
+    with torch.inference_mode():
+        of_inference = torch.ones(2)
+    plain = (x, x.t(), x.clone().requires_grad_(), nn.Parameter(x), of_inference, x.long())
+    assert all(keys_of(tensor) in plain_keys("cpu") for tensor in plain)
+    special = (
+        torch._neg_view(x),
+        x.to_sparse(),
+        torch.ones(2, device="meta"),
+        weight(torch.bfloat16, "cpu"),
+    )
+    assert not any(keys_of(tensor) in plain_keys("cpu") for tensor in special)
+    assert torch.vmap(lambda row: row * (keys_of(row) in plain_keys("cpu")))(x).sum() == 0
+
+
 def test_on_the_cpu_nothing_is_prepared(calls: list[bool]) -> None:
     w, x = weight(torch.bfloat16, "cpu"), rows(3, torch.bfloat16, "cpu")
     check(x, w)
     check(x, w, torch.ones(N, dtype=torch.bfloat16))
-    assert calls == [False] * 4
+    assert calls == [False] * 8  # linear, then what it comes apart into

@@ -17,13 +17,14 @@ import functools
 import importlib
 import logging
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 
+from fxint4._pytorch.cuda import launcher
 from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "check_devices",
     "check_weight",
     "check_x",
+    "direct",
     "fast",
     "interpreted",
     "jit",
@@ -171,20 +173,45 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
             _compiled[key] = variant
 
 
-def runner_of(launch: Launch, tensors: Mapping[str, Tensor]) -> Any:
-    """What launches a kernel that `run` has launched before, or None if its variant is not cached.
+def direct(launch: Launch, tensors: Mapping[str, Tensor]) -> Callable[..., None] | None:
+    """What launches a kernel that `run` has launched before, without Triton's Python around it.
 
-    It takes all arguments in the order of the signature, aligned tensors on the current device, and
-    the address of a stream as ``stream``.
+    None if its variant is not cached, or asks for more than its arguments and one grid of programs.
 
     Args:
         launch: As for `run`.
         tensors: As for `run`.
+
+    Returns:
+        A function of the tensors' addresses, each a multiple of 16, in the order of the signature,
+        and of the address of a stream of the current device, which is the tensors'.
     """
     arguments = launch.in_order(tensors)
     key = _variant(launch, arguments, arguments[: len(tensors)])
     variant = None if key is None else _compiled.get(key)
-    return None if variant is None else variant[(launch.programs, 1, 1)]
+    launched = launcher()
+    if variant is None or launched is None:
+        return None
+    signature = [variant.src.signature[name] for name in launch.kernel.arg_names]
+    letters = ["O" if kind[0] == "*" else _LETTERS.get(kind) for kind in signature]
+    metadata = variant.metadata
+    scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
+    special = metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl
+    if special or any(scratch) or None in letters:
+        return None
+    passed = [value for value, letter in zip(arguments, letters, strict=True) if letter]
+    rest = (*passed[len(tensors) :], *(None for _ in scratch))
+    types = "".join(map(str, letters)) + "O" * len(scratch)
+    fixed = (variant.function, launch.programs, 1, 1, metadata.num_warps, metadata.shared, types)
+
+    def call(addresses: Sequence[int], stream: int) -> None:
+        launched(*fixed, (*addresses, *rest), stream)
+
+    return call
+
+
+#: What `launcher` calls types by Triton's names; arguments that are constants are not passed.
+_LETTERS = {"constexpr": "", "i32": "i", "i64": "l", "fp32": "f"}
 
 
 def _variant(launch: Launch, arguments: Sequence[Any], given: Sequence[Tensor]) -> Hashable | None:

@@ -182,14 +182,14 @@ class Int4Graph:
         Args:
             args: In the order of the captured graph's placeholders.
         """
-        roots, watched = self._pick_roots(args), self._pick_watched(args)
-        binding = self._bindings.get(self._state_of(roots, watched))
+        watched = self._pick_watched(args)
+        binding = self._bindings.get(self._state_of(self._pick_known(args), watched))
         sizes = tuple(
             args[position] if dim is None else args[position].shape[dim]
             for position, dim in self._symbols.values()
         )
         if binding is None or not binding.geometry.matches(watched):
-            of_roots = dict(zip(self._roots, roots, strict=True))
+            of_roots = {root: args[self._positions[root]] for root in self._roots}
             binding = self._bind(of_roots, self._rows_of(sizes), None)
             self._on_bound(binding)
         return binding.runs.get(sizes) or self._run(binding, args, sizes)
@@ -225,7 +225,7 @@ class Int4Graph:
                 if _is_direct(site.weight) and not found.fault and found.holds(format):
                     self._watch(site.weight.roots)
             watched = [roots[node] for node in self._order_watched]
-            state = self._state_of(list(roots.values()), watched)
+            state = self._state_of([roots[node] for node in self._known], watched)
             geometry = Geometry(watched)
         identities = tuple(_identity(site) for site in sites)
         formats = tuple(_planned_format(site, packed, rows) for site in sites)
@@ -257,22 +257,25 @@ class Int4Graph:
             roots = set()
         self._watched |= roots
         self._order_watched = tuple(root for root in self._roots if root in self._watched)
-        self._pick_roots = picker([self._positions[root] for root in self._roots])
+        known = self._watched.union(site.weight.roots[0] for site in self._sites)
+        self._known = tuple(root for root in self._roots if root in known)
+        self._pick_known = picker([self._positions[root] for root in self._known])
         self._pick_watched = picker([self._positions[root] for root in self._order_watched])
         if roots:
             self._bindings, self._states = {}, {}
 
-    def _state_of(self, roots: Sequence[Tensor], watched: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The addresses of all roots, and the versions of those that are watched.
+    def _state_of(self, known: Sequence[Tensor], watched: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The addresses of roots by which parameters are known, and versions of those watched.
 
         While a binding exists, no other memory gets an address of its roots: it is removed when one
-        of their storages dies.
+        of their storages dies. A weight that is not watched is read from the arguments themselves,
+        so one of its roots is enough to know it by.
         """
         try:
             versions = tuple(map(_version, watched))
         except RuntimeError:  # inference tensors have none
             versions = tuple(map(version_of, watched))
-        return tuple(map(Tensor.data_ptr, roots)), versions
+        return tuple(map(Tensor.data_ptr, known)), versions
 
     def _fold(
         self, site: Site, packed: PackedWeight, format: Format, roots: Sequence[Tensor]

@@ -85,7 +85,7 @@ _OFFLOAD = (
 Columns = tuple[tuple[int, int], ...]
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
-#: What is tried before those, in a few microseconds: the ops of eager `nn.Linear`.
+#: What is tried before those, in a few microseconds: what eager `nn.Linear` calls.
 _QUICK: dict[Any, Callable[..., Any]] = {}
 #: Those of `_IMPLEMENTATIONS` that take a dense copy of a weight.
 _DENSE: set[Any] = set()
@@ -118,14 +118,17 @@ def implements(
     return register
 
 
-def quickly(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def quickly(called: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that `Int4TileTensor` tries before what `implements` registered.
 
-    It takes the op's positional arguments, and returns NotImplemented for whatever is unusual.
+    It takes positional arguments, and returns NotImplemented for whatever is unusual.
+
+    Args:
+        called: An aten op, or a function of `torch.nn.functional`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _QUICK.update(dict.fromkeys(ops, function))
+        _QUICK[called] = function
         return function
 
     return register
@@ -235,7 +238,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     _flattened: tuple[list[str], Any] = ([], None)
     _flattened_of: tuple[Any, Any] = (None, None)
     #: See `fxint4.tensor.quick`.
-    _transposed: Any = None
+    _made: Any = None
     _plans: Any = None
 
     @staticmethod
@@ -1020,7 +1023,21 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             buffer.share_memory_()  # type: ignore[no-untyped-call]
         return self
 
-    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of PyTorch; composite ones come apart into aten ops.
+
+        `F.linear` comes apart into two ops, each of which PyTorch calls Python for. So it is done
+        here where nothing but a product is asked for.
+        """
+        quick = _QUICK.get(func)
+        if quick is not None and not kwargs:
+            result = quick(*args)
+            if result is not NotImplemented:
+                return result
+        return disabled_torch_function(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -1052,6 +1069,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         return func(*args, **kwargs)
 
 
+never_compiled(Int4TileTensor.__torch_function__.__code__)
 never_compiled(Int4TileTensor.__torch_dispatch__.__code__)
 
 

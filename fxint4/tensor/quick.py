@@ -1,8 +1,9 @@
 """What eager `nn.Linear` asks of a packed weight on a GPU, with as little work as possible.
 
-PyTorch turns ``linear(x, W)`` into ``mm(x, W.t())``, or `addmm`, and calls Python for each of the
-two. So `t` makes its view of what an earlier call has left on the weight, and the product by each
-shape of x is prepared once, see `fxint4.kernels.prepared`. Whatever is unusual is left to
+The product by each shape of x is prepared once, see `fxint4.kernels.prepared`, and `F.linear` runs
+it at once where nothing else is asked for. Otherwise, for a gradient or under autocast, PyTorch
+turns ``linear(x, W)`` into ``mm(x, W.t())``, or `addmm`, and calls Python for each of the two: `t`
+makes its view of what an earlier call has left on the weight. Whatever is unusual is left to
 `fxint4.tensor.views` and `fxint4.tensor.matmul`: a pre-scale, padding, x that is no plain tensor.
 """
 
@@ -11,9 +12,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fxint4._pytorch.tensors import aten, make_wrapper
+from fxint4._pytorch.tensors import (
+    aten,
+    in_dispatch_mode,
+    is_disturbed,
+    keys_of,
+    make_wrapper,
+    plain_keys,
+)
 from fxint4.kernels.prepared import Prepared, prepared
 from fxint4.tensor.core import Int4TileTensor, quickly
 
@@ -25,15 +34,41 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 class _Plans(dict[tuple[Any, ...], "Prepared | None"]):
-    """The product by each shape, dtype and device of x; None where there is none."""
+    """The products by a weight ``[N, K]``, by the shape, dtype, device and keys of x ``[..., K]``.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Plans:
-        """None yet: a copy of a weight may go to another device."""
-        return _Plans()
+    None where there is none.
+
+    Args:
+        weight: The weight.
+    """
+
+    def __init__(self, weight: Int4TileTensor) -> None:
+        super().__init__()
+        n, k = weight.shape
+        tiles = weight.tiles
+        #: What a bias is like that can be added as it is.
+        self.bias = ((n,), weight.dtype, tiles.device, True)
+        self._x = (k, weight.dtype, tiles.device)
+        self._w = (k, n, tuple(tiles.shape), weight.group_size, weight.dtype, tiles.device)
+
+    def of(self, x: Tensor) -> Prepared | None:
+        """The product by x, any tensor."""
+        if type(x) is not Tensor:
+            return None
+        key = (x.shape, x.dtype, x.get_device(), keys_of(x))
+        try:
+            plan = self[key]
+        except KeyError:
+            if len(self) >= _MOST:
+                self.clear()
+            plain = keys_of(x) in plain_keys("cuda")
+            fits = plain and (*x.shape[-1:], x.dtype, x.device) == self._x and x.numel()
+            plan = self[key] = prepared(tuple(x.shape[:-1]), *self._w) if fits else None
+        return plan if plan is not None and x.is_contiguous() else None
 
 
-class _Transposed:
-    """What makes `weight.t()` of a weight, once it was made.
+class _Made:
+    """What is made once for a weight.
 
     Args:
         weight: The weight.
@@ -41,17 +76,18 @@ class _Transposed:
     Attributes:
         tiles: Its tiles when that was; others mean another value, as do other `scale_and_zero` and
             `metadata`.
-        fields: The attributes of the view, with the plans; None where nothing is prepared for the
-            weight. They don't refer to this, so that buffers are freed with the weight.
+        plans: The products by it; None where none is prepared for the weight. They don't refer to
+            this, so that buffers are freed with the weight.
+        wrapper, fields: What ``weight.t()`` is made of, and its attributes, the plans among them.
     """
 
-    __slots__ = ("fields", "metadata", "scale_and_zero", "size", "stride", "tiles")
+    __slots__ = ("fields", "metadata", "plans", "scale_and_zero", "tiles", "wrapper")
 
     def __init__(self, weight: Int4TileTensor) -> None:
         tiles, parameters = weight.tiles, weight.scale_and_zero
         self.tiles, self.scale_and_zero = tiles, parameters
         self.metadata = weight.metadata
-        self.fields: dict[str, Any] | None = None
+        self.plans: _Plans | None = None
         #: On the CPU the host's time is not what a caller waits for.
         if (
             type(tiles) is type(parameters) is Tensor
@@ -64,28 +100,58 @@ class _Transposed:
             and weight.columns == ((0, weight.stored.k_padded),)
         ):
             view = weight.like(axes=(1, 0))
-            self.size, self.stride = view.shape, view.stride()
-            self.fields = {**view.__dict__, "_plans": _Plans()}
+            self.wrapper = (view.shape, view.stride(), weight.dtype, tiles.device)
+            self.plans = _Plans(weight)
+            self.fields = {**view.__dict__, "_plans": self.plans}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: a copy of a weight has buffers of its own."""
+        """Nothing: a copy of a weight has buffers of its own, perhaps on another device."""
 
 
-@quickly(aten.t.default)
-def _t(weight: Int4TileTensor) -> Any:
-    if torch.compiler.is_compiling():  # Dynamo also traces code like this
-        return NotImplemented
-    made = weight._transposed
+def _made_of(weight: Int4TileTensor) -> _Made:
+    made: _Made | None = weight._made
     if (
         made is None
         or made.tiles is not weight.tiles
         or made.scale_and_zero is not weight.scale_and_zero
         or made.metadata is not weight.metadata
     ):
-        made = weight._transposed = _Transposed(weight)
-    if made.fields is None or torch.is_inference_mode_enabled():
+        made = weight._made = _Made(weight)
+    return made
+
+
+@quickly(F.linear)
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if type(weight) is not Int4TileTensor or is_disturbed():
         return NotImplemented
-    view = make_wrapper(Int4TileTensor, made.size, made.stride, weight.dtype, made.tiles.device)
+    plans = _made_of(weight).plans
+    if plans is None:
+        return NotImplemented
+    plan = plans.of(x)
+    if plan is None or _trained(x):
+        return NotImplemented
+    if bias is None:
+        return plan(x, weight.tiles, weight.scale_and_zero)
+    if type(bias) not in (Tensor, nn.Parameter) or _trained(bias):
+        return NotImplemented
+    if (bias.shape, bias.dtype, bias.device, keys_of(bias) in plain_keys("cuda")) != plans.bias:
+        return NotImplemented
+    return plan(x, weight.tiles, weight.scale_and_zero).add_(bias)
+
+
+def _trained(tensor: Tensor) -> bool:
+    """Whether a product by a tensor is to have a gradient."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+@quickly(aten.t.default)
+def _t(weight: Int4TileTensor) -> Any:
+    if in_dispatch_mode() or torch.is_inference_mode_enabled():
+        return NotImplemented
+    made = _made_of(weight)
+    if made.plans is None:
+        return NotImplemented
+    view = make_wrapper(Int4TileTensor, *made.wrapper)
     view.__dict__.update(made.fields)
     return view
 
@@ -106,26 +172,7 @@ def _addmm(bias: Any, x: Any, weight: Any) -> Any:
 
 def _plan(x: Any, weight: Any) -> Prepared | None:
     """The product of x ``[M, K]`` and a transposed weight ``[K, N]``; None if none is prepared."""
-    if torch.compiler.is_compiling() or type(weight) is not Int4TileTensor:
+    if in_dispatch_mode() or type(weight) is not Int4TileTensor:
         return None
-    plans = weight._plans
-    if plans is None or type(x) is not Tensor or not x.is_contiguous():
-        return None
-    key = (x.shape, x.dtype, x.get_device())
-    try:
-        return plans[key]  # type: ignore[no-any-return]
-    except KeyError:
-        if len(plans) >= _MOST:
-            plans.clear()
-        plan = plans[key] = _prepared(x, weight)
-        return plan
-
-
-def _prepared(x: Tensor, weight: Int4TileTensor) -> Prepared | None:
-    k, n = weight.shape
-    if (x.ndim, x.shape[-1], x.dtype, x.device) != (2, k, weight.dtype, weight.tiles.device):
-        return None
-    if not len(x):
-        return None
-    tiles = tuple(weight.tiles.shape)
-    return prepared(len(x), k, n, tiles, weight.group_size, x.dtype, x.device)
+    plans: _Plans | None = weight._plans
+    return None if plans is None or x.ndim != 2 else plans.of(x)
