@@ -13,11 +13,12 @@ after it with `mode="reduce-overhead"`. Contenders:
 - unpacked: bf16, with `CompileConfig(backend="int4tile")`; the prompt runs in bf16
 
 "prompt ms" is the time of `generate` with one new token, "step ms" what each of the other 127 adds
-to it, "tokens/s" sequences over step time; medians of a few calls of each kind, after two warm-up
-calls. "compile s" is the first call with all new tokens less a later one, with empty caches; what
-the prompt alone has to load or compile comes before ("first prompt s"). "peak GB" is what PyTorch
-allocated at most, from the first call on; "model GB" is there before. Each contender has a process
-of its own and they run one after another; before another number of sequences everything compiled is
+to it, "tokens/s" sequences over step time; medians over rounds, after two warm-up calls. Each
+contender has a process of its own, and they take turns, in an order that is reversed every round,
+because the host's speed varies; ratios are medians of those of each round. "compile s" is the first
+call with all new tokens less a later one, with empty caches; what the prompt alone has to load or
+compile comes before ("first prompt s"). "peak GB" is what PyTorch allocated at most, from the first
+call on; "model GB" is there before. Before another number of sequences everything compiled is
 dropped, so that no shape turns dynamic.
 
 Check: the logits of a prompt and three compiled steps are held against those of the same model run
@@ -41,6 +42,7 @@ small that `generate` and small kernels are most of a step: bf16 2.5 ms, int4til
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import json
@@ -50,7 +52,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +66,8 @@ import fxint4
 
 CONTENDERS = ("bf16", "torchao", "packed", "unpacked")
 BATCHES = (1, 8)
-#: Timed calls of each kind.
-CALLS = 5
+#: Rounds in which every contender is timed once.
+ROUNDS = 9
 #: New tokens of which the logits are checked; the first is of the prompt.
 CHECKED = 4
 #: What --moe has instead of the sizes of Llama.
@@ -85,12 +87,14 @@ class Goal:
 
     Attributes:
         what: The figure of a row.
+        each: The same of each round.
         of: The contender whose figure counts as 1.
         must: The limit on the ratio: the least one of tokens a second, else the largest.
         aim: What would be good.
     """
 
     what: str
+    each: str
     of: str
     must: float
     aim: float | None = None
@@ -102,9 +106,9 @@ class Goal:
 
 
 GOALS = (
-    Goal("tokens_s", "bf16", 1.5, 1.8),
-    Goal("prompt_ms", "bf16", 1.1),
-    Goal("step_ms", "unpacked", 1.0),
+    Goal("tokens_s", "tokens_s_each", "bf16", 1.5, 1.8),
+    Goal("prompt_ms", "prompts_ms", "bf16", 1.1),
+    Goal("step_ms", "steps_ms", "unpacked", 1.0),
 )
 
 
@@ -219,41 +223,33 @@ class Contender:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def measure(self, batch: int) -> dict[str, Any]:
-        """Time prompts and whole calls for a number of sequences."""
+    def prepare(self, batch: int) -> dict[str, Any]:
+        """Compile for a number of sequences; returns what of the figures is known then."""
         arguments = self.arguments
         self.forget()
         torch.manual_seed(1)
         shape = (batch, arguments.prompt)
-        tokens = torch.randint(arguments.vocab_size, shape, device=arguments.device)
+        self.tokens = torch.randint(arguments.vocab_size, shape, device=arguments.device)
         count = arguments.new_tokens
         row: dict[str, Any] = {}
         if self.cuda:
             row["model_gb"] = torch.cuda.memory_allocated() / 1e9
-        row["first_prompt_s"] = self.seconds(tokens, 1)
-        first = self.seconds(tokens, count)
-        self.say(f"batch {batch}: the first call took {first:.1f} s")
-        self.seconds(tokens, count)
-        self.seconds(tokens, 1)
-        whole, prompts = [], []
-        for _ in range(2 if arguments.quick else CALLS):
-            whole.append(self.seconds(tokens, count))
-            prompts.append(self.seconds(tokens, 1))
-        prompt, total = statistics.median(prompts), statistics.median(whole)
-        step = (total - prompt) / (count - 1)
-        row |= {
-            "compile_s": first - total,
-            "prompt_ms": 1e3 * prompt,
-            "prompts_ms": [round(1e3 * seconds, 3) for seconds in prompts],
-            "step_ms": 1e3 * step,
-            "tokens_s": batch / step,
-            "whole_s": total,
-            "wholes_s": [round(seconds, 5) for seconds in whole],
-            "tokens_s_with_prompt": batch * count / total,
-        }
-        if self.cuda:
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return row | self.compiled() | {"cosine_eager": self.checked(tokens)}
+        row["first_prompt_s"] = self.seconds(self.tokens, 1)
+        row["first_s"] = self.seconds(self.tokens, count)
+        self.say(f"batch {batch}: the first call took {row['first_s']:.1f} s")
+        self.seconds(self.tokens, count)
+        self.seconds(self.tokens, 1)
+        return row
+
+    def sample(self) -> dict[str, Any]:
+        """Time a prompt and a whole call."""
+        whole = self.seconds(self.tokens, self.arguments.new_tokens)
+        return {"whole_s": whole, "prompt_s": self.seconds(self.tokens, 1)}
+
+    def finish(self) -> dict[str, Any]:
+        """The other figures."""
+        peak = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
+        return {**peak, **self.compiled(), "cosine_eager": self.checked(self.tokens)}
 
     def compiled(self) -> dict[str, Any]:
         """What transformers compiled, and how.
@@ -297,42 +293,112 @@ class Contender:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Measure a contender; print a row for each number of sequences."""
+    """Measure a contender: answer each line, which names a method and its arguments, by a line."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints goes to stderr
     start = time.perf_counter()
     contender = Contender(arguments.child, arguments)
     contender.wait()
     contender.say(f"ready after {time.perf_counter() - start:.0f} s")
-    for batch in arguments.batches:
-        row = {"batch": batch, **contender.measure(batch)}
-        answers.write(json.dumps(row) + "\n")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer = getattr(contender, asked.pop("do"))(**asked)
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 # --- all of them ---------------------------------------------------------------------------------
 
 
-def rows_of(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of a contender, as they come; the last has an error if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-            "TRITON_CACHE_DIR": f"{folder}/triton",
-        }
-        process = subprocess.Popen(
+class Child:
+    """The process of one contender.
+
+    Args:
+        name: The contender.
+        caches: A folder for what it compiles.
+
+    Attributes:
+        error: Why it measures nothing more; "" as long as it does.
+    """
+
+    def __init__(self, name: str, caches: str) -> None:
+        self.name, self.error = name, ""
+        self._process = subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--child", name],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **caches},
+            env={
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": f"{caches}/{name}/inductor",
+                "TRITON_CACHE_DIR": f"{caches}/{name}/triton",
+            },
         )
-        assert process.stdout is not None
-        model = "mixtral" if arguments.moe else "llama"
-        named = {"model": model, "layers": arguments.layers, "contender": name}
-        for line in process.stdout:
-            yield {**named, **json.loads(line)}
-        if process.wait():
-            yield {**named, "batch": None, "error": f"ended with status {process.returncode}"}
+
+    def ask(self, do: str, **given: Any) -> None:
+        """Have it run a method; `answer` waits for what that returns."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `answer` finds that it has ended
+            self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """What the method returned that was asked for before; nothing if the process has ended."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self.error = f"ended with status {self._process.wait()}"
+        return json.loads(line) if line else {}
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def answers(children: Sequence[Child], together: bool, do: str, **given: Any) -> list[Any]:
+    """What each contender answers to one question, asked at the same time or one after another."""
+    if together:
+        for child in children:
+            child.ask(do, **given)
+        return [child.answer() for child in children]
+    return [[child.ask(do, **given), child.answer()][1] for child in children]
+
+
+def rows_of(
+    children: Sequence[Child], batch: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each contender at a number of sequences; it has an error if it failed."""
+    count = arguments.new_tokens
+    rows = answers(children, arguments.at_once, "prepare", batch=batch)
+    samples: list[list[dict[str, float]]] = [[] for _ in children]
+    order = list(range(len(children)))
+    for _ in range(2 if arguments.quick else ROUNDS):
+        for place in order:
+            samples[place] += answers([children[place]], False, "sample")
+        order.reverse()
+    for child, row, each in zip(children, rows, samples, strict=True):
+        row |= {"contender": child.name, "batch": batch}
+        (last,) = answers([child], False, "finish")
+        if child.error:
+            row["error"] = child.error
+            continue
+        wholes = [sample["whole_s"] for sample in each]
+        row["prompts_ms"] = [1e3 * sample["prompt_s"] for sample in each]
+        row["steps_ms"] = [
+            (1e3 * whole - prompt) / (count - 1)
+            for whole, prompt in zip(wholes, row["prompts_ms"], strict=True)
+        ]
+        row["tokens_s_each"] = [1e3 * batch / step for step in row["steps_ms"]]
+        row |= {
+            "prompt_ms": statistics.median(row["prompts_ms"]),
+            "step_ms": statistics.median(row["steps_ms"]),
+            "tokens_s": statistics.median(row["tokens_s_each"]),
+            "tokens_s_with_prompt": batch * count / statistics.median(wholes),
+            "compile_s": row.pop("first_s") - statistics.median(wholes),
+            **last,
+        }
+    model = "mixtral" if arguments.moe else "llama"
+    return [{"model": model, "layers": arguments.layers, **row} for row in rows]
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -350,7 +416,9 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             other = by_key.get((model, layers, batch, goal.of))
             if other is None:
                 continue
-            ratio = round(row[goal.what] / other[goal.what], 2)
+            pairs = zip(row[goal.each], other[goal.each], strict=True)
+            ratios = sorted(packed / others for packed, others in pairs)
+            ratio = round(statistics.median(ratios), 2)
             limited = batch == 1 and model == "llama"
             met = ratio >= goal.must if goal.more else ratio <= goal.must
             judged.append(
@@ -360,6 +428,8 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "packed's": goal.what,
                     "of": goal.of,
                     "ratio": ratio,
+                    "least": ratios[0],
+                    "most": ratios[-1],
                     "must": (">= " if goal.more else "<= ") + str(goal.must) if limited else None,
                     "met": ("yes" if met else "NO") if limited else None,
                     "aim": goal.aim if limited else None,
@@ -416,6 +486,11 @@ def arguments_of() -> argparse.Namespace:
     made.add_argument("--vocab-size", type=int, help="128256, or 32000 with --moe")
     for name, default in SHAPE.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{default}, but for --moe")
+    made.add_argument(
+        "--at-once",
+        action="store_true",
+        help="compile for all contenders at the same time: compile s then tells little",
+    )
     made.add_argument("--append", action="store_true", help="keep the other rows of --json's file")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -447,15 +522,24 @@ def main() -> None:
         known = json.loads(arguments.json.read_text())["rows"]
         rows = {key(row): row for row in known if "error" not in row}
     start = time.perf_counter()
-    for name in arguments.contenders:
-        if name == "torchao" and importlib.util.find_spec("torchao") is None:
-            print("without torchao: it is not installed", flush=True)
-            continue
-        for row in rows_of(name, arguments):
-            rows[key(row)] = row
+    names = list(arguments.contenders)
+    if "torchao" in names and importlib.util.find_spec("torchao") is None:
+        print("without torchao: it is not installed", flush=True)
+        names.remove("torchao")
+    with tempfile.TemporaryDirectory() as folder:
+        children = [Child(name, folder) for name in names]
+        for batch in arguments.batches:
+            alive = [child for child in children if not child.error]
+            for row in rows_of(alive, batch, arguments):
+                rows[key(row)] = row
+                seconds = time.perf_counter() - start
+                print(
+                    f"{row['contender']}, batch {batch}: {summary(row)}; {seconds:.0f} s",
+                    flush=True,
+                )
             write(arguments.json, facts, arguments, rows=list(rows.values()))
-            seconds = time.perf_counter() - start
-            print(f"{name}, batch {row['batch']}: {summary(row)}; {seconds:.0f} s", flush=True)
+        for child in children:
+            child.close()
     table(list(rows.values()))
     goals = judge(list(rows.values()))
     show(goals)
