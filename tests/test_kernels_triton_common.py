@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fxint4.kernels import triton_common
-from fxint4.kernels.triton_common import Launch, run
+from fxint4.kernels.triton_common import Launch, direct, run
 
 
 class Kernel:
@@ -33,8 +33,21 @@ class Kernel:
 
 
 class Variant:
+    function = 1234
+
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        types = ("*fp32", "i32", "constexpr")
+        self.src = SimpleNamespace(signature=dict(zip(kernel.arg_names, types, strict=True)))
+        self.metadata = SimpleNamespace(
+            num_warps=4,
+            shared=512,
+            num_ctas=1,
+            global_scratch_size=0,
+            profile_scratch_size=0,
+            launch_cooperative_grid=False,
+            launch_pdl=False,
+        )
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args: self.kernel.launched.append(("variant", grid, args[1:]))
@@ -81,3 +94,66 @@ def test_variants_are_launched_where_their_arguments_are_known(
 @pytest.mark.skipif(triton_common.triton is None, reason="needs Triton")
 def test_the_installed_triton_is_known() -> None:
     assert triton_common._takes_all_arguments()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> tuple[Launch, dict[str, torch.Tensor], Variant]:
+    """A launch that has been made, its tensors, and the variant that Triton compiled for it."""
+    known = SimpleNamespace(__version__="3.6.0", JITFunction=Kernel)
+    monkeypatch.setattr(triton_common, "triton", known)
+    launch, tensors = Launch(Kernel(), 5, {"M": 3, "BLOCK": 64}, 4, 3), {"x_ptr": torch.zeros(16)}
+    run(launch, tensors)
+    (variant,) = triton_common._compiled.values()
+    return launch, tensors, variant
+
+
+def test_direct_launches_pass_what_the_kernel_takes(
+    launched: tuple[Launch, dict[str, torch.Tensor], Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(triton_common, "launcher", lambda: lambda *args: calls.append(args))
+    launch, tensors, _ = launched
+    launch_by = direct(launch, tensors)
+    assert launch_by is not None
+    launch_by([4096], 77)
+    launch_by([8192], 78)
+    fixed = (1234, 5, 1, 1, 4, 512, "OiOO")  # an address, M, and Triton's two scratch buffers
+    assert calls == [
+        (*fixed, (4096, 3, None, None), 77),
+        (*fixed, (8192, 3, None, None), 78),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_ctas", 2),
+        ("global_scratch_size", 64),
+        ("profile_scratch_size", 64),
+        ("launch_cooperative_grid", True),
+        ("launch_pdl", True),
+    ],
+)
+def test_what_asks_for_more_is_not_launched_directly(
+    launched: tuple[Launch, dict[str, torch.Tensor], Variant],
+    name: str,
+    value: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_common, "launcher", lambda: print)
+    launch, tensors, variant = launched
+    assert direct(launch, tensors) is not None
+    setattr(variant.metadata, name, value)
+    assert direct(launch, tensors) is None
+
+
+def test_no_direct_launch(
+    launched: tuple[Launch, dict[str, torch.Tensor], Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, tensors, variant = launched
+    monkeypatch.setattr(triton_common, "launcher", lambda: None)
+    assert direct(launch, tensors) is None
+    monkeypatch.setattr(triton_common, "launcher", lambda: print)
+    assert direct(launch, {"x_ptr": torch.zeros(17)[1:]}) is None, "no variant for its address"
+    variant.src.signature["M"] = "tensordesc<fp16[64, 64]>"
+    assert direct(launch, tensors) is None
