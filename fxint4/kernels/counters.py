@@ -49,14 +49,20 @@ def zeroed(count: int, like: Tensor) -> Tensor:
     Returns:
         int32 ``[count or more]`` of zeros.
     """
-    device = like.get_device()
     if not like.is_cuda:
         return like.new_zeros(count, dtype=torch.int32)
+    device = like.get_device()
     captured = torch.cuda.is_current_stream_capturing()
+    mine = _by_device.get(device)
+    if mine is not None and not captured and count <= _A_STREAM:
+        part = mine.by_stream.get(current_stream(device))
+        if part is not None:
+            return part
     with _lock:
         mine = _by_device.get(device)
         if mine is None and not captured:
             mine = _by_device[device] = _Counters(_lasting_zeros(_COUNT, like.device), 0, {})
+        part = None
         if mine is not None and captured:
             part = _take(mine, count)
         elif mine is not None and count <= _A_STREAM:
@@ -66,8 +72,6 @@ def zeroed(count: int, like: Tensor) -> Tensor:
                 part = _take(mine, _A_STREAM)
                 if part is not None:
                     mine.by_stream[stream] = part
-        else:
-            part = None
     return like.new_zeros(count, dtype=torch.int32) if part is None else part
 
 

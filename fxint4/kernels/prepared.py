@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from fxint4._pytorch.cuda import current_device, current_stream, empty
 from fxint4.kernels import counters, triton_linear
-from fxint4.kernels.select import Choice, MatmulShape, select_kernel
+from fxint4.kernels.select import MatmulShape, select_kernel
 from fxint4.kernels.triton_common import Blocks, Launch, direct, run
 
 __all__ = ["Prepared", "prepared"]
@@ -38,8 +37,8 @@ def prepared(
     group_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Prepared:
-    """A matmul of one shape; weights of one shape share it.
+) -> Prepared | None:
+    """A matmul of one shape; weights of one shape share it. None without Triton.
 
     Args:
         rows: The shape of x but for its last axis; no axis is 0.
@@ -63,7 +62,7 @@ def prepared(
     if choice.kernel == "dequantize":
         launch = triton_linear.dequantize_launch_of(k, *of_weight)
         return _Dense((n, k), dtype, device, launch)
-    return functools.partial(_any, group_size, n, choice)
+    return None
 
 
 class _OfLaunch:
@@ -87,13 +86,13 @@ class _OfLaunch:
         self._direct: Callable[..., None] | None = None
 
     def __call__(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
-        if current_device() == self._device:
-            return self._on_device(x, tiles, scale_and_zero)
-        with torch.cuda.device(self._device):
-            return self._on_device(x, tiles, scale_and_zero)
+        if current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(x, tiles, scale_and_zero)
+        return self._product(x, tiles, scale_and_zero, current_stream(self._device))
 
-    def _on_device(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
-        """The product, on the current device."""
+    def _product(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor, stream: int) -> Tensor:
+        """The product, on the current device and stream."""
         raise NotImplementedError
 
     def _order(self, *names: str) -> list[int]:
@@ -103,17 +102,20 @@ class _OfLaunch:
             for name in self._names
         ]
 
-    def _run(self, tensors: Sequence[Tensor]) -> None:
+    def _run(self, tensors: Sequence[Tensor], stream: int) -> None:
         """Launch the kernel on the current stream.
 
         Args:
             tensors: In the order of its signature.
+            stream: Its address.
         """
         if self._direct is not None:
             addresses = [tensor.data_ptr() for tensor in tensors]
-            # The last bits of all of them: the variant of the kernel is one for aligned tensors.
-            if not functools.reduce(operator.or_, addresses) & 15:
-                self._direct(addresses, current_stream(self._device))
+            bits = 0
+            for address in addresses:
+                bits |= address
+            if not bits & 15:  # the variant of the kernel is one for aligned tensors
+                self._direct(addresses, stream)
                 return
         named = dict(zip(self._names, tensors, strict=True))
         run(self._launch, named)
@@ -145,14 +147,14 @@ class _Fused(_OfLaunch):
         self._partial = ((shared * blocks.rows * blocks.features,), (1,), torch.float32)
         self._counters = shared // int(launch.arguments["SPLITS"]) if shared else 0
 
-    def _on_device(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
+    def _product(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor, stream: int) -> Tensor:
         y = empty(*self._made)
         partial = counted = y  # a stand-in where the launch uses none
         if self._counters:
             partial = empty(*self._partial)
             counted = counters.zeroed(self._counters, x)
         given = (x, y, partial, counted, tiles, scale_and_zero)
-        self._run([given[place] for place in self._places])
+        self._run([given[place] for place in self._places], stream)
         return y
 
 
@@ -172,16 +174,8 @@ class _Dense(_OfLaunch):
         super().__init__(size, dtype, device, launch)
         self._places = self._order("w", "tiles", "params")
 
-    def _on_device(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
+    def _product(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor, stream: int) -> Tensor:
         w = empty(*self._made)
         given = (w, tiles, scale_and_zero)
-        self._run([given[place] for place in self._places])
+        self._run([given[place] for place in self._places], stream)
         return F.linear(x, w)
-
-
-def _any(
-    group_size: int, n: int, choice: Choice, x: Tensor, tiles: Tensor, scale_and_zero: Tensor
-) -> Tensor:
-    rows = x.view(-1, x.shape[-1])
-    y = triton_linear.linears(rows, [(tiles, scale_and_zero)], group_size, [n], choice)
-    return y.view(*x.shape[:-1], n)
