@@ -66,8 +66,6 @@ import fxint4
 
 CONTENDERS = ("bf16", "torchao", "packed", "unpacked")
 BATCHES = (1, 8)
-#: Rounds in which every contender is timed once.
-ROUNDS = 9
 #: New tokens of which the logits are checked; the first is of the prompt.
 CHECKED = 4
 #: What --moe has instead of the sizes of Llama.
@@ -372,7 +370,7 @@ def rows_of(
     rows = answers(children, arguments.at_once, "prepare", batch=batch)
     samples: list[list[dict[str, float]]] = [[] for _ in children]
     order = list(range(len(children)))
-    for _ in range(2 if arguments.quick else ROUNDS):
+    for _ in range(arguments.rounds):
         for place in order:
             samples[place] += answers([children[place]], False, "sample")
         order.reverse()
@@ -481,6 +479,7 @@ def arguments_of() -> argparse.Namespace:
     made.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     made.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     made.add_argument("--new-tokens", type=int, default=128)
+    made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--moe", action="store_true", help="a small Mixtral")
     made.add_argument("--layers", type=int, help="32, or 8 with --moe")
     made.add_argument("--vocab-size", type=int, help="128256, or 32000 with --moe")
@@ -505,7 +504,7 @@ def arguments_of() -> argparse.Namespace:
         made.error("--new-tokens: at least 2, of which the first is the prompt's")
     if given.quick:
         given.layers = min(given.layers, 4)
-        given.batches = given.batches[:1]
+        given.batches, given.rounds = given.batches[:1], 2
     return given
 
 

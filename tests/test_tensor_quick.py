@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxint4 import Int4Config, Int4TileTensor
-from fxint4._pytorch.tensors import is_disturbed, keys_of, plain_keys
+from fxint4._pytorch.tensors import is_disturbed, is_plain
 from fxint4.tensor.core import _QUICK
 
 N, K = 192, 1024
@@ -270,67 +270,58 @@ def test_tensors_of_inference_mode(calls: list[bool]) -> None:
     assert calls == [True] * 3
 
 
-def disturbances() -> dict[str, Callable[[Tensor], bool]]:
-    """Ways to have something look at the ops of a thread; what `is_disturbed` says in each."""
+def disturbances() -> dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]]:
+    """Ways to call a function that have something look at its ops, or give it a wrapper."""
 
-    def within(context: Any) -> bool:
+    def within(context: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         with context:
-            return is_disturbed()
-
-    def seen(transform: Callable[..., Any], x: Tensor) -> bool:
-        said: list[bool] = []
-
-        def look(value: Tensor) -> Tensor:
-            said.append(is_disturbed())
-            return value.sum()
-
-        transform(look, x)
-        return said[0]
+            function(x)
 
     return {
-        "fake": lambda x: within(FakeTensorMode()),
-        "a dispatch mode": lambda x: within(FlopCounterMode(display=False)),
-        "autocast": lambda x: within(torch.autocast("cpu", torch.bfloat16)),
-        "forward mode": lambda x: within(forward_ad.dual_level()),
-        "vmap": lambda x: seen(lambda f, x: torch.vmap(f)(x), x),
-        "a gradient of functions": lambda x: seen(lambda f, x: torch.func.grad(f)(x), x),
-        "functionalize": lambda x: seen(lambda f, x: torch.func.functionalize(f)(x), x),
-        "tracing": lambda x: seen(lambda f, x: make_fx(f)(x), x),
-        "tracing symbols": lambda x: seen(lambda f, x: make_fx(f, tracing_mode="symbolic")(x), x),
+        "fake": lambda f, x: within(FakeTensorMode(allow_non_fake_inputs=True), f, x),
+        "a dispatch mode": lambda f, x: within(FlopCounterMode(display=False), f, x),
+        "autocast": lambda f, x: within(torch.autocast("cpu", torch.bfloat16), f, x),
+        "forward mode": lambda f, x: within(forward_ad.dual_level(), f, x),
+        "vmap": lambda f, x: torch.vmap(f)(x),
+        "a gradient of functions": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+        "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+        "tracing": lambda f, x: make_fx(f)(x),
+        "tracing symbols": lambda f, x: make_fx(f, tracing_mode="symbolic")(x),
+        "torch.jit.trace": lambda f, x: torch.jit.trace(f, (x,), check_trace=False),
     }
 
 
 @of_forward_mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is (deprecated|not supported)")
 @pytest.mark.parametrize("way", list(disturbances()))
-def test_what_looks_at_ops_is_noticed(way: str) -> None:
-    assert not is_disturbed()
-    assert disturbances()[way](torch.ones(2, 2))
-    assert not is_disturbed()
+def test_what_asks_for_more_is_noticed(way: str) -> None:
+    said: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        said.append(type(x) is not Tensor or not is_plain(x) or is_disturbed())
+        return x * 2
+
+    x = torch.ones(2, 2)
+    disturbances()[way](look, x)
+    assert said == [True]
+    look(x)
+    assert said == [True, False]
 
 
-def test_modes_of_autograd_disturb_nothing() -> None:
-    with torch.no_grad():
-        assert not is_disturbed()
-    with torch.inference_mode():
-        assert not is_disturbed()
-    with torch.enable_grad():
-        assert not is_disturbed()
+def test_modes_of_autograd_ask_for_no_more() -> None:
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            assert not is_disturbed()
 
 
-def test_plain_tensors_have_the_plain_keys() -> None:
+def test_plain_tensors() -> None:
     x = torch.ones(2, 2)
     with torch.inference_mode():
         of_inference = torch.ones(2)
     plain = (x, x.t(), x.clone().requires_grad_(), nn.Parameter(x), of_inference, x.long())
-    assert all(keys_of(tensor) in plain_keys("cpu") for tensor in plain)
-    special = (
-        torch._neg_view(x),
-        x.to_sparse(),
-        torch.ones(2, device="meta"),
-        weight(torch.bfloat16, "cpu"),
-    )
-    assert not any(keys_of(tensor) in plain_keys("cpu") for tensor in special)
-    assert torch.vmap(lambda row: row * (keys_of(row) in plain_keys("cpu")))(x).sum() == 0
+    assert all(map(is_plain, plain))
+    special = (torch._neg_view(x), x.to_sparse(), x.to_mkldnn())
+    assert not any(map(is_plain, special))
 
 
 def test_on_the_cpu_nothing_is_prepared(calls: list[bool]) -> None:

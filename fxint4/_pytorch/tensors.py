@@ -6,7 +6,6 @@ All of it was run on torch 2.11, 2.13 and 2.15.
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +28,12 @@ __all__ = [
     "in_dispatch_mode",
     "is_disturbed",
     "is_elementwise",
+    "is_plain",
     "is_pure",
-    "keys_of",
     "make_wrapper",
     "map_leaves",
     "map_tensors",
     "mkldnn_supports",
-    "plain_keys",
     "real_tensors",
     "share_storage",
     "storage_key",
@@ -129,51 +127,34 @@ def flat(tree: Any) -> list[Any]:
 disabled_torch_function = torch._C._disabled_torch_function_impl
 
 
-#: The calling thread's dispatch keys where nothing looks at its calls: outside of inference mode,
-#: and within.
-_UNDISTURBED = tuple(
-    functools.reduce(operator.or_, map(torch._C.DispatchKeySet, keys)).raw_repr()
-    for keys in (
-        (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView),
-        (torch._C.DispatchKey.BackendSelect,),
-    )
-)
-
-
-def is_disturbed() -> bool:
-    """Whether something other than plain autograd looks at the ops that this thread calls.
-
-    That is a dispatch mode (fake tensors, tracing), a transform of torch.func, `torch.jit.trace`,
-    autocast, or forward-mode differentiation.
-    """
-    return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() not in _UNDISTURBED
-        or torch._C._is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
-    )
-
-
 def in_dispatch_mode() -> bool:
     """Whether a dispatch mode is active in this thread, such as that of fake tensors or tracing."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def keys_of(tensor: Tensor) -> int:
-    """A number of a tensor's dispatch keys, which tell its device and layout, and wrappers."""
-    return torch._C._dispatch_keys(tensor).raw_repr()
+def is_disturbed() -> bool:
+    """Whether something in this thread asks more of an op on plain tensors than to compute.
 
-
-@functools.cache
-def plain_keys(device: str) -> frozenset[int]:
-    """Those `keys_of` that tensors have which are strided, on a kind of device, and nothing more.
-
-    Tensors that were made in inference mode have others than those that were not.
+    That is a dispatch mode, `torch.jit.trace`, autocast, or forward-mode differentiation.
     """
-    with torch.no_grad():
-        made = [torch.empty(0, device=device)]
-        with torch.inference_mode():
-            made.append(torch.empty(0, device=device))
-    return frozenset(map(keys_of, made))
+    return (
+        in_dispatch_mode()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor, no subclass, is nothing but its strided values.
+
+    A wrapper of torch.func is not, nor is a sparse tensor, or one that is to be read negated.
+    """
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def make_wrapper(

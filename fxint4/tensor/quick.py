@@ -19,9 +19,8 @@ from fxint4._pytorch.tensors import (
     aten,
     in_dispatch_mode,
     is_disturbed,
-    keys_of,
+    is_plain,
     make_wrapper,
-    plain_keys,
 )
 from fxint4.kernels.prepared import Prepared, prepared
 from fxint4.tensor.core import Int4TileTensor, quickly
@@ -34,7 +33,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 class _Plans(dict[tuple[Any, ...], "Prepared | None"]):
-    """The products by a weight ``[N, K]``, by the shape, dtype, device and keys of x ``[..., K]``.
+    """The products by a weight ``[N, K]``, by the shape, dtype and device of x ``[..., K]``.
 
     None where there is none.
 
@@ -47,24 +46,23 @@ class _Plans(dict[tuple[Any, ...], "Prepared | None"]):
         n, k = weight.shape
         tiles = weight.tiles
         #: What a bias is like that can be added as it is.
-        self.bias = ((n,), weight.dtype, tiles.device, True)
+        self.bias = ((n,), weight.dtype, tiles.device)
         self._x = (k, weight.dtype, tiles.device)
         self._w = (k, n, tuple(tiles.shape), weight.group_size, weight.dtype, tiles.device)
 
     def of(self, x: Tensor) -> Prepared | None:
         """The product by x, any tensor."""
-        if type(x) is not Tensor:
+        if type(x) is not Tensor or not is_plain(x):
             return None
-        key = (x.shape, x.dtype, x.get_device(), keys_of(x))
+        key = (x.shape, x.dtype, x.get_device())
         try:
             plan = self[key]
         except KeyError:
             if len(self) >= _MOST:
                 self.clear()
-            plain = keys_of(x) in plain_keys("cuda")
-            fits = plain and (*x.shape[-1:], x.dtype, x.device) == self._x and x.numel()
+            fits = (*x.shape[-1:], x.dtype, x.device) == self._x and x.numel()
             plan = self[key] = prepared(tuple(x.shape[:-1]), *self._w) if fits else None
-        return plan if plan is not None and x.is_contiguous() else None
+        return plan if x.is_contiguous() else None
 
 
 class _Made:
@@ -132,9 +130,9 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if bias is None:
         return plan(x, weight.tiles, weight.scale_and_zero)
-    if type(bias) not in (Tensor, nn.Parameter) or _trained(bias):
+    if type(bias) not in (Tensor, nn.Parameter) or not is_plain(bias) or _trained(bias):
         return NotImplemented
-    if (bias.shape, bias.dtype, bias.device, keys_of(bias) in plain_keys("cuda")) != plans.bias:
+    if (bias.shape, bias.dtype, bias.device) != plans.bias:
         return NotImplemented
     return plan(x, weight.tiles, weight.scale_and_zero).add_(bias)
 
