@@ -240,7 +240,12 @@ class Contender:
         return row
 
     def sample(self) -> dict[str, Any]:
-        """Time a prompt and a whole call."""
+        """Time a prompt and a whole call, after a prompt that counts for nothing.
+
+        Otherwise the first contender of a round, which was the last of the round before, would find
+        the host's caches as it left them.
+        """
+        self.seconds(self.tokens, 1)
         whole = self.seconds(self.tokens, self.arguments.new_tokens)
         return {"whole_s": whole, "prompt_s": self.seconds(self.tokens, 1)}
 

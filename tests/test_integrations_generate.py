@@ -17,6 +17,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.core_model_loading", reason="transformers is older than 5.17")
 
 from tiny_transformers import VOCABULARY, llama, llava, qwen_moe, t5  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from tokenizers.pre_tokenizers import WhitespaceSplit  # noqa: E402
 from transformers import (  # noqa: E402
     CompileConfig,
     ContinuousBatchingConfig,
@@ -107,6 +110,27 @@ def test_a_batch_that_goes_on() -> None:
         found.append(sorted(tuple(each.generated_tokens) for each in made.values()))
     assert found[0] == found[1]
     assert [len(tokens) for tokens in found[0]] == [NEW, NEW]
+
+
+def test_a_pipeline() -> None:
+    """Prompts of two lengths, as text."""
+    packed, plain = pair(one_layer)
+    words = {str(number): number for number in range(VOCABULARY)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="1")),
+        pad_token="0",
+        padding_side="left",
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    prompts = ["5 17 40 8", "23 9"]
+    found = [
+        transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)(
+            prompts, batch_size=2, return_full_text=False, **GREEDY
+        )
+        for model in (packed, plain)
+    ]
+    assert found[0] == found[1]
+    assert [len(each["generated_text"].split()) for (each,) in found[0]] == [NEW, NEW]
 
 
 @pytest.mark.compiles
