@@ -205,7 +205,6 @@ def test_graph_breaks_share_one_packed_copy(x: Tensor) -> None:
         y = int4(twice)(x)
     assert packed_count() == before + 1
     report = fxint4.last_report()
-    assert report is not None
     assert (report.totals["graphs"], report.totals["graph_breaks"]) == (2, 1)
     assert report.totals["weights_packed"] == 1
     w = weight_of(model.weight)
@@ -288,7 +287,6 @@ def test_a_cache_is_not_a_weight_and_its_update_is_seen(x: Tensor) -> None:
             bound = ROUNDING * (x.double().abs() @ w.abs().T @ model.cache.double().abs().T)
             assert ((y.double() - expected).abs() <= bound).all()
     report = fxint4.last_report()
-    assert report is not None
     assert [record.name for record in report.records] == ["proj"]
 
 
@@ -315,7 +313,6 @@ def test_packed_weights_beside_a_buffer_that_is_written_to(x: Tensor) -> None:
     with torch.no_grad():
         int4(model)(x)
     report = fxint4.last_report()
-    assert report is not None
     assert [(record.name, record.action) for record in report.records] == [
         ("first", "packed"),
         ("second", "packed"),
@@ -345,7 +342,6 @@ def test_a_parameter_that_the_graph_writes_to_is_not_packed(x: Tensor) -> None:
         for _ in range(3):
             torch.testing.assert_close(compiled(x), reference(x))
     report = fxint4.last_report()
-    assert report is not None
     assert report.totals["packed"] == 0
 
 
@@ -605,7 +601,7 @@ def test_modes(mode: str, x: Tensor) -> None:
     model = nn.Linear(K, N).eval()
     with torch.no_grad():
         y = torch.compile(model, backend="int4tile", mode=mode, fullgraph=True)(x)
-        [record] = fxint4.last_report().records  # type: ignore[union-attr]
+        [record] = fxint4.last_report().records
     assert (record.action, record.group_size) == ("packed", 128)
     made = quantize(model.weight.detach(), 128)
     w = dequantize(made.codes, made.scale, made.zero, 128, torch.float64)
@@ -738,7 +734,7 @@ def test_progress_shows_a_bar_when_asked(x: Tensor, capfd: pytest.CaptureFixture
 def test_a_graph_without_inputs_compiles() -> None:
     with torch.no_grad():
         assert torch.equal(int4(lambda: torch.arange(4) * 2)(), torch.arange(4) * 2)
-    assert fxint4.last_report().totals["matmuls"] == 0  # type: ignore[union-attr]
+    assert fxint4.last_report().totals["matmuls"] == 0
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -769,7 +765,6 @@ def test_layers_that_share_code_each_have_a_record(x: Tensor) -> None:
         for _ in range(2):
             model(x)
     report = fxint4.last_report()
-    assert report is not None
     assert [record.name for record in report.records] == ["layers.0", "layers.1", "layers.2"]
     totals = report.totals
     assert (totals["weights_packed"], totals["graphs"]) == (3, 1)

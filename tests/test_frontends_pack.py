@@ -529,7 +529,6 @@ def test_by_default_the_report_says_what_is_held_and_how_to_free_it() -> None:
     with torch.no_grad():
         torch.compile(model, backend="int4tile")(torch.randn(2, 64))
     report = fxint4.last_report()
-    assert report is not None
     assert report.totals["held_bytes"] == 4 * 64 * 64
     assert "16.4 kB stay in memory" in str(report)
     assert "fxint4.pack_(model)" in str(report)

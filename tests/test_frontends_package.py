@@ -89,7 +89,6 @@ def packaged(folder: Path, device: str) -> Packaged:
     with Clones() as clones:
         path = fxint4.package(captured, folder / "model.pt2")
     report = fxint4.last_report()
-    assert report is not None
     return Packaged(path, model, report, clones.shapes)
 
 
@@ -304,7 +303,6 @@ def test_experts_stay_as_they_are_in_a_package_for_the_cpu(
     captured = export(experts(), (torch.randn(4, 3, K),))
     fxint4.package(captured, "model.pt2")
     report = fxint4.last_report()
-    assert report is not None
     assert [(record.action, record.reason) for record in report.records] == [
         ("kept", "a package for cpu has no kernel for packed experts")
     ]
@@ -330,7 +328,6 @@ def test_experts_are_packed_where_a_package_has_their_kernel(
     captured = export(model, (x,))
     fxint4.package(captured, "model.pt2")
     report = fxint4.last_report()
-    assert report is not None
     [record] = report.records
     assert (record.action, record.batch) == ("packed", 4)
     assert "needs fxint4" not in record.reason
@@ -537,7 +534,6 @@ def test_fused_projections_and_dtypes_in_a_package(dtype: torch.dtype, tmp_path:
     captured = export(model, (x,), dynamic_shapes=(({0: Dim.DYNAMIC},),))
     path = fxint4.package(captured, tmp_path / "model.pt2")
     report = fxint4.last_report()
-    assert report is not None
     assert [record.fused_with for record in report.records] == [("k",), ("q",)]
     weights = [dequantized(w.detach(), 128, torch.float64) for w in (model.q, model.k)]
     data = tmp_path / "data.pt"

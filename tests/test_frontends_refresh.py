@@ -162,7 +162,6 @@ def test_a_trainer_sends_weights_to_a_compiled_model(writer: str) -> None:
             assert (y - expected).norm() < 0.01 * expected.norm()
             assert (y - trainer(x)).norm() > 0.01 * expected.norm()
     report = fxint4.last_report()
-    assert report is not None
     assert report.totals["packed"] == 2
 
 

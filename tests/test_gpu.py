@@ -50,7 +50,7 @@ def test_dtypes_and_padded_shapes(dtype: torch.dtype, k: int, n: int) -> None:
             x = torch.randn(shape, device="cuda", dtype=dtype)
             y = compiled(x)
             assert (y.shape, y.dtype) == ((*shape[:-1], n), dtype)
-            [record] = fxint4.last_report().records  # type: ignore[union-attr]
+            [record] = fxint4.last_report().records
             assert record.action == "packed"
             assert_linear(y.view(-1, n), x.view(-1, k), model, record.group_size)
 
@@ -125,7 +125,7 @@ def test_a_gpu_too_old_is_kept_with_the_reason(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         y = torch.compile(model, backend="int4tile")(x)
     torch.testing.assert_close(y, model(x))
-    [record] = fxint4.last_report().records  # type: ignore[union-attr]
+    [record] = fxint4.last_report().records
     assert (record.action, record.reason) == ("kept", fault)
     device_fault.cache_clear()
 
@@ -143,7 +143,6 @@ def test_folding_needs_little_more_than_the_packed_weights() -> None:
     with torch.no_grad():
         torch.compile(products, backend="int4tile")(x)
     report = fxint4.last_report()
-    assert report is not None
     peak = torch.cuda.max_memory_allocated() - before
     one_weight = weights[0].numel() * 2
     # The packed weights stay; the scratch of a chunk is 2^24 elements at 16 bytes.

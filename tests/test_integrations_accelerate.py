@@ -304,7 +304,6 @@ def test_a_compiled_model_with_hooks(offload: Callable[[nn.Module], Any], packed
         # The same int4 weights; what may differ is the order of sums in bf16 and fp32.
         torch.testing.assert_close(run(compiled), y, rtol=2**-8, atol=2**-8 * y.abs().max().item())
     report = fxint4.last_report()
-    assert report is not None
     assert {record.action for record in report.records} == {"packed"}
     assert {record.name for record in report.records} == {
         *(f"blocks.{block}.{layer}" for block in (0, 1) for layer in (0, 2)),

@@ -496,7 +496,6 @@ def test_repeated_blocks_are_in_one_report(packed: bool) -> None:
     for _ in range(2):
         torch.testing.assert_close(run(model), y, rtol=2**-7, atol=2**-7 * y.abs().max().item())
     report = fxint4.last_report()
-    assert report is not None
     wanted = {name.removesuffix(".weight") for name in packed_in(reference)}
     names = [record.name for record in report.records]
     assert len(names) == len(set(names))

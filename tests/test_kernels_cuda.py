@@ -1042,7 +1042,6 @@ def test_a_compiled_model(options: dict[str, Any], taken: bool, dynamic: bool) -
                 assert sum(ran[name] for name in ran if name.startswith("triton_")) == 2
             if m == 1:
                 report = fxint4.last_report()
-                assert report is not None
                 told = [text for record in report.records for text in record.kernels]
                 assert len(told) >= 3
                 assert all(("cuda " in text) == taken for text in told if "M=1:" in text)

@@ -330,7 +330,6 @@ def test_a_package_of_experts(
     model = module(function, w=(COUNT, N, K)).to("cuda", dtype)
     path = fxint4.package(program_of(function, model, dtype), tmp_path / "model.pt2")
     report = fxint4.last_report()
-    assert report is not None
     [record] = report.records
     assert (record.action, record.batch, record.group_size) == ("packed", COUNT, 128)
     assert "needs fxint4" not in record.reason
@@ -419,7 +418,6 @@ def test_a_package_of_a_model_of_transformers(kind: str, experts: str, tmp_path:
         program = export(model, calls[1], dynamic_shapes=(({0: Dim.DYNAMIC},),))
         path = fxint4.package(program, tmp_path / "model.pt2")
     report = fxint4.last_report()
-    assert report is not None
     of_experts = [record for record in report.records if record.batch > 1]
     assert [(record.batch, record.action) for record in of_experts] == [(4, "packed")] * 2
     assert os.path.getsize(path) < original_bytes(model) / 2

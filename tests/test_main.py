@@ -176,7 +176,6 @@ def test_the_demo_packs_a_trained_model_and_keeps_its_embeddings(
     table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert f"{len(shortest)} sentences" in out
     report = fxint4.last_report()
-    assert report is not None
     assert str(report) in out
 
     pooler = [record for record in report.records if record.name == "pooler.dense"]

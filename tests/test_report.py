@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxint4
 from fxint4 import Int4Config, OptionError, Record, Report, ReportError
-from fxint4.report import SCHEMA, GraphReport, Parameter, Place, changes
+from fxint4.report import SCHEMA, GraphReport, Parameter, Place, changes, latest
 from fxint4.report.graph_text import calls, defined_by, graph_text, operands_of, readers
 from fxint4.report.html import page
 
@@ -124,10 +124,24 @@ def test_the_key_of_a_weight_does_not_make_records_differ() -> None:
 
 def test_an_empty_report() -> None:
     report = Report()
-    assert str(report) == "fxint4: no graph was compiled"
+    assert str(report).startswith("fxint4: no graph was compiled.")
     assert (report.records, report.graph_diff) == ([], "")
     assert set(report.totals.values()) == {0}
     assert json.loads(json.dumps(report.to_dict()))["records"] == []
+
+
+def test_where_nothing_was_compiled_the_report_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Encoder(nn.Linear):
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return self(x)
+
+    monkeypatch.setattr(latest, "_newest", None)
+    compiled = torch.compile(Encoder(32, 32).eval(), backend="int4tile")
+    with torch.no_grad():
+        compiled.encode(torch.ones(1, 32))
+    text = " ".join(str(fxint4.last_report()).split())
+    assert "no graph was compiled" in text
+    assert "call model.compile(backend='int4tile') for these" in text
 
 
 def test_a_graph_without_matmuls(terminal: Any) -> None:

@@ -106,7 +106,6 @@ def explained(model: nn.Module, x: Tensor) -> Report:
 def rewritten(model: nn.Module, x: Tensor) -> Report:
     fxint4.rewrite(export(model, (x,)), {**OPTIONS, "measure": True})
     report = fxint4.last_report()
-    assert report is not None
     return report
 
 

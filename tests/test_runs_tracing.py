@@ -125,7 +125,6 @@ def compiled_graphs(model: nn.Module) -> tuple[Any, ...]:
         y = compiled(x)
         compiled(x)
     report = fxint4.last_report()
-    assert report is not None
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return report.graph_diff, graphs, [record.name for record in report.records], y.tolist()
 

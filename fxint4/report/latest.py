@@ -35,15 +35,15 @@ _reports: list[_Asked] = []
 _newest: Report | None = None
 
 
-def last_report() -> Report | None:
-    """Return the newest report, or None.
+def last_report() -> Report:
+    """Return the newest report; where nothing was compiled yet, an empty one, whose text says so.
 
     It is that of the last `torch.compile(..., backend="int4tile")` that compiled, or of a later
     `rewrite`, `package` or `from_pretrained`. Parts of one model that are compiled each by itself
     with equal options (by `block.compile()`, as diffusers' `compile_repeated_blocks` does) share a
     report.
     """
-    return _newest
+    return _newest or Report()
 
 
 def remember(report: Report) -> None:

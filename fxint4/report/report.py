@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import textwrap
 import threading
 import time
 import weakref
@@ -45,6 +46,13 @@ _FILE_COLUMNS = 120
 _PATTERNS = ("skip", "include", "overrides")
 #: With more late additions waiting they are made at once, so that they don't pile up.
 _MOST_WAITING = 256
+
+#: The text of a report without graphs.
+_NOTHING = (
+    "fxint4: no graph was compiled. What torch.compile(model, backend='int4tile') returns compiles "
+    "when it is called; its other methods (generate, encode) are those of the original module, "
+    "which PyTorch does not compile: call model.compile(backend='int4tile') for these"
+)
 
 #: What makes late additions: records, and parameters as in `GraphReport`.
 Made: TypeAlias = tuple[Iterable[Record], Mapping[int, Parameter]]
@@ -593,7 +601,7 @@ class Report:
 
     def _text(self, columns: int) -> str:
         if not self.graphs:
-            return "fxint4: no graph was compiled"
+            return "\n".join(textwrap.wrap(_NOTHING, columns, subsequent_indent="  "))
         return table.text(
             self.records,
             self.totals,

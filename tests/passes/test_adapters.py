@@ -454,7 +454,6 @@ def test_layers_that_share_code_have_patterns_of_their_own() -> None:
     torch.testing.assert_close(first, expected[0])
     assert 0 < (second - expected[1]).norm() < 0.1 * second.norm()
     report = fxint4.last_report()
-    assert report is not None
     assert {record.name: record.reason for record in report.records if record.action == "kept"} == {
         "layers.0.down": BESIDE,
         "layers.0.up": BESIDE,
@@ -520,5 +519,4 @@ def test_a_merged_weight_follows_its_adapter() -> None:
         model.load_state_dict(state)
         torch.testing.assert_close(run(x), model(x))
     report = fxint4.last_report()
-    assert report is not None
     assert {record.action for record in report.records} == {"packed"}

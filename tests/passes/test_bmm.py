@@ -194,7 +194,6 @@ def test_dynamic_batch_of_a_broadcast_weight_crosses_to_dense_and_back(
         with torch.no_grad():
             y = compiled(x)
         report = fxint4.last_report()
-        assert report is not None
         assert [(r.op, r.action) for r in report.records] == [("bmm", "packed")]
         assert_rounded(y, model, [x], report, weights)
     assert report.totals["graphs"] == 1

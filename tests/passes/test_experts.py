@@ -323,7 +323,6 @@ def test_groups_that_change_from_call_to_call_follow_one_compile() -> None:
         y = compiled(x, others)
     form = Form(**{**vars(FORMS["grouped"]), "experts": [1] * 5 + [3] * 4})
     report = last_report()
-    assert report is not None
     [record] = report.records  # one compile for both
     assert_right(y, x, form, experts_of(model, form, record.group_size))
 

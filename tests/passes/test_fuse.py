@@ -340,7 +340,6 @@ def test_a_dynamic_batch_is_compiled_once() -> None:
         with torch.no_grad():
             y = compiled(x)
         report = fxint4.last_report()
-        assert report is not None
         assert fused(report) == [[48, 32, 40]]
         assert_rounded(y, model, [x], report, weights_of(model))
     assert counters["stats"]["unique_graphs"] == 1
@@ -355,7 +354,6 @@ def test_a_dense_copy_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             y = compiled(x)
         report = fxint4.last_report()
-        assert report is not None
         assert_rounded(y, model, [x], report, weights_of(model))
     torch._dynamo.reset()
     _, report = compile_and_report(model, torch.randn(20, K))
@@ -371,7 +369,6 @@ def test_recompiles_share_the_packed_weights() -> None:
         with torch.no_grad():
             y = compiled(x)
         report = fxint4.last_report()
-        assert report is not None
         assert fused(report) == [[48, 32]]
         assert_rounded(y, model, [x], report, weights_of(model))
         packed = [weight_cache.of(parameter) for parameter in model.parameters()]
@@ -388,7 +385,6 @@ def test_one_weight_may_change_between_calls() -> None:
             update(model.k.weight)
             y = compiled(x)
         report = fxint4.last_report()
-        assert report is not None
         assert_rounded(y, model, [x], report, weights_of(model))
 
 
@@ -736,7 +732,6 @@ def test_layers_that_share_code_name_their_own_partners() -> None:
         for _ in range(2):
             model(torch.randn(M, K))
     report = fxint4.last_report()
-    assert report is not None
     assert [(r.name, r.action, r.fused_with) for r in report.records] == [
         ("layers.0.q", "packed", ("layers.0.k",)),
         ("layers.0.k", "packed", ("layers.0.q",)),
@@ -768,6 +763,5 @@ def test_kernels_are_named_for_the_mode_asked_for(
             layer.compile(backend="int4tile", mode=mode)
             layer(torch.randn(M, K))
     report = fxint4.last_report()
-    assert report is not None
     assert report.records  # which makes those of the second layer
     assert told == [cuda_graphs] * 2  # when it was compiled, and when the second layer was met
