@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -171,13 +173,29 @@ class Chain(nn.Module):
         return x
 
 
+_number = itertools.count()
+
+
+def with_own_code(chains: nn.ModuleList) -> nn.ModuleList:
+    """Copies of chains that share one code, but with no other contender's.
+
+    Dynamo tries the guards of all that it compiled of one code, one after another.
+    """
+    code = Chain.forward.__code__.replace(co_name=f"forward_{next(_number)}")
+    own = type("Chain", (Chain,), {"forward": FunctionType(code, globals())})
+    copies = copy.deepcopy(chains)
+    for chain in copies:
+        chain.__class__ = own
+    return copies
+
+
 def compiled_blocks(
     blocks: nn.ModuleList, backend: str, **options: Any
 ) -> Callable[[Tensor], Tensor]:
-    """The blocks one after another, each compiled by itself."""
+    """Copies of the blocks one after another, each compiled by itself."""
     compiled = [
         torch.compile(block, backend=backend, dynamic=False, options=dict(options))
-        for block in blocks
+        for block in with_own_code(blocks)
     ]
 
     def run(x: Tensor) -> Tensor:
@@ -235,7 +253,7 @@ def call_times(rounds: int) -> list[dict[str, Any]]:
                 "as by generate": packed_guards,
             }
             others = {
-                key: compiled_blocks(copy.deepcopy(in_place), "int4tile", guard_filter_fn=chosen)
+                key: compiled_blocks(in_place, "int4tile", guard_filter_fn=chosen)
                 for key, chosen in filtered.items()
             }
             contenders: dict[str, Callable[[], object]] = {
