@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxint4
-from fxint4 import FoldError, Int4TileTensor, OptionError, Report, pack_
+from fxint4 import FoldError, Int4TileTensor, OptionError, Report, dequantize_, pack_
 from fxint4.quant.statistics import Statistics
 
 K, N = 100, 72  # K is padded
@@ -115,7 +115,8 @@ def test_modules_whose_use_of_a_parameter_is_not_known_are_left_alone(model: nn.
     assert not packed_names(model)
 
 
-def test_attention_and_its_fast_path() -> None:
+def test_attention_and_the_ops_of_its_fast_path() -> None:
+    """PyTorch takes the fast path for plain tensors alone; code that calls its ops finds them."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
     x = torch.randn(2, 5, 64)
@@ -130,14 +131,34 @@ def test_attention_and_its_fast_path() -> None:
             value = model.get_parameter(name).dequantize()  # type: ignore[operator]
             reference.get_parameter(name).copy_(value)
         exact = reference.double()(x.double())
-        y = model(x)
-        assert torch.backends.mha.get_fastpath_enabled()
+        attention, norms = model.self_attn, (model.norm1, model.norm2)
+        fused = torch.ops.aten._transformer_encoder_layer_fwd(
+            *(x, 64, 4, attention.in_proj_weight, attention.in_proj_bias),
+            *(attention.out_proj.weight, attention.out_proj.bias, False, False, norms[0].eps),
+            *(part for norm in norms for part in (norm.weight, norm.bias)),
+            *(model.linear1.weight, model.linear1.bias, model.linear2.weight, model.linear2.bias),
+        )
         # x, y and what is between them are rounded to bf16 a few times; int4 moved far more.
-        assert (y - exact).norm() / exact.norm() < 2.0**-6
-        attention = model.self_attn
+        for y in (model(x), fused):
+            assert (y - exact).norm() / exact.norm() < 2.0**-6
         wanted = reference.self_attn(x.double(), x.double(), x.double())
         for have, want in zip(attention(x, x, x), wanted, strict=True):
             assert (have - want).norm() / want.norm() < 2.0**-6
+
+
+def test_an_encoder_with_padding() -> None:
+    """PyTorch's fast path would nest the rows, which packed weights don't multiply."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
+    packed = nn.TransformerEncoder(layer, 2).eval()
+    pack_(packed)
+    plain = copy.deepcopy(packed)
+    dequantize_(plain)
+    x, padding = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        y = packed(x, src_key_padding_mask=padding)[~padding]
+        exact = plain.double()(x.double(), src_key_padding_mask=padding)[~padding]
+    assert (y - exact).norm() / exact.norm() < 2.0**-6
 
 
 def test_tied_layers_share_one_packed_weight() -> None:

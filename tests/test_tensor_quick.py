@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxint4 import Int4Config, Int4TileTensor
 from fxint4._pytorch.tensors import is_disturbed, is_plain
+from fxint4.tensor import core
+from fxint4.tensor import quick as quick_calls
 from fxint4.tensor.core import _QUICK
 
 N, K = 192, 1024
@@ -26,6 +28,26 @@ ROWS = [1, 5, 16, 100, 513, 2048]
 
 #: PyTorch's own, when forward-mode differentiation is first used.
 of_forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A GPU; or the CPU, where a stand-in for launches reads memory past all that PyTorch knows."""
+    if request.param == "cuda":
+        return "cuda"
+
+    def prepared(rows: Any, k: int, n: int, tiles: Any, group_size: int, *_: Any) -> Any:
+        def product(x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
+            # NumPy takes none but plain tensors, and forgets what autograd knows of them.
+            values = torch.from_numpy(x.detach().float().numpy().copy()).to(x.dtype)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                return torch.ops.fxint4.linear(values, tiles, scale_and_zero, group_size, n)
+
+        return product
+
+    monkeypatch.setattr(quick_calls, "prepared", prepared)
+    monkeypatch.setattr(quick_calls, "_waits_for_host", lambda tiles: True)
+    return "cpu"
 
 
 def weight(dtype: torch.dtype, device: str = "cuda", n: int = N, k: int = K) -> Int4TileTensor:
@@ -38,22 +60,26 @@ def rows(m: int, dtype: torch.dtype, device: str = "cuda", k: int = K) -> Tensor
     return values.to(device, dtype)
 
 
-PRODUCTS = (F.linear, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each product was made in the prepared way."""
     made: list[bool] = []
-    for op in PRODUCTS:
-        quick = _QUICK[op]
 
-        def recorded(*args: object, quick: object = quick) -> object:
-            result = quick(*args)  # type: ignore[operator]
+    def recorded(quick: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: object) -> object:
+            result = quick(*args)
             made.append(result is not NotImplemented)
             return result
 
-        monkeypatch.setitem(_QUICK, op, recorded)
+        return record
+
+    for op in PRODUCTS:
+        monkeypatch.setitem(_QUICK, op, recorded(_QUICK[op]))
+    functions = [(asked, recorded(function)) for asked, function in core._QUICK_FUNCTIONS]
+    monkeypatch.setattr(core, "_QUICK_FUNCTIONS", functions)
     return made
 
 
@@ -93,16 +119,15 @@ def test_the_product(m: int, dtype: torch.dtype, biased: bool, calls: list[bool]
     assert (products[-1].view(m, N) - wide).abs().max().item() < 2**-7 * scale
 
 
-@pytest.mark.gpu
-def test_what_is_left_to_the_ordinary_way(calls: list[bool]) -> None:
-    w, x = weight(torch.bfloat16), rows(4, torch.bfloat16)
-    scaled = w.like(pre_scale=torch.rand(K, device="cuda") + 0.5)
-    padded = weight(torch.bfloat16, k=1000)
+def test_what_is_left_to_the_ordinary_way(calls: list[bool], device: str) -> None:
+    w, x = weight(torch.bfloat16, device), rows(4, torch.bfloat16, device)
+    scaled = w.like(pre_scale=torch.rand(K, device=device) + 0.5)
+    padded = weight(torch.bfloat16, device, k=1000)
     with torch.no_grad():
         for given, by in (
             (x, scaled),
-            (rows(4, torch.bfloat16, k=1000), padded),
-            (rows(K, torch.bfloat16, k=4).t(), w),  # x is not contiguous
+            (rows(4, torch.bfloat16, device, k=1000), padded),
+            (rows(K, torch.bfloat16, device, k=4).t(), w),  # x is not contiguous
             (x, w[:64]),
             (x[:0], w),
         ):
@@ -114,11 +139,10 @@ def test_what_is_left_to_the_ordinary_way(calls: list[bool]) -> None:
     assert calls == [False] * len(calls)
 
 
-@pytest.mark.gpu
-def test_weights_that_change() -> None:
-    x = rows(16, torch.bfloat16)
-    layer = nn.Linear(K, N, bias=False, device="cuda", dtype=torch.bfloat16)
-    layer.weight = nn.Parameter(weight(torch.bfloat16), requires_grad=False)
+def test_weights_that_change(device: str) -> None:
+    x = rows(16, torch.bfloat16, device)
+    layer = nn.Linear(K, N, bias=False, device=device, dtype=torch.bfloat16)
+    layer.weight = nn.Parameter(weight(torch.bfloat16, device), requires_grad=False)
 
     def product() -> Tensor:
         with torch.no_grad():
@@ -131,15 +155,20 @@ def test_weights_that_change() -> None:
     with torch.no_grad():
         layer.weight.copy_(-layer.weight.dequantize())
     assert not torch.equal(product(), first)
-    other = weight(torch.bfloat16)
+    other = weight(torch.bfloat16, device)
     other.scale_and_zero.mul_(2)
     layer.weight.data = other
     assert not torch.equal(product(), first)
     layer.weight.scale_and_zero = layer.weight.scale_and_zero / 2
     torch.testing.assert_close(product(), first)
-    copied = copy.deepcopy(layer)
+    view = layer.weight.t()
+    copied, copied_view = copy.deepcopy(layer), copy.deepcopy(view)
     copied.weight.scale_and_zero.zero_()
     torch.testing.assert_close(product(), first)
+    with torch.no_grad():
+        torch.testing.assert_close(x @ copied_view, first)
+        view.data = weight(torch.bfloat16, device, n=64).t()
+        assert (x @ view).shape == (16, 64)
 
 
 @pytest.mark.gpu
@@ -197,9 +226,16 @@ def other_ways() -> dict[str, Callable[[Tensor, Int4TileTensor, Tensor], Tensor]
         assert bias.grad is not None
         return torch.cat([y.detach().flatten(), x.grad.flatten(), bias.grad])
 
+    def with_a_gradient(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            (F.linear(x, w, bias) + F.linear(x, w)).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
     def under_autocast(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return F.linear(x.float(), w, bias)
+        with torch.autocast(x.device.type, torch.float16):
+            return F.linear(x, w, bias)
 
     def fake(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -211,17 +247,31 @@ def other_ways() -> dict[str, Callable[[Tensor, Int4TileTensor, Tensor], Tensor]
         with FlopCounterMode(display=False):
             return F.linear(x, w, bias)
 
+    def by_ops(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
+        aten = torch.ops.aten
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            y = aten.addmm.default(bias, x, aten.t.default(w)) + aten.mm.default(x, w.t())
+            y.sum().backward()
+        assert x.grad is not None
+        return torch.cat([y.detach().flatten(), x.grad.flatten()])
+
     def by_name(x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight=w, bias=bias)
 
     return {
         "forward mode": in_forward_mode,
         "gradients": with_gradients,
+        "a gradient": with_a_gradient,
         "autocast": under_autocast,
         "fake": fake,
         "a dispatch mode": of_mode,
+        "by ops": by_ops,
         "by name": by_name,
         "vmap": lambda x, w, bias: torch.vmap(lambda row: F.linear(row, w, bias))(x),
+        "zeros without memory": lambda x, w, bias: F.linear(
+            torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device), w, bias
+        ),
         "negative": lambda x, w, bias: F.linear(torch._neg_view(x), w, bias),
         "transposed": lambda x, w, bias: F.linear(x.t().contiguous().t(), w, bias),
         "a view of a bias": lambda x, w, bias: F.linear(x, w, torch.cat([bias, bias])[::2]),
@@ -239,17 +289,17 @@ def outcome(way: str, x: Tensor, w: Int4TileTensor, bias: Tensor) -> Tensor | st
         return str(error)
 
 
-@pytest.mark.gpu
 @of_forward_mode
 @pytest.mark.parametrize("way", list(other_ways()))
-def test_more_than_a_product(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x = weight(torch.bfloat16), rows(4, torch.bfloat16)
-    bias = torch.randn(N, device="cuda", dtype=torch.bfloat16)
+def test_more_than_a_product(way: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = weight(torch.bfloat16, device), rows(4, torch.bfloat16, device)
+    bias = torch.randn(N, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
         F.linear(x, w, bias)  # now there is something prepared that would be wrong
         got = outcome(way, x, w, bias)
         for op in PRODUCTS:
             monkeypatch.delitem(_QUICK, op)
+        monkeypatch.setattr(core, "_QUICK_FUNCTIONS", [])
         expected = outcome(way, x, w, bias)
     if isinstance(got, Tensor):
         assert isinstance(expected, Tensor)
@@ -258,9 +308,48 @@ def test_more_than_a_product(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert got == expected
 
 
-@pytest.mark.gpu
-def test_tensors_of_inference_mode(calls: list[bool]) -> None:
-    w, x = weight(torch.bfloat16), rows(4, torch.bfloat16)
+class Named(Tensor):
+    """A subclass that adds nothing."""
+
+
+class Duck:
+    """No tensor, which answers for itself."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls, func, types
+
+
+def test_classes_of_others_are_asked_as_ever() -> None:
+    w = weight(torch.float32, "cpu")
+    x = rows(3, torch.float32, "cpu")
+    with torch.no_grad():
+        expected = F.linear(x, w)
+        named = x.as_subclass(Named)
+        for y in (F.linear(named, w), named @ w.t(), (w @ named.t()).t()):
+            assert type(y) is Named
+            torch.testing.assert_close(y.as_subclass(Tensor), expected)
+    assert F.linear(x, w, Duck()) == (Duck, F.linear, (Duck,))  # type: ignore[arg-type]
+    assert torch.matmul(w, Duck()) == (Duck, torch.matmul, (Duck,))  # type: ignore[arg-type]
+    layer = nn.Linear(K, N)
+    layer.weight = nn.Parameter(w, requires_grad=False)
+    layer.register_buffer("other", w)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.matmul(self.layer.other, x.t()).t()
+
+    traced = torch.fx.symbolic_trace(Model())
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), 2 * expected + layer.bias)
+
+
+def test_tensors_of_inference_mode(calls: list[bool], device: str) -> None:
+    w, x = weight(torch.bfloat16, device), rows(4, torch.bfloat16, device)
     with torch.no_grad():
         expected = F.linear(x, w)
     with torch.inference_mode():
@@ -320,7 +409,7 @@ def test_plain_tensors() -> None:
         of_inference = torch.ones(2)
     plain = (x, x.t(), x.clone().requires_grad_(), nn.Parameter(x), of_inference, x.long())
     assert all(map(is_plain, plain))
-    special = (torch._neg_view(x), x.to_sparse(), x.to_mkldnn())
+    special = (torch._neg_view(x), x.to_sparse(), x.to_mkldnn(), torch._efficientzerotensor(2))
     assert not any(map(is_plain, special))
 
 
@@ -329,3 +418,4 @@ def test_on_the_cpu_nothing_is_prepared(calls: list[bool]) -> None:
     check(x, w)
     check(x, w, torch.ones(N, dtype=torch.bfloat16))
     assert calls == [False] * 8  # linear, then what it comes apart into
+    assert w._made is None

@@ -135,7 +135,8 @@ def in_dispatch_mode() -> bool:
 def is_disturbed() -> bool:
     """Whether something in this thread asks more of an op on plain tensors than to compute.
 
-    That is a dispatch mode, `torch.jit.trace`, autocast, or forward-mode differentiation.
+    That is a dispatch mode, `torch.jit.trace`, autocast, or forward-mode differentiation. A
+    profiler, which does without an op that is not called, does not count.
     """
     return (
         in_dispatch_mode()
@@ -146,13 +147,15 @@ def is_disturbed() -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor, no subclass, is nothing but its strided values.
+    """Whether a tensor, no subclass and not nested, is nothing but strided values in memory.
 
-    A wrapper of torch.func is not, nor is a sparse tensor, or one that is to be read negated.
+    A wrapper of torch.func is not, nor is a sparse tensor, one that is to be read negated, or zeros
+    that have no memory.
     """
     return (
         tensor.layout is torch.strided
         and not tensor.is_neg()
+        and not torch._is_zerotensor(tensor)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 

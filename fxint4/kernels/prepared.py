@@ -38,7 +38,7 @@ def prepared(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Prepared | None:
-    """A matmul of one shape; weights of one shape share it. None without Triton.
+    """A matmul of one shape; weights of one shape share it. None if no Triton kernel does it.
 
     Args:
         rows: The shape of x but for its last axis; no axis is 0.
@@ -51,9 +51,7 @@ def prepared(
     """
     m = math.prod(rows)
     shape = MatmulShape(m, n, k, group_size, 2 * tiles[-1], dtype)
-    # Without kernels in CUDA C++, whose arguments take the host long to make. A launch of Triton's
-    # takes it no longer here than a call of the aten op.
-    choice = select_kernel(shape, device, "package")
+    choice = select_kernel(shape, device, "direct")
     sizes, k_padded, half_inner = triton_linear.sizes_of([tiles], [n])
     of_weight = (sizes, k_padded, group_size, half_inner, dtype)
     if isinstance(choice.blocks, Blocks):
@@ -79,11 +77,12 @@ class _OfLaunch:
         self, size: Sequence[int], dtype: torch.dtype, device: torch.device, launch: Launch
     ) -> None:
         strides = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
-        self._made = (tuple(size), tuple(strides), dtype)
+        self._output = (tuple(size), tuple(strides), dtype)
         self._device = device.index
         self._launch = launch
         self._names = launch.tensor_names()
         self._direct: Callable[..., None] | None = None
+        self._tried = False
 
     def __call__(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
         if current_device() != self._device:
@@ -109,17 +108,18 @@ class _OfLaunch:
             tensors: In the order of its signature.
             stream: Its address.
         """
-        if self._direct is not None:
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            bits = 0
-            for address in addresses:
-                bits |= address
-            if not bits & 15:  # the variant of the kernel is one for aligned tensors
-                self._direct(addresses, stream)
-                return
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        aligned = not bits & 15  # as `run` asks for variants that it caches
+        if aligned and self._direct is not None:
+            self._direct(addresses, stream)
+            return
         named = dict(zip(self._names, tensors, strict=True))
         run(self._launch, named)
-        self._direct = direct(self._launch, named)
+        if aligned and not self._tried:
+            self._direct, self._tried = direct(self._launch, named), True
 
 
 class _Fused(_OfLaunch):
@@ -148,7 +148,7 @@ class _Fused(_OfLaunch):
         self._counters = shared // int(launch.arguments["SPLITS"]) if shared else 0
 
     def _product(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor, stream: int) -> Tensor:
-        y = empty(*self._made)
+        y = empty(*self._output)
         partial = counted = y  # a stand-in where the launch uses none
         if self._counters:
             partial = empty(*self._partial)
@@ -175,7 +175,7 @@ class _Dense(_OfLaunch):
         self._places = self._order("w", "tiles", "params")
 
     def _product(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor, stream: int) -> Tensor:
-        w = empty(*self._made)
+        w = empty(*self._output)
         given = (w, tiles, scale_and_zero)
         self._run([given[place] for place in self._places], stream)
         return F.linear(x, w)

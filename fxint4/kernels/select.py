@@ -39,9 +39,11 @@ __all__ = [
     "waves",
 ]
 
-Launcher = Literal["python", "inductor", "cuda_graph", "package"]
-"""Who launches a kernel: an op called from Python, code that Inductor generated, a CUDA graph that
-is replayed, or a package, which has no CUDA C++ kernels."""
+Launcher = Literal["python", "direct", "inductor", "cuda_graph", "package"]
+"""Who launches a kernel: an op called from Python; eager code that has prepared the launch, which
+then costs the host no more than the aten op; code that Inductor generated; a CUDA graph that is
+replayed; or a package. Prepared launches have no CUDA C++ kernels, whose arguments take the host
+long to make, and packages have none."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def select_kernel(
         return Choice("triton", choose_blocks(shape, gpu_of(device)))
     asked = kernel == "cuda"  # then a missing kernel is an error, not another choice
     if kernel is None or asked:
-        if launcher == "package":
+        if launcher in ("package", "direct"):
             in_cuda = False
         elif asked:
             in_cuda = True

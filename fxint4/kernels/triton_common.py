@@ -176,7 +176,8 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
 def direct(launch: Launch, tensors: Mapping[str, Tensor]) -> Callable[..., None] | None:
     """What launches a kernel that `run` has launched before, without Triton's Python around it.
 
-    None if its variant is not cached, or asks for more than its arguments and one grid of programs.
+    Triton's launch hooks are not called; Inductor's code does not call them either. None if the
+    variant is not cached, or asks for more than its arguments and one grid of programs.
 
     Args:
         launch: As for `run`.

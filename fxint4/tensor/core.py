@@ -61,6 +61,7 @@ from fxint4.quant.tile_layout import (
 __all__ = [
     "NEW_AXIS",
     "Int4TileTensor",
+    "answers",
     "check_dense_copies",
     "checked",
     "dequantizing",
@@ -85,8 +86,10 @@ _OFFLOAD = (
 Columns = tuple[tuple[int, int], ...]
 
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
-#: What is tried before those, in a few microseconds: what eager `nn.Linear` calls.
+#: What is tried before those, in a few microseconds: the ops of eager `nn.Linear`.
 _QUICK: dict[Any, Callable[..., Any]] = {}
+#: The same for functions of PyTorch, before autograd and all else that looks at ops.
+_QUICK_FUNCTIONS: list[tuple[Any, Callable[..., Any]]] = []
 #: Those of `_IMPLEMENTATIONS` that take a dense copy of a weight.
 _DENSE: set[Any] = set()
 #: Methods that need no statistics of activations.
@@ -118,17 +121,29 @@ def implements(
     return register
 
 
-def quickly(called: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def quickly(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that `Int4TileTensor` tries before what `implements` registered.
 
-    It takes positional arguments, and returns NotImplemented for whatever is unusual.
-
-    Args:
-        called: An aten op, or a function of `torch.nn.functional`.
+    It takes the op's positional arguments, below autograd, and returns NotImplemented for whatever
+    is unusual.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _QUICK[called] = function
+        _QUICK.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+def answers(asked: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that may answer a call of a function of `torch.nn.functional`.
+
+    It takes the positional arguments as its caller gave them: gradients, autocast and modes are its
+    to notice. It returns NotImplemented where PyTorch is to go its way.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _QUICK_FUNCTIONS.append((asked, function))
         return function
 
     return register
@@ -1005,6 +1020,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         new = cast("Int4TileTensor", value.detach())
         Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self._views, self.method = new._views, new.method
+        self._made = self._plans = None
         self.__dict__.update(new.__dict__)
 
     def __setitem__(self, place: Any, value: Any) -> None:
@@ -1027,16 +1043,26 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call a function of PyTorch; composite ones come apart into aten ops.
+        """Call a function of PyTorch as if this class did not ask for it.
 
-        `F.linear` comes apart into two ops, each of which PyTorch calls Python for. So it is done
-        here where nothing but a product is asked for.
+        PyTorch takes `F.linear` apart into two ops, and calls Python for each. So what `answers`
+        registered may answer it. Dynamo does not look in here: for classes with
+        `__tensor_flatten__` it traces the ops.
         """
-        quick = _QUICK.get(func)
-        if quick is not None and not kwargs:
-            result = quick(*args)
-            if result is not NotImplemented:
-                return result
+        if len(types) > 1:  # a class of another library, which knows nothing of this one
+            others = tuple(other for other in types if not issubclass(other, Int4TileTensor))
+            for other in others:
+                result = other.__torch_function__(func, others, args, kwargs or {})
+                if result is not NotImplemented:
+                    return result
+            if others:
+                return NotImplemented
+        elif not kwargs:
+            for asked, function in _QUICK_FUNCTIONS:
+                if func is asked:
+                    result = function(*args)
+                    if result is not NotImplemented:
+                        return result
         return disabled_torch_function(func, types, args, kwargs or {})
 
     @classmethod

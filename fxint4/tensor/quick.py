@@ -23,7 +23,7 @@ from fxint4._pytorch.tensors import (
     make_wrapper,
 )
 from fxint4.kernels.prepared import Prepared, prepared
-from fxint4.tensor.core import Int4TileTensor, quickly
+from fxint4.tensor.core import Int4TileTensor, answers, quickly
 
 __all__: list[str] = []
 
@@ -50,6 +50,9 @@ class _Plans(dict[tuple[Any, ...], "Prepared | None"]):
         self._x = (k, weight.dtype, tiles.device)
         self._w = (k, n, tuple(tiles.shape), weight.group_size, weight.dtype, tiles.device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: a copy of a weight may go to another device."""
+
     def of(self, x: Tensor) -> Prepared | None:
         """The product by x, any tensor."""
         if type(x) is not Tensor or not is_plain(x):
@@ -72,24 +75,22 @@ class _Made:
         weight: The weight.
 
     Attributes:
-        tiles: Its tiles when that was; others mean another value, as do other `scale_and_zero` and
-            `metadata`.
+        tiles: Its tiles when that was; others mean another value, as do other `scale_and_zero`,
+            `pre_scale` and `metadata`.
         plans: The products by it; None where none is prepared for the weight. They don't refer to
             this, so that buffers are freed with the weight.
         wrapper, fields: What ``weight.t()`` is made of, and its attributes, the plans among them.
     """
 
-    __slots__ = ("fields", "metadata", "plans", "scale_and_zero", "tiles", "wrapper")
+    __slots__ = ("fields", "metadata", "plans", "pre_scale", "scale_and_zero", "tiles", "wrapper")
 
     def __init__(self, weight: Int4TileTensor) -> None:
         tiles, parameters = weight.tiles, weight.scale_and_zero
         self.tiles, self.scale_and_zero = tiles, parameters
-        self.metadata = weight.metadata
+        self.pre_scale, self.metadata = weight.pre_scale, weight.metadata
         self.plans: _Plans | None = None
-        #: On the CPU the host's time is not what a caller waits for.
         if (
             type(tiles) is type(parameters) is Tensor
-            and tiles.is_cuda
             and tiles.is_contiguous()
             and parameters.is_contiguous()
             and weight.axes == (0, 1)
@@ -106,25 +107,35 @@ class _Made:
         """Nothing: a copy of a weight has buffers of its own, perhaps on another device."""
 
 
-def _made_of(weight: Int4TileTensor) -> _Made:
+def _waits_for_host(tiles: Tensor) -> bool:
+    """Whether the time of the host alone may decide: not on the CPU, which also multiplies."""
+    return tiles.is_cuda
+
+
+def _made_of(weight: Int4TileTensor) -> _Made | None:
+    """What is made of a weight; None where nothing is."""
+    if not _waits_for_host(weight.tiles):
+        return None
     made: _Made | None = weight._made
     if (
         made is None
         or made.tiles is not weight.tiles
         or made.scale_and_zero is not weight.scale_and_zero
+        or made.pre_scale is not weight.pre_scale
         or made.metadata is not weight.metadata
     ):
         made = weight._made = _Made(weight)
     return made
 
 
-@quickly(F.linear)
+@answers(F.linear)
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if type(weight) is not Int4TileTensor or is_disturbed():
         return NotImplemented
-    plans = _made_of(weight).plans
-    if plans is None:
+    made = _made_of(weight)
+    if made is None or made.plans is None:
         return NotImplemented
+    plans = made.plans
     plan = plans.of(x)
     if plan is None or _trained(x):
         return NotImplemented
@@ -147,7 +158,7 @@ def _t(weight: Int4TileTensor) -> Any:
     if in_dispatch_mode() or torch.is_inference_mode_enabled():
         return NotImplemented
     made = _made_of(weight)
-    if made.plans is None:
+    if made is None or made.plans is None:
         return NotImplemented
     view = make_wrapper(Int4TileTensor, *made.wrapper)
     view.__dict__.update(made.fields)
