@@ -154,7 +154,7 @@ def test_an_encoder_with_padding() -> None:
     pack_(packed)
     plain = copy.deepcopy(packed)
     dequantize_(plain)
-    plain.enable_nested_tensor = False
+    plain.use_nested_tensor = False
     x, padding = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
         y = packed(x, src_key_padding_mask=padding)[~padding]
