@@ -193,7 +193,13 @@ class Plans:
         known = [origins[id(root)] for root in roots if id(root) in origins]
         place = tuple(origin.place for origin in known) or None
         aliases = tuple(name for origin in known for name in origin.aliases)
-        record = dataclasses.replace(site.record, weight_key=identity, place=place, aliases=aliases)
+        record = dataclasses.replace(
+            site.record,
+            weight_key=identity,
+            place=place,
+            aliases=aliases,
+            shard=_shard_text(site, roots, origins),
+        )
         site = dataclasses.replace(site, record=record, kept="")
         planned = _planned(site, roots, self._config)
         self._planned[site.node, identity] = planned
@@ -222,6 +228,22 @@ class Plans:
                 self._unknown += 1
                 names.append(f"{captured}?{self._unknown}")
         return tuple(dict.fromkeys(names))
+
+
+def _shard_text(site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin]) -> str:
+    """Which part of its weight a site has; empty if it has the whole, or is no view of one."""
+    origin = origins.get(id(roots[0]))
+    if origin is None or not origin.shards:
+        return ""
+    letters = dict(enumerate(("E",) * len(site.batch) + ("N", "K")))
+    if site.stored is None:
+        view = site.weight.view_of(roots)
+        if view is None:
+            return ""
+        of_stride = {stride: letters[axis] for axis, stride in enumerate(view.stride())}
+        letters = {axis: of_stride.get(stride, "") for axis, stride in enumerate(roots[0].stride())}
+    texts = [shard.along(letters.get(shard.axis) or "an axis of 1") for shard in origin.shards]
+    return "; ".join(texts)
 
 
 def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Site:

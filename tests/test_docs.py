@@ -18,6 +18,7 @@ PAGES = [
     "docs/import.md",
     "docs/layout.md",
     "docs/packed.md",
+    "docs/serving.md",
 ]
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -81,6 +81,7 @@ def test_a_record_is_json() -> None:
         "parameters": ["fc.weight", "fc.scale"],
         "aliases": [],
         "source": "",
+        "shard": "",
         "method": "",
         "output_error": None,
         "exact": False,

@@ -207,13 +207,13 @@ def mark_boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], An
 # --- AOTAutograd: where a placeholder comes from -------------------------------------------------
 
 
-def outer_input(placeholder: fx.Node) -> tuple[int | str, str | None] | None:
+def outer_input(placeholder: fx.Node) -> tuple[int | str, tuple[str, ...]] | None:
     """Where a placeholder of AOTAutograd's graph comes from.
 
     Returns:
         The index of an input of Dynamo's graph, or, if Dynamo did not lift parameters, the name of
-        a parameter of its module; and the attribute of that input that the placeholder is, None if
-        it is the whole input. None for a placeholder that is no input.
+        a parameter of its module; and the attributes that lead from that input to the placeholder,
+        none if it is the whole input. None for a placeholder that is no input.
     """
     from torch._functorch._aot_autograd.descriptors import (
         ParamAOTInput,
@@ -222,12 +222,12 @@ def outer_input(placeholder: fx.Node) -> tuple[int | str, str | None] | None:
     )
 
     desc: Any = placeholder.meta.get("desc")
-    attribute = None
-    if isinstance(desc, SubclassGetAttrAOTInput):
-        desc, attribute = desc.base, desc.attr
+    attributes: tuple[str, ...] = ()
+    while isinstance(desc, SubclassGetAttrAOTInput):
+        desc, attributes = desc.base, (desc.attr, *attributes)
     if isinstance(desc, PlainAOTInput):
-        return desc.idx, attribute
-    return (desc.target, attribute) if isinstance(desc, ParamAOTInput) else None
+        return desc.idx, attributes
+    return (desc.target, attributes) if isinstance(desc, ParamAOTInput) else None
 
 
 def inputs_mutated_by_graph() -> frozenset[int]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxint4._pytorch.aot import example_size
+from fxint4._pytorch.distributed import local_of, shards_of
 from fxint4._pytorch.tensors import aten, holds_own_values, real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.names import layer_name, plain_name
@@ -145,11 +146,20 @@ class Candidate:
 
     @property
     def as_stored(self) -> Tensor:
-        """The parameter as ``[..., N, K]``."""
-        values = self.parameter.detach()
+        """The parameter as ``[..., N, K]``; of a distributed one, this process's part."""
+        values = local_of(self.parameter).detach()
         if self.k_axis == 1 and values.ndim > 2:
             return values.flatten(1)
         return values if self.k_axis == -1 else values.transpose(-1, -2)
+
+    @property
+    def shard(self) -> str:
+        """Which part of the weight this process has, as in `Record.shard`."""
+        ndim = self.parameter.ndim
+        n_axis = 0 if self.k_axis == 1 else -3 - self.k_axis  # the other of the last two
+        letters = {self.k_axis % ndim: "K", n_axis % ndim: "N"}
+        shards = shards_of(self.parameter)
+        return "; ".join(shard.along(letters.get(shard.axis, "E")) for shard in shards)
 
     def logical(self, packed: Int4TileTensor) -> Int4TileTensor:
         """`packed`, which is ``[..., N, K]``, viewed with the axes of the parameter."""
@@ -239,7 +249,7 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    return holds_own_values(parameter) and not is_lazy(parameter)
+    return holds_own_values(local_of(parameter)) and not is_lazy(parameter)
 
 
 # --- by graph ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fxint4._pytorch.distributed import local_of
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import FoldError, OptionError, first_line
@@ -233,7 +234,7 @@ def _measured(
 
 def _move_rest(model: nn.Module, device: torch.device) -> None:
     for parameter in model.parameters():
-        if not isinstance(parameter, Int4TileTensor):
+        if not isinstance(local_of(parameter), Int4TileTensor):
             parameter.data = parameter.data.to(device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from fxint4._pytorch.distributed import local_of, with_local
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import FoldError
 from fxint4.frontends.candidates import Candidate, Owners, is_pointwise
@@ -119,7 +120,9 @@ def _replace(
     packed, record = packed_candidate(candidate, names, config, device)
     if packed is None:
         return record
-    new = nn.Parameter(candidate.logical(packed), requires_grad=False)
+    with torch.no_grad():
+        made = with_local(candidate.parameter, candidate.logical(packed))
+    new = nn.Parameter(made, requires_grad=False)
     owners.replace(candidate.parameter, new)
     return dataclasses.replace(record, weight_key=id(new))
 
@@ -142,9 +145,12 @@ def decided_candidate(
         The record of the parameter as it is, and what becomes of it.
     """
     name, stored = names[0], candidate.as_stored
-    record = record_of(layer_name(name), (name,), candidate.op, stored, candidate.parameter)
+    weight = local_of(candidate.parameter)
+    record = record_of(layer_name(name), (name,), candidate.op, stored, weight)
     aliases = tuple(other for other in names if other != name)
-    record = dataclasses.replace(record, source=candidate.source, aliases=aliases)
+    record = dataclasses.replace(
+        record, source=candidate.source, aliases=aliases, shard=candidate.shard
+    )
     fault = Kept(candidate.fault)
     if fault.reason and candidate.adapter is None:
         return record, fault

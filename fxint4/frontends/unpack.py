@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
+from fxint4._pytorch.distributed import local_of, with_local
 from fxint4.errors import FoldError, OptionError
 from fxint4.frontends.candidates import Owners
 from fxint4.frontends.in_place import tell_followers
@@ -37,12 +40,16 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         raise OptionError(f"dtype is {dtype!r}; it takes a floating dtype, such as torch.bfloat16")
     owners = Owners([("", model)])
-    packed = [each for each in owners.parameters.values() if isinstance(each, Int4TileTensor)]
+    packed = [
+        each for each in owners.parameters.values() if isinstance(local_of(each), Int4TileTensor)
+    ]
     while packed:  # each is let go of before the next one is dequantized
         parameter = packed.pop(0)
         try:
             with torch.no_grad():
-                plain = parameter.dequantize(dtype)
+                local = cast("Int4TileTensor", local_of(parameter))
+                plain = with_local(parameter, local.dequantize(dtype))
+                del local
         except Exception as error:
             raise FoldError(
                 f"could not dequantize {owners.name(parameter)} {tuple(parameter.shape)}: "

@@ -10,13 +10,14 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxint4._pytorch.distributed import Shard, local_of, shards_of
 from fxint4._pytorch.dynamo import compiled_call, frame_scope, source_name
 from fxint4.graph.parameters import described
 from fxint4.report.parameters import Parameter, Place
@@ -79,8 +80,7 @@ class Inputs:
         self._local, self._global = frame_scope()
         tensors = [value for value in values if isinstance(value, Tensor)]
         for value in tuple(tensors):
-            if isinstance(value, Int4TileTensor):  # AOTAutograd's graph reads its buffers
-                tensors += value.buffers.values()
+            tensors += _inner_tensors(value)
         self.outermost_modules = self._outermost_modules()
         self.origins = origins_in_call(tensors, self.outermost_modules)
         self.names = [
@@ -173,6 +173,8 @@ class Origin:
         name: Its full name.
         place: The module that holds it and its name there, which stay when it is replaced.
         aliases: Its other full names, if it is tied.
+        shards: How the parameter is split among processes, if it is; of a packed one by the axes in
+            which it is stored.
         outermost: The module being called that the full name starts from; None where it starts from
             a variable.
     """
@@ -181,6 +183,7 @@ class Origin:
     place: Place
     outermost: weakref.ref[nn.Module] | None
     aliases: tuple[str, ...] = ()
+    shards: tuple[Shard, ...] = ()
 
 
 def origins_in_call(
@@ -204,7 +207,7 @@ def origins_in_call(
     for prefix, module in [*candidates.items(), *(("", module) for module in calling)]:
         if not wanted:
             break
-        for path, owner, name, tensor in _owned_tensors(module):
+        for path, owner, name, tensor, whole in _owned_tensors(module):
             if id(tensor) in wanted:
                 wanted.discard(id(tensor))
                 outermost, full = _path_in_call(owner, calling) or (module, path)
@@ -217,6 +220,7 @@ def origins_in_call(
                     Place(owner, name),
                     None if before else weakref.ref(outermost),
                     tuple(other for other in others if other != full_name),
+                    _stored_shards(whole),
                 )
     return found
 
@@ -330,11 +334,12 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _owned_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def _owned_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, Tensor]]:
     """A module's parameters and buffers: path and module that hold it, name there, tensor.
 
-    Each tensor comes once. A weight that a layer shares with an embedding comes as the layer's,
-    because the layer multiplies by it and is what a user would skip.
+    Each tensor comes once, then those that it is made of, with it in the last place. A weight that
+    a layer shares with an embedding comes as the layer's, because the layer multiplies by it and is
+    what a user would skip.
     """
     seen: set[int] = set()
     embeddings_last = sorted(
@@ -345,10 +350,24 @@ def _owned_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Ten
             for name, tensor in named(recurse=False):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield path, owner, name, tensor
-                    if isinstance(tensor, Int4TileTensor):
-                        for buffer in tensor.buffers.values():
-                            yield path, owner, name, buffer
+                    for inner in (tensor, *_inner_tensors(tensor)):
+                        yield path, owner, name, inner, tensor
+
+
+def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors of a parameter that AOTAutograd's graph reads in its place, and those between."""
+    local = local_of(tensor)
+    if local is not tensor:
+        yield local
+    if isinstance(local, Int4TileTensor):
+        yield from local.buffers.values()
+
+
+def _stored_shards(tensor: Tensor) -> tuple[Shard, ...]:
+    shards, local = shards_of(tensor), local_of(tensor)
+    if isinstance(local, Int4TileTensor):
+        return tuple(replace(shard, axis=local.axes[shard.axis]) for shard in shards)
+    return shards
 
 
 def parameters_around(origins: Iterable[Origin]) -> Mapping[int, Parameter]:
@@ -370,8 +389,8 @@ def parameters_of(module: nn.Module) -> Mapping[int, Parameter]:
     """What a report says of each parameter, by `id`; the names are those of `origins_in_call`."""
     return {
         id(tensor): described(plain_name(_joined(path, name)), tensor, owner)
-        for path, owner, name, tensor in _owned_tensors(module)
-        if isinstance(tensor, nn.Parameter)
+        for path, owner, name, tensor, whole in _owned_tensors(module)
+        if tensor is whole and isinstance(tensor, nn.Parameter)
     }
 
 

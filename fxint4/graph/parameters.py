@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fxint4._pytorch.distributed import local_of
 from fxint4._pytorch.tensors import holds_own_values
 from fxint4.report import Parameter, Place
 from fxint4.tensor import Int4TileTensor
@@ -22,11 +23,12 @@ def described(name: str, parameter: Tensor, owner: nn.Module) -> Parameter:
     """
     place = Place(owner, name.rpartition(".")[2])
     reason = _why_in_no_matmul(parameter, owner)
-    return Parameter(name, parameter.numel(), type(owner).__name__, reason, place)
+    return Parameter(name, local_of(parameter).numel(), type(owner).__name__, reason, place)
 
 
 def _why_in_no_matmul(parameter: Tensor, owner: nn.Module) -> str:
     """What keeps a parameter out of matmuls, judged by what it is; empty where nothing does."""
+    parameter = local_of(parameter)
     if isinstance(parameter, Int4TileTensor):
         return "packed before"
     if not holds_own_values(parameter):

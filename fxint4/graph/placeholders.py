@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from fxint4._pytorch.aot import inputs_mutated_by_graph, outer_input
+from fxint4._pytorch.distributed import LOCAL, local_of
 from fxint4._pytorch.tensors import aten, holds_own_values
 from fxint4.graph.constants import Role
 from fxint4.graph.names import Inputs, Origin
@@ -81,13 +83,13 @@ class GraphWeights:
             source = outer_input(node)
             if source is None:
                 continue
-            origin, attribute = source
+            origin, attributes = source
             if isinstance(origin, str):
                 value, name, is_buffer = dynamo_gm.get_parameter(origin), origin, False
             else:
                 value, name = example_inputs[origin], inputs.names[origin]
                 is_buffer = inputs.is_registered_buffer(origin)
-            made._add(node, value, name, is_buffer, written, attribute)
+            made._add(node, value, name, is_buffer, written, attributes)
         return made
 
     @classmethod
@@ -128,16 +130,19 @@ class GraphWeights:
         name: str,
         is_buffer: bool,
         written: bool,
-        attribute: str | None = None,
+        attributes: Sequence[str] = (),
     ) -> None:
-        """Add a placeholder that holds `value`, or the inner tensor `attribute` of it."""
-        self.labels[node.name] = name if attribute is None else f"{name}.{attribute}"
+        """Add a placeholder that holds `value`, or the inner tensor at the end of `attributes`."""
+        inner = [attribute for attribute in attributes if attribute != LOCAL]
+        self.labels[node.name] = ".".join((name, *inner))
         if isinstance(value, nn.Parameter):
-            self.parameters[id(value)] = Parameter(name, value.numel())
+            self.parameters[id(value)] = Parameter(name, local_of(value).numel())
         role = role_of(value, is_buffer)
-        if role is not Role.VARIES and not written:
+        tensor = functools.reduce(getattr, attributes, value)
+        # Beside its tensor a DTensor has the mesh of processes, which some graphs take, too.
+        if role is not Role.VARIES and not written and isinstance(tensor, Tensor):
             self.roles[node] = role
-            self.tensors[node] = value if attribute is None else getattr(value, attribute)
+            self.tensors[node] = tensor
             self.names[node] = name
 
 
@@ -150,10 +155,11 @@ def role_of(value: object, is_buffer: bool) -> Role:
     """
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return Role.VARIES
-    if isinstance(value, Int4TileTensor):
+    local = local_of(value)
+    if isinstance(local, Int4TileTensor):
         return Role.WEIGHT
     # Other subclasses compute their values in ways of their own.
-    if isinstance(value, nn.Parameter) and holds_own_values(value):
+    if isinstance(value, nn.Parameter) and holds_own_values(local):
         return Role.WEIGHT
     if type(value) is Tensor and is_buffer:
         return Role.WEIGHT if value.dtype in _QUANTIZED_DTYPES else Role.HELPER

@@ -145,7 +145,7 @@ def _side(record: Record) -> _Side:
         record.sqnr_db,
         record.output_error,
         record.bytes_after + record.dense_bytes,
-        tuple(filter(None, (record.reason, together, *record.kernels))),
+        tuple(filter(None, (record.shard, record.reason, together, *record.kernels))),
     )
 
 

@@ -23,6 +23,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "method": (str,),
     "reason": (str,),
     "source": (str,),
+    "shard": (str,),
     "sqnr_db": (float, int, NoneType),
     "output_error": (float, int, NoneType),
     **dict.fromkeys(_TUPLES, (list,)),
@@ -60,6 +61,8 @@ class Record:
         output_error: Relative error of the product where this weight alone is quantized:
             |x W_q^T - x W^T| / |x W^T| (Frobenius norms), over all x of the example inputs. None
             where it was not measured, or no x reached the weight, or the product is all zeros.
+        shard: Which part of the weight this process has, such as "shard 1 of 2, along N"; empty for
+            the whole.
         weight_key: Equal for matmuls that share one weight. `to_dict` leaves it out;
             `Report.to_dict` has a number in its place.
         place: Where the weight sits, a `Place` or a tuple of them; None where that is not known.
@@ -85,6 +88,7 @@ class Record:
     aliases: tuple[str, ...] = ()
     source: str = ""
     method: str = ""
+    shard: str = ""
     output_error: float | None = None
     weight_key: Hashable = field(default=None, compare=False, repr=False)
     place: Hashable = field(default=None, compare=False, repr=False)

@@ -39,7 +39,7 @@ logger = logging.getLogger("fxint4")
 #: Names of the matmul ops, as `graph_text` writes them.
 _MATMULS = {str(op).removesuffix(".default") for op in MATMULS}
 #: Version of `to_dict`. Increase it when fields are added, removed or change their meaning.
-SCHEMA = 4
+SCHEMA = 5
 #: Width of a report in a text file, in characters.
 _FILE_COLUMNS = 120
 #: Options that hold patterns of layers; those of `overrides` are the keys of a dict.

@@ -216,6 +216,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
             record.method,
             record.action,
             record.reason,
+            record.shard,
             tuple(map(without_numbers, record.fused_with)),
             record.kernels,
         )
@@ -243,7 +244,7 @@ def _merged(records: Iterable[Record]) -> list[Record]:
 
 def _why(record: Record) -> str:
     """Return the last column of a record: reason, layers in the same matmul, kernels."""
-    parts = [record.reason]
+    parts = [record.shard, record.reason]
     if record.fused_with:
         names = (relative_name(record.name, other) for other in record.fused_with)
         parts.append(f"one matmul with {', '.join(names)}")

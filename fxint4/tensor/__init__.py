@@ -2,12 +2,22 @@
 
 `core` holds the class; `views` the operators that keep a weight packed, such as slicing; `matmul`
 those that multiply by it; `arithmetic` those that change or decompose it; `layers` those that are a
-whole layer; `quick` those of eager `nn.Linear`; `files` reads and writes safetensors.
+whole layer; `quick` those of eager `nn.Linear`; `collectives` those between processes; `files`
+reads and writes safetensors.
 """
 
 from __future__ import annotations
 
-from fxint4.tensor import arithmetic, layers, matmul, quick, views
+from fxint4.tensor import arithmetic, collectives, layers, matmul, quick, views
 from fxint4.tensor.core import Int4TileTensor, dequantizing
 
-__all__ = ["Int4TileTensor", "arithmetic", "dequantizing", "layers", "matmul", "quick", "views"]
+__all__ = [
+    "Int4TileTensor",
+    "arithmetic",
+    "collectives",
+    "dequantizing",
+    "layers",
+    "matmul",
+    "quick",
+    "views",
+]

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
+from fxint4.config.int4_config import Int4Config
 from fxint4.quant.tile_layout import DTYPES, MIDDLE_CODE, pack, unpack
 from fxint4.tensor.core import (
     NEW_AXIS,
@@ -21,7 +22,7 @@ from fxint4.tensor.core import (
     padded_pre_scale,
 )
 
-__all__: list[str] = []
+__all__ = ["tight"]
 
 #: A word of tiles that holds eight `MIDDLE_CODE`s, as a signed number.
 _PAD_WORD = sum(MIDDLE_CODE << 4 * place for place in range(8)) - 2**32
@@ -61,6 +62,9 @@ def _empty_like(
 ) -> Any:
     if dtype not in (None, weight.dtype):
         return NotImplemented
+    # A tensor with values of its own needs no columns that belong to another one.
+    stored = tight(weight)
+    weight = weight if stored is None else stored
     made = weight.on_batch(lambda buffer: torch.empty_like(buffer, device=device), is_part=False)
     if weight.pre_scale is None:
         return made
@@ -546,6 +550,28 @@ def _cat(weights: Sequence[Tensor], dim: int = 0) -> Any:
     return _cat_rows(packed) if axis == packed[0].batch_axes else _cat_batch(packed, axis)
 
 
+@implements(aten.constant_pad_nd.default)
+def _constant_pad_nd(weight: Int4TileTensor, pad: Sequence[int], value: float = 0) -> Any:
+    """Zeros at the end of one axis: DTensor fills up the parts of an uneven split."""
+    at_end = {weight.ndim - 1 - index: more for index, more in enumerate(pad[1::2]) if more}
+    if any(pad[::2]) or value != 0 or min(at_end.values(), default=0) < 0 or len(at_end) > 1:
+        return NotImplemented
+    for dim, more in at_end.items():
+        shape = [more if axis == dim else size for axis, size in enumerate(weight.shape)]
+        zeros = torch.zeros([shape[axis] for axis in _stored_order(weight)], device=weight.device)
+        filling = Int4TileTensor.from_float(
+            zeros.to(weight.dtype),
+            Int4Config(group_size=weight.group_size, inner_k_tiles=weight.inner_k_tiles),
+        )
+        weight = _cat([weight, filling.like(axes=weight.axes)], dim)
+    return weight
+
+
+def _stored_order(weight: Int4TileTensor) -> list[int]:
+    """The logical axis of each stored axis."""
+    return [weight.axes.index(axis) for axis in range(weight.batch_axes + 2)]
+
+
 @implements(aten.stack.default)
 def _stack(weights: Sequence[Tensor], dim: int = 0) -> Any:
     if not all(isinstance(weight, Int4TileTensor) for weight in weights):
@@ -631,8 +657,24 @@ def _with_equal_columns(packed: Sequence[Int4TileTensor]) -> list[Int4TileTensor
 
 def _compacted(weight: Int4TileTensor) -> Int4TileTensor | None:
     """The same weight with its columns stored as one run from 0; None if no group size allows."""
-    if weight.is_whole:
-        return weight
+    return weight if weight.is_whole else _stored_anew(weight)
+
+
+def tight(weight: Int4TileTensor) -> Int4TileTensor | None:
+    """The same weight, stored without rows and columns that belong to others or pad in vain.
+
+    Weights of one shape that were cut from one weight are stored alike then, wherever they were
+    cut. None if a part along K ends within a group: its neighbour then has none left.
+    """
+    part, weight = weight.is_part, _slice_rows(weight, 0, weight.n)
+    k, group = sum(stop - start for start, stop in weight.columns), weight.plain_group
+    whole = weight.is_whole and weight.stored.k_padded == -(-k // group) * group
+    if k % group and (part or not whole):
+        return None
+    return weight if whole else _stored_anew(weight)
+
+
+def _stored_anew(weight: Int4TileTensor) -> Int4TileTensor | None:
     group = weight.plain_group
     if group < 32:
         return None

@@ -104,14 +104,25 @@ class Weight:
             parameters: The full names of the parameters it is made of, the largest first.
             roots: Real tensors for `self.roots`, in that order.
         """
-        views = all(getattr(step.target, "is_view", False) for step in self.steps[1:])
-        if len(self.roots) == 1 and views and roots[0].is_contiguous():
+        value = self.view_of(roots)
+        if value is not None and value.numel() == roots[0].numel() and roots[0].is_contiguous():
             with real_tensors():
-                value = self.evaluate(roots)
                 as_stored, turned = value.is_contiguous(), value.mT.is_contiguous()
-            if value.numel() == roots[0].numel() and (as_stored or turned):
+            if as_stored or turned:
                 return parameters[0] if as_stored else transposed_key(parameters[0])
         return computed_key(parameters, self.signature)
+
+    def view_of(self, roots: Sequence[Tensor]) -> Tensor | None:
+        """The weight as a view of its only root, ``[N, K]`` or ``[E, N, K]``; None if it is none.
+
+        Args:
+            roots: Real tensors for `self.roots`, in that order.
+        """
+        views = all(getattr(step.target, "is_view", False) for step in self.steps[1:])
+        if len(self.roots) > 1 or not views:
+            return None
+        with real_tensors():
+            return self.evaluate(roots)
 
     def _values(self, wanted: Sequence[fx.Node], roots: Sequence[Tensor]) -> list[Any]:
         """Evaluate the steps; return the values of the wanted nodes."""

@@ -1,0 +1,80 @@
+"""PyTorch's private API for tensors that are distributed among processes.
+
+All of it was run on torch 2.11, 2.13 and 2.15.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["LOCAL", "Shard", "is_distributed", "local_of", "shards_of", "with_local"]
+
+#: The attribute of a DTensor that holds this process's part; `__tensor_flatten__` names it.
+LOCAL = "_local_tensor"
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether a tensor is a DTensor; nothing is imported for the question."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor, without a copy; any other tensor itself."""
+    return getattr(tensor, LOCAL) if is_distributed(tensor) else tensor
+
+
+def with_local(like: Tensor, local: Tensor) -> Tensor:
+    """A tensor distributed as another one, with another part in this process.
+
+    Args:
+        like: A DTensor; any other tensor gives `local` itself.
+        local: The part, as large as that of `like`.
+    """
+    if not is_distributed(like):
+        return local
+    distributed: Any = like
+    return type(distributed).from_local(  # type: ignore[no-any-return]
+        local,
+        distributed.device_mesh,
+        distributed.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a tensor a process has along one axis of its mesh of processes.
+
+    Attributes:
+        index: The number of the part, from 0.
+        count: How many parts there are.
+        axis: The axis of the tensor that is split.
+    """
+
+    index: int
+    count: int
+    axis: int
+
+    def along(self, axis: str) -> str:
+        """The text of reports, for a name of the axis."""
+        return f"shard {self.index + 1} of {self.count}, along {axis}"
+
+
+def shards_of(tensor: Tensor) -> tuple[Shard, ...]:
+    """How a DTensor is split, for each axis of the mesh that splits it; empty for other tensors."""
+    if not is_distributed(tensor):
+        return ()
+    distributed: Any = tensor
+    mesh = distributed.device_mesh
+    return tuple(
+        Shard(mesh.get_local_rank(axis), mesh.size(axis), placement.dim % tensor.ndim)
+        for axis, placement in enumerate(distributed.placements)
+        if placement.is_shard()
+    )

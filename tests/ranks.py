@@ -1,0 +1,93 @@
+"""Processes that call functions side by side, with PyTorch's collectives between them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as processes
+from torch import distributed
+
+#: Seconds that a call may take before the others give up waiting for it.
+_PATIENCE = 120
+
+
+class Ranks:
+    """A group of processes on this machine, connected by gloo, or by NCCL with a GPU each.
+
+    Args:
+        count: How many.
+        backend: "gloo" or "nccl".
+    """
+
+    def __init__(self, count: int, backend: str = "gloo") -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        context = processes.get_context("spawn")
+        self._pipes = []
+        self._processes = []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            given = (rank, count, backend, os.path.join(self._folder.name, "store"), theirs)
+            process = context.Process(target=_serve, args=given, daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a function of a module in the folder of tests, in each process.
+
+        Returns:
+            What it returned, by rank.
+
+        Raises:
+            AssertionError: It raised, in the rank that is named.
+        """
+        module = sys.modules[function.__module__].__file__
+        for pipe in self._pipes:
+            pipe.send((module, function.__name__, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(_PATIENCE), f"rank {rank} does not answer"
+            answers.append(pipe.recv())
+        for rank, (failed, answer) in enumerate(answers):
+            assert not failed, f"rank {rank}: {answer}"
+        return [answer for _, answer in answers]
+
+    def end(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, count: int, backend: str, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=_PATIENCE / 2),
+    )
+    sys.path.insert(0, str(Path(__file__).parent))
+    while True:
+        module, name, args = pipe.recv()
+        try:
+            # pytest may import modules under other names.
+            function = getattr(importlib.import_module(Path(module).stem), name)
+            answer = (False, function(*args))
+        except BaseException:
+            answer = (True, traceback.format_exc(limit=-8))
+        pipe.send(answer)
