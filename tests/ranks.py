@@ -72,6 +72,8 @@ class Ranks:
 
 def _serve(rank: int, count: int, backend: str, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    # As torchrun does; transformers looks there.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     if backend == "nccl":
         torch.cuda.set_device(rank)
     distributed.init_process_group(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,7 +110,7 @@ def check(y: Tensor, wanted: Tensor) -> None:
     assert ((y.double() - wanted).norm() / wanted.norm()) < 2.0**-6
 
 
-def compiled(model: nn.Module, *args: Any) -> tuple[Tensor, fxint4.Report]:
+def compiled(model: nn.Module, *args: Any) -> tuple[Any, fxint4.Report]:
     torch.compiler.reset()
     with torch.no_grad():
         y = torch.compile(model, backend="int4tile", options=GROUP)(*args)
@@ -354,3 +356,84 @@ def cut() -> None:
     assert torch.equal(given.to_local().dequantize(), part)
     with pytest.raises(UnsupportedOpError, match="cuts a group"):
         given.full_tensor()
+
+
+def calibrated() -> None:
+    """Each process has statistics of the columns that its part multiplies."""
+    whole = seeded(Mlp)
+    model = parallelize_module(copy.deepcopy(whole), line(), plan())
+    x = torch.randn(512, HIDDEN, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+        HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2)
+    )
+    calibration = fxint4.calibrate(model, [(x,)])
+    errors = {}
+    with torch.no_grad():
+        exact_y = whole(x)
+        for method in ("rtn", "gptq"):
+            packed = copy.deepcopy(model)
+            options = {**GROUP, "method": method, "calibration": calibration}
+            report = fxint4.pack_(packed, (x,), options=options)
+            assert [(each.action, each.method) for each in report.records] == [
+                ("packed", method)
+            ] * 2
+            errors[method] = (packed(x) - exact_y).norm()
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_calibrated(two: Ranks) -> None:
+    two.call(calibrated)
+
+
+# --- models of transformers ----------------------------------------------------------------------
+
+
+def of_transformers(folder: str) -> None:
+    from transformers import LlamaForCausalLM
+
+    def load(folder: str, **given: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions rename `tp_plan`
+            return LlamaForCausalLM.from_pretrained(folder, **given)
+
+    def logits(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    ids = torch.arange(7)[None]
+    one = load(folder)
+    fxint4.pack_(one, options=GROUP)
+    wanted = logits(one).double()
+    packed = sum(isinstance(each, Int4TileTensor) for each in one.parameters())
+
+    plain = load(folder, tp_plan="auto")
+    y, report = compiled(plain, ids)
+    check(y.logits, wanted)
+    assert report.totals["packed"] == packed
+    assert all(each.shard.startswith("shard") for each in report.records)
+
+    config = fxint4.Int4TileConfig(**GROUP)
+    loaded = load(folder, tp_plan="auto", quantization_config=config)
+    check(logits(loaded), wanted)
+    records = loaded.int4tile_report.records
+    assert [each.action for each in records] == ["packed"] * packed
+    assert {each.shard.partition(", ")[0] for each in records} == {f"shard {get_rank() + 1} of 2"}
+    saved = f"{folder}/saved"
+    loaded.save_pretrained(saved, is_main_process=get_rank() == 0)
+    torch.distributed.barrier()
+    again = load(saved, tp_plan="auto")
+    assert torch.equal(logits(again), logits(loaded))
+    assert again.int4tile_report.totals["packed"] == packed
+    whole = load(saved)
+    for name, parameter in one.named_parameters():
+        if isinstance(parameter, Int4TileTensor):
+            assert torch.equal(whole.get_parameter(name).dequantize(), parameter.dequantize())
+
+
+def test_a_model_of_transformers(two: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("transformers.core_model_loading", reason="transformers before 5.17")
+    from tiny_transformers import llama
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+    llama(num_hidden_layers=1, **sizes).save_pretrained(tmp_path)
+    two.call(of_transformers, str(tmp_path))

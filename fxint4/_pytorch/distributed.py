@@ -11,7 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["LOCAL", "Shard", "is_distributed", "local_of", "shards_of", "with_local"]
+__all__ = [
+    "LOCAL",
+    "Shard",
+    "is_distributed",
+    "local_of",
+    "part_of",
+    "shards_of",
+    "whole_of",
+    "with_local",
+]
 
 #: The attribute of a DTensor that holds this process's part; `__tensor_flatten__` names it.
 LOCAL = "_local_tensor"
@@ -26,6 +35,30 @@ def is_distributed(tensor: object) -> bool:
 def local_of(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, without a copy; any other tensor itself."""
     return getattr(tensor, LOCAL) if is_distributed(tensor) else tensor
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, for which all its processes must ask; any other tensor itself."""
+    distributed: Any = tensor
+    return distributed.full_tensor() if is_distributed(tensor) else tensor
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has, with memory of its own.
+
+    Args:
+        whole: The tensor.
+        like: A DTensor that is split as it is to be; any other tensor gives `whole` itself.
+    """
+    if not is_distributed(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    distributed: Any = like
+    split = distribute_tensor(
+        whole, distributed.device_mesh, distributed.placements, src_data_rank=None
+    )
+    return split.to_local().clone()
 
 
 def with_local(like: Tensor, local: Tensor) -> Tensor:

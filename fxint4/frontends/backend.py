@@ -40,7 +40,7 @@ from fxint4.passes.site import Site
 from fxint4.report import GraphReport, Report
 from fxint4.report.graph_text import graph_text
 from fxint4.report.latest import remember, report_of_caller
-from fxint4.tensor import Int4TileTensor
+from fxint4.tensor import Int4TileTensor, is_packed
 from fxint4.weights.cache import WeightCache, weight_cache
 from fxint4.weights.formats import Format
 
@@ -222,7 +222,7 @@ def _is_packed(inputs: Inputs, example_inputs: Sequence[Any]) -> bool:
     """Whether the model that is being called has packed weights, in this graph or in others."""
     modules = [*inputs.outermost_modules.values(), *modules_in_call()]
     parameters = (parameter for module in modules for parameter in module.parameters())
-    return any(isinstance(value, Int4TileTensor) for value in (*example_inputs, *parameters))
+    return any(map(is_packed, (*example_inputs, *parameters)))
 
 
 def _trained(

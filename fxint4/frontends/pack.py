@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxint4._pytorch.distributed import local_of
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import FoldError, OptionError, first_line
@@ -33,7 +32,7 @@ from fxint4.report import GraphReport, Parameter, Record, Report
 from fxint4.runs.calibrate import with_budget_choices
 from fxint4.runs.errors_of import measure
 from fxint4.runs.state_guard import StateGuard
-from fxint4.tensor import Int4TileTensor
+from fxint4.tensor import is_packed
 
 __all__ = ["pack_"]
 
@@ -234,7 +233,7 @@ def _measured(
 
 def _move_rest(model: nn.Module, device: torch.device) -> None:
     for parameter in model.parameters():
-        if not isinstance(local_of(parameter), Int4TileTensor):
+        if not is_packed(parameter):
             parameter.data = parameter.data.to(device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

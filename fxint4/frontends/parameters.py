@@ -247,18 +247,19 @@ def loaded_record(
     Returns:
         The record; None for a value that is not packed, and is not known to be multiplied by.
     """
-    if isinstance(value, Int4TileTensor):  # it knows its axes, whatever the use
-        stored: Tensor = value.like(axes=tuple(range(value.batch_axes + 2)))
+    local = local_of(value)
+    if isinstance(local, Int4TileTensor):  # it knows its axes, whatever the use
+        stored: Tensor = local.like(axes=tuple(range(local.batch_axes + 2)))
     elif use is None:
         return None
     else:
         assert isinstance(place, nn.Parameter)
         stored = Candidate(place, *use).as_stored
     op = "matmul" if use is None else use[0]
-    record = record_of(layer_name(name), (name,), op, stored, place)
+    record = record_of(layer_name(name), (name,), op, stored, local_of(place))
     record = dataclasses.replace(record, weight_key=id(value))
-    if isinstance(value, Int4TileTensor):
-        return packed_record(record, value, packed)
+    if isinstance(local, Int4TileTensor):
+        return packed_record(record, local, packed)
     return dataclasses.replace(record, reason=kept)
 
 

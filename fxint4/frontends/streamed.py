@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fxint4._pytorch.distributed import is_distributed, local_of, part_of, with_local
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import CheckpointError
 from fxint4.frontends.candidates import Candidate, Owners, candidates_of_modules, use_of
@@ -70,27 +71,31 @@ class StreamedPacking:
         """Whether a parameter is to be packed; its values may still forbid it."""
         return name in self._candidates
 
-    def pack(self, name: str, value: Tensor) -> Tensor:
+    def pack(self, name: str, value: Tensor, place: Tensor) -> Tensor:
         """Pack one parameter.
 
         Args:
             name: One of its full names.
-            value: Its values, on the device where it goes.
+            value: Its values on the device where it goes; of a distributed parameter, the part that
+                this process has.
+            place: What the model has in its place now.
 
         Returns:
-            The packed parameter, or the values if they are to stay. Values of another shape than
-            the parameter's are returned, and the parameter is none that is to be packed any more,
-            so that the library treats them as those of any other parameter.
+            The packed parameter, or this process's part of it; or the values if they are to stay.
+            Values of another shape than the parameter's are returned, and the parameter is none
+            that is to be packed any more, so that the library treats them as those of any other
+            parameter.
 
         Raises:
             FoldError: It could not be packed.
         """
         known, names = self._candidates[name]
-        if value.shape != known.parameter.shape:
+        if value.shape != local_of(place).shape:
             for each in names:
                 del self._candidates[each]
             return value
-        candidate = Candidate(nn.Parameter(value, requires_grad=False), known.op, known.k_axis)
+        whole = nn.Parameter(with_local(place, value), requires_grad=False)
+        candidate = Candidate(whole, known.op, known.k_axis)
         packed, self._records[names[0]] = packed_candidate(candidate, names, self._config)
         if packed is None:
             return value
@@ -137,11 +142,13 @@ class PackedFiles:
         self.nbytes: dict[str, int] = {}
         self._folder = os.path.dirname(files[0]) if files else ""
         self._stored: dict[str, str] = {}
+        self._files: dict[str, str] = {}
         metadata, sizes = [], {}
         for path in files:
             with open_tensors(path, CheckpointError) as file:
                 metadata.append(file.metadata() or {})
                 for name in file.keys():  # noqa: SIM118
+                    self._files[name] = path
                     shape = file.get_slice(name).get_shape()
                     sizes[name] = math.prod(shape) * (2 if name.endswith(PARTS[1]) else 4)
         if files and not any(HEADER in entries for entries in metadata):
@@ -180,19 +187,33 @@ class PackedFiles:
             if module is not None and parametrize.is_parametrized(module, attribute):
                 materialize(module, attribute)
 
-    def assemble(self, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def assemble(
+        self, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype, place: Tensor
+    ) -> Tensor:
         """Make a packed parameter of its tensors, without a copy.
 
         Args:
             name: Its full name in the model.
             parts: The tensors, by their names in `fxint4.tensor.files.PARTS`.
             dtype: The dtype of the parameter.
+            place: What the model has in its place now. If that is distributed, the library has cut
+                the tensors as it would cut plain values. They are read anew then, and the parameter
+                is a copy of the part that this process has.
 
         Raises:
             PackedFormatError: The tensors are damaged, or don't fit what the header says.
         """
-        packed = assemble(self._folder, self._stored.get(name, name), self.header, parts)
-        return nn.Parameter(packed.to(dtype), requires_grad=False)
+        stored = self._stored.get(name, name)
+        if is_distributed(place):
+            device = next(iter(parts.values())).device
+            parts = {key: self._read(self.header.parts(stored)[key]).to(device) for key in parts}
+        packed = assemble(self._folder, stored, self.header, parts)
+        return nn.Parameter(part_of(packed.to(dtype), place), requires_grad=False)
+
+    def _read(self, name: str) -> Tensor:
+        with open_tensors(self._files[name], CheckpointError) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     def report(self, model: nn.Module, title: str) -> Report:
         """What is packed in a model, and what could be and is not.
@@ -245,7 +266,8 @@ def _records_of(model: nn.Module) -> list[Record]:
     for parameter in owners.parameters.values():
         uses = (use_of(owner, parameter) for owner in owners.of(parameter))
         use = next((each for each in uses if each), None)
-        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        shape = local_of(parameter).shape
+        values = torch.empty(shape, dtype=parameter.dtype, device="meta")
         place = nn.Parameter(values, requires_grad=False)
         reasons = "packed in the checkpoint", "not packed in the checkpoint"
         record = loaded_record(owners.name(parameter), use, place, parameter, *reasons)

@@ -11,7 +11,7 @@ from fxint4._pytorch.distributed import local_of, with_local
 from fxint4.errors import FoldError, OptionError
 from fxint4.frontends.candidates import Owners
 from fxint4.frontends.in_place import tell_followers
-from fxint4.tensor import Int4TileTensor
+from fxint4.tensor import Int4TileTensor, is_packed
 
 __all__ = ["dequantize_"]
 
@@ -40,9 +40,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         raise OptionError(f"dtype is {dtype!r}; it takes a floating dtype, such as torch.bfloat16")
     owners = Owners([("", model)])
-    packed = [
-        each for each in owners.parameters.values() if isinstance(local_of(each), Int4TileTensor)
-    ]
+    packed = [each for each in owners.parameters.values() if is_packed(each)]
     while packed:  # each is let go of before the next one is dequantized
         parameter = packed.pop(0)
         try:

@@ -26,7 +26,7 @@ from fxint4.integrations.transformers import (
     not_to_convert,
     refuse_disk,
 )
-from fxint4.tensor import Int4TileTensor
+from fxint4.tensor import Int4TileTensor, is_packed
 from fxint4.tensor.files import flatten
 
 __all__ = ["Int4TileDiffusersQuantizer", "follow_packing"]
@@ -187,8 +187,8 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             parts = self._parts.setdefault(name, {})
             parts[part] = value
             if parts.keys() == header.parts(name).keys() and name in wanted:
-                dtype = wanted[name].dtype
-                made[name] = self.weights.assemble(name, self._parts.pop(name), dtype)
+                known = wanted[name]
+                made[name] = self.weights.assemble(name, self._parts.pop(name), known.dtype, known)
                 if made[name].shape != wanted[name].shape:
                     raise CheckpointError(
                         f"the checkpoint's {name} is {tuple(made[name].shape)}; the model's is "
@@ -234,7 +234,7 @@ class Int4TileDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         value = param_value.to(torch.device(target_device))
         if isinstance(self.weights, StreamedPacking):
-            value = self.weights.pack(param_name, value)
+            value = self.weights.pack(param_name, value, model.get_parameter(param_name))
         path, _, name = param_name.rpartition(".")
         model.get_submodule(path)._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -310,7 +310,7 @@ def follow_packing(model: nn.Module, config: Int4Config | None) -> None:
         if not isinstance(part, ModelMixin):
             continue
         known = getattr(part, "hf_quantizer", None)
-        if any(isinstance(parameter, Int4TileTensor) for parameter in part.parameters()):
+        if any(map(is_packed, part.parameters())):
             if known is None:
                 options = Int4TileConfig.of(config or Int4Config())
                 part.hf_quantizer = Int4TileDiffusersQuantizer(options, pre_quantized=True)

@@ -34,7 +34,7 @@ from fxint4.frontends.backend import packed_guards
 from fxint4.frontends.streamed import PackedFiles, StreamedPacking, tie
 from fxint4.frontends.unpack import dequantize_
 from fxint4.quant.statistics import Calibration
-from fxint4.tensor import Int4TileTensor
+from fxint4.tensor import is_packed
 from fxint4.tensor.core import implements
 from fxint4.tensor.files import PARTS, flatten
 
@@ -429,7 +429,9 @@ class _Pack(_Operation):
         assert isinstance(weights, StreamedPacking)
         (value,) = map(_only, input_dict.values())
         value = value.to(_dtype(model, full_layer_name))
-        made = self.hf_quantizer.convert(lambda: weights.pack(full_layer_name, value), instead)
+        made = self.hf_quantizer.convert(
+            lambda: weights.pack(full_layer_name, value, instead), instead
+        )
         return {full_layer_name: made}
 
 
@@ -451,7 +453,9 @@ class _Load(_Operation):
         by_pattern = dict(zip(source_patterns, PARTS, strict=True))
         parts = {by_pattern[pattern]: _only(value) for pattern, value in input_dict.items()}
         made = self.hf_quantizer.convert(
-            lambda: weights.assemble(full_layer_name, parts, _dtype(model, full_layer_name)),
+            lambda: weights.assemble(
+                full_layer_name, parts, _dtype(model, full_layer_name), instead
+            ),
             instead,
         )
         return {full_layer_name: made}
@@ -548,11 +552,7 @@ def _models_in(model: nn.Module) -> list[PreTrainedModel]:
 
 def _packed_parts(model: nn.Module) -> list[PreTrainedModel]:
     """Those of `_models_in` that have packed weights."""
-    return [
-        part
-        for part in _models_in(model)
-        if any(isinstance(parameter, Int4TileTensor) for parameter in part.parameters())
-    ]
+    return [part for part in _models_in(model) if any(map(is_packed, part.parameters()))]
 
 
 def _make_saveable(part: PreTrainedModel, options: Int4TileConfig) -> None:

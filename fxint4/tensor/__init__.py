@@ -9,13 +9,14 @@ reads and writes safetensors.
 from __future__ import annotations
 
 from fxint4.tensor import arithmetic, collectives, layers, matmul, quick, views
-from fxint4.tensor.core import Int4TileTensor, dequantizing
+from fxint4.tensor.core import Int4TileTensor, dequantizing, is_packed
 
 __all__ = [
     "Int4TileTensor",
     "arithmetic",
     "collectives",
     "dequantizing",
+    "is_packed",
     "layers",
     "matmul",
     "quick",

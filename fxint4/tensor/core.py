@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxint4._pytorch.distributed import local_of
 from fxint4._pytorch.dynamo import never_compiled
 from fxint4._pytorch.tensors import (
     MATMULS,
@@ -66,6 +67,7 @@ __all__ = [
     "checked",
     "dequantizing",
     "implements",
+    "is_packed",
     "quickly",
     "without_dense_copies",
 ]
@@ -1097,6 +1099,11 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
 
 never_compiled(Int4TileTensor.__torch_function__.__code__)
 never_compiled(Int4TileTensor.__torch_dispatch__.__code__)
+
+
+def is_packed(tensor: object) -> bool:
+    """Whether a tensor is packed, or the part of it that this process has."""
+    return isinstance(tensor, Tensor) and isinstance(local_of(tensor), Int4TileTensor)
 
 
 def _level_of_caller() -> int:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxint4._pytorch.distributed import local_of, whole_of
 from fxint4.atomic_files import write_tensors
 from fxint4.errors import PackedFormatError, WriteError, first_line
 from fxint4.quant.tile_layout import DTYPES
@@ -84,7 +85,8 @@ def save_file(
 
     A packed weight `layer.weight` becomes ordinary tensors, `layer._weight_tiles`,
     `layer._weight_scale_and_zero` and, if it has one, `layer._weight_pre_scale`, and an entry of
-    the header. Weights that share memory (tied ones) are written once.
+    the header. Weights that share memory (tied ones) are written once. Weights that are distributed
+    among processes are written as a whole; all processes must call, each with a path of its own.
 
     Args:
         state_dict: What `model.state_dict()` returns.
@@ -151,6 +153,7 @@ def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     """Turn a state dict that may hold packed weights into what a safetensors file can hold.
 
     The tensors may be written to one file, or spread over several of which each gets all entries.
+    Those that are distributed among processes (DTensor) are gathered, so all of these must call.
     `assemble` is the inverse.
 
     Args:
@@ -183,11 +186,12 @@ def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
             raise PackedFormatError(
                 f"{name} is {kind}; safetensors holds only dense tensors with values"
             )
-        key = _identity(value)
+        key = _identity(local_of(value))
         if key in first:
             shared[name] = first[key]
             continue
         first[key] = name
+        value = whole_of(value)
         if isinstance(value, Int4TileTensor):
             try:
                 value.check_values()

@@ -62,9 +62,9 @@ def _empty_like(
 ) -> Any:
     if dtype not in (None, weight.dtype):
         return NotImplemented
-    # A tensor with values of its own needs no columns that belong to another one.
-    stored = tight(weight)
-    weight = weight if stored is None else stored
+    if weight.is_part:  # a tensor with values of its own needs none that belong to another
+        stored = tight(weight)
+        weight = weight if stored is None else stored
     made = weight.on_batch(lambda buffer: torch.empty_like(buffer, device=device), is_part=False)
     if weight.pre_scale is None:
         return made
