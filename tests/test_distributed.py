@@ -23,6 +23,7 @@ from fxint4.errors import UnsupportedOpError
 DTensor: Any
 try:
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -382,6 +383,24 @@ def calibrated() -> None:
 
 def test_calibrated(two: Ranks) -> None:
     two.call(calibrated)
+
+
+def pipelined() -> None:
+    """Each process has packed layers of its own, and hands activations on."""
+    whole = seeded(lambda: nn.Sequential(Mlp(), Mlp()))
+    fxint4.pack_(whole, options=GROUP)
+    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
+    rank = get_rank()
+    stage = PipelineStage(whole[rank], rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 2)
+    with torch.no_grad():
+        y = schedule.step(x) if rank == 0 else schedule.step()
+        if rank == 1:
+            check(y, whole(x).double())
+
+
+def test_a_pipeline(two: Ranks) -> None:
+    two.call(pipelined)
 
 
 # --- models of transformers ----------------------------------------------------------------------

@@ -397,9 +397,7 @@ def test_cuda_graphs_take_the_addresses_of_packed_parameters_for_granted() -> No
         def inner(captured: fx.GraphModule, _: Any, **kwargs: Any) -> Callable[..., Any]:
             placeholders = captured.graph.find_nodes(op="placeholder")
             origins = [outer_input(node) for node in placeholders]
-            seen.append(
-                ([origin[1] is not None for origin in origins], kwargs["static_input_idxs"])
-            )
+            seen.append(([bool(origin[1]) for origin in origins], kwargs["static_input_idxs"]))
             return mark_boxed(lambda args: captured(*args))
 
         return compile_fx(gm, inputs, inner, {}, {}, Int4TileTensor)

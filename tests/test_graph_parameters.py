@@ -72,7 +72,17 @@ def test_a_recurrent_layer_is_named(kind: Any) -> None:
     assert set(reasons.values()) == {why}
 
 
-def test_a_parameter_of_a_distributed_model_is_named(tmp_path: Any) -> None:
+def test_a_parameter_of_another_kind_is_named() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    owner = nn.Linear(64, 64)
+    values = owner.weight.detach()
+    owner.weight = nn.Parameter(TwoTensor(values, values.clone()), requires_grad=False)
+    reason = parameters_of(owner)[id(owner.weight)].reason
+    assert reason == "a TwoTensor, a tensor of a kind that is not packed"
+
+
+def test_a_parameter_of_a_distributed_model_can_be_packed(tmp_path: Any) -> None:
     from torch import distributed
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
@@ -86,4 +96,4 @@ def test_a_parameter_of_a_distributed_model_is_named(tmp_path: Any) -> None:
         reason = parameters_of(owner)[id(owner.weight)].reason
     finally:
         distributed.destroy_process_group()
-    assert reason == "a DTensor, a tensor of a kind that is not packed"
+    assert reason == ""

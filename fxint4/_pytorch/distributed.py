@@ -9,21 +9,35 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = [
     "LOCAL",
     "Shard",
+    "c10d",
+    "functional",
     "is_distributed",
     "local_of",
     "part_of",
     "shards_of",
     "whole_of",
     "with_local",
+    "wrapping_ops",
 ]
+
+#: Collectives that write to their arguments, and those that return a tensor to be waited for; both
+#: are empty where PyTorch was built without them.
+c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 
 #: The attribute of a DTensor that holds this process's part; `__tensor_flatten__` names it.
 LOCAL = "_local_tensor"
+
+
+def wrapping_ops() -> list[Any]:
+    """Ops by which newer PyTorch wraps what it gathered, registered when it first does so."""
+    known = getattr(functional, "_wrap_tensor_autograd", None)
+    return [] if known is None else [known.default]
 
 
 def is_distributed(tensor: object) -> bool:

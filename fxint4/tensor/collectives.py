@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fxint4._pytorch.distributed import c10d, functional, wrapping_ops
 from fxint4.errors import UnsupportedOpError
 from fxint4.tensor.core import Int4TileTensor, implements
 from fxint4.tensor.views import tight
@@ -22,10 +23,7 @@ __all__: list[str] = []
 
 def _gather(weight: Int4TileTensor, group_size: int, group: Any) -> Tensor:
     """Join the weights of all processes along the first axis."""
-    functional = torch.ops._c10d_functional
-    # What newer PyTorch wraps the result by: an op that it does not register before it gathers.
-    if hasattr(functional, "_wrap_tensor_autograd"):
-        implements(functional._wrap_tensor_autograd.default)(_waited)
+    implements(*wrapping_ops())(_waited)
     weight = _tight(weight)
 
     def parts(buffer: Tensor) -> Sequence[Tensor]:
@@ -59,14 +57,14 @@ def _scatter_(
 
     def scatter(name: str, received: Sequence[Tensor]) -> Any:
         given = [[_bytes_of(part.buffers[name]) for part in parts] for parts in inputs]
-        return torch.ops.c10d.scatter_(received, given, *args, **kwargs)
+        return c10d.scatter_(received, given, *args, **kwargs)
 
     return _into(outputs, scatter)
 
 
 def _broadcast_(weights: Sequence[Int4TileTensor], *args: Any, **kwargs: Any) -> Any:
     """Write the root's weight to each process."""
-    return _into(weights, lambda _, received: torch.ops.c10d.broadcast_(received, *args, **kwargs))
+    return _into(weights, lambda _, received: c10d.broadcast_(received, *args, **kwargs))
 
 
 def _tight(weight: Int4TileTensor) -> Int4TileTensor:
@@ -107,7 +105,7 @@ def _into(written: Sequence[Int4TileTensor], call: Callable[[str, Sequence[Tenso
 
 
 if torch.distributed.is_available():
-    implements(torch.ops._c10d_functional.all_gather_into_tensor.default)(_gather)
-    implements(torch.ops._c10d_functional.wait_tensor.default)(_waited)
-    implements(torch.ops.c10d.scatter_.default)(_scatter_)
-    implements(torch.ops.c10d.broadcast_.default)(_broadcast_)
+    implements(functional.all_gather_into_tensor.default)(_gather)
+    implements(functional.wait_tensor.default)(_waited)
+    implements(c10d.scatter_.default)(_scatter_)
+    implements(c10d.broadcast_.default)(_broadcast_)
