@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 import torch.multiprocessing as processes
 from torch import distributed
 
@@ -83,6 +84,8 @@ def _serve(rank: int, count: int, backend: str, store: str, pipe: Connection) ->
         world_size=count,
         timeout=timedelta(seconds=_PATIENCE / 2),
     )
+    inductor_config.fallback_by_default = backend == "gloo"  # as for tests that are marked by_aten
+    inductor_config.force_disable_caches = True
     sys.path.insert(0, str(Path(__file__).parent))
     while True:
         module, name, args = pipe.recv()
