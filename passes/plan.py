@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxint4._pytorch.distributed import shard_text
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.layer_patterns import first_match
@@ -198,7 +199,7 @@ class Plans:
             weight_key=identity,
             place=place,
             aliases=aliases,
-            shard=_shard_text(site, roots, origins),
+            shard=_shard_of(site, roots, origins),
         )
         site = dataclasses.replace(site, record=record, kept="")
         planned = _planned(site, roots, self._config)
@@ -230,20 +231,22 @@ class Plans:
         return tuple(dict.fromkeys(names))
 
 
-def _shard_text(site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin]) -> str:
+def _shard_of(site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin]) -> str:
     """Which part of its weight a site has; empty if it has the whole, or is no view of one."""
     origin = origins.get(id(roots[0]))
     if origin is None or not origin.shards:
         return ""
-    letters = dict(enumerate(("E",) * len(site.batch) + ("N", "K")))
+    names = dict(enumerate(("E",) * len(site.batch) + ("N", "K")))
     if site.stored is None:
         view = site.weight.view_of(roots)
         if view is None:
             return ""
-        of_stride = {stride: letters[axis] for axis, stride in enumerate(view.stride())}
-        letters = {axis: of_stride.get(stride, "") for axis, stride in enumerate(roots[0].stride())}
-    texts = [shard.along(letters.get(shard.axis) or "an axis of 1") for shard in origin.shards]
-    return "; ".join(texts)
+        of_stride = {stride: names[axis] for axis, stride in enumerate(view.stride())}
+        names = {
+            axis: of_stride.get(stride, "an axis of 1")
+            for axis, stride in enumerate(roots[0].stride())
+        }
+    return shard_text(origin.shards, names)
 
 
 def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Site:

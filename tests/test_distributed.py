@@ -442,6 +442,9 @@ def of_transformers(folder: str) -> None:
     again = load(saved, tp_plan="auto")
     assert torch.equal(logits(again), logits(loaded))
     assert again.int4tile_report.totals["packed"] == packed
+    assert [each.shard for each in again.int4tile_report.records] == [
+        each.shard for each in records
+    ]
     whole = load(saved)
     for name, parameter in one.named_parameters():
         if isinstance(parameter, Int4TileTensor):

@@ -6,6 +6,7 @@ All of it was run on torch 2.11, 2.13 and 2.15.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "is_distributed",
     "local_of",
     "part_of",
+    "shard_text",
     "shards_of",
     "whole_of",
     "with_local",
@@ -85,14 +87,15 @@ def with_local(like: Tensor, local: Tensor) -> Tensor:
     if not is_distributed(like):
         return local
     distributed: Any = like
-    return type(distributed).from_local(  # type: ignore[no-any-return]
-        local,
-        distributed.device_mesh,
-        distributed.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    with torch.no_grad():
+        return type(distributed).from_local(  # type: ignore[no-any-return]
+            local,
+            distributed.device_mesh,
+            distributed.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,6 @@ class Shard:
     count: int
     axis: int
 
-    def along(self, axis: str) -> str:
-        """The text of reports, for a name of the axis."""
-        return f"shard {self.index + 1} of {self.count}, along {axis}"
-
 
 def shards_of(tensor: Tensor) -> tuple[Shard, ...]:
     """How a DTensor is split, for each axis of the mesh that splits it; empty for other tensors."""
@@ -124,4 +123,16 @@ def shards_of(tensor: Tensor) -> tuple[Shard, ...]:
         Shard(mesh.get_local_rank(axis), mesh.size(axis), placement.dim % tensor.ndim)
         for axis, placement in enumerate(distributed.placements)
         if placement.is_shard()
+    )
+
+
+def shard_text(shards: Sequence[Shard], names: Mapping[int, str]) -> str:
+    """How a tensor is split, as reports say it: "shard 1 of 2, along N"; empty for the whole.
+
+    Args:
+        shards: See `shards_of`.
+        names: A name for each axis of the tensor.
+    """
+    return "; ".join(
+        f"shard {shard.index + 1} of {shard.count}, along {names[shard.axis]}" for shard in shards
     )

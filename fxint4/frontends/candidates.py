@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxint4._pytorch.aot import example_size
-from fxint4._pytorch.distributed import local_of, shards_of
+from fxint4._pytorch.distributed import local_of, shard_text, shards_of
 from fxint4._pytorch.tensors import aten, holds_own_values, real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.names import layer_name, plain_name
@@ -157,9 +157,8 @@ class Candidate:
         """Which part of the weight this process has, as in `Record.shard`."""
         ndim = self.parameter.ndim
         n_axis = 0 if self.k_axis == 1 else -3 - self.k_axis  # the other of the last two
-        letters = {self.k_axis % ndim: "K", n_axis % ndim: "N"}
-        shards = shards_of(self.parameter)
-        return "; ".join(shard.along(letters.get(shard.axis, "E")) for shard in shards)
+        names = dict.fromkeys(range(ndim), "E") | {self.k_axis % ndim: "K", n_axis % ndim: "N"}
+        return shard_text(shards_of(self.parameter), names)
 
     def logical(self, packed: Int4TileTensor) -> Int4TileTensor:
         """`packed`, which is ``[..., N, K]``, viewed with the axes of the parameter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,7 @@ def _replace(
     packed, record = packed_candidate(candidate, names, config, device)
     if packed is None:
         return record
-    with torch.no_grad():
-        made = with_local(candidate.parameter, candidate.logical(packed))
+    made = with_local(candidate.parameter, candidate.logical(packed))
     new = nn.Parameter(made, requires_grad=False)
     owners.replace(candidate.parameter, new)
     return dataclasses.replace(record, weight_key=id(new))
@@ -257,7 +257,8 @@ def loaded_record(
         stored = Candidate(place, *use).as_stored
     op = "matmul" if use is None else use[0]
     record = record_of(layer_name(name), (name,), op, stored, local_of(place))
-    record = dataclasses.replace(record, weight_key=id(value))
+    shard = "" if use is None else Candidate(cast("nn.Parameter", value), *use).shard
+    record = dataclasses.replace(record, weight_key=id(value), shard=shard)
     if isinstance(local, Int4TileTensor):
         return packed_record(record, local, packed)
     return dataclasses.replace(record, reason=kept)

@@ -26,13 +26,13 @@ def _gather(weight: Int4TileTensor, group_size: int, group: Any) -> Tensor:
     implements(*wrapping_ops())(_waited)
     weight = _tight(weight)
 
-    def parts(buffer: Tensor) -> Sequence[Tensor]:
+    def of_all(buffer: Tensor) -> Sequence[Tensor]:
         sent = _bytes_of(buffer)
         made = functional.wait_tensor(functional.all_gather_into_tensor(sent, group_size, group))
         joined: Tensor = made.view(buffer.dtype)
         return joined.chunk(group_size)
 
-    gathered = {name: parts(buffer) for name, buffer in weight.buffers.items()}
+    gathered = {name: of_all(buffer) for name, buffer in weight.buffers.items()}
     return torch.cat(
         [
             weight.like(**{name: parts[rank] for name, parts in gathered.items()}, is_part=False)
