@@ -31,6 +31,7 @@ from fxint4.report.latest import last_report
 from fxint4.runs.calibrate import CalibrationCost, calibrate, calibration_cost
 from fxint4.tensor import Int4TileTensor, dequantizing
 from fxint4.tensor.files import load_file, save_file
+from fxint4.tensor.plain_state import plain_state_dict
 from fxint4.version import __version__ as __version__
 from fxint4.weights import ops as _ops  # noqa: F401  (registers torch.ops.fxint4)
 
@@ -66,6 +67,7 @@ __all__ = [
     "load_file",
     "pack_",
     "package",
+    "plain_state_dict",
     "refresh",
     "rewrite",
     "save_file",

@@ -68,6 +68,7 @@ def decide(
     config: Int4Config,
     shape_of: Callable[[Int4Config], TileShape],
     adapter: Adapter | None = None,
+    gathered: bool = False,
 ) -> Plan | Kept:
     """Decide what becomes of a weight, without its values; see `packing_fault` for these.
 
@@ -80,11 +81,16 @@ def decide(
         config: What the user asked for.
         shape_of: Returns the packed shape, for what the user asked for this weight.
         adapter: The adapter that it is known to be; else the names tell.
+        gathered: Whether `fully_shard` gathers a parameter that it is made of, for each call.
     """
     adapter = adapter or adapter_by_name(record.name, record.parameters)
     reason = _never(record, dtype, device, config, adapter)
     if reason is not None:
         return Kept(reason, alike=True)
+    if gathered:  # to pack it in each call takes longer than to multiply by it
+        return Kept(
+            "gathered by fully_shard in each call; fxint4.pack_ the model before fully_shard"
+        )
     skipped = first_match(record.name, names, config.skip)
     if skipped is not None:
         return Kept(f"skip={skipped!r}")
@@ -202,7 +208,8 @@ class Plans:
             shard=_shard_of(site, roots, origins),
         )
         site = dataclasses.replace(site, record=record, kept="")
-        planned = _planned(site, roots, self._config)
+        gathered = any(origin.gathered for origin in known)
+        planned = _planned(site, roots, self._config, gathered)
         self._planned[site.node, identity] = planned
         return planned
 
@@ -249,13 +256,14 @@ def _shard_of(site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin]
     return shard_text(origin.shards, names)
 
 
-def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Site:
+def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config, gathered: bool) -> Site:
     """A site with what is decided of its weight, by the names in its record.
 
     Args:
         site: The site.
         roots: The real tensors that its weight is computed from.
         config: What the user asked for.
+        gathered: See `decide`.
     """
     if site.stored is not None:
         decided: Plan | Kept = Plan(config, site.stored)
@@ -265,7 +273,7 @@ def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config) -> Site:
         key = site.weight.key(record.parameters, roots)
         names = (*record.parameters, *record.aliases)
         about = (record, names, site.dtype, site.device, key, config, site.shape_by)
-        decided = decide(*about, site.adapter)
+        decided = decide(*about, site.adapter, gathered)
     if isinstance(decided, Kept):
         return dataclasses.replace(site, kept=decided.reason, alike=decided.alike, key=key)
     return dataclasses.replace(

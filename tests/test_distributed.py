@@ -18,11 +18,13 @@ from torch.nn import functional as F
 
 import fxint4
 from fxint4 import Int4TileTensor
-from fxint4.errors import UnsupportedOpError
+from fxint4.errors import FoldError, UnsupportedOpError
 
 DTensor: Any
 try:
+    from torch.distributed import checkpoint
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import (
@@ -401,6 +403,214 @@ def pipelined() -> None:
 
 def test_a_pipeline(two: Ranks) -> None:
     two.call(pipelined)
+
+
+# --- FSDP2 ---------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Linear layers, experts ``[E, N, K]``, and an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+        self.experts = nn.Parameter(torch.randn(4, HIDDEN, HIDDEN) / 8)
+        self.a = nn.Linear(HIDDEN, 4, bias=False)
+        self.b = nn.Linear(4, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(x) + self.b(self.a(x))
+        return torch.bmm(x.expand(4, -1, -1), self.experts.transpose(1, 2)).sum(0)
+
+
+def layers() -> nn.Module:
+    model = seeded(Layers)
+    fxint4.pack_(model, (rows(),), options={**GROUP, "min_features": 32})
+    assert sum(isinstance(each, Int4TileTensor) for each in model.parameters()) == 3
+    return model
+
+
+def sharded(model: Any) -> Any:
+    """A copy that is fully sharded: `mlp` by itself, as one does it with layers, then the rest."""
+    made = copy.deepcopy(model)
+    for module in (made.mlp, made):
+        fully_shard(module, mesh=line())
+    return made
+
+
+class Counted:
+    """An all-gather for `set_custom_all_gather` that counts the bytes which the process sends."""
+
+    sent = 0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        self.sent += input_tensor.nbytes
+        return torch.distributed.all_gather_into_tensor(
+            output_tensor, input_tensor, group=group, async_op=async_op
+        )
+
+
+def fully() -> None:
+    one = layers()
+    model, gather = sharded(one), Counted()
+    for module in (model.mlp, model):
+        module.set_custom_all_gather(gather)
+    x = rows()
+    packed = sum(w.packed_bytes for w in one.parameters() if isinstance(w, Int4TileTensor))
+    floats = sum(w.nbytes for w in one.parameters() if not isinstance(w, Int4TileTensor))
+    with torch.no_grad():
+        assert torch.equal(model(x), one(x))
+        assert gather.sent == (packed + floats) / get_world_size()
+        model.reshard()
+        assert torch.equal(model(x), one(x))  # what was gathered was freed, and is gathered again
+        model.reshard()
+        # A weight that is written to is gathered anew.
+        local = model.mlp.up.weight.to_local()
+        assert isinstance(local, Int4TileTensor)
+        local.scale_and_zero.neg_()
+        one.mlp.up.weight.scale_and_zero.neg_()
+        assert torch.equal(model(x), one(x))
+    y, report = compiled(model, x)
+    with torch.no_grad():
+        check(y, one(x).double())
+    packed = [each for each in report.records if each.action == "packed"]
+    assert [each.name for each in packed] == ["mlp.up", "mlp.down", "experts"]
+    assert all(each.reason.startswith("packed before") for each in packed)
+
+
+def test_fully_sharded(two: Ranks) -> None:
+    two.call(fully)
+
+
+def trained() -> None:
+    """Adapters over packed weights learn as in one process that sees the rows of all."""
+    one = layers()
+    model = sharded(one)
+    x = torch.randn(2 * get_world_size(), HIDDEN, generator=torch.Generator().manual_seed(1))
+    for each, inputs in ((one, x), (model, x.chunk(get_world_size())[get_rank()])):
+        trained = [p for n, p in each.named_parameters() if n.endswith(("a.weight", "b.weight"))]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(inputs).square().mean().backward()
+            optimizer.step()
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor()
+        wanted = one.get_parameter(name)
+        if isinstance(wanted, Int4TileTensor):
+            assert torch.equal(whole.dequantize(), wanted.dequantize()), name
+        else:
+            torch.testing.assert_close(whole, wanted, msg=name)
+    first = layers()
+    assert not torch.equal(one.a.weight, first.a.weight)
+
+
+def test_trained_fully_sharded(two: Ranks) -> None:
+    two.call(trained)
+
+
+def not_packed() -> None:
+    """Float weights that are gathered for each call are not packed in it."""
+    whole = seeded(Mlp)
+    model = copy.deepcopy(whole)
+    fully_shard(model, mesh=line())
+    y, report = compiled(model, rows())
+    with torch.no_grad():
+        torch.testing.assert_close(y, whole(rows()))
+    assert [(each.action, each.reason) for each in report.records] == [
+        ("kept", "gathered by fully_shard in each call; fxint4.pack_ the model before fully_shard")
+    ] * 2
+    for change in (fxint4.pack_, fxint4.dequantize_):
+        with pytest.raises(FoldError, match=r"up.weight is sharded by fully_shard.* before"):
+            change(model)
+    # Parts of a weight differ, or would be columns: all processes refuse alike.
+    for n, place in ((101, None), (HIDDEN, Shard(1))):
+        odd = nn.Sequential(nn.Linear(HIDDEN, n))
+        fxint4.pack_(odd, options=GROUP)
+        with pytest.raises(UnsupportedOpError, match="split a packed weight along its first axis"):
+            fully_shard(odd, mesh=line(), shard_placement_fn=lambda _, place=place: place)
+
+
+def test_not_packed_fully_sharded(two: Ranks) -> None:
+    two.call(not_packed)
+
+
+def both() -> None:
+    """Tensor parallel within pairs, fully sharded among them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    whole = seeded(Mlp)
+    model = parallelize_module(copy.deepcopy(whole), mesh["tensor"], plan())
+    fxint4.pack_(model, options=GROUP)
+    with torch.no_grad():
+        wanted = model(rows())
+        fully_shard(model, mesh=mesh["data"])
+        for _ in range(2):
+            assert torch.equal(model(rows()), wanted)
+
+
+def test_fully_sharded_and_tensor_parallel(four: Ranks) -> None:
+    four.call(both)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def distributed_model(way: str) -> Any:
+    """A packed model whose parts are whole tiles for one, two and four processes."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 64)))
+    if way == "tensor parallel":
+        columns_and_rows = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        model = parallelize_module(model, line(), columns_and_rows)
+    fxint4.pack_(model, options={"group_size": 128})
+    if way == "fully sharded":
+        fully_shard(model, mesh=line())
+    return model
+
+
+def saved(way: str, folder: str) -> None:
+    model = distributed_model(way)
+    state = fxint4.plain_state_dict(model.state_dict())
+    assert "0._weight_tiles" in state
+    checkpoint.save(state, checkpoint_id=folder)
+
+
+def loaded(way: str, folder: str) -> None:
+    wanted, model = distributed_model(way), distributed_model(way)
+    for each in model.parameters():
+        local = each.to_local() if isinstance(each, DTensor) else each
+        for values in local.buffers.values() if isinstance(local, Int4TileTensor) else [local]:
+            with torch.no_grad():
+                values.zero_()
+    with torch.no_grad():
+        assert not torch.equal(model(torch.ones(2, 64)), wanted(torch.ones(2, 64)))
+    checkpoint.load(fxint4.plain_state_dict(model.state_dict()), checkpoint_id=folder)
+    with torch.no_grad():
+        assert torch.equal(model(torch.ones(2, 64)), wanted(torch.ones(2, 64)))
+
+
+@pytest.mark.parametrize("way", ["tensor parallel", "fully sharded"])
+def test_a_checkpoint_of_two_processes(way: str, two: Ranks, four: Ranks, tmp_path: Path) -> None:
+    two.call(saved, way, str(tmp_path))
+    four.call(loaded, way, str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch assumes that one process is meant, and says so
+        loaded("one process", str(tmp_path))
+
+
+def cut_checkpoint() -> None:
+    model = parallelize_module(seeded(lambda: Mlp(96)), line(), plan())
+    fxint4.pack_(model, options=GROUP)
+    with pytest.raises(UnsupportedOpError, match=r"down\.weight .* no whole tiles"):
+        fxint4.plain_state_dict(model.state_dict())
+
+
+def test_a_checkpoint_of_cut_tiles(two: Ranks) -> None:
+    two.call(cut_checkpoint)
 
 
 # --- models of transformers ----------------------------------------------------------------------

@@ -5,24 +5,27 @@ All of it was run on torch 2.11, 2.13 and 2.15.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "LOCAL",
     "Shard",
     "c10d",
+    "fully_sharded",
     "functional",
     "is_distributed",
     "local_of",
     "part_of",
     "shard_text",
     "shards_of",
+    "split_alike",
     "whole_of",
     "with_local",
     "wrapping_ops",
@@ -98,6 +101,51 @@ def with_local(like: Tensor, local: Tensor) -> Tensor:
         )
 
 
+def split_alike(like: Tensor, local: Tensor, axes: Mapping[int, int]) -> Tensor:
+    """A tensor distributed as another one, along other axes.
+
+    Args:
+        like: A DTensor, split into equal parts.
+        local: This process's part of the tensor.
+        axes: For each axis along which `like` is split, that of the tensor; it is not split along
+            those that are left out.
+    """
+    from torch.distributed.tensor import Replicate
+
+    distributed: Any = like
+    mesh, size = distributed.device_mesh, list(local.shape)
+    placements = []
+    for axis, placement in enumerate(distributed.placements):
+        split = _axis_of(placement)
+        of_tensor = None if split is None else axes.get(split % like.ndim)
+        if of_tensor is None:
+            placements.append(Replicate())
+        else:
+            size[of_tensor] *= mesh.size(axis)
+            placements.append(_along(placement, of_tensor))
+    made: Tensor = type(distributed).from_local(
+        local,
+        mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(size),
+        stride=tuple(math.prod(size[axis + 1 :]) for axis in range(len(size))),
+    )
+    return made
+
+
+def _axis_of(placement: Any) -> int | None:
+    """The axis that a placement splits. `fully_shard` splits in another order what is split."""
+    axis: int | None = getattr(placement, "dim", None)
+    return axis
+
+
+def _along(placement: Any, axis: int) -> Any:
+    """A placement of the same kind that splits another axis."""
+    factor = getattr(placement, "split_factor", None)
+    return type(placement)(axis) if factor is None else type(placement)(axis, split_factor=factor)
+
+
 @dataclass(frozen=True)
 class Shard:
     """Which part of a tensor a process has along one axis of its mesh of processes.
@@ -120,9 +168,9 @@ def shards_of(tensor: Tensor) -> tuple[Shard, ...]:
     distributed: Any = tensor
     mesh = distributed.device_mesh
     return tuple(
-        Shard(mesh.get_local_rank(axis), mesh.size(axis), placement.dim % tensor.ndim)
+        Shard(mesh.get_local_rank(axis), mesh.size(axis), split % tensor.ndim)
         for axis, placement in enumerate(distributed.placements)
-        if placement.is_shard()
+        if (split := _axis_of(placement)) is not None
     )
 
 
@@ -136,3 +184,24 @@ def shard_text(shards: Sequence[Shard], names: Mapping[int, str]) -> str:
     return "; ".join(
         f"shard {shard.index + 1} of {shard.count}, along {names[shard.axis]}" for shard in shards
     )
+
+
+def fully_sharded(modules: Iterable[nn.Module]) -> set[int]:
+    """Parameters that `fully_shard` gathers before each call of one of these modules, and frees.
+
+    Returns:
+        The `id` of each: of the part that a process keeps, and of the whole, if there was a call.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return set()
+    found: set[int] = set()
+    states: list[Any] = [m._get_fsdp_state() for m in modules if isinstance(m, fsdp.FSDPModule)]
+    for state in states:
+        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one for a module
+        for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+            for parameter in group.fsdp_params:
+                found.add(id(parameter.sharded_param))
+                if hasattr(parameter, "_unsharded_param"):
+                    found.add(id(parameter._unsharded_param))
+    return found

@@ -20,7 +20,7 @@ from fxint4.frontends.candidates import (
     candidates_of_modules,
     candidates_that_run,
 )
-from fxint4.frontends.in_place import tell_followers
+from fxint4.frontends.in_place import check_replaceable, tell_followers
 from fxint4.frontends.parameters import (
     materialize_parametrized,
     packed_candidate,
@@ -177,6 +177,7 @@ def _check_model(model: object, example_args: object) -> None:
             f"example_args is a {type(example_args).__name__}; it takes the model's arguments in a "
             "tuple, such as (x,); options have a name: options={'group_size': 64}"
         )
+    check_replaceable(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise FoldError(

@@ -10,7 +10,7 @@ from torch import nn
 from fxint4._pytorch.distributed import local_of, with_local
 from fxint4.errors import FoldError, OptionError
 from fxint4.frontends.candidates import Owners
-from fxint4.frontends.in_place import tell_followers
+from fxint4.frontends.in_place import check_replaceable, tell_followers
 from fxint4.tensor import Int4TileTensor, is_packed
 
 __all__ = ["dequantize_"]
@@ -33,12 +33,14 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         TypeError: Not a module.
         OptionError: Not a floating dtype.
         FoldError: A weight could not be dequantized (out of memory, say). The error names it. The
-            weights before it are plain; another call replaces the rest.
+            weights before it are plain; another call replaces the rest. Or `fully_shard` holds the
+            parameters.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"got a {type(model).__name__}, need the nn.Module to dequantize")
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         raise OptionError(f"dtype is {dtype!r}; it takes a floating dtype, such as torch.bfloat16")
+    check_replaceable(model)
     owners = Owners([("", model)])
     packed = [each for each in owners.parameters.values() if is_packed(each)]
     while packed:  # each is let go of before the next one is dequantized

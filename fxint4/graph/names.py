@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxint4._pytorch.distributed import Shard, local_of, shards_of
+from fxint4._pytorch.distributed import Shard, fully_sharded, local_of, shards_of
 from fxint4._pytorch.dynamo import compiled_call, frame_scope, source_name
 from fxint4.graph.parameters import described
 from fxint4.report.parameters import Parameter, Place
@@ -177,6 +177,7 @@ class Origin:
             which it is stored.
         outermost: The module being called that the full name starts from; None where it starts from
             a variable.
+        gathered: Whether `fully_shard` gathers the parameter for each call.
     """
 
     name: str
@@ -184,6 +185,7 @@ class Origin:
     outermost: weakref.ref[nn.Module] | None
     aliases: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
+    gathered: bool = False
 
 
 def origins_in_call(
@@ -207,6 +209,7 @@ def origins_in_call(
     for prefix, module in [*candidates.items(), *(("", module) for module in calling)]:
         if not wanted:
             break
+        gathered = fully_sharded(module.modules())
         for path, owner, name, tensor, whole in _owned_tensors(module):
             if id(tensor) in wanted:
                 wanted.discard(id(tensor))
@@ -221,6 +224,7 @@ def origins_in_call(
                     None if before else weakref.ref(outermost),
                     tuple(other for other in others if other != full_name),
                     _stored_shards(whole),
+                    id(whole) in gathered,
                 )
     return found
 

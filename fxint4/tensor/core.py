@@ -67,6 +67,7 @@ __all__ = [
     "checked",
     "dequantizing",
     "implements",
+    "is_dequantizing",
     "is_packed",
     "quickly",
     "without_dense_copies",
@@ -185,6 +186,11 @@ def dequantizing() -> Iterator[None]:
         yield
     finally:
         _dequantizing.reset(token)
+
+
+def is_dequantizing() -> bool:
+    """Whether this is within `dequantizing`."""
+    return _dequantizing.get()
 
 
 class _MadeAsAnother(type(Tensor)):  # type: ignore[misc]
@@ -903,6 +909,54 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             is_part=is_part,
         )
 
+    # `torch.distributed.fsdp.fully_shard` (FSDP2) calls two methods of a tensor subclass. That is
+    # private to PyTorch, and was run on torch 2.11, 2.13 and 2.15.
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, Tensor], None]:
+        """What is gathered of this process's rows, or matrices: packed bytes, no floats.
+
+        Returns:
+            tiles and scale_and_zero, and None.
+        """
+        return (self.tiles.contiguous(), self.scale_and_zero.contiguous()), None
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[Tensor, Tensor],
+        metadata: None,
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[Int4TileTensor, tuple[Tensor, ...]] | None:
+        """Make the whole weight of the gathered buffers of all processes.
+
+        Args:
+            all_gather_outputs: tiles and scale_and_zero, joined along their first axis.
+            metadata: None.
+            param_dtype: The logical dtype of the whole weight.
+            out: The whole weight that an earlier call returned, to write to; its memory may have
+                been freed and allocated again.
+
+        Returns:
+            Without `out` the whole weight, and its buffers that are no views of the gathered ones.
+        """
+        tiles, parameters = all_gather_outputs
+        count = tiles.shape[0] // self.tiles.shape[0]
+        parts: list[Any] = [
+            self.like(tiles=t, scale_and_zero=p, dtype=param_dtype, is_part=False)
+            for t, p in zip(tiles.chunk(count), parameters.chunk(count), strict=True)
+        ]
+        made: Any = torch.cat(parts)
+        buffers = (made.tiles, made.scale_and_zero)
+        if out is None:
+            return made, buffers
+        whole = cast("Int4TileTensor", local_of(out))
+        for old, new in zip((whole.tiles, whole.scale_and_zero), buffers, strict=True):
+            old.copy_(new)
+        return None
+
     def _stable_hash_for_caching(self) -> str:
         """A hash of all that compiled code may depend on, for AOTAutograd's cache."""
         described = (*self.__tensor_flatten__(), tuple(self.tiles.shape), str(self.device))
@@ -1088,7 +1142,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
                     result = attempt(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
-        if not _dequantizing.get() or _writes_packed(func, args, kwargs):
+        if not is_dequantizing() or _writes_packed(func, args, kwargs):
             raise UnsupportedOpError(_unsupported(func, (args, kwargs)))
         args, kwargs = map_tensors(
             lambda value: value.dequantize() if isinstance(value, Int4TileTensor) else value,

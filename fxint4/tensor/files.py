@@ -37,6 +37,7 @@ __all__ = [
     "assemble",
     "flatten",
     "load_file",
+    "part_name",
     "read_header",
     "save_file",
 ]
@@ -73,7 +74,7 @@ class Header(NamedTuple):
         parts = PARTS if name in self.pre_scaled else PARTS[:2]
         if self.dotted:
             return {part: f"{name}.{part}" for part in parts}
-        return {part: _part_name(name, part) for part in parts}
+        return {part: part_name(name, part) for part in parts}
 
 
 def save_file(
@@ -198,7 +199,7 @@ def flatten(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
             except PackedFormatError as error:
                 raise PackedFormatError(f"{name} can't be saved: {error}") from error
             packed[name] = _described(value)
-            parts = {_part_name(name, part): buffer for part, buffer in value.buffers.items()}
+            parts = {part_name(name, part): buffer for part, buffer in value.buffers.items()}
             if value.pre_scale is not None:
                 pre_scaled.append(name)
         else:
@@ -354,7 +355,13 @@ def _entries(path: object, header: Any) -> Header:
     return Header(packed, shared, frozenset(pre_scaled), dotted=version < _VERSION)
 
 
-def _part_name(name: str, part: str) -> str:
+def part_name(name: str, part: str) -> str:
+    """The name of a tensor of a packed weight.
+
+    Args:
+        name: The full name of the weight.
+        part: One of `PARTS`.
+    """
     layer, dot, attribute = name.rpartition(".")
     return f"{layer}{dot}_{attribute}_{part}"
 

@@ -14,13 +14,16 @@ from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
 from fxint4.config.int4_config import Int4Config
+from fxint4.errors import UnsupportedOpError
 from fxint4.quant.tile_layout import DTYPES, MIDDLE_CODE, pack, unpack
 from fxint4.tensor.core import (
     NEW_AXIS,
     Int4TileTensor,
     implements,
+    is_dequantizing,
     padded_pre_scale,
 )
+from fxint4.tensor.in_a_row import InARow
 
 __all__ = ["tight"]
 
@@ -70,6 +73,41 @@ def _empty_like(
         return made
     # `copy_` of a float tensor into it divides by these.
     return made.like(pre_scale=torch.ones_like(weight.pre_scale, device=device))
+
+
+@implements(aten.new_zeros.default, aten.new_empty.default)
+def _new_zeros(
+    weight: Int4TileTensor,
+    size: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: bool | None = None,
+) -> Int4TileTensor:
+    """Zeros of another number of rows, or of matrices: `fully_shard` copies a part into them.
+
+    Raises:
+        UnsupportedOpError: Another shape than that of one of several equal parts.
+    """
+    wanted, own = list(size), list(weight.shape)
+    fits = len(wanted) == weight.ndim and wanted[1:] == own[1:] and wanted[0] > 0
+    in_order = weight.axes == tuple(range(weight.ndim))
+    if not (fits and in_order) or own[0] % wanted[0] or dtype not in (None, weight.dtype):
+        raise UnsupportedOpError(
+            f"no zeros of {tuple(size)} are like {weight!r}: processes can split a packed weight "
+            "along its first axis alone, into equal parts. Leave the layer out (ignored_params of "
+            "fully_shard), or call fxint4.dequantize_(layer) first"
+        )
+    part = _slice(weight, 0, 0, wanted[0])
+    made: Int4TileTensor = part.on_buffers(
+        lambda buffer: torch.zeros_like(
+            buffer, device=device, memory_format=torch.contiguous_format
+        ),
+        is_part=False,
+    )
+    made.tiles.fill_(_PAD_WORD)
+    return made
 
 
 @implements(aten.copy_.default)
@@ -182,9 +220,12 @@ def _squeeze(weight: Int4TileTensor, dims: int | Sequence[int]) -> Any:
 def _view(weight: Int4TileTensor, size: Sequence[int]) -> Any:
     """Add and drop axes of size 1; split and join axes in front of N and K.
 
-    Joining such an axis with N concatenates the rows of all matrices, which copies.
+    Joining such an axis with N concatenates the rows of all matrices, which copies. All axes joined
+    are an `InARow`.
     """
     wanted = list(size)
+    if wanted in ([-1], [weight.numel()]) and weight.ndim > 1:
+        return NotImplemented if is_dequantizing() else InARow(weight)
     if wanted.count(-1) == 1:
         wanted[wanted.index(-1)] = weight.numel() // -math.prod(wanted)
     if math.prod(wanted) != weight.numel():
@@ -303,6 +344,20 @@ def _with_new_axis_stored(weight: Int4TileTensor, dim: int) -> Int4TileTensor:
     axes = [axis if axis == NEW_AXIS else axis + 1 for axis in weight.axes]
     axes[dim] = 0
     return weight.on_batch(lambda buffer: buffer.unsqueeze(0), axes=tuple(axes))
+
+
+@implements(aten.as_strided.default)
+def _as_strided(
+    weight: Int4TileTensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Any:
+    """The weight itself, for its own shape."""
+    own = (list(weight.shape), list(weight.stride()))
+    if (list(size), list(stride)) != own or storage_offset:
+        return NotImplemented
+    return _alias(weight)
 
 
 # --- parts ---------------------------------------------------------------------------------------

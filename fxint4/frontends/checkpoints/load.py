@@ -24,7 +24,7 @@ from fxint4.frontends.checkpoints import (
 )
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.weights import Config, Weight
-from fxint4.frontends.in_place import tell_followers
+from fxint4.frontends.in_place import check_replaceable, tell_followers
 from fxint4.frontends.parameters import loaded_record
 from fxint4.graph.names import parameters_of
 from fxint4.quant.tile_layout import DTYPES
@@ -90,7 +90,9 @@ def load_(
         CheckpointError: The files are no checkpoint or damaged, tiles cannot hold their format, or
             names or shapes differ from the model's. The error names the layer; the model is
             unchanged.
+        FoldError: `fully_shard` holds the parameters.
     """
+    check_replaceable(model)
     target = None if device is None else torch.device(device)
     # The model may have been made on the meta device, and that may be the default still.
     with Checkpoint(path) as checkpoint, torch.no_grad(), _CPU:
