@@ -23,7 +23,7 @@ test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## the tests that compile nothing and start no programs
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not compiles and not gpu"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not compiles and not gpu and not gpu2"
 
 test-full: $(STAMP)  ## all tests, each kernel compiled for all GPUs
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --full

@@ -177,18 +177,19 @@ def _marked_if_it_compiles(request: pytest.FixtureRequest, _fresh_compiler: None
     times = {} if dynamo is None else dynamo.compilation_time_metrics
     found = [*_started, *(["Inductor"] if "GraphLowering.compile_to_module" in times else [])]
     marks = {mark.name for mark in request.node.iter_markers()}
-    if found and marks.isdisjoint({"compiles", "gpu"}):
+    if found and marks.isdisjoint({"compiles", "gpu", "gpu2"}):
         pytest.fail(f"it runs {found[0]}: mark it with pytest.mark.compiles")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
         _skip(items, "full", "takes long, and the others are much like it: --full")
-    if any(item.get_closest_marker("gpu") for item in items):
-        import torch
+    for marker, count, reason in (("gpu", 1, "needs a CUDA GPU"), ("gpu2", 2, "needs two GPUs")):
+        if any(item.get_closest_marker(marker) for item in items):
+            import torch
 
-        if not torch.cuda.is_available():
-            _skip(items, "gpu", "needs a CUDA GPU")
+            if torch.cuda.device_count() < count:
+                _skip(items, marker, reason)
 
 
 def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:

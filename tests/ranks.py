@@ -22,22 +22,32 @@ from torch import distributed
 _PATIENCE = 120
 
 
+#: Of a process that serves.
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where a function that `Ranks.call` calls is to compute; the CPU elsewhere."""
+    return _device
+
+
 class Ranks:
-    """A group of processes on this machine, connected by gloo, or by NCCL with a GPU each.
+    """A group of processes on this machine.
 
     Args:
         count: How many.
-        backend: "gloo" or "nccl".
+        backend: What connects them: "gloo", or "nccl" with a GPU for each.
+        kind: What they compute on: "cpu" or "cuda".
     """
 
-    def __init__(self, count: int, backend: str = "gloo") -> None:
+    def __init__(self, count: int, backend: str, kind: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = processes.get_context("spawn")
         self._pipes = []
         self._processes = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            given = (rank, count, backend, os.path.join(self._folder.name, "store"), theirs)
+            given = (rank, count, backend, kind, os.path.join(self._folder.name, "store"), theirs)
             process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             self._pipes.append(ours)
@@ -71,12 +81,14 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(rank: int, count: int, backend: str, store: str, pipe: Connection) -> None:
+def _serve(rank: int, count: int, backend: str, kind: str, store: str, pipe: Connection) -> None:
+    global _device
     torch.set_num_threads(1)
     # As torchrun does; transformers looks there.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
+    if kind == "cuda":
+        _device = torch.device(kind, rank % torch.cuda.device_count())
+        torch.cuda.set_device(_device)
     distributed.init_process_group(
         backend,
         init_method=f"file://{store}",
@@ -84,7 +96,7 @@ def _serve(rank: int, count: int, backend: str, store: str, pipe: Connection) ->
         world_size=count,
         timeout=timedelta(seconds=_PATIENCE / 2),
     )
-    inductor_config.fallback_by_default = backend == "gloo"  # as for tests that are marked by_aten
+    inductor_config.fallback_by_default = kind == "cpu"  # as for tests that are marked by_aten
     inductor_config.force_disable_caches = True
     sys.path.insert(0, str(Path(__file__).parent))
     while True:

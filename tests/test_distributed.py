@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import Ranks, device
 from reference import dequantized
 from torch import Tensor, nn
 from torch.distributed import get_rank, get_world_size
@@ -44,16 +44,24 @@ GROUP = {"group_size": 32}
 HIDDEN, MIDDLE = 64, 128
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
+#: Processes that share a GPU test what runs on it; NCCL needs a GPU for each.
+WHERE = [
+    pytest.param(("gloo", "cpu"), id="cpu"),
+    pytest.param(("gloo", "cuda"), id="gpu", marks=pytest.mark.gpu),
+    pytest.param(("nccl", "cuda"), id="gpus", marks=pytest.mark.gpu2),
+]
+
+
+@pytest.fixture(scope="module", params=WHERE)
+def two(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    ranks = Ranks(2, *request.param)
     yield ranks
     ranks.end()
 
 
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    ranks = Ranks(4)
+@pytest.fixture(scope="module", params=WHERE[:2])
+def four(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    ranks = Ranks(4, *request.param)
     yield ranks
     ranks.end()
 
@@ -68,8 +76,12 @@ class Mlp(nn.Module):
         return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
 
 
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device())
+
+
 def rows() -> Tensor:
-    return torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
+    return random(3, HIDDEN, seed=1)
 
 
 def plan() -> dict[str, ParallelStyle]:
@@ -77,12 +89,12 @@ def plan() -> dict[str, ParallelStyle]:
 
 
 def line() -> Any:
-    return init_device_mesh("cpu", (get_world_size(),))
+    return init_device_mesh(device().type, (get_world_size(),))
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return make().eval()
+    return make().eval().to(device())
 
 
 def quantized(weight: Tensor) -> Tensor:
@@ -186,7 +198,7 @@ def sequence() -> None:
             "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
         },
     )
-    ids = torch.arange(8)[None]
+    ids = torch.arange(8, device=device())[None]
     y, report = compiled(model, ids)
     split = {"mlp.up.weight": 0, "mlp.down.weight": 1, "head.weight": 0}
     with torch.no_grad():
@@ -229,7 +241,7 @@ def experts(axis: int, letter: str) -> None:
     whole = seeded(Experts)
     inner = copy.deepcopy(whole)
     inner.weight = nn.Parameter(distribute_tensor(inner.weight.data, line(), [Shard(axis)]))
-    x = torch.randn(4, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    x = random(4, 5, HIDDEN, seed=1)
     y, report = compiled(Distributed(inner), x)
     with torch.no_grad():
         check(y, exact(whole, {"weight": axis})(x.double()))
@@ -247,7 +259,7 @@ def test_experts(axis: int, letter: str, two: Ranks) -> None:
 
 def plane() -> None:
     """A mesh of two axes, of which one splits N and the other K."""
-    mesh = init_device_mesh("cpu", (2, 2))
+    mesh = init_device_mesh(device().type, (2, 2))
     whole = seeded(lambda: nn.Linear(HIDDEN, MIDDLE, bias=False))
     inner = copy.deepcopy(whole)
     inner.weight = nn.Parameter(distribute_tensor(inner.weight.data, mesh, [Shard(0), Shard(1)]))
@@ -316,7 +328,7 @@ def test_packed_in_place(two: Ranks) -> None:
 
 def moved(n: int) -> None:
     mesh = line()
-    values = torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(0))
+    values = random(n, HIDDEN, seed=0)
     packed = Int4TileTensor.from_float(values, fxint4.Int4Config(group_size=32))
     wanted, count, rank = packed.dequantize(), get_world_size(), get_rank()
     for axis in (0, 1):
@@ -352,7 +364,7 @@ def test_moved_between_more(four: Ranks) -> None:
 
 
 def cut() -> None:
-    values = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
+    values = random(HIDDEN, HIDDEN, seed=0)
     packed = Int4TileTensor.from_float(values, fxint4.Int4Config(group_size=32))
     given = distribute_tensor(packed, line(), [Shard(1)], src_data_rank=None)
     part = packed.dequantize().chunk(4, 1)[get_rank()]
@@ -365,9 +377,7 @@ def calibrated() -> None:
     """Each process has statistics of the columns that its part multiplies."""
     whole = seeded(Mlp)
     model = parallelize_module(copy.deepcopy(whole), line(), plan())
-    x = torch.randn(512, HIDDEN, generator=torch.Generator().manual_seed(1)) @ torch.randn(
-        HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2)
-    )
+    x = random(512, HIDDEN, seed=1) @ random(HIDDEN, HIDDEN, seed=2)
     calibration = fxint4.calibrate(model, [(x,)])
     errors = {}
     with torch.no_grad():
@@ -391,9 +401,9 @@ def pipelined() -> None:
     """Each process has packed layers of its own, and hands activations on."""
     whole = seeded(lambda: nn.Sequential(Mlp(), Mlp()))
     fxint4.pack_(whole, options=GROUP)
-    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
+    x = random(4, HIDDEN, seed=1)
     rank = get_rank()
-    stage = PipelineStage(whole[rank], rank, 2, torch.device("cpu"))
+    stage = PipelineStage(whole[rank], rank, 2, device())
     schedule = ScheduleGPipe(stage, 2)
     with torch.no_grad():
         y = schedule.step(x) if rank == 0 else schedule.step()
@@ -542,7 +552,7 @@ def test_not_packed_fully_sharded(two: Ranks) -> None:
 
 def both() -> None:
     """Tensor parallel within pairs, fully sharded among them."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("data", "tensor"))
     whole = seeded(Mlp)
     model = parallelize_module(copy.deepcopy(whole), mesh["tensor"], plan())
     fxint4.pack_(model, options=GROUP)
@@ -587,10 +597,10 @@ def loaded(way: str, folder: str) -> None:
             with torch.no_grad():
                 values.zero_()
     with torch.no_grad():
-        assert not torch.equal(model(torch.ones(2, 64)), wanted(torch.ones(2, 64)))
+        assert not torch.equal(model(random(2, 64, seed=1)), wanted(random(2, 64, seed=1)))
     checkpoint.load(fxint4.plain_state_dict(model.state_dict()), checkpoint_id=folder)
     with torch.no_grad():
-        assert torch.equal(model(torch.ones(2, 64)), wanted(torch.ones(2, 64)))
+        assert torch.equal(model(random(2, 64, seed=1)), wanted(random(2, 64, seed=1)))
 
 
 @pytest.mark.parametrize("way", ["tensor parallel", "fully sharded"])
@@ -622,26 +632,28 @@ def of_transformers(folder: str) -> None:
     def load(folder: str, **given: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions rename `tp_plan`
-            return LlamaForCausalLM.from_pretrained(folder, **given)
+            made = LlamaForCausalLM.from_pretrained(folder, **given)
+        return made.to(device())
 
     def logits(model: nn.Module) -> Tensor:
         with torch.no_grad():
             return model(ids, use_cache=False).logits  # type: ignore[no-any-return]
 
-    ids = torch.arange(7)[None]
+    split = {"tp_plan": "auto", "device_mesh": line()}
+    ids = torch.arange(7, device=device())[None]
     one = load(folder)
     fxint4.pack_(one, options=GROUP)
     wanted = logits(one).double()
     packed = sum(isinstance(each, Int4TileTensor) for each in one.parameters())
 
-    plain = load(folder, tp_plan="auto")
+    plain = load(folder, **split)
     y, report = compiled(plain, ids)
     check(y.logits, wanted)
     assert report.totals["packed"] == packed
     assert all(each.shard.startswith("shard") for each in report.records)
 
     config = fxint4.Int4TileConfig(**GROUP)
-    loaded = load(folder, tp_plan="auto", quantization_config=config)
+    loaded = load(folder, **split, quantization_config=config)
     check(logits(loaded), wanted)
     records = loaded.int4tile_report.records
     assert [each.action for each in records] == ["packed"] * packed
@@ -649,7 +661,7 @@ def of_transformers(folder: str) -> None:
     saved = f"{folder}/saved"
     loaded.save_pretrained(saved, is_main_process=get_rank() == 0)
     torch.distributed.barrier()
-    again = load(saved, tp_plan="auto")
+    again = load(saved, **split)
     assert torch.equal(logits(again), logits(loaded))
     assert again.int4tile_report.totals["packed"] == packed
     assert [each.shard for each in again.int4tile_report.records] == [

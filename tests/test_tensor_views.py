@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError
+from fxint4 import Int4Config, Int4TileTensor, UnsupportedOpError, dequantizing
 from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES, MIDDLE_CODE, unpack
 
 
@@ -478,6 +478,38 @@ def test_rows_of_pad_are_zeros() -> None:
     assert not picked.scale_and_zero[:, 3:].any()
 
 
+@pytest.mark.parametrize(("shape", "parts"), [((64, 64), 2), ((36, 96), 3), ((6, 16, 64), 2)])
+def test_a_part_is_copied_into_zeros_of_its_size(shape: tuple[int, ...], parts: int) -> None:
+    whole = weight(*shape, pre_scaled=True)
+    for part in whole.chunk(parts):
+        made = whole.new_zeros(part.shape)
+        assert isinstance(made, Int4TileTensor)
+        assert not made.dequantize().any()
+        assert_same(made.copy_(part), part.dequantize())
+        assert_same(torch.as_strided(made, made.shape, made.stride()), part.dequantize())
+
+
+@pytest.mark.parametrize("size", [(5, 64), (64, 32), (64,), (0, 64), ()])
+def test_there_are_no_zeros_of_unequal_parts(size: tuple[int, ...]) -> None:
+    with pytest.raises(UnsupportedOpError, match="along its first axis alone, into equal parts"):
+        weight(64, 64).new_zeros(size)
+    with pytest.raises(UnsupportedOpError, match="along its first axis alone, into equal parts"):
+        weight(64, 64).t().new_zeros((32, 64))
+
+
+def test_a_view_as_one_axis_holds_the_weight_and_no_values() -> None:
+    whole = weight(24, 64)
+    row = whole.view(-1)
+    assert row.shape == (24 * 64,)
+    assert not isinstance(row, Int4TileTensor)
+    assert_same(row.detach().view(24, 64), whole.dequantize())
+    for use in (torch.neg, lambda row: row.view(64, 24), lambda row: row + 1, torch.Tensor.clone):
+        with pytest.raises(UnsupportedOpError, match=r"viewed as one axis: call \.dequantize"):
+            use(row)
+    with dequantizing():
+        assert torch.equal(whole.view(-1), whole.dequantize().view(-1))
+
+
 def test_squeeze_and_expand() -> None:
     packed = weight(1, 20, 100, pre_scaled=True)
     dense = packed.dequantize()
@@ -528,7 +560,7 @@ def test_squeeze_and_expand() -> None:
         (lambda w: w.split([0, 20]), UnsupportedOpError),
         (lambda w: w.view(100, 20), UnsupportedOpError),
         (lambda w: w.view(4, 5, 100), UnsupportedOpError),
-        (lambda w: w.flatten(), UnsupportedOpError),
+        (lambda w: w.flatten().neg(), UnsupportedOpError),
         (lambda w: torch.cat([w, w.t()[:20, :100]]), (UnsupportedOpError, ValueError)),
         (lambda w: torch.cat([w, w.half()]), UnsupportedOpError),
     ],

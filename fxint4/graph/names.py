@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import re
@@ -203,13 +204,13 @@ def origins_in_call(
     """
     wanted = {id(tensor) for tensor in tensors}
     found: dict[int, Origin] = {}
+    gathered = functools.cache(lambda outermost: fully_sharded(outermost.modules()))
     calling = modules_in_call()
     # A method that Dynamo compiles does not run yet.
     calling = [*(module for prefix, module in candidates.items() if not prefix), *calling]
     for prefix, module in [*candidates.items(), *(("", module) for module in calling)]:
         if not wanted:
             break
-        gathered = fully_sharded(module.modules())
         for path, owner, name, tensor, whole in _owned_tensors(module):
             if id(tensor) in wanted:
                 wanted.discard(id(tensor))
@@ -224,7 +225,7 @@ def origins_in_call(
                     None if before else weakref.ref(outermost),
                     tuple(other for other in others if other != full_name),
                     _stored_shards(whole),
-                    id(whole) in gathered,
+                    id(whole) in gathered(outermost),
                 )
     return found
 
