@@ -41,15 +41,21 @@ class Ranks:
     """
 
     def __init__(self, count: int, backend: str, kind: str) -> None:
+        self.where = (backend, kind)
+        self._count = count
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = processes.get_context("spawn")
-        self._pipes = []
-        self._processes = []
-        for rank in range(count):
+        for rank in range(self._count):
             ours, theirs = context.Pipe()
-            given = (rank, count, backend, kind, os.path.join(self._folder.name, "store"), theirs)
+            store = os.path.join(self._folder.name, "store")
+            given = (rank, self._count, *self.where, store, theirs)
             process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
+            theirs.close()  # else a process that dies would leave its end open
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -60,15 +66,24 @@ class Ranks:
             What it returned, by rank.
 
         Raises:
-            AssertionError: It raised, in the rank that is named.
+            AssertionError: It raised, or its process ended, in the rank that is named. The next
+                call starts new processes then.
         """
+        if not all(process.is_alive() for process in self._processes):
+            self.end()
+        if not self._processes:
+            self._start()
         module = sys.modules[function.__module__].__file__
         for pipe in self._pipes:
             pipe.send((module, function.__name__, args))
         answers = []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(_PATIENCE), f"rank {rank} does not answer"
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                self.end()
+                raise AssertionError(f"the process of rank {rank} has ended") from None
         for rank, (failed, answer) in enumerate(answers):
             assert not failed, f"rank {rank}: {answer}"
         return [answer for _, answer in answers]
@@ -78,7 +93,9 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
-        self._folder.cleanup()
+        if self._processes:
+            self._folder.cleanup()
+        self._processes, self._pipes = [], []
 
 
 def _serve(rank: int, count: int, backend: str, kind: str, store: str, pipe: Connection) -> None:
