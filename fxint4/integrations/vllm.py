@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -32,26 +34,40 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import CheckpointError
+from fxint4.errors import CheckpointError, FoldError
 from fxint4.frontends.candidates import Candidate
+from fxint4.frontends.checkpoints.files import Checkpoint
+from fxint4.frontends.checkpoints.int4tile import shared as shared_weights
+from fxint4.frontends.checkpoints.load import find_weights
+from fxint4.frontends.checkpoints.weights import Weight
 from fxint4.frontends.parameters import decided_candidate, loaded_record, packed_candidate
-from fxint4.frontends.streamed import PackedFiles
 from fxint4.passes.plan import Kept
 from fxint4.report import GraphReport, Record, Report
 from fxint4.report.latest import remember
 from fxint4.tensor import Int4TileTensor, dequantizing
-from fxint4.tensor.files import HEADER, assemble
 from fxint4.tensor.matmul import spread
-from fxint4.untrusted_files import open_tensors
 
 __all__ = ["Int4LinearMethod", "VllmInt4Config", "register"]
 
 #: What vLLM knows the format by, in `config.json` and as `quantization=`.
 NAME = "int4tile"
+#: The checkpoints of other quantizers that are loaded, codes unchanged, if the user says so.
+_READ = ("gptq", "awq", "auto-round", "compressed-tensors")
+#: Activations between the matmuls of experts that take no further numbers.
+_ACTIVATIONS = (
+    MoEActivation.SILU,
+    MoEActivation.GELU,
+    MoEActivation.GELU_TANH,
+    MoEActivation.SILU_NO_MUL,
+    MoEActivation.GELU_NO_MUL,
+    MoEActivation.GELU_TANH_NO_MUL,
+    MoEActivation.RELU2_NO_MUL,
+)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LOGGER = logging.getLogger("vllm.fxint4")  # vLLM shows what is logged below its own name
 
@@ -75,9 +91,12 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
 
         self.options = Int4TileConfig.from_dict(dict(options or {}))
         self.report = Report()
+        self.shared: Mapping[str, str] = {}
+        self.title = ""
+        self.device = torch.device("cpu")
         self._model: tuple[str, str | None] = ("", None)
         self._int4_config: Int4Config | None = None
-        self._files: PackedFiles | None = None
+        self._quantized: dict[str, Weight] | None = None
         self._records: list[Record] = []
 
     # --- what vLLM asks ----------------------------------------------------------------------
@@ -102,8 +121,19 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VllmInt4Config:
-        """Read the options in config.json or in ``hf_overrides={"quantization_config": ...}``."""
-        return cls(config)
+        """Read the options in config.json or in ``hf_overrides={"quantization_config": ...}``.
+
+        Those of other quantizers tell how the checkpoint is stored, see `_READ`.
+        """
+        return cls(config if config.get("quant_method", NAME) == NAME else {})
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take a checkpoint of another quantizer if the user asked for ``"int4tile"``."""
+        theirs = str(hf_quant_cfg.get("quant_method", "")).lower()
+        return NAME if user_quant == NAME and theirs in _READ else None
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -113,8 +143,14 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """How a layer multiplies; None for what vLLM is to do by itself."""
+        self.device = torch.empty(0).device
         if isinstance(layer, LinearBase):
             return Int4LinearMethod(self, prefix)
+        if isinstance(layer, RoutedExperts):
+            reason = self.experts_kept(layer, prefix)
+            return None if reason else Int4ExpertsMethod(self, prefix, layer.moe_config)
+        if isinstance(layer, ParallelLMHead):
+            _LOGGER.info("int4tile: %s is not packed: vLLM multiplies by heads as they are", prefix)
         return None
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
@@ -153,56 +189,71 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
         return not_to_convert(self.options, names)
 
     @property
-    def files(self) -> PackedFiles | None:
-        """The packed weights of the checkpoint; None where it has none."""
-        if self._files is None:
-            files = _safetensors(*self._model)
-            self._files = PackedFiles(files) if files and _are_packed(files) else None
-        return self._files
+    def quantized(self) -> Mapping[str, Weight]:
+        """The quantized weights of the checkpoint, by their names there; they read its files."""
+        if self._quantized is None:
+            checkpoint = Checkpoint(_folder(*self._model))
+            _, weights = find_weights(checkpoint)
+            self._quantized = {weight.name: weight for weight in weights}
+            self.shared = shared_weights(checkpoint)
+            self.title = weights[0].title if weights else ""
+        return self._quantized
 
-    @property
-    def folder(self) -> str:
-        """The checkpoint, for errors."""
-        return self._model[0]
-
-    def keeps_all(
+    def kept_records(
         self,
         names: Sequence[tuple[str, ...]],
-        shapes: Sequence[tuple[int, int]],
+        shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
-    ) -> bool:
-        """Whether all weights of a layer stay as they are, whatever their values.
+        op: str = "linear",
+    ) -> list[Record]:
+        """A record of each weight of a layer, its reason empty where the weight is to be packed.
 
         Args:
             names: Of `piece_names`.
-            shapes: The shape ``[N, K]`` of each.
+            shapes: The shape ``[N, K]`` or ``[E, N, K]`` of each.
             dtype: Their dtype.
+            op: As in `Record.op`.
         """
         records = []
         for own, shape in zip(names, shapes, strict=True):
             value = torch.empty(shape, dtype=dtype, device="meta")
-            record, plan = decided_candidate(
-                Candidate(nn.Parameter(value, requires_grad=False), "linear", -1),
-                own,
-                self.int4_config,
-                torch.empty(0).device,
-            )
+            candidate = Candidate(nn.Parameter(value, requires_grad=False), op, -1)
+            record, plan = decided_candidate(candidate, own, self.int4_config, self.device)
             reason = plan.reason if isinstance(plan, Kept) else self.kept(own)
-            if not reason:
-                return False
             records.append(dataclasses.replace(record, reason=reason))
-        self.add(records)
-        return True
+        return records
 
-    def piece(
-        self, value: Tensor, names: Sequence[str], device: torch.device
-    ) -> tuple[Tensor, Record]:
-        """Pack a weight.
+    def experts_kept(self, layer: nn.Module, prefix: str) -> str:
+        """Why the experts of a layer stay as they are, whatever their values, or "".
+
+        Args:
+            layer: The `RoutedExperts`.
+            prefix: Its full name.
+        """
+        moe = layer.moe_config
+        inner = moe.intermediate_size_per_partition
+        shapes = (
+            (moe.num_local_experts, inner * (2 if moe.is_act_and_mul else 1), moe.hidden_dim),
+            (moe.num_local_experts, moe.hidden_dim, inner),
+        )
+        records = self.kept_records(expert_names(prefix), shapes, moe.in_dtype, "experts")
+        reason = next((record.reason for record in records if record.reason), "")
+        if not reason and moe.has_bias:
+            reason = "its experts have biases, which our method does not add"
+        if not reason and layer.activation not in _ACTIVATIONS:
+            reason = f"its experts' activation is {layer.activation.value}"
+        if not reason and layer.swiglu_limit is not None:
+            reason = "its experts clamp their activation"
+        if reason:
+            self.add([dataclasses.replace(record, reason=reason) for record in records])
+        return reason
+
+    def piece(self, value: Tensor, names: Sequence[str]) -> tuple[Tensor, Record]:
+        """Pack a weight; the result is on the device of the layers.
 
         Args:
             value: ``[N, K]``, on any device.
             names: Of `piece_names`.
-            device: Where it goes.
 
         Returns:
             The packed weight, or the values where they stay as they are; its record.
@@ -216,17 +267,17 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
                 names[0], ("linear", -1), place, value, "packed in the checkpoint", ""
             )
             assert record is not None
-            return value.to(device), record
+            return value.to(self.device), record
         candidate = Candidate(nn.Parameter(value, requires_grad=False), "linear", -1)
-        reason = "not packed in the checkpoint" if self.files else self.kept(names)
+        reason = "not packed in the checkpoint" if self.quantized else self.kept(names)
         if not reason:
-            packed, record = packed_candidate(candidate, names, self.int4_config, device)
+            packed, record = packed_candidate(candidate, names, self.int4_config, self.device)
             if packed is not None:
                 return packed, record
         else:
-            record, _ = decided_candidate(candidate, names, self.int4_config, device)
+            record, _ = decided_candidate(candidate, names, self.int4_config, self.device)
             record = dataclasses.replace(record, reason=reason)
-        return value.to(device, copy=True), record
+        return value.to(self.device, copy=True), record
 
     def add(self, records: Sequence[Record]) -> None:
         """Add records to the report, and log why weights stay as they are."""
@@ -238,28 +289,15 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
         remember(self.report)
 
 
-def _safetensors(model: str, revision: str | None) -> list[str]:
-    """The safetensors files of a model that vLLM has downloaded, or of a folder."""
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+def _folder(model: str, revision: str | None) -> Path:
+    """The folder of a model, or that to which vLLM has downloaded it."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
 
-        cache = get_current_vllm_config().load_config.download_dir
-        where = {"revision": revision, "cache_dir": cache, "local_files_only": True}
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=["*.safetensors"], **where))
-        except LocalEntryNotFoundError:
-            return []
-    return sorted(map(str, folder.glob("*.safetensors")))
-
-
-def _are_packed(files: Iterable[str]) -> bool:
-    for path in files:
-        with open_tensors(path, CheckpointError) as file:
-            if HEADER in (file.metadata() or {}):
-                return True
-    return False
+    cache = get_current_vllm_config().load_config.download_dir
+    where = {"revision": revision, "cache_dir": cache, "local_files_only": True}
+    return Path(snapshot_download(model, allow_patterns=["*.safetensors*", "*.json"], **where))
 
 
 # --- the tensors of a checkpoint ------------------------------------------------------------------
@@ -303,33 +341,22 @@ class _Assembling(WeightsMapper):  # type: ignore[misc]
 def _assembled(
     weights: Iterable[tuple[str, Tensor]], config: VllmInt4Config
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a checkpoint, in which a packed one is a single tensor under its name."""
-    pending: dict[str, dict[str, Tensor]] = {}
-    places: dict[str, tuple[str, str]] | None = None
-    for name, value in weights:
-        files = config.files  # vLLM has downloaded them by now
-        if places is None:
-            header = None if files is None else files.header
-            places = {
-                full: (stored, part)
-                for stored in (header.packed if header else ())
-                for part, full in header.parts(stored).items()  # type: ignore[union-attr]
-            }
-        if files is None or name not in places:
+    """The weights of a checkpoint, in which a quantized one is a single tensor, packed."""
+    of_part: dict[str, Weight] = {}
+    others: dict[str, list[str]] = {}
+    for count, (name, value) in enumerate(weights):
+        if not count:  # vLLM has downloaded the checkpoint by now
+            for weight in config.quantized.values():
+                of_part.update(dict.fromkeys(weight.parts.values(), weight))
+            for other, first in config.shared.items():
+                others.setdefault(first, []).append(other)
+        found = of_part.get(name)
+        if found is None:
             yield name, value
-            continue
-        stored, part = places[name]
-        parts = pending.setdefault(stored, {})
-        parts[part] = value
-        if parts.keys() == files.header.parts(stored).keys():
-            packed = assemble(config.folder, stored, files.header, pending.pop(stored))
-            for known in (stored, *(n for n, o in files.header.shared.items() if o == stored)):
+        elif name == next(iter(found.parts.values())):  # the others are read with it
+            packed = found.pack(found.stored_shape, torch.get_default_dtype(), config.device)
+            for known in (found.name, *others.get(found.name, ())):
                 yield known, packed
-    for stored, parts in pending.items():
-        raise CheckpointError(
-            f"{config.folder}: of the packed weight {stored} there is only {', '.join(parts)}: a "
-            "file is missing"
-        )
 
 
 # --- linear layers --------------------------------------------------------------------------------
@@ -351,15 +378,33 @@ class PackedWeight(nn.Module):
         self.pre_scaled = weight.pre_scale is not None
         self.columns, self.group_size, self.n = weight.columns, weight.group_size, weight.n
 
-    def operand(self, x: Tensor) -> Tensor:
-        """What the ops multiply instead of x ``[..., K]``: with zeros, and scaled."""
-        x = spread(x, self.columns)
-        return (x * self.pre_scale[: x.shape[-1]]).to(x.dtype) if self.pre_scaled else x
-
     def forward(self, x: Tensor) -> Tensor:
         """The product of x ``[..., K]`` and a weight ``[N, K]``: ``[..., N]``."""
-        weight = (self.tiles, self.scale_and_zero)
-        made: Tensor = torch.ops.fxint4.linear(self.operand(x), *weight, self.group_size, self.n)
+        return self._call(torch.ops.fxint4.linear, x)
+
+    def grouped(self, x: Tensor, offs: Tensor) -> Tensor:
+        """The products of x ``[S, K]``, rows sorted by weight, and weights ``[E, N, K]``: ``[S, N]``.
+
+        Args:
+            x: Rows.
+            offs: int32 ``[E]``, the row behind those of each weight. Rows behind all are 0.
+        """
+        return self._call(torch.ops.fxint4.grouped_mm, x, offs)
+
+    def indexed(self, x: Tensor, ids: Tensor) -> Tensor:
+        """The products of rows of x ``[S, K]`` and the weight of each, of ``[E, N, K]``: ``[S, N]``.
+
+        Args:
+            x: Rows.
+            ids: int32 or int64 ``[S]``: the weight of each row.
+        """
+        return self._call(torch.ops.fxint4.indexed_mm, x, ids)
+
+    def _call(self, op: Any, x: Tensor, *rows: Tensor) -> Tensor:
+        x = spread(x, self.columns)
+        if self.pre_scaled:
+            x = (x * self.pre_scale[: x.shape[-1]]).to(x.dtype)
+        made: Tensor = op(x, self.tiles, self.scale_and_zero, *rows, self.group_size, self.n)
         return made
 
 
@@ -415,7 +460,7 @@ class _Loading(ModelWeightParameter):  # type: ignore[misc]
             value: Its rows in this process, and all columns.
         """
         names = self.names[at]
-        value, record = self.config.piece(value, names, self.target)
+        value, record = self.config.piece(value, names)
         columns = self.shape[1]
         if value.shape[1] != columns:
             value = value.narrow(1, self.tp_rank * columns, columns).clone()
@@ -457,7 +502,9 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
         names = self.config.piece_names(self.prefix, len(output_partition_sizes))
         shapes = [(rows, input_size) for rows in output_partition_sizes]
-        if self.config.keeps_all(names, shapes, params_dtype):
+        records = self.config.kept_records(names, shapes, params_dtype)
+        if all(record.reason for record in records):
+            self.config.add(records)
             layer.quant_method = UnquantizedLinearMethod()
             layer.quant_method.create_weights(layer, *sizes, params_dtype, **extra_weight_attrs)
             return
@@ -474,7 +521,6 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
         weight.config, weight.names = self.config, names
         weight.pieces, weight.records = {}, {}
-        weight.target = torch.empty(0).device
         layer.register_parameter("weight", weight)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -518,6 +564,232 @@ def _joined(pieces: Sequence[Tensor]) -> list[Tensor]:
                 continue
         joined.append(piece)
     return joined
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def expert_names(prefix: str) -> list[tuple[str, ...]]:
+    """The names of the two stacks of experts of a layer, as transformers names them."""
+    return [(f"{prefix}.gate_up_proj",), (f"{prefix}.down_proj",)]
+
+
+class _LoadingExperts(nn.Parameter):
+    """A stack of experts while it is loaded; it holds no values.
+
+    Attributes:
+        layer: The `RoutedExperts`.
+        pieces: What this process holds of each weight, by its local expert and the name that vLLM
+            gives it: w1 (gate), w3 (up), w2 (down).
+        records: Their records.
+    """
+
+    config: VllmInt4Config
+    prefix: str
+    layer: nn.Module
+    pieces: dict[tuple[int, str], Tensor]
+    records: list[Record]
+
+    def weight_loader(
+        self,
+        param: nn.Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Pack one weight of one expert, or take its part of a packed one.
+
+        Args:
+            param: This parameter.
+            loaded_weight: ``[N, K]``, or ``[E, N, K]`` of all experts.
+            weight_name: Its name in vLLM.
+            shard_id: "w1", "w2" or "w3".
+            expert_id: The number of the expert among those of all processes.
+            return_success: Whether to tell that it was taken.
+
+        Raises:
+            FoldError: It is to stay as it is, by its values, or could not be packed.
+        """
+        if loaded_weight.ndim == 3:
+            for expert, weight in enumerate(loaded_weight.unbind()):
+                self.weight_loader(param, weight, weight_name, shard_id, expert)
+            return True if return_success else None
+        local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if local == -1:
+            return False if return_success else None
+        moe = self.layer.moe_config
+        axis = 1 if shard_id == "w2" else 0
+        size = loaded_weight.shape[axis] // moe.tp_size
+        if not axis:
+            loaded_weight = loaded_weight.narrow(0, moe.tp_rank * size, size)
+        part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[shard_id]
+        names = (f"{self.prefix}.{expert_id}.{part}.weight", *expert_names(self.prefix)[axis])
+        piece, record = self.config.piece(loaded_weight, names)
+        if not isinstance(piece, Int4TileTensor):
+            raise FoldError(
+                f"{record.name} can't be packed: {record.reason}. vLLM multiplies all experts of a "
+                f"layer in one call, so they are packed together or not at all; leave them out "
+                f"with 'skip': [{self.prefix!r}]"
+            )
+        if axis and moe.tp_size > 1:
+            piece = piece.narrow(1, moe.tp_rank * size, size).clone()
+        self.pieces[local, shard_id] = piece
+        self.records.append(record)
+        return True if return_success else None
+
+    weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
+
+class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """The experts of a mixture of experts.
+
+    Args:
+        config: What is packed, and how.
+        prefix: The full name of the layer.
+        moe: What vLLM says of the layer.
+    """
+
+    def __init__(self, config: VllmInt4Config, prefix: str, moe: Any) -> None:
+        super().__init__(moe)
+        self.config = config
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give a layer weights that pack what is loaded into them."""
+        rows = intermediate_size_per_partition * (2 if self.moe.is_act_and_mul else 1)
+        shapes = {
+            "w13_weight": (num_experts, rows, hidden_size),
+            "w2_weight": (num_experts, hidden_size, intermediate_size_per_partition),
+        }
+        for name, shape in shapes.items():
+            values = torch.empty(shape, dtype=params_dtype, device="meta")
+            weight = _LoadingExperts(values, requires_grad=False)
+            weight.config, weight.prefix, weight.layer = self.config, self.prefix, layer
+            weight.pieces, weight.records = {}, []
+            layer.register_parameter(name, weight)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Stack the experts.
+
+        Raises:
+            CheckpointError: The checkpoint lacks an expert.
+        """
+        stacks = (("w13_weight", ("w1", "w3")), ("w2_weight", ("w2",)))
+        for (name, parts), (full,) in zip(stacks, expert_names(self.prefix), strict=True):
+            weight = getattr(layer, name)
+            parts = parts if self.moe.is_act_and_mul else parts[:1]
+            wanted = [(expert, part) for expert in range(len(weight)) for part in parts]
+            missing = [place for place in wanted if place not in weight.pieces]
+            if missing:
+                raise CheckpointError(
+                    f"{self.prefix}: the checkpoint has no {missing[0][1]} of expert "
+                    f"{missing[0][0]}, and of {len(missing) - 1} further ones"
+                )
+            stack = _stacked([[weight.pieces[e, p] for p in parts] for e in range(len(weight))])
+            if tuple(stack.shape) != tuple(weight.shape):
+                raise CheckpointError(
+                    f"{full} is {tuple(stack.shape)} in the checkpoint; the model's is "
+                    f"{tuple(weight.shape)}"
+                )
+            self.config.add([self._record(full, weight, stack)])
+            delattr(layer, name)
+            layer.add_module(f"{name}s", PackedWeight(stack))
+
+    def _record(self, name: str, weight: _LoadingExperts, stack: Int4TileTensor) -> Record:
+        """The record of a stack; its SQNR is the least one of its experts."""
+        first = weight.records[0]
+        place = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        record = loaded_record(name, ("experts", -1), place, stack, first.reason, "")
+        assert record is not None
+        measured = [each.sqnr_db for each in weight.records if each.sqnr_db is not None]
+        return dataclasses.replace(
+            record, method=first.method, sqnr_db=min(measured) if measured else None
+        )
+
+    def maybe_roundup_sizes(
+        self,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        act_dtype: torch.dtype,
+        moe_parallel_config: Any,
+    ) -> tuple[int, int]:
+        """The sizes as they are: tiles pad by themselves."""
+        return hidden_size, intermediate_size_per_partition
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+        """Nothing that kernels of vLLM could use."""
+        return None
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted sum of the chosen experts, by this process's part of them: ``[S, K]``.
+
+        Waits for no device, so that it can be in a CUDA graph.
+
+        Args:
+            layer: The `RoutedExperts`.
+            x: ``[S, K]``.
+            topk_weights: Float ``[S, top_k]``.
+            topk_ids: An integer dtype, ``[S, top_k]``: experts among those of all processes.
+            shared_experts: Not used; vLLM runs them before.
+            shared_experts_input: Not used.
+        """
+        if layer.apply_router_weight_on_input:
+            x = (x * topk_weights).to(x.dtype)
+        count, chosen = topk_ids.shape
+        ids = topk_ids.flatten().to(torch.int64)
+        if layer.expert_map is not None:
+            ids = layer.expert_map[ids].to(torch.int64)  # -1 for those of other processes
+        w13, w2 = layer.w13_weights, layer.w2_weights
+        experts = w13.tiles.shape[0]
+        if layer.expert_map is None and 2 * len(ids) <= experts:
+            rows = x.unsqueeze(1).expand(-1, chosen, -1).reshape(count * chosen, -1)
+            y = w2.indexed(self._activated(layer, w13.indexed(rows, ids)), ids)
+        else:
+            ordered, order = torch.where(ids < 0, experts, ids).sort()
+            numbers = torch.arange(experts, device=ids.device)
+            offs = torch.searchsorted(ordered, numbers, right=True).to(torch.int32)
+            rows = x[order // chosen]
+            y = w2.grouped(self._activated(layer, w13.grouped(rows, offs)), offs)
+            y = torch.empty_like(y).index_copy_(0, order, y)
+        y = y.view(count, chosen, -1)
+        if layer.apply_router_weight_on_input:
+            return y.sum(1)
+        return (y * topk_weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _activated(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """The activation of ``[S, 2 * I]`` or, where experts have no gate, of ``[S, I]``."""
+        out = y.new_empty((len(y), y.shape[1] // (2 if self.moe.is_act_and_mul else 1)))
+        made: Tensor = apply_moe_activation(layer.activation, out, y)
+        return made
+
+
+def _stacked(pieces: Sequence[Sequence[Tensor]]) -> Int4TileTensor:
+    """The stack ``[E, N, K]`` of pieces ``[N, K]``, by expert and then along N."""
+    stack = torch.stack([torch.cat(list(own)) for own in pieces])
+    if not isinstance(stack, Int4TileTensor):
+        raise CheckpointError(
+            "the experts of a layer have groups of sizes that can't be joined, or pre-scales that "
+            "differ: quantize them with the same options"
+        )
+    return stack
 
 
 def register() -> None:
