@@ -383,7 +383,7 @@ class PackedWeight(nn.Module):
         return self._call(torch.ops.fxint4.linear, x)
 
     def grouped(self, x: Tensor, offs: Tensor) -> Tensor:
-        """The products of x ``[S, K]``, rows sorted by weight, and weights ``[E, N, K]``: ``[S, N]``.
+        """The products of x ``[S, K]``, in order, and weights ``[E, N, K]``: ``[S, N]``.
 
         Args:
             x: Rows.
@@ -392,7 +392,7 @@ class PackedWeight(nn.Module):
         return self._call(torch.ops.fxint4.grouped_mm, x, offs)
 
     def indexed(self, x: Tensor, ids: Tensor) -> Tensor:
-        """The products of rows of x ``[S, K]`` and the weight of each, of ``[E, N, K]``: ``[S, N]``.
+        """The products of x ``[S, K]`` and a weight ``[E, N, K]`` for each row: ``[S, N]``.
 
         Args:
             x: Rows.
