@@ -23,7 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vllm import envs
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS as kernels_of_platforms
+from vllm.model_executor.kernels.linear import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+    register_linear_kernel,
+)
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.linear import (
@@ -36,7 +43,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ModelWeightParameter, permute_param_layout_
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
 
 from fxint4.config.int4_config import Int4Config
 from fxint4.errors import CheckpointError, FoldError
@@ -47,15 +56,26 @@ from fxint4.frontends.checkpoints.load import find_weights
 from fxint4.frontends.checkpoints.weights import Weight
 from fxint4.frontends.parameters import decided_candidate, loaded_record, packed_candidate
 from fxint4.passes.plan import Kept
+from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape, nibbles
 from fxint4.report import GraphReport, Record, Report
 from fxint4.report.latest import remember
 from fxint4.tensor import Int4TileTensor, dequantizing
 from fxint4.tensor.matmul import spread
 
-__all__ = ["Int4LinearMethod", "VllmInt4Config", "register"]
+__all__ = [
+    "Int4ExpertsMethod",
+    "Int4LinearKernel",
+    "Int4LinearMethod",
+    "PackedWeight",
+    "VllmInt4Config",
+    "register",
+    "register_kernel",
+]
 
 #: What vLLM knows the format by, in `config.json` and as `quantization=`.
 NAME = "int4tile"
+#: The entry point of `register_kernel`.
+KERNEL_PLUGIN = "int4tile_kernel"
 #: The checkpoints of other quantizers that are loaded, codes unchanged, if the user says so.
 _READ = ("gptq", "awq", "auto-round", "compressed-tensors")
 #: Activations between the matmuls of experts that take no further numbers.
@@ -792,6 +812,94 @@ def _stacked(pieces: Sequence[Sequence[Tensor]]) -> Int4TileTensor:
     return stack
 
 
+# --- a kernel for vLLM's own readers of checkpoints -----------------------------------------------
+
+
+class Int4LinearKernel(MPLinearKernel):  # type: ignore[misc]
+    """Multiplies by the int4 weights that vLLM's own quantization methods have loaded.
+
+    These are `quantization="gptq"`, `"awq"` and `"compressed-tensors"`. Codes stay as they are,
+    scales are rounded to bf16. See `register_kernel`.
+    """
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The oldest GPU that the ops run on: 8.0."""
+        return 80
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Whether a layer can be multiplied by, and why not."""
+        if c.weight_type not in (scalar_types.uint4, scalar_types.uint4b8):
+            return False, f"its weights are {c.weight_type}, not uint4 or uint4b8"
+        if c.weight_type == scalar_types.uint4 and not c.zero_points:
+            return False, "its weights are uint4 without zero points"
+        if c.act_type not in _DTYPES:
+            return False, f"its activations are {c.act_type}, not bfloat16, float16 or float32"
+        if c.group_size != -1 and c.group_size % GROUP_SIZES[0]:
+            return False, f"its groups are of {c.group_size}, no multiple of {GROUP_SIZES[0]}"
+        return True, None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack the codes, scales and zero points of a layer into tiles."""
+        codes = self._words(layer, self.w_q_name, packed_dim=0).T  # [N, K/8]
+        codes = nibbles(codes).flatten(1)
+        scale = self._words(layer, self.w_s_name).T  # [N, groups]
+        if self.config.zero_points:
+            words = self._words(layer, self.w_zp_name, packed_dim=1)  # [groups, N/8]
+            zero_point = nibbles(words).flatten(1).T
+        else:
+            zero_point = torch.full_like(scale, 8, dtype=torch.uint8)
+        n, k = codes.shape
+        size = k // scale.shape[1]
+        group = choose_shape(n, k, max(g for g in GROUP_SIZES if not size % g)).group_size
+        scale, zero_point = (
+            part.repeat_interleave(size // group, 1) for part in (scale, zero_point)
+        )
+        for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
+            if name is not None and name in layer._parameters:
+                delattr(layer, name)
+        layer.int4_weight = PackedWeight(
+            # Rounded before the float zero is computed of it, as `fxint4.load_` does.
+            Int4TileTensor.from_plain(
+                codes, scale.to(torch.bfloat16), zero_point, group_size=group, dtype=scale.dtype
+            )
+        )
+
+    @staticmethod
+    def _words(layer: nn.Module, name: str, **packed: int) -> Tensor:
+        """A parameter of a layer as ``[K or groups, N]``, whichever way it was stored."""
+        parameter = getattr(layer, name)
+        permute_param_layout_(parameter, input_dim=0, output_dim=1, **packed)
+        values: Tensor = parameter.data
+        return values
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product of x ``[..., K]`` and the layer's weight: ``[..., N]``."""
+        y: Tensor = layer.int4_weight(x)
+        return y if bias is None else y + bias
+
+
+# --- entry points ---------------------------------------------------------------------------------
+
+
 def register() -> None:
     """Entry point: make "int4tile" known. vLLM calls it in each process, perhaps several times."""
     register_quantization_config(NAME)(VllmInt4Config)
+
+
+def register_kernel() -> None:
+    """Entry point: put `Int4LinearKernel` before vLLM's kernels, if the user asked for that.
+
+    He does by naming it: ``VLLM_PLUGINS=int4tile,int4tile_kernel``. vLLM takes the first kernel in
+    its list that can do a layer. Without VLLM_PLUGINS it calls all entry points, and this one then
+    does nothing.
+    """
+    if KERNEL_PLUGIN not in (envs.VLLM_PLUGINS or ()):
+        return
+    for platform in (PlatformEnum.CUDA, PlatformEnum.CPU):
+        known = kernels_of_platforms.get(platform, [])
+        if Int4LinearKernel not in known:
+            register_linear_kernel(Int4LinearKernel, platform, "mp")
+            known = kernels_of_platforms[platform]
+            known.insert(0, known.pop())
