@@ -283,9 +283,8 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
         """
         place = nn.Parameter(value.new_empty(value.shape, device="meta"), requires_grad=False)
         if isinstance(value, Int4TileTensor):
-            record = loaded_record(
-                names[0], ("linear", -1), place, value, "packed in the checkpoint", ""
-            )
+            given = f"from {self.title}"
+            record = loaded_record(names[0], ("linear", -1), place, value, given, "")
             assert record is not None
             return value.to(self.device), record
         candidate = Candidate(nn.Parameter(value, requires_grad=False), "linear", -1)
