@@ -160,13 +160,22 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What is logged below "vllm", whose records go no further."""
-    logger = logging.getLogger("vllm.fxint4")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+def logged() -> Iterator[list[str]]:
+    """What the plugin logs; vLLM keeps records of its loggers from pytest's."""
+    logger, handler = logging.getLogger("vllm.fxint4"), _Lines()
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
 
 
 def asked(**options: Any) -> dict[str, Any]:
@@ -228,14 +237,14 @@ def test_a_plain_checkpoint_and_a_saved_folder(
 
 
 def test_a_head_that_is_packed_in_the_folder_is_dequantized(
-    tmp_path: Path, serve: Any, logged: pytest.LogCaptureFixture
+    tmp_path: Path, serve: Any, logged: list[str]
 ) -> None:
     folder = written(tmp_path, "llama")
     model = packed(folder, "float32")
     assert fxint4.tensor.is_packed(model.lm_head.weight)
     model.save_pretrained(tmp_path / "int4")
     served = serve(tmp_path / "int4")
-    assert "lm_head is not packed: vLLM multiplies by heads as they are" in logged.text
+    assert "int4tile: lm_head is not packed: vLLM multiplies by heads as they are" in logged
     (head,) = served.layers("lm_head")
     assert torch.equal(head.weight[:VOCABULARY], model.lm_head.weight.dequantize())
     fxint4.dequantize_(model.lm_head)
@@ -243,7 +252,7 @@ def test_a_head_that_is_packed_in_the_folder_is_dequantized(
 
 
 def test_options_count_for_the_names_in_the_checkpoint(
-    tmp_path: Path, serve: Any, logged: pytest.LogCaptureFixture
+    tmp_path: Path, serve: Any, logged: list[str]
 ) -> None:
     """Weights that vLLM fuses may be packed in different ways, or one of them not at all."""
     options: dict[str, Any] = {
@@ -263,7 +272,7 @@ def test_options_count_for_the_names_in_the_checkpoint(
     }
     assert records["model.layers.0.mlp.up_proj"].group_size == 64
     for name, reason in kept.items():
-        assert f"int4tile: {name} is not packed: {reason}" in logged.text
+        assert f"int4tile: {name} is not packed: {reason}" in logged
     model = packed(folder, "float32", **{**options, "skip": [*options["skip"], "lm_head"]})
     assert_says(served, said_by(model))
 
@@ -296,7 +305,8 @@ def test_one_weight_at_a_time(tmp_path: Path, serve: Any, monkeypatch: pytest.Mo
     served = serve(folder, **asked())
     assert len(kept) == 2 * (4 + 3 * 4)  # q, k, v, o, and three of each expert
     assert not any(kept)
-    assert max(alive) == 1  # vLLM's loaders still refer to the last
+    # vLLM's loaders still refer to the last, and to the last of the layer before.
+    assert max(alive) <= 2
     linear = served.layers("qkv_proj")[0]
     assert {parameter.dtype for parameter in linear.parameters()} == {torch.int32, torch.bfloat16}
 
@@ -380,7 +390,7 @@ def test_the_kernel_for_vllms_own_methods(
 @pytest.mark.own_cache
 def test_vllm_compiles_a_packed_model(tmp_path: Path, serve: Any) -> None:
     """By its default mode, with Inductor; our ops are opaque to it."""
-    folder = written(tmp_path, "moe")
+    folder = written(tmp_path, "moe", num_hidden_layers=1)
     served = serve(folder, "bfloat16", enforce_eager=False, **asked())
     assert_says(served, said_by(packed(folder, "bfloat16", skip=["lm_head"])), "bfloat16")
 
@@ -398,7 +408,7 @@ def test_our_backend_over_vllms_own_weights(
     compiled = {"mode": 2, "backend": "int4tile"}
     served = serve(folder, enforce_eager=False, compilation_config=compiled)
     report = fxint4.last_report()
-    assert report.totals.packed == report.totals.matmuls == 2 * 4
+    assert report.totals["packed"] == report.totals["matmuls"] == 2 * 4
     (layer, *_) = served.layers("qkv_proj")
     assert type(layer.weight).__name__ == "ModelWeightParameter"
     model = packed(folder, "float32", group_size=128, skip=["lm_head"])
