@@ -160,22 +160,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 @pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """What the plugin logs; vLLM keeps records of its loggers from pytest's."""
-    logger, handler = logging.getLogger("vllm.fxint4"), _Lines()
-    logger.addHandler(handler)
-    yield handler.lines
-    logger.removeHandler(handler)
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the plugin logs. vLLM keeps records from pytest's handler, and removes others."""
+    lines: list[str] = []
+    logger = logging.getLogger("vllm.fxint4")
+    monkeypatch.setattr(logger, "info", lambda text, *values: lines.append(text % values))
+    return lines
 
 
 def asked(**options: Any) -> dict[str, Any]:

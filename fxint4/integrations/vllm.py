@@ -18,7 +18,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,8 @@ __all__ = [
 
 #: What vLLM knows the format by, in `config.json` and as `quantization=`.
 NAME = "int4tile"
+#: A module of vLLM's, with attributes that this file's docstrings name.
+Layer: TypeAlias = Any
 #: The entry point of `register_kernel`.
 KERNEL_PLUGIN = "int4tile_kernel"
 #: The checkpoints of other quantizers that are loaded, codes unchanged, if the user says so.
@@ -161,7 +163,7 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
         """Remember where the checkpoint is, whose headers describe packed weights."""
         self._model = (model_name, revision)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Layer, prefix: str) -> Any:
         """How a layer multiplies; None for what vLLM is to do by itself."""
         self.device = torch.empty(0).device
         if isinstance(layer, LinearBase):
@@ -243,7 +245,7 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
             records.append(dataclasses.replace(record, reason=reason))
         return records
 
-    def experts_kept(self, layer: nn.Module, prefix: str) -> str:
+    def experts_kept(self, layer: Layer, prefix: str) -> str:
         """Why the experts of a layer stay as they are, whatever their values, or "".
 
         Args:
@@ -390,6 +392,10 @@ class PackedWeight(nn.Module):
         weight: ``[N, K]`` or ``[E, N, K]``, its axes in stored order.
     """
 
+    tiles: Tensor
+    scale_and_zero: Tensor
+    pre_scale: Tensor
+
     def __init__(self, weight: Int4TileTensor) -> None:
         super().__init__()
         for name, buffer in weight.buffers.items():
@@ -506,7 +512,7 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Layer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -542,7 +548,7 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         weight.pieces, weight.records = {}, {}
         layer.register_parameter("weight", weight)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         """Join the pieces.
 
         Raises:
@@ -560,7 +566,7 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         del layer.weight
         layer.weights = nn.ModuleList(map(_product, _joined(pieces)))
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product of x ``[..., K]`` and the layer's weights, side by side: ``[..., N]``."""
         products = [weight(x) for weight in layer.weights]
         y = products[0] if len(products) == 1 else torch.cat(products, -1)
@@ -605,7 +611,7 @@ class _LoadingExperts(nn.Parameter):
 
     config: VllmInt4Config
     prefix: str
-    layer: nn.Module
+    layer: Layer
     pieces: dict[tuple[int, str], Tensor]
     records: list[Record]
 
@@ -677,7 +683,7 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Layer,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -697,7 +703,7 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             weight.pieces, weight.records = {}, []
             layer.register_parameter(name, weight)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         """Stack the experts.
 
         Raises:
@@ -745,13 +751,13 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """The sizes as they are: tiles pad by themselves."""
         return hidden_size, intermediate_size_per_partition
 
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+    def get_fused_moe_quant_config(self, layer: Layer) -> None:
         """Nothing that kernels of vLLM could use."""
         return None
 
     def apply(
         self,
-        layer: nn.Module,
+        layer: Layer,
         x: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
@@ -789,11 +795,12 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             y = w2.grouped(self._activated(layer, w13.grouped(rows, offs)), offs)
             y = torch.empty_like(y).index_copy_(0, order, y)
         y = y.view(count, chosen, -1)
-        if layer.apply_router_weight_on_input:
-            return y.sum(1)
-        return (y * topk_weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        if not layer.apply_router_weight_on_input:
+            y = y * topk_weights.unsqueeze(-1)
+        made: Tensor = y.sum(1).to(x.dtype)
+        return made
 
-    def _activated(self, layer: nn.Module, y: Tensor) -> Tensor:
+    def _activated(self, layer: Layer, y: Tensor) -> Tensor:
         """The activation of ``[S, 2 * I]`` or, where experts have no gate, of ``[S, I]``."""
         out = y.new_empty((len(y), y.shape[1] // (2 if self.moe.is_act_and_mul else 1)))
         made: Tensor = apply_moe_activation(layer.activation, out, y)
@@ -839,7 +846,7 @@ class Int4LinearKernel(MPLinearKernel):  # type: ignore[misc]
             return False, f"its groups are of {c.group_size}, no multiple of {GROUP_SIZES[0]}"
         return True, None
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         """Pack the codes, scales and zero points of a layer into tiles."""
         codes = self._words(layer, self.w_q_name, packed_dim=0).T  # [N, K/8]
         codes = nibbles(codes).flatten(1)
@@ -866,14 +873,14 @@ class Int4LinearKernel(MPLinearKernel):  # type: ignore[misc]
         )
 
     @staticmethod
-    def _words(layer: nn.Module, name: str, **packed: int) -> Tensor:
+    def _words(layer: Layer, name: str, **packed: int) -> Tensor:
         """A parameter of a layer as ``[K or groups, N]``, whichever way it was stored."""
         parameter = getattr(layer, name)
         permute_param_layout_(parameter, input_dim=0, output_dim=1, **packed)
         values: Tensor = parameter.data
         return values
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply_weights(self, layer: Layer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product of x ``[..., K]`` and the layer's weight: ``[..., N]``."""
         y: Tensor = layer.int4_weight(x)
         return y if bias is None else y + bias
