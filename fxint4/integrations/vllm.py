@@ -101,23 +101,31 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
     """Which layers of vLLM are packed, and how.
 
     Args:
-        options: As in `Int4TileConfig.to_dict`, with the same meaning.
+        options: As in `Int4TileConfig.to_dict`, with the same meaning; or all of them.
 
     Attributes:
         report: What was packed, and what not and why; `fxint4.last_report` returns it too.
+
+    Raises:
+        OptionError: See `Int4TileConfig`.
     """
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, options: Mapping[str, Any] | Int4Config | None = None) -> None:
         super().__init__()
-        from fxint4.integrations.transformers import Int4TileConfig
+        self._int4_config = options if isinstance(options, Int4Config) else None
+        self._options: Any = None
+        if self._int4_config is None:
+            from fxint4.integrations.transformers import Int4TileConfig
 
-        self.options = Int4TileConfig.from_dict(dict(options or {}))
+            self._options = Int4TileConfig.from_dict(options or {})
         self.report = Report()
+        #: Of the checkpoint, once `quantized` was asked for: further names of its weights, and its
+        #: format.
         self.shared: Mapping[str, str] = {}
         self.title = ""
+        #: Where the layers are.
         self.device = torch.device("cpu")
         self._model: tuple[str, str | None] = ("", None)
-        self._int4_config: Int4Config | None = None
         self._quantized: dict[str, Weight] | None = None
         self._records: list[Record] = []
 
@@ -185,8 +193,8 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
     def int4_config(self) -> Int4Config:
         """The options for packing; reads the calibration."""
         if self._int4_config is None:
-            self._int4_config = self.options.int4_config()
-        return self._int4_config
+            self._int4_config = self._options.int4_config()
+        return self._int4_config  # type: ignore[no-any-return]
 
     def piece_names(self, prefix: str, count: int) -> list[tuple[str, ...]]:
         """The names in the checkpoint of the weights that a layer of vLLM holds.
@@ -206,9 +214,11 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
 
     def kept(self, names: Sequence[str]) -> str:
         """Why a weight stays as it is by `modules_to_not_convert`, or ""."""
+        if self._options is None:
+            return ""
         from fxint4.integrations.transformers import not_to_convert
 
-        return not_to_convert(self.options, names)
+        return not_to_convert(self._options, names)
 
     @property
     def quantized(self) -> Mapping[str, Weight]:
