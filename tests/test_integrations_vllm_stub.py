@@ -146,7 +146,7 @@ def test_rows_and_columns_of_two_processes(ours: Any, device: str) -> None:
         row.weight.load_row_parallel_weight(loaded_weight=down)
         first.process_weights_after_loading(column)
         second.process_weights_after_loading(row)
-        assert config.report.records[1].shard == f"shard {rank + 1} of 2, along K"
+        assert config.packing.report.records[1].shard == f"shard {rank + 1} of 2, along K"
         parts.append(replayed(device, lambda x, f=first, c=column: f.apply(c, x), x))
         total += (
             replayed(device, lambda x, f=second, r=row: f.apply(r, x), parts[-1]).double().cpu()
@@ -313,12 +313,12 @@ def test_a_layer_that_stays_is_vllms(ours: Any) -> None:
     assert type(layer.quant_method).__name__ == "UnquantizedLinearMethod"
     assert layer.weight.shape == (128, HIDDEN)
     linear(ours, config, "l.router", [8], HIDDEN, "cpu", torch.bfloat16)
-    assert {record.name: record.reason for record in config.report.records} == {
+    assert {record.name: record.reason for record in config.packing.report.records} == {
         "l.gate_proj": "skip='*.gate_proj'",
         "l.up_proj": "skip='*.up_proj'",
         "l.router": "8x256 is small: min_features is 64",
     }
-    assert fxint4.last_report() is config.report
+    assert fxint4.last_report() is config.packing.report
     assert config.get_quant_method(ParallelLMHead(), "lm_head") is None
 
 
@@ -339,7 +339,7 @@ def test_experts_that_stay_are_vllms(
     for name, value in changes.items():
         setattr(layer.moe_config if name == "has_bias" else layer, name, value)
     assert config.get_quant_method(layer, "l.experts") is None
-    assert {(record.name, record.reason) for record in config.report.records} == {
+    assert {(record.name, record.reason) for record in config.packing.report.records} == {
         ("l.experts.gate_up_proj", reason),
         ("l.experts.down_proj", reason),
     }
@@ -359,8 +359,8 @@ def test_values_that_forbid_to_pack(ours: Any) -> None:
     x[:, 5] = 0
     y = method.apply(layer, x)
     assert torch.equal(y[:, 64:].nan_to_num(), F.linear(x, up).nan_to_num())
-    assert config.report.records[1].action == "kept"
-    assert "inf or NaN" in config.report.records[1].reason
+    assert config.packing.report.records[1].action == "kept"
+    assert "inf or NaN" in config.packing.report.records[1].reason
 
     layer = experts(ours, config, "cpu", torch.float32, count=2, inner=64)
     with pytest.raises(FoldError, match=r"l\.experts\.1\.up_proj can't be packed: .*inf or NaN"):
@@ -420,3 +420,17 @@ def test_options_are_those_of_int4tileconfig(ours: Any) -> None:
     assert ours.VllmInt4Config.from_config({"quant_method": "gptq", "bits": 4}).int4_config
     with pytest.raises(OptionError, match="Int4TileConfig has no option 'groupsize'"):
         ours.VllmInt4Config.from_config({"quant_method": "int4tile", "groupsize": 64})
+
+
+def test_a_calibration_is_needed_to_pack_alone(ours: Any) -> None:
+    pytest.importorskip("transformers.core_model_loading")
+    config = ours.VllmInt4Config.from_config({"quant_method": "int4tile", "method": "gptq"})
+    layer, _ = linear(ours, config, "l.up", [64], HIDDEN, "cpu", torch.float32)
+    values = torch.randn(64, HIDDEN)
+    config._quantized = {"l.up.weight": object()}
+    packed = Int4TileTensor.from_float(values)
+    layer.weight.load_column_parallel_weight(loaded_weight=packed)
+    assert torch.equal(layer.weight.pieces[0], packed)
+    config._quantized = {}
+    with pytest.raises(OptionError, match="method='gptq' looks at activations"):
+        layer.weight.load_column_parallel_weight(loaded_weight=values)

@@ -48,17 +48,14 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import CheckpointError, FoldError
-from fxint4.frontends.candidates import Candidate
+from fxint4.errors import CheckpointError, FoldError, Int4Error
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.int4tile import shared as shared_weights
 from fxint4.frontends.checkpoints.load import find_weights
 from fxint4.frontends.checkpoints.weights import Weight
-from fxint4.frontends.parameters import decided_candidate, loaded_record, packed_candidate
-from fxint4.passes.plan import Kept
+from fxint4.frontends.streamed import PiecewisePacking
+from fxint4.quant.statistics import Calibration
 from fxint4.quant.tile_layout import GROUP_SIZES, choose_shape, nibbles
-from fxint4.report import GraphReport, Record, Report
-from fxint4.report.latest import remember
 from fxint4.tensor import Int4TileTensor, dequantizing
 from fxint4.tensor.matmul import spread
 
@@ -103,22 +100,21 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
     Args:
         options: As in `Int4TileConfig.to_dict`, with the same meaning; or all of them.
 
-    Attributes:
-        report: What was packed, and what not and why; `fxint4.last_report` returns it too.
-
     Raises:
         OptionError: See `Int4TileConfig`.
     """
 
     def __init__(self, options: Mapping[str, Any] | Int4Config | None = None) -> None:
         super().__init__()
-        self._int4_config = options if isinstance(options, Int4Config) else None
+        self._int4_config: Int4Config | None = None
         self._options: Any = None
-        if self._int4_config is None:
+        self._fault: Int4Error | None = None
+        if isinstance(options, Int4Config):
+            self._int4_config = options
+        else:
             from fxint4.integrations.transformers import Int4TileConfig
 
             self._options = Int4TileConfig.from_dict(options or {})
-        self.report = Report()
         #: Of the checkpoint, once `quantized` was asked for: further names of its weights, and its
         #: format.
         self.shared: Mapping[str, str] = {}
@@ -127,7 +123,7 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
         self.device = torch.device("cpu")
         self._model: tuple[str, str | None] = ("", None)
         self._quantized: dict[str, Weight] | None = None
-        self._records: list[Record] = []
+        self._packing: PiecewisePacking | None = None
 
     # --- what vLLM asks ----------------------------------------------------------------------
 
@@ -191,10 +187,18 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
 
     @property
     def int4_config(self) -> Int4Config:
-        """The options for packing; reads the calibration."""
+        """The options for packing; reads the calibration.
+
+        A folder with packed weights is loaded without its calibration. So that there is none is an
+        error only once there is something to pack.
+        """
         if self._int4_config is None:
-            self._int4_config = self._options.int4_config()
-        return self._int4_config  # type: ignore[no-any-return]
+            try:
+                self._int4_config = self._options.int4_config()
+            except Int4Error as error:
+                self._fault = error
+                self._int4_config = self._options._int4_config(Calibration({}))
+        return self._int4_config
 
     def piece_names(self, prefix: str, count: int) -> list[tuple[str, ...]]:
         """The names in the checkpoint of the weights that a layer of vLLM holds.
@@ -231,13 +235,20 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
             self.title = weights[0].title if weights else ""
         return self._quantized
 
-    def kept_records(
+    @property
+    def packing(self) -> PiecewisePacking:
+        """What packs weights, and their report."""
+        if self._packing is None:
+            self._packing = PiecewisePacking("vllm", self.int4_config, self.kept)
+        return self._packing
+
+    def decided(
         self,
         names: Sequence[tuple[str, ...]],
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
         op: str = "linear",
-    ) -> list[Record]:
+    ) -> list[Any]:
         """A record of each weight of a layer, its reason empty where the weight is to be packed.
 
         Args:
@@ -246,14 +257,11 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
             dtype: Their dtype.
             op: As in `Record.op`.
         """
-        records = []
-        for own, shape in zip(names, shapes, strict=True):
-            value = torch.empty(shape, dtype=dtype, device="meta")
-            candidate = Candidate(nn.Parameter(value, requires_grad=False), op, -1)
-            record, plan = decided_candidate(candidate, own, self.int4_config, self.device)
-            reason = plan.reason if isinstance(plan, Kept) else self.kept(own)
-            records.append(dataclasses.replace(record, reason=reason))
-        return records
+        values = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+        return [
+            self.packing.decide(own, value, self.device, op)
+            for own, value in zip(names, values, strict=True)
+        ]
 
     def experts_kept(self, layer: Layer, prefix: str) -> str:
         """Why the experts of a layer stay as they are, whatever their values, or "".
@@ -268,7 +276,7 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
             (moe.num_local_experts, inner * (2 if moe.is_act_and_mul else 1), moe.hidden_dim),
             (moe.num_local_experts, moe.hidden_dim, inner),
         )
-        records = self.kept_records(expert_names(prefix), shapes, moe.in_dtype, "experts")
+        records = self.decided(expert_names(prefix), shapes, moe.in_dtype, "experts")
         reason = next((record.reason for record in records if record.reason), "")
         if not reason and moe.has_bias:
             reason = "its experts have biases, which our method does not add"
@@ -280,7 +288,7 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
             self.add([dataclasses.replace(record, reason=reason) for record in records])
         return reason
 
-    def piece(self, value: Tensor, names: Sequence[str]) -> tuple[Tensor, Record]:
+    def piece(self, value: Tensor, names: Sequence[str]) -> tuple[Tensor, Any]:
         """Pack a weight; the result is on the device of the layers.
 
         Args:
@@ -292,32 +300,27 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
 
         Raises:
             FoldError: It could not be packed.
+            OptionError: A method or a budget that needs a calibration, and none is given.
         """
-        place = nn.Parameter(value.new_empty(value.shape, device="meta"), requires_grad=False)
         if isinstance(value, Int4TileTensor):
-            given = f"from {self.title}"
-            record = loaded_record(names[0], ("linear", -1), place, value, given, "")
-            assert record is not None
-            return value.to(self.device), record
-        candidate = Candidate(nn.Parameter(value, requires_grad=False), "linear", -1)
-        reason = "not packed in the checkpoint" if self.quantized else self.kept(names)
-        if not reason:
-            packed, record = packed_candidate(candidate, names, self.int4_config, self.device)
-            if packed is not None:
-                return packed, record
-        else:
-            record, _ = decided_candidate(candidate, names, self.int4_config, self.device)
-            record = dataclasses.replace(record, reason=reason)
-        return value.to(self.device, copy=True), record
+            return value.to(self.device), self.packing.loaded(
+                names, value, value, f"from {self.title}"
+            )
+        if self.quantized:
+            reason = "not packed in the checkpoint"
+            made = value.to(self.device, copy=True)
+            return made, self.packing.loaded(names, value, value, reason)
+        packing = self.packing
+        if self._fault is not None:
+            raise self._fault
+        return packing.pack(names, value, self.device)
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[Any]) -> None:
         """Add records to the report, and log why weights stay as they are."""
         for record in records:
             if record.action == "kept":
                 _LOGGER.info("int4tile: %s is not packed: %s", record.name, record.reason)
-        self._records.extend(records)
-        self.report.put("vllm", GraphReport(tuple(self._records), {}, "", ""))
-        remember(self.report)
+        self.packing.add(records)
 
 
 def _folder(model: str, revision: str | None) -> Path:
@@ -537,7 +540,7 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
         names = self.config.piece_names(self.prefix, len(output_partition_sizes))
         shapes = [(rows, input_size) for rows in output_partition_sizes]
-        records = self.config.kept_records(names, shapes, params_dtype)
+        records = self.config.decided(names, shapes, params_dtype)
         if all(record.reason for record in records):
             self.config.add(records)
             layer.quant_method = UnquantizedLinearMethod()
@@ -623,7 +626,7 @@ class _LoadingExperts(nn.Parameter):
     prefix: str
     layer: Layer
     pieces: dict[tuple[int, str], Tensor]
-    records: list[Record]
+    records: list[Any]
 
     def weight_loader(
         self,
@@ -740,12 +743,10 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             delattr(layer, name)
             layer.add_module(f"{name}s", PackedWeight(stack))
 
-    def _record(self, name: str, weight: _LoadingExperts, stack: Int4TileTensor) -> Record:
+    def _record(self, name: str, weight: _LoadingExperts, stack: Int4TileTensor) -> Any:
         """The record of a stack; its SQNR is the least one of its experts."""
         first = weight.records[0]
-        place = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        record = loaded_record(name, ("experts", -1), place, stack, first.reason, "")
-        assert record is not None
+        record = self.config.packing.loaded((name,), stack, weight, first.reason, "experts")
         measured = [each.sqnr_db for each in weight.records if each.sqnr_db is not None]
         return dataclasses.replace(
             record, method=first.method, sqnr_db=min(measured) if measured else None
