@@ -52,7 +52,7 @@ test-vllm: $(VLLM)/.stamp  ## models that vLLM serves, on the CPU
 # installed without theirs.
 $(VLLM)/.stamp: pyproject.toml constraints.txt tests/vllm_requirements.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --upgrade pip setuptools==78.1.1
+	$(VLLM)/bin/python -m pip install -c constraints.txt --upgrade pip
 	$(VLLM)/bin/python -m pip install -c constraints.txt torch tabulate tqdm
 	$(VLLM)/bin/python -m pip install --no-deps -r tests/vllm_requirements.txt
 	PYTHONWARNINGS="ignore:Editable installation" \
