@@ -78,7 +78,12 @@ def qwen2(**changes: Any) -> PreTrainedModel:
     return model
 
 
-MODELS = {"llama": llama, "qwen2": qwen2, "moe": qwen_moe}
+def moe(**changes: Any) -> PreTrainedModel:
+    """A router of 32 rows, which `min_features` alone would not keep."""
+    return qwen_moe(**{"num_experts": 32, **changes})
+
+
+MODELS = {"llama": llama, "qwen2": qwen2, "moe": moe}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +299,7 @@ def test_one_weight_at_a_time(tmp_path: Path, serve: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(plugin, "_assembled", watched)
     monkeypatch.setattr(plugin.VllmInt4Config, "piece", seen)
     served = serve(folder, **asked())
-    assert len(kept) == 2 * (4 + 3 * 4)  # q, k, v, o, and three of each expert
+    assert len(kept) == 2 * (4 + 3 * 32)  # q, k, v, o, and three of each expert
     assert not any(kept)
     # vLLM's loaders still refer to the last, and to the last of the layer before.
     assert max(alive) <= 2

@@ -158,6 +158,18 @@ def test_rows_and_columns_of_two_processes(ours: Any, device: str) -> None:
     assert relative_error(total, expected) < ROUNDING
 
 
+def test_a_layer_that_each_process_has(ours: Any) -> None:
+    """Such a layer of vLLM's has no loader that knows parameters of our kind."""
+    layer, method = linear(ours, config_of(ours), "l.q_a", [48, 64], HIDDEN, "cpu", torch.float32)
+    weights = [torch.randn(48, HIDDEN), torch.randn(64, HIDDEN)]
+    layer.weight.weight_loader(layer.weight, weights[1], 1)
+    layer.weight.weight_loader(layer.weight, weights[0])
+    method.process_weights_after_loading(layer)
+    x = torch.randn(3, HIDDEN)
+    w = torch.cat([dequantized(weight, GROUP, torch.float64) for weight in weights])
+    assert relative_error(method.apply(layer, x), F.linear(x.double(), w)) < 2 * ROUNDING
+
+
 def experts(ours: Any, config: Any, device: str, dtype: torch.dtype, **sizes: int) -> Any:
     moe = SimpleNamespace(
         num_local_experts=sizes["count"],
@@ -312,11 +324,13 @@ def test_a_layer_that_stays_is_vllms(ours: Any) -> None:
     layer, _ = linear(ours, config, "l.gate_up_proj", [64, 64], HIDDEN, "cpu", torch.bfloat16)
     assert type(layer.quant_method).__name__ == "UnquantizedLinearMethod"
     assert layer.weight.shape == (128, HIDDEN)
-    linear(ours, config, "l.router", [8], HIDDEN, "cpu", torch.bfloat16)
+    linear(ours, config, "l.small", [8], HIDDEN, "cpu", torch.bfloat16)
+    linear(ours, config, "l.mlp.gate", [128], HIDDEN, "cpu", torch.bfloat16)
     assert {record.name: record.reason for record in config.packing.report.records} == {
         "l.gate_proj": "skip='*.gate_proj'",
         "l.up_proj": "skip='*.up_proj'",
-        "l.router": "8x256 is small: min_features is 64",
+        "l.small": "8x256 is small: min_features is 64",
+        "l.mlp.gate": "chooses experts, and is not packed by transformers either",
     }
     assert fxint4.last_report() is config.packing.report
     assert config.get_quant_method(ParallelLMHead(), "lm_head") is None

@@ -103,8 +103,8 @@ class ModelWeightParameter(nn.Parameter):
     def __new__(cls, data: Tensor, **_: Any) -> ModelWeightParameter:
         return super().__new__(cls, data, requires_grad=False)
 
-    def __init__(self, data: Tensor, **_: Any) -> None:
-        pass
+    def __init__(self, data: Tensor, weight_loader: Any, **_: Any) -> None:
+        self.weight_loader = weight_loader
 
 
 class PlatformEnum(enum.Enum):

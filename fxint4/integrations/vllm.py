@@ -77,6 +77,8 @@ Layer: TypeAlias = Any
 KERNEL_PLUGIN = "int4tile_kernel"
 #: The checkpoints of other quantizers that are loaded, codes unchanged, if the user says so.
 _READ = ("gptq", "awq", "auto-round", "compressed-tensors")
+#: Names of linear layers that choose experts. They are small, and no nn.Linear in transformers.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 #: Activations between the matmuls of experts that take no further numbers.
 _ACTIVATIONS = (
     MoEActivation.SILU,
@@ -217,7 +219,10 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
         return [(f"{path}{dot}{part}.weight", f"{prefix}.weight") for part in parts]
 
     def kept(self, names: Sequence[str]) -> str:
-        """Why a weight stays as it is by `modules_to_not_convert`, or ""."""
+        """Why a weight stays as it is in vLLM, or by `modules_to_not_convert`; or ""."""
+        layer = names[0].removesuffix(".weight")
+        if layer.rpartition(".")[2] in _ROUTERS:
+            return "chooses experts, and is not packed by transformers either"
         if self._options is None:
             return ""
         from fxint4.integrations.transformers import not_to_convert
@@ -226,13 +231,20 @@ class VllmInt4Config(QuantizationConfig):  # type: ignore[misc]
 
     @property
     def quantized(self) -> Mapping[str, Weight]:
-        """The quantized weights of the checkpoint, by their names there; they read its files."""
+        """The quantized weights of the checkpoint, by their names there; they read its files.
+
+        Raises:
+            CheckpointError: See `find_weights`.
+        """
         if self._quantized is None:
-            checkpoint = Checkpoint(_folder(*self._model))
-            _, weights = find_weights(checkpoint)
-            self._quantized = {weight.name: weight for weight in weights}
-            self.shared = shared_weights(checkpoint)
-            self.title = weights[0].title if weights else ""
+            self._quantized = {}
+            folder = _folder(*self._model)
+            if any(folder.glob("*.safetensors")):  # no other files hold quantized weights
+                checkpoint = Checkpoint(folder)
+                _, weights = find_weights(checkpoint)
+                self._quantized = {weight.name: weight for weight in weights}
+                self.shared = shared_weights(checkpoint)
+                self.title = weights[0].title if weights else ""
         return self._quantized
 
     @property
@@ -465,7 +477,11 @@ class _Loading(ModelWeightParameter):  # type: ignore[misc]
     for their arguments.
 
     Attributes:
+        config: What is packed, and how.
+        names: `VllmInt4Config.piece_names` of the layer.
+        sizes: The rows of each weight of the layer in this process.
         pieces: What the layer holds of each weight, by the first row where it goes.
+        records: Their records.
     """
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
@@ -488,6 +504,11 @@ class _Loading(ModelWeightParameter):  # type: ignore[misc]
         rank = self.tp_rank // (place["num_heads"] if at else 1)
         rows = loaded_weight.narrow(0, rank * place["shard_size"], place["shard_size"])
         self._take(at, place["shard_offset"], rows)
+
+    def load_replicated_weight(self, loaded_weight: Tensor, at: int | None = None) -> None:
+        """All rows of one of the weights of a layer that each process has as a whole."""
+        at = at or 0
+        self._take(at, sum(self.sizes[:at]), loaded_weight)
 
     def _take(self, at: int, row: int, value: Tensor) -> None:
         """Pack a piece, or cut a packed one.
@@ -555,9 +576,11 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
             ),
             input_dim=1,
             output_dim=0,
-            weight_loader=extra_weight_attrs["weight_loader"],
+            weight_loader=extra_weight_attrs["weight_loader"]
+            if hasattr(layer, "weight_loader_v2")
+            else _Loading.load_replicated_weight,
         )
-        weight.config, weight.names = self.config, names
+        weight.config, weight.names, weight.sizes = self.config, names, output_partition_sizes
         weight.pieces, weight.records = {}, {}
         layer.register_parameter("weight", weight)
 
