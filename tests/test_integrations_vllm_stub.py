@@ -381,6 +381,38 @@ def test_values_that_forbid_to_pack(ours: Any) -> None:
         layer.w13_weight.weight_loader(layer.w13_weight, up, "", "w3", 1)
 
 
+def pre_scaled(weight: Tensor) -> Int4TileTensor:
+    plain = Int4TileTensor.from_float(weight, Int4Config(group_size=GROUP)).get_plain()
+    return Int4TileTensor.from_plain(*plain, pre_scale=torch.rand(HIDDEN) + 0.5, dtype=weight.dtype)
+
+
+def test_pre_scales_that_differ(ours: Any) -> None:
+    """Linear layers then are several matmuls; experts are refused."""
+    config = config_of(ours)
+    layer, method = linear(ours, config, "l.gate_up_proj", [64, 64], HIDDEN, "cpu", torch.float32)
+    weights = [pre_scaled(torch.randn(64, HIDDEN)) for _ in range(2)]
+    for at, value in enumerate(weights):
+        place = {"shard_id": at, "shard_offset": 64 * at, "shard_size": 64}
+        layer.weight.load_merged_column_weight(loaded_weight=value, **place)
+    method.process_weights_after_loading(layer)
+    assert len(layer.weights) == 2
+    x = torch.randn(3, HIDDEN)
+    w = torch.cat([weight.dequantize(torch.float64) for weight in weights])
+    assert relative_error(method.apply(layer, x), F.linear(x.double(), w)) < 3 * ROUNDING
+
+    layer = experts(ours, config, "cpu", torch.float32, count=2, inner=64)
+    w13 = [pre_scaled(torch.randn(64, HIDDEN)) for _ in range(2)]
+    with pytest.raises(CheckpointError, match=r"l\.experts\.gate_up_proj: the pre-scales of its"):
+        load_experts(layer, {"w1": w13, "w3": w13, "w2": []})
+
+
+def test_a_weight_of_another_shape(ours: Any) -> None:
+    layer, _ = linear(ours, config_of(ours), "l.up", [64], HIDDEN, "cpu", torch.float32)
+    text = r"l\.up\.weight has 128 columns in the checkpoint; the model's has 256"
+    with pytest.raises(CheckpointError, match=text):
+        layer.weight.load_column_parallel_weight(loaded_weight=torch.randn(64, 128))
+
+
 def test_weights_that_are_missing(ours: Any) -> None:
     config = config_of(ours)
     layer, method = linear(ours, config, "l.gate_up_proj", [64, 64], HIDDEN, "cpu", torch.float32)

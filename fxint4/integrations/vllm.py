@@ -14,6 +14,7 @@ Private API of vLLM is used in this file alone. Run with vLLM 0.32.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from fxint4.config.int4_config import Int4Config
-from fxint4.errors import CheckpointError, FoldError, Int4Error
+from fxint4.errors import CheckpointError, FoldError, Int4Error, UnsupportedOpError
 from fxint4.frontends.checkpoints.files import Checkpoint
 from fxint4.frontends.checkpoints.int4tile import shared as shared_weights
 from fxint4.frontends.checkpoints.load import find_weights
@@ -480,6 +481,7 @@ class _Loading(ModelWeightParameter):  # type: ignore[misc]
         config: What is packed, and how.
         names: `VllmInt4Config.piece_names` of the layer.
         sizes: The rows of each weight of the layer in this process.
+        in_features: The columns of each weight, in all processes together.
         pieces: What the layer holds of each weight, by the first row where it goes.
         records: Their records.
     """
@@ -519,6 +521,11 @@ class _Loading(ModelWeightParameter):  # type: ignore[misc]
             value: Its rows in this process, and all columns.
         """
         names = self.names[at]
+        if value.shape[1] != self.in_features:
+            raise CheckpointError(
+                f"{names[0]} has {value.shape[1]} columns in the checkpoint; the model's has "
+                f"{self.in_features}: is the checkpoint that of another model?"
+            )
         value, record = self.config.piece(value, names)
         columns = self.shape[1]
         if value.shape[1] != columns:
@@ -581,7 +588,7 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
             else _Loading.load_replicated_weight,
         )
         weight.config, weight.names, weight.sizes = self.config, names, output_partition_sizes
-        weight.pieces, weight.records = {}, {}
+        weight.in_features, weight.pieces, weight.records = input_size, {}, {}
         layer.register_parameter("weight", weight)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
@@ -617,11 +624,9 @@ def _joined(pieces: Sequence[Tensor]) -> list[Tensor]:
     """The pieces ``[N, K]``, neighbours of one kind joined as far as they can be."""
     joined: list[Tensor] = []
     for piece in pieces:
-        packed = isinstance(piece, Int4TileTensor)
-        if joined and isinstance(joined[-1], Int4TileTensor) == packed:
-            both = torch.cat([joined[-1], piece])
-            if isinstance(both, Int4TileTensor) == packed:
-                joined[-1] = both
+        if joined and isinstance(joined[-1], Int4TileTensor) == isinstance(piece, Int4TileTensor):
+            with contextlib.suppress(UnsupportedOpError):  # pre-scales that differ
+                joined[-1] = torch.cat([joined[-1], piece])
                 continue
         joined.append(piece)
     return joined
@@ -743,7 +748,7 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Stack the experts.
 
         Raises:
-            CheckpointError: The checkpoint lacks an expert.
+            CheckpointError: The checkpoint lacks an expert, or they can't be stacked.
         """
         stacks = (("w13_weight", ("w1", "w3")), ("w2_weight", ("w2",)))
         for (name, parts), (full,) in zip(stacks, expert_names(self.prefix), strict=True):
@@ -756,7 +761,13 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                     f"{self.prefix}: the checkpoint has no {missing[0][1]} of expert "
                     f"{missing[0][0]}, and of {len(missing) - 1} further ones"
                 )
-            stack = _stacked([[weight.pieces[e, p] for p in parts] for e in range(len(weight))])
+            try:
+                stack = _stacked([[weight.pieces[e, p] for p in parts] for e in range(len(weight))])
+            except UnsupportedOpError as error:
+                raise CheckpointError(
+                    f"{full}: the pre-scales of its experts differ, and vLLM multiplies all in one "
+                    "call: quantize them without AWQ, or all with the same"
+                ) from error
             if tuple(stack.shape) != tuple(weight.shape):
                 raise CheckpointError(
                     f"{full} is {tuple(stack.shape)} in the checkpoint; the model's is "
@@ -842,13 +853,9 @@ class Int4ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
 
 def _stacked(pieces: Sequence[Sequence[Tensor]]) -> Int4TileTensor:
-    """The stack ``[E, N, K]`` of pieces ``[N, K]``, by expert and then along N."""
+    """The stack ``[E, N, K]`` of packed pieces ``[N, K]``, by expert and then along N."""
     stack = torch.stack([torch.cat(list(own)) for own in pieces])
-    if not isinstance(stack, Int4TileTensor):
-        raise CheckpointError(
-            "the experts of a layer have groups of sizes that can't be joined, or pre-scales that "
-            "differ: quantize them with the same options"
-        )
+    assert isinstance(stack, Int4TileTensor)
     return stack
 
 
@@ -929,11 +936,10 @@ def register() -> None:
 
 
 def register_kernel() -> None:
-    """Entry point: put `Int4LinearKernel` before vLLM's kernels, if the user asked for that.
+    """Entry point: put `Int4LinearKernel` before vLLM's kernels, if the user names it.
 
-    He does by naming it: ``VLLM_PLUGINS=int4tile,int4tile_kernel``. vLLM takes the first kernel in
-    its list that can do a layer. Without VLLM_PLUGINS it calls all entry points, and this one then
-    does nothing.
+    That is ``VLLM_PLUGINS=int4tile,int4tile_kernel``. vLLM takes the first kernel in its list that
+    can do a layer. Without VLLM_PLUGINS it calls all entry points, and this one does nothing.
     """
     if KERNEL_PLUGIN not in (envs.VLLM_PLUGINS or ()):
         return
