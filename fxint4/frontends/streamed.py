@@ -28,7 +28,7 @@ from fxint4.report.latest import remember
 from fxint4.tensor.files import HEADER, PARTS, Header, assemble, read_header
 from fxint4.untrusted_files import open_tensors
 
-__all__ = ["PackedFiles", "StreamedPacking", "tie"]
+__all__ = ["PackedFiles", "PiecewisePacking", "StreamedPacking", "tie"]
 
 _CPU = torch.device("cpu")
 #: Why a weight that was to be packed is not.
@@ -228,6 +228,95 @@ class PackedFiles:
         """Make one parameter of those that were one when the files were written."""
         for name, original in self.header.shared.items():
             tie(model, name, original)
+
+
+class PiecewisePacking:
+    """Packs weights that another library hands over by their names, for layers of its own.
+
+    Args:
+        title: The way in, such as "vllm".
+        config: What the user asked for.
+        kept: Returns why the library keeps a weight as it is, by all its full names, or "".
+
+    Attributes:
+        report: What was packed, and what not and why; `fxint4.last_report` returns it too.
+    """
+
+    def __init__(
+        self, title: str, config: Int4Config, kept: Callable[[Sequence[str]], str]
+    ) -> None:
+        self.report = Report(config)
+        self._title = title
+        self._config = config
+        self._kept = kept
+        self._records: list[Record] = []
+
+    def decide(
+        self, names: Sequence[str], value: Tensor, device: torch.device, op: str = "linear"
+    ) -> Record:
+        """What becomes of a weight, whose values are not read.
+
+        Args:
+            names: All its full names; the first is that of the layer's parameter.
+            value: ``[N, K]`` or ``[E, N, K]``, on any device.
+            device: Where it goes.
+            op: As in `Record.op`.
+
+        Returns:
+            Its record, with a reason if it stays as it is.
+        """
+        record, plan = decided_candidate(_candidate(value, op), names, self._config, device)
+        reason = plan.reason if isinstance(plan, Kept) else self._kept(names)
+        return dataclasses.replace(record, reason=reason)
+
+    def pack(
+        self, names: Sequence[str], value: Tensor, device: torch.device
+    ) -> tuple[Tensor, Record]:
+        """Pack a weight.
+
+        Args:
+            names: See `decide`.
+            value: ``[N, K]``, on any device.
+            device: Where it goes.
+
+        Returns:
+            The packed weight, or a copy of the values if they stay as they are; and its record.
+
+        Raises:
+            FoldError: It could not be packed.
+        """
+        record = self.decide(names, value, device)
+        packed = None
+        if not record.reason:
+            packed, record = packed_candidate(_candidate(value), names, self._config, device)
+        return (value.to(device, copy=True) if packed is None else packed), record
+
+    def loaded(
+        self, names: Sequence[str], value: Tensor, like: Tensor, reason: str, op: str = "linear"
+    ) -> Record:
+        """The record of a weight that comes from a checkpoint of packed ones.
+
+        Args:
+            names: See `decide`.
+            value: What the layer gets, packed or not.
+            like: A tensor of its shape and its dtype before it was packed, on any device.
+            reason: What there is to say of it.
+            op: As in `Record.op`.
+        """
+        place = _candidate(torch.empty(like.shape, dtype=like.dtype, device="meta")).parameter
+        record = loaded_record(names[0], (op, -1), place, value, reason, reason)
+        assert record is not None
+        return record
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Add the records of a layer to the report."""
+        self._records.extend(records)
+        self.report.put(self._title, GraphReport(tuple(self._records), {}, "", ""))
+        remember(self.report)
+
+
+def _candidate(value: Tensor, op: str = "linear") -> Candidate:
+    return Candidate(nn.Parameter(value.detach(), requires_grad=False), op, -1)
 
 
 def tie(model: nn.Module, name: str, original: str) -> None:

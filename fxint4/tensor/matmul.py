@@ -24,7 +24,7 @@ from torch import Tensor
 from fxint4._pytorch.tensors import aten
 from fxint4.tensor.core import NEW_AXIS, Int4TileTensor, check_dense_copies, implements
 
-__all__: list[str] = []
+__all__ = ["spread"]
 
 
 @implements(aten.linear.default)
@@ -157,7 +157,7 @@ def _over_k(op: Callable[..., Tensor], x: Tensor, weight: Int4TileTensor, *offs:
     """Call an op that sums over the stored K."""
     stored = weight.stored
     _check_operand(x, weight, stored.k)
-    x = _spread(x, weight.columns)
+    x = spread(x, weight.columns)
     if weight.pre_scale is not None:
         x = (x * weight.pre_scale[: x.shape[-1]]).to(x.dtype)
     return op(x, weight.tiles, weight.scale_and_zero, *offs, weight.group_size, weight.n)
@@ -187,8 +187,16 @@ def _check_operand(x: Tensor, weight: Int4TileTensor, size: int) -> None:
         )
 
 
-def _spread(x: Tensor, columns: Sequence[tuple[int, int]]) -> Tensor:
-    """Insert zeros into x ``[..., K]`` for stored columns that are not logical."""
+def spread(x: Tensor, columns: Sequence[tuple[int, int]]) -> Tensor:
+    """Insert zeros into x ``[..., K]`` for stored columns that are not logical.
+
+    Args:
+        x: One column for each logical column of a weight.
+        columns: `Int4TileTensor.columns` of the weight.
+
+    Returns:
+        x as far as the last logical column; the ops count further ones as zeros.
+    """
     if len(columns) == 1 and columns[0][0] == 0:
         return x
     parts: list[Tensor] = []

@@ -61,6 +61,11 @@ class AwqWeight(GroupedWeight):
 
     title = "AWQ"
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """``(N, K)``."""
+        return self.matrix("scales")[1], self.matrix("qweight")[0]
+
     def groups(self, n: int, k: int) -> Tensor:
         """int64 ``[K]``; all groups have one size."""
         count, _ = self.matrix("scales")

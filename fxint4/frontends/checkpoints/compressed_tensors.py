@@ -122,6 +122,14 @@ class CompressedWeight(GroupedWeight):
 
     asymmetric: bool
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """``(N, K)``, as weight_shape says if there is one."""
+        if "weight_shape" in self.parts:
+            return tuple(self.read("weight_shape", torch.device("cpu")).tolist())
+        n, words = self.matrix("weight_packed")
+        return n, 8 * words
+
     def groups(self, n: int, k: int) -> Tensor:
         """int64 ``[K]``, from weight_g_idx if it is used."""
         count = self._count()

@@ -167,6 +167,12 @@ class GptqWeight(GroupedWeight):
     symmetric: bool
     bits: Any
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """``(N, K)``."""
+        words, n = self.matrix("qweight")
+        return n, 8 * words
+
     def groups(self, n: int, k: int) -> Tensor:
         """int64 ``[K]``, from g_idx if there is one."""
         if self.bits != 4:

@@ -77,6 +77,11 @@ class PackedWeight(Weight):
 
     header: Header
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """That of the parameter."""
+        return tuple(self._assembled(_META).shape)
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError if its tensors do not fit each other, or it has another shape."""
         made = self._assembled(_META)

@@ -30,7 +30,7 @@ from fxint4.graph.names import parameters_of
 from fxint4.quant.tile_layout import DTYPES
 from fxint4.report import GraphReport, Record, Report
 
-__all__ = ["load_"]
+__all__ = ["find_weights", "load_"]
 
 _FINDERS: dict[str, Callable[[Checkpoint, Config], list[Weight]]] = {
     "gptq": gptq.find,
@@ -123,6 +123,31 @@ def load_(
 # --- what the checkpoint holds -------------------------------------------------------------------
 
 
+def find_weights(
+    checkpoint: Checkpoint, config: Config | None = None
+) -> tuple[str | None, list[Weight]]:
+    """The quantized weights of a checkpoint.
+
+    Args:
+        checkpoint: The open checkpoint.
+        config: The quantizer's options; those in the checkpoint if None.
+
+    Returns:
+        The name of the format, None if nothing is quantized; the weights.
+
+    Raises:
+        CheckpointError: The format is none that is read, or an option of it is not supported.
+    """
+    config = checkpoint.config if config is None else config
+    try:
+        method = _method(checkpoint, config)
+        return method, _FINDERS[method](checkpoint, config) if method else []
+    except (AttributeError, TypeError) as error:  # a list where a dict should be, say
+        raise CheckpointError(
+            f"{checkpoint.path}: the quantizer's config can't be read: {error}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Plain:
     """A tensor of the checkpoint that is not quantized.
@@ -160,14 +185,7 @@ def _items(
     rename: Callable[[str], str] | None,
 ) -> dict[str, Weight | _Plain]:
     """The weights and tensors to load, by their names in the model."""
-    config = checkpoint.config if config is None else config
-    try:
-        method = _method(checkpoint, config)
-        weights = _FINDERS[method](checkpoint, config) if method else []
-    except (AttributeError, TypeError) as error:  # a list where a dict should be, say
-        raise CheckpointError(
-            f"{checkpoint.path}: the quantizer's config can't be read: {error}"
-        ) from error
+    method, weights = find_weights(checkpoint, config)
     used = {name for weight in weights for name in weight.parts.values()}
     plain = [_Plain(name, checkpoint) for name in sorted(checkpoint.names) if name not in used]
     patterns = (ignore,) if isinstance(ignore, str) else ignore

@@ -74,6 +74,12 @@ class TiledWeight(Weight):
 
     title = "torchao"
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """``(N, K)``, padding included: these files do not say how much of it there is."""
+        n_tiles, k_tiles, _, words = self.checkpoint.shape(self.parts[_TILES])
+        return 8 * n_tiles, 32 * words * k_tiles
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError if the buffers do not fit each other or the shape."""
         if _PRE_SCALE in self.parts:

@@ -45,6 +45,14 @@ class Weight(ABC):
     checkpoint: Checkpoint
     parts: Mapping[str, str]
 
+    @property
+    @abstractmethod
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape by the stored tensors alone, for readers that know no model.
+
+        K may be rounded up to the eight numbers of a word.
+        """
+
     @abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError if it has another shape, or tiles cannot hold it.
