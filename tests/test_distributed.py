@@ -44,12 +44,15 @@ GROUP = {"group_size": 32}
 HIDDEN, MIDDLE = 64, 128
 
 
-#: Processes that share a GPU test what runs on it; NCCL needs a GPU for each.
+#: Where processes compute. NCCL needs a GPU for each.
 WHERE = [
     pytest.param(("gloo", "cpu"), id="cpu"),
-    pytest.param(("gloo", "cuda"), id="gpu", marks=pytest.mark.gpu),
     pytest.param(("nccl", "cuda"), id="gpus", marks=pytest.mark.gpu2),
 ]
+#: Processes that share a GPU, too: gloo has some of the collectives for a GPU's memory.
+ANYWHERE = [*WHERE, pytest.param(("gloo", "cuda"), id="gpu", marks=pytest.mark.gpu)]
+two_anywhere = pytest.mark.parametrize("two", ANYWHERE, indirect=True)
+four_anywhere = pytest.mark.parametrize("four", [ANYWHERE[0], ANYWHERE[2]], indirect=True)
 
 
 @pytest.fixture(scope="module", params=WHERE)
@@ -59,7 +62,7 @@ def two(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks.end()
 
 
-@pytest.fixture(scope="module", params=WHERE[:2])
+@pytest.fixture(scope="module", params=WHERE[:1])
 def four(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks = Ranks(4, *request.param)
     yield ranks
@@ -90,11 +93,6 @@ def plan() -> dict[str, ParallelStyle]:
 
 def line() -> Any:
     return init_device_mesh(device().type, (get_world_size(),))
-
-
-def needs_reduce_scatter(ranks: Ranks) -> None:
-    if ranks.where == ("gloo", "cuda"):
-        pytest.skip("gloo ends the process that reduces and scatters memory of a GPU")
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -169,6 +167,7 @@ def columns_and_rows(middle: int) -> None:
         check(again, exact(whole, {"up.weight": 0, "down.weight": 1})(rows().double()))
 
 
+@two_anywhere
 @pytest.mark.parametrize("middle", [MIDDLE, 96])  # 48 columns cut a group of 32
 def test_columns_and_rows(middle: int, two: Ranks) -> None:
     two.call(columns_and_rows, middle)
@@ -217,7 +216,6 @@ def sequence() -> None:
 
 
 def test_a_sequence_in_parts(two: Ranks) -> None:
-    needs_reduce_scatter(two)
     two.call(sequence)
 
 
@@ -364,6 +362,7 @@ def test_moved_between_processes(n: int, two: Ranks) -> None:
     two.call(moved, n)
 
 
+@four_anywhere
 def test_moved_between_more(four: Ranks) -> None:
     """A quarter of K is half a group."""
     four.call(cut)
@@ -399,6 +398,7 @@ def calibrated() -> None:
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
+@two_anywhere
 def test_calibrated(two: Ranks) -> None:
     two.call(calibrated)
 
@@ -499,6 +499,7 @@ def fully() -> None:
     assert all(each.reason.startswith("packed before") for each in packed)
 
 
+@two_anywhere
 def test_fully_sharded(two: Ranks) -> None:
     two.call(fully)
 
@@ -527,7 +528,6 @@ def trained() -> None:
 
 
 def test_trained_fully_sharded(two: Ranks) -> None:
-    needs_reduce_scatter(two)
     two.call(trained)
 
 
@@ -553,6 +553,7 @@ def not_packed() -> None:
             fully_shard(odd, mesh=line(), shard_placement_fn=lambda _, place=place: place)
 
 
+@two_anywhere
 def test_not_packed_fully_sharded(two: Ranks) -> None:
     two.call(not_packed)
 
@@ -570,6 +571,7 @@ def both() -> None:
             assert torch.equal(model(rows()), wanted)
 
 
+@four_anywhere
 def test_fully_sharded_and_tensor_parallel(four: Ranks) -> None:
     four.call(both)
 
@@ -610,6 +612,7 @@ def loaded(way: str, folder: str) -> None:
         assert torch.equal(model(random(2, 64, seed=1)), wanted(random(2, 64, seed=1)))
 
 
+@two_anywhere
 @pytest.mark.parametrize("way", ["tensor parallel", "fully sharded"])
 def test_a_checkpoint_of_two_processes(way: str, two: Ranks, four: Ranks, tmp_path: Path) -> None:
     two.call(saved, way, str(tmp_path))
@@ -626,6 +629,7 @@ def cut_checkpoint() -> None:
         fxint4.plain_state_dict(model.state_dict())
 
 
+@two_anywhere
 def test_a_checkpoint_of_cut_tiles(two: Ranks) -> None:
     two.call(cut_checkpoint)
 
