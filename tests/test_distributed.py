@@ -24,7 +24,7 @@ DTensor: Any
 try:
     from torch.distributed import checkpoint
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import (
@@ -504,6 +504,26 @@ def test_fully_sharded(two: Ranks) -> None:
     two.call(fully)
 
 
+def policies() -> None:
+    one = layers()
+    for policy, dtype in (
+        ({"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}, torch.bfloat16),
+        ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, torch.float32),
+    ):
+        model = copy.deepcopy(one)
+        fully_shard(model, mesh=line(), **policy)
+        with torch.no_grad():
+            for _ in range(2):
+                y = model(rows())
+                assert y.dtype is dtype
+                check(y, copy.deepcopy(one).to(dtype)(rows().to(dtype)).double())
+                model.reshard()
+
+
+def test_fully_sharded_by_policies(two: Ranks) -> None:
+    two.call(policies)
+
+
 def trained() -> None:
     """Adapters over packed weights learn as in one process that sees the rows of all."""
     one = layers()
@@ -569,6 +589,11 @@ def both() -> None:
         fully_shard(model, mesh=mesh["data"])
         for _ in range(2):
             assert torch.equal(model(rows()), wanted)
+            model.reshard()
+    fxint4.pack_(whole, options=GROUP)
+    for name in ("up", "down"):
+        full, one = (each.get_submodule(name).weight for each in (model, whole))
+        assert torch.equal(full.full_tensor().dequantize(), one.dequantize())
 
 
 @four_anywhere

@@ -569,6 +569,7 @@ def test_a_parametrized_weight_that_was_packed(tmp_path: Path) -> None:
 # Dynamo warns that it traces into a cached function of transformers.
 @pytest.mark.filterwarnings("ignore:.*lru_cache.*:UserWarning")
 @pytest.mark.compiles
+@pytest.mark.by_aten
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
     [

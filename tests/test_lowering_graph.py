@@ -82,6 +82,29 @@ def test_memory_that_is_seen_in_another_way(
                 assert_product(compiled(own), own, model.weight)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_that_is_allocated_again_elsewhere_is_the_same_weight(packed: bool) -> None:
+    """`fully_shard` frees what it gathers after each call, and fills it again before the next."""
+    model, x = linear(), torch.randn(2, K)
+    weight = model.weight.detach().clone()
+    options = {"group_size": K}
+    if packed:
+        fxint4.pack_(model, options=options)
+    compiled = int4(model, options=options)
+    owner = model.weight
+    tensors = [owner.tiles, owner.scale_and_zero] if packed else [owner.data]
+    with torch.no_grad():
+        assert_product(compiled(x), x, weight)
+        report = fxint4.last_report()
+        for _ in range(3):
+            for tensor in tensors:
+                before, storage = tensor.data_ptr(), tensor.untyped_storage()
+                storage.resize_(2 * storage.nbytes())  # copies the values into other memory
+                assert tensor.data_ptr() != before
+            assert_product(compiled(x), x, weight)
+    assert len(report.records) == 1
+
+
 def test_parameters_that_are_swapped_when_a_module_is_converted() -> None:
     model = nn.Sequential(linear())
     compiled = int4(model)

@@ -783,6 +783,7 @@ def every_way(x: Tensor, w: Tensor, e: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.compiles
+@pytest.mark.by_aten
 def test_compiled_it_gives_what_it_gives_in_eager(backend: str, flipped: bool) -> None:
     w, e, x = (
         integers(20, 100, flipped=flipped),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import os
 import re
@@ -204,7 +203,6 @@ def origins_in_call(
     """
     wanted = {id(tensor) for tensor in tensors}
     found: dict[int, Origin] = {}
-    gathered = functools.cache(lambda outermost: fully_sharded(outermost.modules()))
     calling = modules_in_call()
     # A method that Dynamo compiles does not run yet.
     calling = [*(module for prefix, module in candidates.items() if not prefix), *calling]
@@ -225,7 +223,7 @@ def origins_in_call(
                     None if before else weakref.ref(outermost),
                     tuple(other for other in others if other != full_name),
                     _stored_shards(whole),
-                    id(whole) in gathered(outermost),
+                    id(whole) in fully_sharded(_along(outermost, full)),
                 )
     return found
 
@@ -326,6 +324,18 @@ def _look_inside(outermost: nn.Module) -> _Inside:
         for module in found.paths:
             _larger[module] = of_outermost or weakref.ref(outermost)
     return found
+
+
+def _along(outermost: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that hold what is at a path: the outermost one first."""
+    yield outermost
+    module = outermost
+    for step in path.split("."):
+        inner = module._modules.get(step)
+        if inner is None:
+            return
+        module = inner
+        yield module
 
 
 def _at(outermost: nn.Module, path: str) -> nn.Module | None:

@@ -479,7 +479,7 @@ class _Loading(ModelWeightParameter):  # type: ignore[misc]
 
     Attributes:
         config: What is packed, and how.
-        of: `VllmInt4Config.piece_names` of the layer.
+        piece_names: See `VllmInt4Config.piece_names`.
         sizes: The rows of each weight of the layer in this process.
         in_features: The columns of each weight, in all processes together.
         pieces: What the layer holds of each weight, by the first row where it goes.
@@ -520,7 +520,7 @@ class _Loading(ModelWeightParameter):  # type: ignore[misc]
             row: Its first row in the layer.
             value: Its rows in this process, and all columns.
         """
-        names = self.of[at]
+        names = self.piece_names[at]
         if value.shape[1] != self.in_features:
             raise CheckpointError(
                 f"{names[0]} has {value.shape[1]} columns in the checkpoint; the model's has "
@@ -587,7 +587,7 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
             if hasattr(layer, "weight_loader_v2")
             else _Loading.load_replicated_weight,
         )
-        weight.config, weight.of, weight.sizes = self.config, names, output_partition_sizes
+        weight.config, weight.piece_names, weight.sizes = self.config, names, output_partition_sizes
         weight.in_features, weight.pieces, weight.records = input_size, {}, {}
         layer.register_parameter("weight", weight)
 
@@ -604,7 +604,7 @@ class Int4LinearMethod(LinearMethodBase):  # type: ignore[misc]
         if found != len(weight):
             raise CheckpointError(
                 f"{self.prefix}: the checkpoint has {found} of {len(weight)} rows of its weight "
-                f"({', '.join(dict.fromkeys(names[0] for names in weight.of))})"
+                f"({', '.join(dict.fromkeys(names[0] for names in weight.piece_names))})"
             )
         del layer.weight
         layer.weights = nn.ModuleList(map(_product, _joined(pieces)))

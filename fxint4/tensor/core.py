@@ -924,7 +924,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
 
     def fsdp_post_all_gather(
         self,
-        all_gather_outputs: tuple[Tensor, Tensor],
+        all_gather_outputs: tuple[Tensor, ...],
         metadata: None,
         param_dtype: torch.dtype,
         *,
@@ -942,7 +942,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         Returns:
             Without `out` the whole weight, and its buffers that are no views of the gathered ones.
         """
-        tiles, parameters = all_gather_outputs
+        # A process alone gathers nothing, and is given its own tiles and nothing else.
+        tiles, parameters = (*all_gather_outputs, self.scale_and_zero)[:2]
         count = tiles.shape[0] // self.tiles.shape[0]
         parts: list[Any] = [
             self.like(tiles=t, scale_and_zero=p, dtype=param_dtype, is_part=False)

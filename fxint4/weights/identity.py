@@ -57,4 +57,5 @@ _Geometry = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def _geometry(root: Tensor) -> _Geometry:
-    return storage_key(root), root.data_ptr(), root.dtype, root.shape, root.stride()
+    # Not the address: who frees a storage and allocates it again (fully_shard) may get another.
+    return storage_key(root), int(root.storage_offset()), root.dtype, root.shape, root.stride()
