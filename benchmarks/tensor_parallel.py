@@ -38,12 +38,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from decode import GROUP, LEAST_COSINE, least_cosine
+from decode import GROUP, LEAST_COSINE, Goal, between, floors_ms, least_cosine
 from gemm import speeds_of_gpu
 from llama import Cache, Config, Layer, Llama
 from measure import describe, graph_times_us, machine, parser, show, write
@@ -58,16 +58,7 @@ CELLS = {"batch 1": 1, "batch 16": 16, "prompt": 1}
 STEPS, PROMPTS, WARM_UP = 64, 8, 5
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A goal for int4tile on all GPUs with the 70B shape: its tokens a second over another's."""
-
-    cell: str
-    of: str
-    must: float
-    aim: float
-
-
+#: For int4tile on all GPUs with the 70B shape: its tokens a second over another's.
 GOALS = (
     Goal("batch 1", "bf16", 2.2, 2.6),
     Goal("batch 16", "bf16", 1.7, 2.0),
@@ -201,11 +192,6 @@ class Rank:
         return graph_times_us({"all-reduce": [reduce] * 20})["all-reduce"] / 1e3
 
 
-def between(start: Any, stop: Any) -> float:
-    """Milliseconds between two marks."""
-    return 1e3 * (stop - start) if isinstance(start, float) else start.elapsed_time(stop)
-
-
 def serve(arguments: argparse.Namespace) -> None:
     """Measure all cells; rank 0 writes the rows, and the logits, into the folder of the store."""
     rank = Rank(arguments)
@@ -253,19 +239,9 @@ def run_contender(name: str, arguments: argparse.Namespace, logits: dict[Any, Te
 
 def floor_ms(config: Config, row: Mapping[str, Any], speeds: Mapping[str, float] | None) -> float:
     """The floor of a row's time."""
-    if speeds is None:
-        return 0.0
-    kv = config.kv_heads * config.head_size
-    linear = config.layers * (
-        config.hidden * (2 * config.hidden + 2 * kv) + 3 * config.hidden * config.intermediate
-    )
-    head = config.hidden * config.vocabulary
-    each = 2 if row["contender"] == "bf16" else 0.5 + 4 / GROUP
-    batch, prompt = CELLS[row["cell"]], row["cell"] == "prompt"
-    moved = (linear + head) * each + batch * config.layers * config.context * kv * 2 * 2
-    flops = 2 * config.context * linear if prompt else 0
-    of_rank = max(moved / speeds["copy_bytes_s"], flops / speeds["bf16_flops_s"]) / row["ranks"]
-    return 1e3 * of_rank + 2 * config.layers * row["all_reduce_ms"] * (not prompt)
+    whole = floors_ms(config, speeds, {**row, "batch": CELLS[row["cell"]]})
+    reduced = 0 if row["cell"] == "prompt" else 2 * config.layers * row["all_reduce_ms"]
+    return whole / row["ranks"] + reduced
 
 
 def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

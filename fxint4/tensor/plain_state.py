@@ -10,7 +10,7 @@ from torch import Tensor
 from fxint4._pytorch.distributed import local_of, shards_of, split_alike
 from fxint4._pytorch.tensors import share_storage
 from fxint4.errors import UnsupportedOpError
-from fxint4.tensor.core import Int4TileTensor
+from fxint4.tensor.core import Int4TileTensor, is_packed
 from fxint4.tensor.files import part_name
 from fxint4.tensor.views import tight
 
@@ -43,7 +43,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     made: dict[str, Any] = {}
     for name, value in state_dict.items():
-        if isinstance(value, Tensor) and isinstance(local_of(value), Int4TileTensor):
+        if is_packed(value):
             made.update({part_name(name, part): t for part, t in _buffers_of(name, value).items()})
         else:
             made[name] = value
