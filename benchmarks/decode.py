@@ -38,9 +38,7 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +50,7 @@ from typing import Any
 import torch
 from gemm import speeds_of_gpu
 from llama import Cache, Config, Llama, attend
-from measure import describe, machine, parser, show, write
+from measure import Child, answer_commands, describe, machine, parser, show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -455,45 +453,27 @@ def least_cosine(a: Tensor, b: Tensor) -> float:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Read commands, one a line, and answer each with a line, until there are no more."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints goes to stderr
 
-    def answer(run: Any, **given: Any) -> None:
-        try:
-            result = run(**given)
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            result = {"error": f"{type(error).__name__}: {lines[0]}"}
-            if arguments.traceback:
-                raise
-        answers.write(json.dumps(result) + "\n")
-        answers.flush()
-
-    contender: Any = None
-
-    def begin() -> dict[str, Any]:
-        nonlocal contender
-        contender = Contender(
+    def begin() -> Contender:
+        return Contender(
             arguments.child,
             arguments.models[0],
             config_of(arguments),
             torch.device(arguments.device),
             arguments.logits,
         )
-        return {}
 
     with torch.no_grad():
-        answer(begin)
-        for line in sys.stdin:
-            command = json.loads(line)
-            answer(getattr(contender, command.pop("do")), **command)
+        answer_commands(begin, arguments.traceback)
 
 
 # --- all of them ---------------------------------------------------------------------------------
 
 
-class Child:
-    """Controls the process of a contender.
+def child_of(
+    name: str, kind: str, arguments: argparse.Namespace, others: int, folder: Path
+) -> Child:
+    """The process of a contender.
 
     Args:
         name: The contender.
@@ -502,43 +482,12 @@ class Child:
         others: Number of such processes.
         folder: Gets caches and logits.
     """
-
-    def __init__(
-        self, name: str, kind: str, arguments: argparse.Namespace, others: int, folder: Path
-    ) -> None:
-        self.name = name
-        command = [sys.executable, __file__, "--child", name, "--logits", str(folder)]
-        command += ["--models", kind, "--device", arguments.device]
-        for key in SIZES:
-            command += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
-        command += ["--traceback"] * arguments.traceback
-        threads = str(max(1, (os.cpu_count() or 1) // others))
-        caches = {
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / name),
-            "TORCHINDUCTOR_COMPILE_THREADS": threads,
-        }
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **caches},
-        )
-
-    def ask(self, do: str, **given: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
-            self._process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        """The answer to the oldest question."""
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else {"error": f"process ended, {self._process.wait()}"}
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
+    command = [sys.executable, __file__, "--child", name, "--logits", str(folder)]
+    command += ["--models", kind, "--device", arguments.device]
+    for key in SIZES:
+        command += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
+    command += ["--traceback"] * arguments.traceback
+    return Child(name, command, folder, others)
 
 
 SIZES = [field.name for field in fields(Config) if field.type == "int"]
@@ -711,7 +660,7 @@ def main() -> None:
             folder = Path(name)
             count = len(arguments.contenders)
             children = [
-                Child(contender, model, arguments, count, folder)
+                child_of(contender, model, arguments, count, folder)
                 for contender in arguments.contenders
             ]
             begun = {child.name: child.answer() for child in children}

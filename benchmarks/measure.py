@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,79 @@ def _take(
     timing.samples.append(seconds)
     timing.thrown += len(tries) - 1
     timing.dirty += share > CLEAN
+
+
+class Child:
+    """A process that answers commands, see `answer_commands`.
+
+    Args:
+        name: Of it, and of the folder of its caches; compilers take no blanks there.
+        command: Its command line.
+        folder: Gets Inductor's caches, in a folder of its own.
+        others: Number of such processes that compile at the same time.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path, others: int) -> None:
+        self.name = name
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / name),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // others)),
+        }
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **caches},
+        )
+
+    def ask(self, do: str, **given: Any) -> None:
+        """Send a command: a method's name and its arguments."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """The answer to the oldest question, or {"error": ...}."""
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else {"error": f"process ended, {self._process.wait()}"}
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+
+
+def answer_commands(begin: Callable[[], Any], raises: bool = False) -> None:
+    """In a child: call the methods that the other side names, one a line, until there are no more.
+
+    Args:
+        begin: Makes the object whose methods are called. That is answered, too.
+        raises: Whether an error ends the process.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints goes to stderr
+    made: Any = None
+
+    def answer(run: Callable[..., Any], **given: Any) -> Any:
+        result: Any = None
+        try:
+            result = run(**given)
+            told = result if isinstance(result, dict) else {}
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            told = {"error": f"{type(error).__name__}: {lines[0]}"}
+            if raises:
+                raise
+        answers.write(json.dumps(told) + "\n")
+        answers.flush()
+        return result
+
+    made = answer(begin)
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer(getattr(made, command.pop("do")), **command)
 
 
 def graph_of(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:

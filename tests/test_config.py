@@ -90,6 +90,7 @@ BAD_VALUES = [
     ("min_features", float("inf"), "min_features is inf; it takes a whole number"),
     ("progress", 1, "progress is 1; it takes True or False"),
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
+    ("one_shot_all_reduce", 1, "one_shot_all_reduce is 1; it takes True or False"),
     ("measure", 1, "measure is 1; it takes True, False or None"),
     ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
     ("report", True, "report is True; it takes the name of a .json, .txt, .html file"),
@@ -123,6 +124,7 @@ GOOD_VALUES = [
     ("min_features", 0),
     ("progress", True),
     ("fuse_projections", False),
+    ("one_shot_all_reduce", True),
     ("kernel", "aten"),
     ("report", "out/run.HTML"),
     ("report", Path("run.txt")),
@@ -168,6 +170,7 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "min_features": 8,
         "progress": True,
         "fuse_projections": False,
+        "one_shot_all_reduce": True,
         "kernel": "triton",
         "method": "mse",
         "calibration": Calibration({}),
@@ -239,7 +242,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, calibration, overrides, "
             "target_error, max_bytes, include, skip, min_sqnr_db, min_features, progress, "
-            "fuse_projections, kernel, measure, report",
+            "fuse_projections, one_shot_all_reduce, kernel, measure, report",
         ),
     ],
 )

@@ -717,3 +717,41 @@ def test_a_model_of_transformers(two: Ranks, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
     llama(num_hidden_layers=1, **sizes).save_pretrained(tmp_path)
     two.call(of_transformers, str(tmp_path))
+
+
+# --- sums by one kernel --------------------------------------------------------------------------
+
+
+def one_shot(graphs: bool, dtype: torch.dtype) -> list[str]:
+    """The names of the kernels that a compiled model runs, which gives what it gives with NCCL."""
+    torch.compiler.reset()
+    layers = seeded(lambda: nn.Sequential(*(Mlp() for _ in range(3)))).to(dtype)
+    whole = {f"{index}.{name}": style for index in range(3) for name, style in plan().items()}
+    model = parallelize_module(layers, line(), whole)
+    options = {**GROUP, "triton.cudagraphs": graphs}
+    by_nccl = torch.compile(model, backend="int4tile", options=options)
+    ours = torch.compile(
+        model, backend="int4tile", options={**options, "one_shot_all_reduce": True}
+    )
+    largest = 2**20 // HIDDEN // dtype.itemsize
+    with torch.no_grad():
+        # The processes share memory from sum to sum, so that one that runs ahead would overwrite.
+        for turn, count in enumerate([1, 3, largest, largest + 1, 3, 3, 3, 1, 16]):
+            x = random(count, HIDDEN, seed=turn).to(dtype)
+            y = ours(x).clone()
+            assert torch.equal(y, by_nccl(x)), count  # of two, either adds once and rounds once
+        x = random(3, HIDDEN, seed=1).to(dtype)
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            ours(x)
+            torch.cuda.synchronize()
+    return [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("two", WHERE[1:], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_sums_by_one_kernel(two: Ranks, graphs: bool, dtype: torch.dtype) -> None:
+    for names in two.call(one_shot, graphs, dtype):
+        assert sum("one_shot_all_reduce" in name for name in names) == 3
+        assert not any("nccl" in name.lower() for name in names)

@@ -323,3 +323,35 @@ def test_dense_ops_called_by_themselves() -> None:
     y = ours.linear.for_cpu(strided, model.tiles, 32, model.scale_and_zero)
     expected = aten._weight_int4pack_mm_for_cpu(x, model.tiles, 32, model.scale_and_zero)
     assert torch.equal(y, expected)
+
+
+# --- sums over processes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "how", "replaced"),
+    [
+        ("cuda", torch.bfloat16, "sum", True),
+        ("cuda", torch.float32, "sum", True),
+        ("cuda", torch.float16, "sum", False),  # PyTorch's kernel has none
+        ("cuda", torch.bfloat16, "max", False),
+        ("cpu", torch.bfloat16, "sum", False),
+    ],
+)
+def test_sums_over_processes(kind: str, dtype: torch.dtype, how: str, replaced: bool) -> None:
+    functional = torch.ops._c10d_functional
+
+    def summed(x: Tensor) -> Tensor:
+        return functional.wait_tensor(functional.all_reduce(x, how, "0")) + 1  # type: ignore[no-any-return]
+
+    def graph(policy: Policy) -> list[Any]:
+        with FakeTensorMode():
+            gm = make_fx(summed)(torch.empty(4, 8, dtype=dtype, device=kind))
+        use_own_ops(gm, policy)
+        gm.graph.lint()
+        assert gm.code.count("all_reduce.default(") == 1
+        return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+    ours = torch.ops.fxint4.all_reduce.default
+    assert (ours in graph(Policy(one_shot_all_reduce=True))) is replaced
+    assert ours not in graph(Policy())

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxint4.errors import OptionError, first_line
+
 __all__ = [
     "LOCAL",
     "Shard",
@@ -22,9 +24,11 @@ __all__ = [
     "functional",
     "is_distributed",
     "local_of",
+    "one_shot_sum",
     "part_of",
     "shard_text",
     "shards_of",
+    "size_of_group",
     "split_alike",
     "whole_of",
     "with_local",
@@ -184,6 +188,52 @@ def shard_text(shards: Sequence[Shard], names: Mapping[int, str]) -> str:
     return "; ".join(
         f"shard {shard.index + 1} of {shard.count}, along {names[shard.axis]}" for shard in shards
     )
+
+
+#: Memory that all processes of a group reach, by the group's name and the device.
+_symmetric: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def size_of_group(name: str) -> int:
+    """The number of processes of a group, by its name in graphs."""
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d._resolve_process_group
+    size: int = resolve(name).size()
+    return size
+
+
+def one_shot_sum(x: Tensor, group: str, most: int) -> Tensor:
+    """The sum over the processes of a group, by one kernel that reads the memory of all.
+
+    Its first call for a group is one that all its processes must join, and not part of a CUDA
+    graph. Calls for a group share memory, so they must follow each other on the device.
+
+    Args:
+        x: Contiguous bf16 or fp32 of a multiple of 16 bytes, on a GPU, of the same size in all
+            processes.
+        group: The group's name in graphs.
+        most: The most bytes of x in any call.
+
+    Raises:
+        OptionError: The GPUs don't reach each other's memory.
+    """
+    key = (group, x.device)
+    if key not in _symmetric:
+        from torch.distributed import _symmetric_memory
+
+        try:
+            memory = _symmetric_memory.empty(most, dtype=torch.uint8, device=x.device)
+            _symmetric_memory.rendezvous(memory, group)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise OptionError(
+                "one_shot_all_reduce needs GPUs of one host that reach each other's memory, one "
+                f"for each process; PyTorch says: {first_line(error)}. Leave the option out"
+            ) from error
+        _symmetric[key] = memory
+    buffer = _symmetric[key].view(x.dtype)[: x.numel()].view(x.shape)
+    summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", group)
+    return summed
 
 
 def fully_sharded(modules: Iterable[nn.Module]) -> set[int]:

@@ -61,6 +61,10 @@ class Int4Config:
         progress: Show a tqdm bar while weights are folded.
         fuse_projections: On the GPU, multiply weights that share an activation (q, k and v; gate
             and up) in one matmul.
+        one_shot_all_reduce: On GPUs of one host that reach each other's memory, let small
+            all-reduces of a model that is split among processes (`torch.distributed.tensor`) each
+            be one kernel that reads the other processes' parts, by PyTorch's symmetric memory,
+            in place of NCCL's. All processes must ask for it alike.
         kernel: On the GPU, how to multiply for every M: "triton" (unpack weights in registers),
             "dequantize" (write the weight out, then cuBLAS), "aten" (PyTorch's int4 op) or "cuda"
             (kernels in CUDA C++, where there is one for M and K, also outside of CUDA graphs; not
@@ -91,6 +95,7 @@ class Int4Config:
     min_features: int = 32
     progress: bool = False
     fuse_projections: bool = True
+    one_shot_all_reduce: bool = False
     kernel: str | None = None
     measure: bool | None = field(default=None, compare=False)
     report: str | os.PathLike[str] | None = field(default=None, compare=False)
@@ -131,7 +136,7 @@ class Int4Config:
             )
         if not _is_number(self.min_features) or self.min_features % 1 != 0:  # inf % 1 is NaN
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")
-        for name in ("progress", "fuse_projections"):
+        for name in ("progress", "fuse_projections", "one_shot_all_reduce"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it takes True or False")
         if self.measure is not None and not isinstance(self.measure, bool):

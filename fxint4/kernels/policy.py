@@ -18,7 +18,7 @@ __all__ = ["Policy"]
 
 @dataclass(frozen=True)
 class Policy:
-    """How one compile chooses the kernels of its int4 matmuls.
+    """How one compile chooses kernels: of its int4 matmuls, and of what joins their parts.
 
     Attributes:
         kernel: The kernel that the user asked for, see `Int4Config.kernel`.
@@ -26,6 +26,7 @@ class Policy:
         measured: Whether kernels are chosen by measuring them.
         package: Whether a package launches them, which has no CUDA C++ kernels.
         in_cuda: Whether kernels in CUDA C++ load on the GPU; None asks the GPU.
+        one_shot_all_reduce: See `Int4Config.one_shot_all_reduce`.
     """
 
     kernel: str | None = None
@@ -33,11 +34,17 @@ class Policy:
     measured: bool = False
     package: bool = False
     in_cuda: bool | None = None
+    one_shot_all_reduce: bool = False
 
     @classmethod
     def now(cls, config: Int4Config) -> Policy:
         """The policy of the compile in progress, by the options of the user and of Inductor."""
-        return cls(config.kernel, inductor.uses_cuda_graphs(), inductor.autotunes())
+        return cls(
+            config.kernel,
+            inductor.uses_cuda_graphs(),
+            inductor.autotunes(),
+            one_shot_all_reduce=config.one_shot_all_reduce,
+        )
 
     def on(self, device: torch.device) -> Policy:
         """The policy for one device, which need not be asked again.
@@ -45,6 +52,11 @@ class Policy:
         Code that was compiled by it may be cached, and run only where a driver says the same.
         """
         return replace(self, in_cuda=not self.package and cuda.available(device))
+
+    @property
+    def of_matmuls(self) -> tuple[str | None, bool, bool, bool, bool | None]:
+        """What matmuls are told of it, in the order of the fields."""
+        return self.kernel, self.cuda_graphs, self.measured, self.package, self.in_cuda
 
     def choose(self, shape: MatmulShape, device: torch.device) -> Choice:
         """The kernel for a matmul whose m is known while the graph is compiled.

@@ -7,7 +7,6 @@ report has its text of the graph, which shows ATen's ops.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from fxint4._pytorch.tensors import aten
 from fxint4.graph.build import Build
 from fxint4.graph.symbolic import value_of
 from fxint4.kernels.policy import Policy
+from fxint4.lowering.all_reduce import use_one_shot
 
 __all__ = ["use_own_ops"]
 
@@ -48,6 +48,8 @@ def use_own_ops(gm: fx.GraphModule, policy: Policy) -> None:
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
+        if policy.one_shot_all_reduce:
+            use_one_shot(module)
         nodes = [node for node in module.graph.nodes if node.target in replacements]
         for node in nodes:
             replacements[node.target](node, policy)
@@ -75,7 +77,7 @@ def _linears(node: fx.Node, policy: Policy) -> None:
 
 def _by_policy(node: fx.Node, policy: Policy, args: tuple[Any, ...]) -> None:
     node.target = torch.ops.fxint4.linears.by_policy
-    node.args = (*args, *dataclasses.astuple(policy.on(value_of(node).device)))
+    node.args = (*args, *policy.on(value_of(node).device).of_matmuls)
 
 
 def _mv(node: fx.Node, policy: Policy) -> None:
