@@ -198,8 +198,8 @@ def size_of_group(name: str) -> int:
     """The number of processes of a group, by its name in graphs."""
     from torch.distributed import distributed_c10d
 
-    resolve: Any = distributed_c10d._resolve_process_group
-    size: int = resolve(name).size()
+    module: Any = distributed_c10d
+    size: int = module._resolve_process_group(name).size()
     return size
 
 
