@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -82,8 +83,11 @@ class Ranks:
             try:
                 answers.append(pipe.recv())
             except EOFError:
+                ended = self._processes[rank]
+                ended.join()
                 self.end()
-                raise AssertionError(f"the process of rank {rank} has ended") from None
+                status = f"the process of rank {rank} has ended, {ended.exitcode}"
+                raise AssertionError(status) from None
         for rank, (failed, answer) in enumerate(answers):
             assert not failed, f"rank {rank}: {answer}"
         return [answer for _, answer in answers]
@@ -100,6 +104,7 @@ class Ranks:
 
 def _serve(rank: int, count: int, backend: str, kind: str, store: str, pipe: Connection) -> None:
     global _device
+    faulthandler.enable()
     torch.set_num_threads(1)
     # As torchrun does; transformers looks there.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}

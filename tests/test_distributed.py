@@ -528,7 +528,7 @@ def trained() -> None:
     """Adapters over packed weights learn as in one process that sees the rows of all."""
     one = layers()
     model = sharded(one)
-    x = torch.randn(2 * get_world_size(), HIDDEN, generator=torch.Generator().manual_seed(1))
+    x = random(2 * get_world_size(), HIDDEN, seed=1)
     for each, inputs in ((one, x), (model, x.chunk(get_world_size())[get_rank()])):
         trained = [p for n, p in each.named_parameters() if n.endswith(("a.weight", "b.weight"))]
         optimizer = torch.optim.SGD(trained, lr=0.1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxint4._pytorch.distributed import functional, one_shot_sum, size_of_group
+from fxint4.graph.build import Build
 from fxint4.graph.symbolic import value_of
 
 __all__ = ["use_one_shot"]
@@ -37,7 +38,10 @@ def use_one_shot(gm: fx.GraphModule) -> None:
         value = value_of(node)
         on_gpu = value.device.type == "cuda" and value.dtype in _DTYPES
         if on_gpu and how == "sum" and isinstance(group, str):
-            node.target, node.args = torch.ops.fxint4.all_reduce.default, (x, group)
+            # Not in the same node, which may tell Inductor the strides of another op's inputs.
+            summed = Build(node, value.fake_mode)(torch.ops.fxint4.all_reduce.default, x, group)
+            node.replace_all_uses_with(summed)
+            gm.graph.erase_node(node)
             gm.graph.erase_node(reduced)
             changed = True
     if changed:
