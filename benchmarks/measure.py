@@ -250,7 +250,9 @@ def graph_of(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
 
 
 def graph_times_us(
-    contenders: Mapping[str, Sequence[Callable[[], Tensor]]], rounds: int = ROUNDS
+    contenders: Mapping[str, Sequence[Callable[[], Tensor]]],
+    rounds: int = ROUNDS,
+    first: int | None = None,
 ) -> dict[str, float]:
     """Median microseconds of one call of each contender, in CUDA graphs, timed by events.
 
@@ -261,14 +263,18 @@ def graph_times_us(
         contenders: Lists of calls, by name. The calls of one do the same on different memory,
             enough of it to overflow the L2 cache.
         rounds: Timed replays of each graph.
+        first: Replays before those, of graphs with collectives, which all processes must replay as
+            often; by time if None.
     """
     graphs = {label: graph_of(calls) for label, calls in contenders.items()}
     taken: dict[str, list[float]] = {label: [] for label in contenders}
     stop_at = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < stop_at:
+    done = 0
+    while done < first if first is not None else time.perf_counter() < stop_at:
         for graph in graphs.values():
             graph.replay()
         torch.cuda.synchronize()
+        done += 1
     order = list(graphs)
     for _ in range(rounds):
         events = {

@@ -277,7 +277,7 @@ class Rank:
                 "one-shot, without the copy": in_place,
                 "two-shot, without the copy": two_shot,
             }
-            times = graph_times_us({name: [call] * 20 for name, call in calls.items()})
+            times = graph_times_us({name: [call] * 20 for name, call in calls.items()}, first=20)
             rows.append({"rows": count, "bytes": x.nbytes, **times})
         return {"all_reduces_us": rows}
 

@@ -49,22 +49,35 @@ def _waited(weight: Int4TileTensor) -> Int4TileTensor:
 def _scatter_(
     outputs: Sequence[Int4TileTensor],
     inputs: Sequence[Sequence[Int4TileTensor]],
-    *args: Any,
-    **kwargs: Any,
+    group: Any,
+    root: int,
+    async_op: bool = True,
+    timeout: int = -1,
 ) -> Any:
     """Write one of the root's weights to each process."""
     inputs = [[_tight(part) for part in parts] for parts in inputs]
 
     def scatter(name: str, received: Sequence[Tensor]) -> Any:
         given = [[_bytes_of(part.buffers[name]) for part in parts] for parts in inputs]
-        return c10d.scatter_(received, given, *args, **kwargs)
+        return c10d.scatter_(received, given, group, root, True, timeout)
 
     return _into(outputs, scatter)
 
 
-def _broadcast_(weights: Sequence[Int4TileTensor], *args: Any, **kwargs: Any) -> Any:
+def _broadcast_(
+    weights: Sequence[Int4TileTensor],
+    group: Any,
+    root: int,
+    root_tensor: int,
+    async_op: bool = True,
+    timeout: int = -1,
+) -> Any:
     """Write the root's weight to each process."""
-    return _into(weights, lambda _, received: c10d.broadcast_(received, *args, **kwargs))
+
+    def broadcast(_: str, received: Sequence[Tensor]) -> Any:
+        return c10d.broadcast_(received, group, root, root_tensor, True, timeout)
+
+    return _into(weights, broadcast)
 
 
 def _tight(weight: Int4TileTensor) -> Int4TileTensor:
@@ -89,7 +102,8 @@ def _into(written: Sequence[Int4TileTensor], call: Callable[[str, Sequence[Tenso
 
     Args:
         written: The weights to write to.
-        call: Called with the name of a buffer, and as bytes what the weights have of it.
+        call: Called with the name of a buffer, and as bytes what the weights have of it. It must
+            not wait: where NCCL does, there is no work to wait for, nor for others to be given.
     """
     work = None
     for name in written[0].buffers:
