@@ -199,6 +199,11 @@ class Child:
         line = self._process.stdout.readline()
         return json.loads(line) if line else {"error": f"process ended, {self._process.wait()}"}
 
+    def kill(self) -> None:
+        """End it, as where it waits for another that has failed."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         """Let it end, and wait for that."""
         with contextlib.suppress(BrokenPipeError):

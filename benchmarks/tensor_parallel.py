@@ -318,15 +318,15 @@ class Ranks:
             child.ask(do, **given)
 
     def answer(self) -> dict[str, Any]:
-        """The answer of rank 0.
-
-        Raises:
-            SystemExit: A rank has failed.
-        """
-        answers = [child.answer() for child in self._children]
-        for child, told in zip(self._children, answers, strict=True):
-            if "error" in told:
-                raise SystemExit(f"{self.name}, {child.name}: {told['error']}")
+        """The answer of rank 0, or {"error": ...}, after which there are no more."""
+        answers = []
+        for child in self._children:
+            answers.append(child.answer())
+            if "error" in answers[-1]:
+                print(f"without {self.name}: {child.name}: {answers[-1]['error']}", flush=True)
+                for other in self._children:
+                    other.kill()
+                return answers[-1]
         return answers[0]
 
     def close(self) -> None:
@@ -345,6 +345,7 @@ def measure(
     for each in contenders:
         each.ask("prepare", cell=cell)
     rows = {each.name: each.answer() for each in contenders}
+    contenders = [each for each in contenders if "error" not in rows[each.name]]
     times: dict[str, dict[str, list[float]]] = {each.name: {} for each in contenders}
     for turn in range(ROUNDS):
         for each in contenders[:: -1 if turn % 2 else 1]:
@@ -464,8 +465,7 @@ def main() -> None:
         others = sum(ranks_of(name, arguments) for name in names)
         with tempfile.TemporaryDirectory() as name:
             contenders = [Ranks(each, arguments, others, Path(name)) for each in names]
-            for each in contenders:
-                each.answer()
+            contenders = [each for each in contenders if "error" not in each.answer()]
             tell("built")
             if cuda and not all_reduces and contenders[0].count > 1:
                 contenders[0].ask("all_reduces")
@@ -473,7 +473,10 @@ def main() -> None:
                 tell("all-reduces")
                 show(all_reduces, ".1f")
             for cell in arguments.cells:
-                rows += measure(cell, contenders, logits)
+                found = measure(cell, contenders, logits)
+                rows += found
+                names = [row["contender"] for row in found]
+                contenders = [each for each in contenders if each.name in names]
                 tell(f"{', '.join(names)}: {cell}")
             for each in contenders:
                 each.close()

@@ -28,7 +28,7 @@ from fxint4._pytorch import inductor
 from fxint4.kernels import cuda
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import MatmulShape
-from fxint4.lowering import dense
+from fxint4.lowering import all_reduce, dense
 from fxint4.lowering.own_ops import use_own_ops
 
 pytestmark = pytest.mark.compiles
@@ -338,8 +338,11 @@ def test_dense_ops_called_by_themselves() -> None:
         ("cpu", torch.bfloat16, "sum", False),
     ],
 )
-def test_sums_over_processes(kind: str, dtype: torch.dtype, how: str, replaced: bool) -> None:
-    functional = torch.ops._c10d_functional
+def test_sums_over_processes(
+    kind: str, dtype: torch.dtype, how: str, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functional, shared = torch.ops._c10d_functional, list[Any]()
+    monkeypatch.setattr(all_reduce, "symmetric_memory", lambda *given: shared.append(given))
 
     def summed(x: Tensor) -> Tensor:
         return functional.wait_tensor(functional.all_reduce(x, how, "0")) + 1  # type: ignore[no-any-return]
@@ -354,4 +357,7 @@ def test_sums_over_processes(kind: str, dtype: torch.dtype, how: str, replaced: 
 
     ours = torch.ops.fxint4.all_reduce.default
     assert (ours in graph(Policy(one_shot_all_reduce=True))) is replaced
+    # While it is compiled, so that no CUDA graph has the memory.
+    memory = ("0", torch.device("cuda", 0), all_reduce.MOST_BYTES)
+    assert shared == ([memory] if replaced else [])
     assert ours not in graph(Policy())

@@ -20,24 +20,26 @@ __all__ = [
     "LOCAL",
     "Shard",
     "c10d",
+    "dtensor",
     "fully_sharded",
     "functional",
+    "group_of",
     "is_distributed",
     "local_of",
     "one_shot_sum",
     "part_of",
     "shard_text",
     "shards_of",
-    "size_of_group",
     "split_alike",
+    "symmetric_memory",
     "whole_of",
     "with_local",
     "wrapping_ops",
 ]
 
-#: Collectives that write to their arguments, and those that return a tensor to be waited for; both
-#: are empty where PyTorch was built without them.
-c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
+#: Collectives that write to their arguments, those that return a tensor to be waited for, and
+#: those of DTensor alone; all are empty where PyTorch was built without them.
+c10d, functional, dtensor = torch.ops.c10d, torch.ops._c10d_functional, torch.ops._dtensor
 
 #: The attribute of a DTensor that holds this process's part; `__tensor_flatten__` names it.
 LOCAL = "_local_tensor"
@@ -194,36 +196,36 @@ def shard_text(shards: Sequence[Shard], names: Mapping[int, str]) -> str:
 _symmetric: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def size_of_group(name: str) -> int:
-    """The number of processes of a group, by its name in graphs."""
+def group_of(name: Any) -> Any:
+    """The group of processes of a name in a graph; newer PyTorch has the group itself there."""
     from torch.distributed import distributed_c10d
 
     module: Any = distributed_c10d
-    size: int = module._resolve_process_group(name).size()
-    return size
+    return module._resolve_process_group(name) if isinstance(name, str) else name
 
 
-def one_shot_sum(x: Tensor, group: str, most: int) -> Tensor:
-    """The sum over the processes of a group, by one kernel that reads the memory of all.
+def symmetric_memory(group: str, device: torch.device, size: int) -> Tensor:
+    """Memory of a GPU that all processes of a group reach: always the same for a group.
 
-    Its first call for a group is one that all its processes must join, and not part of a CUDA
-    graph. Calls for a group share memory, so they must follow each other on the device.
+    The first call for a group is one that all its processes must join.
 
     Args:
-        x: Contiguous bf16 or fp32 of a multiple of 16 bytes, on a GPU, of the same size in all
-            processes.
         group: The group's name in graphs.
-        most: The most bytes of x in any call.
+        device: The GPU.
+        size: Bytes.
+
+    Returns:
+        uint8 ``[size]``.
 
     Raises:
         OptionError: The GPUs don't reach each other's memory.
     """
-    key = (group, x.device)
+    key = (group, device)
     if key not in _symmetric:
         from torch.distributed import _symmetric_memory
 
         try:
-            memory = _symmetric_memory.empty(most, dtype=torch.uint8, device=x.device)
+            memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
             _symmetric_memory.rendezvous(memory, group)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise OptionError(
@@ -231,7 +233,20 @@ def one_shot_sum(x: Tensor, group: str, most: int) -> Tensor:
                 f"for each process; PyTorch says: {first_line(error)}. Leave the option out"
             ) from error
         _symmetric[key] = memory
-    buffer = _symmetric[key].view(x.dtype)[: x.numel()].view(x.shape)
+    return _symmetric[key]
+
+
+def one_shot_sum(x: Tensor, group: str, memory: Tensor) -> Tensor:
+    """The sum over the processes of a group, by one kernel that reads the memory of all.
+
+    Args:
+        x: Contiguous bf16 or fp32 of a multiple of 16 bytes, on a GPU, of the same size in all
+            processes.
+        group: The group's name in graphs.
+        memory: At least as much `symmetric_memory` of the group. Calls that have the same must
+            follow each other on the device.
+    """
+    buffer = memory.view(x.dtype)[: x.numel()].view(x.shape)
     summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", group)
     return summed
 

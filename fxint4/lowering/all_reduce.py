@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxint4._pytorch.distributed import functional, one_shot_sum, size_of_group
+from fxint4._pytorch.distributed import (
+    functional,
+    group_of,
+    one_shot_sum,
+    symmetric_memory,
+)
+from fxint4._pytorch.tensors import real_tensors
 from fxint4.graph.build import Build
 from fxint4.graph.symbolic import value_of
 
@@ -26,8 +32,13 @@ _DTYPES = (torch.bfloat16, torch.float32)
 def use_one_shot(gm: fx.GraphModule) -> None:
     """Let each sum over processes on GPUs be one op, which chooses how by its size.
 
+    All processes of a group must come here with such a graph, as they must run it.
+
     Args:
         gm: An aten graph whose nodes have fake values; changed in place.
+
+    Raises:
+        OptionError: The GPUs don't reach each other's memory.
     """
     changed = False
     for node in gm.graph.find_nodes(op="call_function", target=functional.wait_tensor.default):
@@ -35,9 +46,11 @@ def use_one_shot(gm: fx.GraphModule) -> None:
         if reduced.target != functional.all_reduce.default or len(reduced.users) > 1:
             continue
         x, how, group = reduced.args
-        value = value_of(node)
+        value: Any = value_of(node)
         on_gpu = value.device.type == "cuda" and value.dtype in _DTYPES
         if on_gpu and how == "sum" and isinstance(group, str):
+            with real_tensors():  # here, because a CUDA graph would take it for its own
+                symmetric_memory(group, value.device, MOST_BYTES)
             # Not in the same node, which may tell Inductor the strides of another op's inputs.
             summed = Build(node, value.fake_mode)(torch.ops.fxint4.all_reduce.default, x, group)
             node.replace_all_uses_with(summed)
@@ -49,9 +62,10 @@ def use_one_shot(gm: fx.GraphModule) -> None:
 
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:
-    few = 0 < x.nbytes * (size_of_group(group) - 1) <= MOST_BYTES
+    few = 0 < x.nbytes * (group_of(group).size() - 1) <= MOST_BYTES
     if few and x.nbytes % 16 == 0:  # it reads 16 bytes at a time
-        return one_shot_sum(x.contiguous(), group, MOST_BYTES)
+        memory = symmetric_memory(group, x.device, MOST_BYTES)
+        return one_shot_sum(x.contiguous(), group, memory)
     summed: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
     return summed
 

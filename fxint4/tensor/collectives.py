@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fxint4._pytorch.distributed import c10d, functional, wrapping_ops
+from fxint4._pytorch.distributed import c10d, dtensor, functional, group_of, wrapping_ops
 from fxint4.errors import UnsupportedOpError
 from fxint4.tensor.core import Int4TileTensor, implements
 from fxint4.tensor.views import tight
@@ -39,6 +39,14 @@ def _gather(weight: Int4TileTensor, group_size: int, group: Any) -> Tensor:
             for rank in range(group_size)
         ]
     )
+
+
+def _exchange(weight: Int4TileTensor, joined: int, split: int, group: Any) -> Tensor:
+    """This process's part along one axis, of a weight of which each has a part along another."""
+    of = group_of(group)
+    whole = torch.cat(_gather(weight, of.size(), group).chunk(of.size()), joined)
+    mine: Tensor = whole.chunk(of.size(), split)[of.rank()]
+    return mine.contiguous()
 
 
 def _waited(weight: Int4TileTensor) -> Int4TileTensor:
@@ -121,5 +129,6 @@ def _into(written: Sequence[Int4TileTensor], call: Callable[[str, Sequence[Tenso
 if torch.distributed.is_available():
     implements(functional.all_gather_into_tensor.default)(_gather)
     implements(functional.wait_tensor.default)(_waited)
+    implements(dtensor.shard_dim_alltoall.default)(_exchange)
     implements(c10d.scatter_.default)(_scatter_)
     implements(c10d.broadcast_.default)(_broadcast_)
