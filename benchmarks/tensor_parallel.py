@@ -2,7 +2,8 @@
 
 llama.py in this folder in the shapes of Llama-3-8B and 70B, random weights, 2,048 tokens of
 context. `parallelize_module` splits it: q, k, v, gate, up and the lm_head by rows, o and down by
-columns, so that a layer has two all-reduces. `mode="reduce-overhead"` (CUDA graphs), static shapes:
+columns, so that a layer has two all-reduces. CUDA graphs, static shapes, and no guards on modules,
+which do not change (`torch.compiler.skip_guard_on_all_nn_modules_unsafe`):
 
 - bf16: `torch.compile` with Inductor, on all GPUs
 - int4tile: `fxint4.pack_`, groups of 128, then `torch.compile(backend="int4tile")`, on all GPUs
@@ -184,7 +185,12 @@ class Rank:
         return row
 
     def compiled(self) -> Any:
-        ours, options = self.contender != "bf16", {"triton.cudagraphs": True}
+        ours = self.contender != "bf16"
+        # Else Dynamo compares the layout of each distributed weight at each call, in Python.
+        options: dict[str, Any] = {
+            "triton.cudagraphs": True,
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        }
         if self.one_shot and ours:
             options["one_shot_all_reduce"] = True
         elif self.one_shot:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx
+
+from fxint4._pytorch.distributed import LOCAL, is_distributed, local_of
 
 __all__ = ["UnwrappedInputs"]
 
 
 class UnwrappedInputs:
     """Dynamo's graph, changed to take the inner tensors of its inputs of one tensor subclass.
+
+    Such an input may be this process's part of a DTensor, which is taken apart with it.
 
     The new graph puts the subclass together again, which AOTAutograd traces away. Without this
     class AOTAutograd takes the inputs apart at each call, which has two faults:
@@ -38,15 +44,15 @@ class UnwrappedInputs:
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], subclass: type[Tensor]) -> None:
         self.gm = gm
         self.inputs = inputs
-        #: For each input of the new graph the position of Dynamo's input, and the attribute of that
-        #: input, None if it is passed as it is. Empty if the graph stays as it is.
-        self._origins: list[tuple[int, str | None]] = []
+        #: For each input of the new graph the position of Dynamo's input, and the attributes that
+        #: lead to it, none if it is passed as it is. Empty if the graph stays as it is.
+        self._origins: list[tuple[int, tuple[str, ...]]] = []
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
-        wrapped = {node: value for node, value in values.items() if type(value) is subclass}
+        wrapped = {node: value for node, value in values.items() if _holds(value, subclass)}
         named = all(getattr(node, "_dynamo_source", None) for node in wrapped)
         results = gm.graph.output_node().all_input_nodes
-        returned = [node.meta.get("example_value") for node in results]
-        returns_any = any(isinstance(value, subclass) for value in returned)
+        returned: list[Any] = [node.meta.get("example_value") for node in results]
+        returns_any = any(isinstance(local_of(value), subclass) for value in returned)
         if wrapped and named and not returns_any:
             self._take_apart(values, wrapped)
 
@@ -57,8 +63,6 @@ class UnwrappedInputs:
             values: The input of each placeholder.
             wrapped: Those of them that are of the subclass.
         """
-        from torch._dynamo.source import AttrSource
-
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         by_source: dict[Any, fx.Node] = {}
@@ -66,28 +70,41 @@ class UnwrappedInputs:
         read = {getattr(old, "_dynamo_source", None) for old in values}
         self.inputs = []
         for position, (old, value) in enumerate(values.items()):
-            for attribute in value.__tensor_flatten__()[0] if old in wrapped else [None]:
-                source: Any = getattr(old, "_dynamo_source", None)
-                if attribute is None:
+            for path in _paths(value) if old in wrapped else [()]:
+                source = _source(getattr(old, "_dynamo_source", None), path)
+                if not path:
                     new = copies[old] = graph.node_copy(old)
+                elif source in read or source in by_source:
+                    continue
                 else:
-                    source = AttrSource(source, attribute)
-                    if source in read:
-                        continue
-                    new = graph.placeholder(f"{old.name}_{attribute}")
-                    new.meta["example_value"] = getattr(old.meta["example_value"], attribute)
+                    new = graph.placeholder("_".join((old.name, *path)))
+                    new.meta["example_value"] = _inner(old.meta["example_value"], path)
                     # tensor_dict says whether CUDA graphs may rely on a fixed address.
                     new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})
                 new._dynamo_source = source
                 by_source[source] = new
-                self.inputs.append(value if attribute is None else getattr(value, attribute))
-                self._origins.append((position, attribute))
-        for old, value in wrapped.items():
+                self.inputs.append(_inner(value, path))
+                self._origins.append((position, path))
+
+        def together(value: Any, source: Any, example: Any) -> fx.Node:
+            """Put a value together that has this source."""
+            if source in by_source:
+                return by_source[source]
             attributes, context = value.__tensor_flatten__()
-            inner = {name: by_source[AttrSource(old._dynamo_source, name)] for name in attributes}
-            together = (inner, context, None, None)
-            copies[old] = graph.call_function(type(value).__tensor_unflatten__, together)
-            copies[old].meta["example_value"] = old.meta["example_value"]
+            inner = {
+                name: together(
+                    getattr(value, name), _source(source, (name,)), getattr(example, name)
+                )
+                for name in attributes
+            }
+            sizes = (value.shape, value.stride()) if is_distributed(value) else (None, None)
+            of = type(value).__tensor_unflatten__
+            node = graph.call_function(of, (inner, context, *sizes))
+            node.meta["example_value"] = example
+            return node
+
+        for old, value in wrapped.items():
+            copies[old] = together(value, old._dynamo_source, old.meta["example_value"])
         for old in self.gm.graph.nodes:
             if old not in values:
                 copies[old] = graph.node_copy(old, copies.__getitem__)
@@ -107,11 +124,11 @@ class UnwrappedInputs:
             for node in captured.graph.find_nodes(op="placeholder"):
                 desc = node.meta.get("desc")
                 if self._origins and isinstance(desc, PlainAOTInput):
-                    position, attribute = self._origins[desc.idx]
-                    desc = PlainAOTInput(position)
-                    node.meta["desc"] = (
-                        desc if attribute is None else SubclassGetAttrAOTInput(desc, attribute)
-                    )
+                    position, path = self._origins[desc.idx]
+                    made: Any = PlainAOTInput(position)
+                    for attribute in path:
+                        made = SubclassGetAttrAOTInput(made, attribute)
+                    node.meta["desc"] = made
             return inner_compile(captured, *args, **kwargs)
 
         return inner
@@ -120,14 +137,46 @@ class UnwrappedInputs:
         """Wrap `compiled`, which takes the new graph's inputs, to take those of Dynamo's graph."""
         if not self._origins:
             return compiled
-        origins = self._origins
+        origins = [
+            (position, attrgetter(".".join(path)) if path else None)
+            for position, path in self._origins
+        ]
 
         def run(*args: Any) -> Any:
             return compiled(
                 *[
-                    args[position] if attribute is None else getattr(args[position], attribute)
-                    for position, attribute in origins
+                    args[position] if inner is None else inner(args[position])
+                    for position, inner in origins
                 ]
             )
 
         return run
+
+
+def _holds(value: Any, subclass: type[Tensor]) -> bool:
+    """Whether a value is of a subclass, or a DTensor of it that is made of tensors alone."""
+    if is_distributed(value):
+        # Newer ones hold their mesh, too; AOTAutograd takes those apart as fast.
+        return value.__tensor_flatten__()[0] == [LOCAL] and _holds(local_of(value), subclass)
+    return type(value) is subclass
+
+
+def _paths(value: Any) -> Iterator[tuple[str, ...]]:
+    """The attributes that lead to each inner tensor of a value, none for a plain tensor."""
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from ((name, *path) for path in _paths(getattr(value, name)))
+    else:
+        yield ()
+
+
+def _inner(value: Any, path: Sequence[str]) -> Any:
+    """What attributes lead to from a value."""
+    return functools.reduce(getattr, path, value)
+
+
+def _source(of: Any, path: Sequence[str]) -> Any:
+    """Dynamo's source of what attributes lead to from another source."""
+    from torch._dynamo.source import AttrSource
+
+    return functools.reduce(AttrSource, path, of)
