@@ -18,6 +18,13 @@ a quarter of bf16's bytes, and so well below bf16; at 128 rows unpacking costs a
 beyond, int4 loses a little.
 
 Kernels are compiled first, by several processes; caches on disk hand them on.
+
+With --activations fp8 a table of its own: bf16, ours as above, and fp8, which writes x and W out in
+e4m3 and multiplies by PyTorch's row-wise matmul; that matmul by weights that are in e4m3 already
+(with the quantization of x, the ceiling of what fp8 can reach); and the parts by themselves, of
+which writing W out has its share of the copy bandwidth. `FP8_MOST` has the times to reach, as shares
+of bf16's. Prediction, from an experiment with a kernel that writes W out at a third of the
+bandwidth: 0.9 of bf16 at 1,024 rows, 0.66 to 0.8 at 2,048, 0.56 to 0.67 from 4,096 on.
 """
 
 from __future__ import annotations
@@ -36,6 +43,7 @@ from peers import GemLite, TorchAO
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
+from fxint4.kernels import triton_fp8
 from fxint4.kernels.select import Choice, MatmulShape, select_kernel
 from fxint4.kernels.triton_linear import linear
 
@@ -158,6 +166,72 @@ def copies(bytes_each: float) -> int:
 
 
 Calls = dict[str, list[Callable[[], Tensor]]]
+
+#: M: shares of bf16's time that are asked for at most, for large shapes and for the others.
+FP8_MOST = {
+    256: (0.92, None),
+    512: (0.90, None),
+    1024: (0.72, 0.85),
+    2048: (0.66, 0.80),
+    4096: (0.64, 0.68),
+    8192: (0.64, 0.68),
+}
+FP8_ROWS = (256, 512, 768, 1024, 1536, 2048, 4096, 8192)
+
+
+def measure_fp8(name: str, rows: Sequence[int], speeds: Mapping[str, float]) -> list[Any]:
+    """A row for each M."""
+    weight = Weight(*SHAPES[name])
+    n, k = weight.n, weight.k
+    exact = weight.dense[0].float()
+    scales = exact.abs().amax(1, keepdim=True) / triton_fp8.LARGEST
+    in_e4m3 = (exact / scales).to(triton_fp8.E4M3)
+    ceiling = [in_e4m3, *(in_e4m3.clone() for _ in range(copies(n * k) - 1))]
+    found = []
+    for m in rows:
+        x = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
+        quantized, scale_x = triton_fp8.rows_in_e4m3(x)
+
+        def by_scaled_mm(w: Tensor, x: Tensor = x) -> Tensor:
+            return triton_fp8.multiply(*triton_fp8.rows_in_e4m3(x), w, scales.t())
+
+        made: Calls = {
+            "bf16": [lambda w=w, x=x: x @ w.T for w in weight.dense],
+            "ours": [
+                lambda w=w, x=x: linear(x, *w, GROUP, n, our_choice(len(x), n, k))
+                for w in weight.tiles
+            ],
+            "fp8": [lambda w=w, x=x: triton_fp8.linears(x, [w], GROUP, [n]) for w in weight.tiles],
+            "e4m3 weights": [lambda w=w: by_scaled_mm(w) for w in ceiling],
+            "writing W": [
+                lambda w=w: triton_fp8.written_out([w], GROUP, [n], k)[0] for w in weight.tiles
+            ],
+            "quantizing x": [lambda x=x: triton_fp8.rows_in_e4m3(x)[0]] * 8,
+            "the matmul": [
+                lambda q=quantized, s=scale_x: triton_fp8.multiply(q, s, in_e4m3, scales.t())
+            ]
+            * 8,
+        }
+        reference = x.float() @ exact.T
+        off = {key: relative_error(made[key][0](), reference) for key in ("ours", "fp8")}
+        times = graph_times_us(made)
+        large, small = FP8_MOST.get(m, (None, None))
+        most = large if name in LARGE else small
+        share = times["fp8"] / times["bf16"]
+        found.append(
+            {
+                "N x K": f"{n}x{k}",
+                "M": m,
+                **times,
+                "copy share": 1.5 * n * k / speeds["copy_bytes_s"] / (1e-6 * times["writing W"]),
+                "of bf16": share,
+                "of ours": times["fp8"] / times["ours"],
+                "must": most,
+                "met": "" if most is None else "yes" if share <= most else "no",
+                **{f"error {key}": error for key, error in off.items()},
+            }
+        )
+    return found
 
 
 def our_choice(m: int, n: int, k: int, kernel: str | None = None) -> Choice:
@@ -337,6 +411,7 @@ def main() -> None:
     made.add_argument(
         "--jobs", type=int, default=max(1, min(8, cores - 2)), help="to compile with first"
     )
+    made.add_argument("--activations", choices=["fp8"], help="measure these")
     made.add_argument("--part", metavar="I/JOBS", help="compile a part of the kernels, no more")
     arguments = made.parse_args()
     shapes = list(SHAPES)[:2] if arguments.quick else list(SHAPES)
@@ -347,6 +422,14 @@ def main() -> None:
         return
     facts = machine()
     print(describe(facts), flush=True)
+    if arguments.activations:
+        speeds, results = speeds_of_gpu(), []
+        for name in shapes:
+            results += measure_fp8(name, FP8_ROWS[:: 4 if arguments.quick else 1], speeds)
+            torch.cuda.empty_cache()
+        show(results, ".3g")
+        write(arguments.json, facts, arguments, speeds=speeds, rows=results)
+        return
     if arguments.jobs > 1:
         compile_first(arguments.jobs, arguments.quick)
     peers = Peers()

@@ -115,6 +115,8 @@ def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[
         yield "packed before"
     if packed.recipe.remark:
         yield packed.recipe.remark
+    if site.config.activations and site.fp8_fault:
+        yield f"activations stay as they are: {site.fp8_fault}"
     if dense:
         yield "runs as a dense copy"
     elif dtype is not site.activation_dtype:

@@ -113,11 +113,13 @@ def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tu
     if format != "tiles" or shape.batch:
         return ()
     n, k = sum(shape.n for shape in shapes), sites[0].k
-    if aten_op(format, sites[0].activation_dtype, len(shapes)) is not None:
+    by_aten = aten_op(format, sites[0].activation_dtype, len(shapes)) is not None
+    if by_aten and sites[0].activations is None:
         n, k = shape.n_padded, shape.k_padded  # the op's operands are padded
     m = sites[0].m if isinstance(sites[0].m, int) else None
     dtype, device = sites[0].activation_dtype, sites[0].device
-    matmul = MatmulShape(1 if m is None else m, n, k, shape.group_size, shape.inner_k_tiles, dtype)
+    of = (shape.group_size, shape.inner_k_tiles, dtype, sites[0].activations)
+    matmul = MatmulShape(1 if m is None else m, n, k, *of)
     if m is None:
         return _kernels_by_m(matmul, device, policy)
     return (f"{range_text(m, m)}: {policy.choose(matmul, device)}",)
@@ -133,5 +135,6 @@ def _kernels_by_m(shape: MatmulShape, device: torch.device, policy: Policy) -> t
 def _shared(site: Site, format: Format, values: dict[fx.Node, int]) -> Hashable:
     """A key for a site; one matmul can serve all sites with equal keys."""
     shape = site.shape
-    layout = (format, shape.k_padded, shape.group_size, shape.inner_k_tiles)
+    of_shape = (format, shape.k_padded, shape.group_size, shape.inner_k_tiles)
+    layout = (*of_shape, site.activations)
     return (activation_of(site, values), *layout)

@@ -212,6 +212,7 @@ class _Int4Matmul:
     def __init__(self, sites: Sequence[Site], format: Format, inputs: _PackedInputs) -> None:
         self._format = format
         self._dtype = sites[0].activation_dtype
+        self._activations = sites[0].activations
         slots = [inputs.slot(site, format) for site in sites]
         self._shapes = {inputs.nodes[slot]: slot.shape for slot in slots}
         self._product: fx.Node | None = None
@@ -237,7 +238,8 @@ class _Int4Matmul:
 
     def _multiply(self, x: fx.Node, build: Build) -> fx.Node:
         """X times all weights, ``[M, sum of N]``."""
-        op = aten_op(self._format, self._dtype, len(self._shapes))
+        fp8 = self._activations is not None
+        op = None if fp8 else aten_op(self._format, self._dtype, len(self._shapes))
         x = build.contiguous(_pre_scaled(x, next(iter(self._shapes)), build))
         if value_of(x).dtype is not self._dtype:
             x = build(_CAST, x, self._dtype)
@@ -245,7 +247,8 @@ class _Int4Matmul:
         shape, *_ = self._shapes.values()
         if op is None:
             op, n = torch.ops.fxint4.linears.default, [shape.n for shape in self._shapes.values()]
-            return build(op, x, tiles, scale_and_zero, shape.group_size, n)
+            named = {"activations": self._activations} if fp8 else {}
+            return build(op, x, tiles, scale_and_zero, shape.group_size, n, **named)
         missing = shape.k_padded - value_of(x).shape[-1]
         if missing:
             x = build(aten.constant_pad_nd.default, x, [0, missing], 0.0)

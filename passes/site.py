@@ -13,7 +13,7 @@ from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.report import Record
 from fxint4.weights.expression import Weight
-from fxint4.weights.formats import Format, activation_dtype, rows_multiple
+from fxint4.weights.formats import Format, activation_dtype, has_fp8, rows_multiple
 
 __all__ = ["Adapter", "Site"]
 
@@ -104,6 +104,26 @@ class Site:
             rows_multiple(self.device),
             self.batch,
         )
+
+    @property
+    def activations(self) -> str | None:
+        """What the int4 op is told of `Int4Config.activations`: None if it can't follow."""
+        return None if self.fp8_fault else self.config.activations
+
+    @property
+    def fp8_fault(self) -> str:
+        """Why the matmul can't be computed in fp8; empty if it can, for enough rows."""
+        if self.int4 != "tiles":
+            return f"device {self.device.type} has no fp8 matmul"
+        if not has_fp8(self.device):
+            return "the GPU has no fp8 matmul (sm_89 and newer have)"
+        if self.batch:
+            return "experts have none in fp8"
+        if self.x_dtype is not torch.bfloat16:
+            return "only bf16 models have them in fp8"
+        if self.n % 16 or self.k % 16:
+            return f"fp8 takes sizes that 16 divides, not {self.n}x{self.k}"
+        return ""
 
     @property
     def activation_dtype(self) -> torch.dtype:

@@ -20,9 +20,11 @@ __all__ = ["METHODS", "REPORT_SUFFIXES", "Int4Config"]
 #: Methods that need statistics of activations.
 _CALIBRATED = METHODS[3:]
 #: Fields that `overrides` can change.
-_OVERRIDDEN = ("group_size", "inner_k_tiles", "method", "min_sqnr_db")
+_OVERRIDDEN = ("group_size", "inner_k_tiles", "method", "min_sqnr_db", "activations")
 #: Ways to multiply by int4 weights on a GPU.
 KERNELS = ("triton", "cuda", "dequantize", "aten")
+#: Dtypes of activations other than the model's.
+ACTIVATIONS = ("fp8",)
 #: Suffixes of the files that a report can be written to.
 REPORT_SUFFIXES = (".json", ".txt", ".html")
 
@@ -41,8 +43,8 @@ class Int4Config:
             the layer's output and need a `calibration`; "gptq+awq" does both.
         calibration: The result of `fxint4.calibrate`.
         overrides: Other options for some layers: a dict from a pattern, as in `include`, to a dict
-            of group_size, inner_k_tiles, method and min_sqnr_db. Where several patterns match a
-            layer, later ones win.
+            of group_size, inner_k_tiles, method, min_sqnr_db and activations. Where several
+            patterns match a layer, later ones win.
         target_error: A budget: the largest relative error of the model's output. Group size and
             method of each weight, or to keep it as it is, are chosen so that the weights take the
             fewest bytes. `fxint4.calibrate` with this option chooses on its batches; pass its
@@ -65,6 +67,9 @@ class Int4Config:
             all-reduces of a model that is split among processes (`torch.distributed.tensor`) each
             be one kernel that reads the other processes' parts, by PyTorch's symmetric memory,
             in place of NCCL's. All processes must ask for it alike.
+        activations: "fp8" lets a compiled model multiply many rows in fp8 where that is faster: on
+            a GPU with fp8 (sm_89 and newer), in bf16 models. Weights stay int4 tiles. None never
+            does.
         kernel: On the GPU, how to multiply for every M: "triton" (unpack weights in registers),
             "dequantize" (write the weight out, then cuBLAS), "aten" (PyTorch's int4 op) or "cuda"
             (kernels in CUDA C++, where there is one for M and K, also outside of CUDA graphs; not
@@ -96,6 +101,7 @@ class Int4Config:
     progress: bool = False
     fuse_projections: bool = True
     one_shot_all_reduce: bool = False
+    activations: str | None = None
     kernel: str | None = None
     measure: bool | None = field(default=None, compare=False)
     report: str | os.PathLike[str] | None = field(default=None, compare=False)
@@ -106,6 +112,7 @@ class Int4Config:
         _one_of("inner_k_tiles", self.inner_k_tiles, INNER_K_TILES)
         _one_of("method", self.method, METHODS)
         _one_of("kernel", self.kernel, (None, *KERNELS))
+        _one_of("activations", self.activations, (None, *ACTIVATIONS))
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise OptionError(
                 f"calibration is {self.calibration!r}; it takes what fxint4.calibrate returns, or "
@@ -147,6 +154,22 @@ class Int4Config:
     def needs_calibration(self) -> bool:
         """Whether the method looks at activations."""
         return self.method in _CALIBRATED
+
+    def require_bf16_activations(self, function: str) -> None:
+        """Refuse `activations` where nothing multiplies by them.
+
+        Args:
+            function: What was called.
+
+        Raises:
+            OptionError: They are given, for all layers or for some.
+        """
+        asked = [self.activations, *(dict(each).get("activations") for _, each in self.overrides)]
+        if any(asked):
+            raise OptionError(
+                f"activations='fp8' is for compiled models: give it to torch.compile(model, "
+                f"backend='int4tile'), not to {function}"
+            )
 
     # --- a budget: first a calibration chooses by it, then each weight has its choice -------------
 

@@ -84,6 +84,7 @@ def rewrite(
             f"rewrite takes fields of Int4Config, and {next(iter(patches))!r} is an option of "
             "Inductor's: fxint4.package takes these"
         )
+    config.require_bf16_activations("rewrite")
     if is_rewritten(exported_program):
         raise OptionError("the program is rewritten already; rewrite the one that was captured")
     return rewrite_program(exported_program, config, only_aten=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fxint4.atomic_files import write_whole
-from fxint4.kernels import cuda, nvrtc, triton_linear
+from fxint4.kernels import cuda, nvrtc, triton_fp8, triton_linear
 from fxint4.kernels.select import (
     Choice,
     MatmulShape,
@@ -21,6 +21,7 @@ from fxint4.kernels.select import (
     choose_blocks,
     cuda_configurations,
     gpu_of,
+    serves_fp8,
 )
 from fxint4.kernels.source_version import source_version
 from fxint4.kernels.triton_common import Blocks, triton
@@ -90,6 +91,8 @@ def candidates(shape: MatmulShape, in_cuda: bool = False, replayed: bool = False
         found.append(Choice("aten"))
     if m >= 256:
         found.append(Choice("dequantize"))
+        if shape.activations == "fp8" and serves_fp8(shape, gpu):
+            found.append(Choice("fp8"))
     return list(dict.fromkeys(found))
 
 
@@ -106,7 +109,12 @@ def _measured(
     x = torch.randn(m, k, device="cuda", dtype=shape.dtype)
     results = []
     for choice in candidates(shape, in_cuda, replayed):
-        run = functools.partial(triton_linear.linear, x, tiles, parameters, group_size, n, choice)
+        if choice.kernel == "fp8":
+            weights = [(tiles, parameters)]
+            run = functools.partial(triton_fp8.linears, x, weights, group_size, [n])
+        else:
+            by = (x, tiles, parameters, group_size, n, choice)
+            run = functools.partial(triton_linear.linear, *by)
         try:
             time_ms = triton.testing.do_bench(
                 run, warmup=_WARM_UP_MS, rep=_REPEAT_MS, return_mode="median"

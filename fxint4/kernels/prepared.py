@@ -172,10 +172,11 @@ class _Dense(_OfLaunch):
         self, size: Sequence[int], dtype: torch.dtype, device: torch.device, launch: Launch
     ) -> None:
         super().__init__(size, dtype, device, launch)
-        self._places = self._order("w", "tiles", "params")
+        # What scales e4m3 is not read here.
+        self._places = self._order("w", "tiles", "params", "scales")
 
     def _product(self, x: Tensor, tiles: Tensor, scale_and_zero: Tensor, stream: int) -> Tensor:
         w = empty(*self._output)
-        given = (w, tiles, scale_and_zero)
+        given = (w, tiles, scale_and_zero, w)
         self._run([given[place] for place in self._places], stream)
         return F.linear(x, w)

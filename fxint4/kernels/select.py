@@ -36,6 +36,7 @@ __all__ = [
     "gpu_of",
     "range_text",
     "select_kernel",
+    "serves_fp8",
     "waves",
 ]
 
@@ -57,6 +58,7 @@ class MatmulShape:
         group_size: Neighbouring k of one weight row that share a scale and a zero.
         inner_k_tiles: Of the packed tiles.
         dtype: Of x, bf16 or fp16.
+        activations: See `fxint4.Int4Config.activations`.
     """
 
     m: int
@@ -65,6 +67,7 @@ class MatmulShape:
     group_size: int = 128
     inner_k_tiles: int = 8
     dtype: torch.dtype = torch.bfloat16
+    activations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,12 @@ class Gpu:
     Attributes:
         multiprocessors: How many it has.
         wgmma: Whether it has Hopper's wgmma instructions, which read x from shared memory.
+        fp8: Whether its tensor cores multiply e4m3.
     """
 
     multiprocessors: int = 132
     wgmma: bool = True
+    fp8: bool = True
 
 
 H200 = Gpu()
@@ -89,23 +94,30 @@ class Choice:
     """The kernel of a matmul.
 
     Attributes:
-        kernel: "triton", "cuda" (CUDA C++), "dequantize" (followed by torch.mm), or "aten"
-            (`_weight_int4pack_mm`).
+        kernel: "triton", "cuda" (CUDA C++), "dequantize" (followed by torch.mm), "fp8" (see
+            `fxint4.kernels.triton_fp8`), or "aten" (`_weight_int4pack_mm`).
         blocks: Those of the Triton or CUDA kernel, else None.
     """
 
-    kernel: Literal["aten", "triton", "cuda", "dequantize"]
+    kernel: Literal["aten", "triton", "cuda", "dequantize", "fp8"]
     blocks: Blocks | CudaBlocks | None = None
 
     def __str__(self) -> str:
         """The text of reports: "aten", "dequantize + cuBLAS", or the kernel and its MxN blocks."""
         if self.blocks is None:
-            return "dequantize + cuBLAS" if self.kernel == "dequantize" else self.kernel
+            return _WITH_CUBLAS.get(self.kernel, self.kernel)
         if isinstance(self.blocks, CudaBlocks):
             return f"{self.kernel} {self.blocks}"
         splits = f", {self.blocks.splits} splits" if self.blocks.splits > 1 else ""
         return f"{self.kernel} {self.blocks.rows}x{self.blocks.features}{splits}"
 
+
+#: Texts of those that write W out.
+_WITH_CUBLAS = {"dequantize": "dequantize + cuBLAS", "fp8": "fp8: dequantize + cuBLAS"}
+
+#: With at least as many rows fp8 is faster, if it is asked for: writing x and W out takes less than
+#: the tensor cores save (benchmarks/README.md, "fp8 activations").
+_FP8_ROWS = 1024
 
 #: The CUDA kernel for many rows takes more rows than the first and at most the second, which are
 #: those measured: "many rows" of docs/gpu.md.
@@ -150,6 +162,9 @@ def select_kernel(
     few = shape.m <= 8 or -(-shape.m // 16) * shape.n * shape.k <= _ATEN_ELEMENTS
     if launcher == "python" and kernel is None and few and shape.dtype is torch.bfloat16:
         return Choice("aten")
+    asked_fp8 = shape.activations == "fp8" and kernel is None and launcher != "package"
+    if asked_fp8 and shape.m >= _FP8_ROWS and serves_fp8(shape, gpu_of(device)):
+        return Choice("fp8")
     if kernel == "triton":
         return Choice("triton", choose_blocks(shape, gpu_of(device)))
     asked = kernel == "cuda"  # then a missing kernel is an error, not another choice
@@ -162,6 +177,12 @@ def select_kernel(
             in_cuda = cuda.available(device)
         return choose(shape, gpu_of(device), in_cuda, launcher == "cuda_graph" or asked)
     return Choice("aten" if kernel == "aten" else "dequantize")
+
+
+def serves_fp8(shape: MatmulShape, gpu: Gpu) -> bool:
+    """Whether a matmul can be computed in fp8: PyTorch's takes sizes that 16 divides, into bf16."""
+    aligned = shape.n % 16 == 0 and shape.k % 16 == 0
+    return triton is not None and gpu.fp8 and aligned and shape.dtype is torch.bfloat16
 
 
 def choose(
@@ -275,8 +296,8 @@ def gpu_of(device: torch.device) -> Gpu:
     """
     if device.type != "cuda":
         return H200
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.major == 9)
+    of = torch.cuda.get_device_properties(device)
+    return Gpu(of.multi_processor_count, of.major == 9, (of.major, of.minor) >= (8, 9))
 
 
 #: Microseconds that a block takes besides its steps of 128 columns, and for each step, while all

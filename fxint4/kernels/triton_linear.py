@@ -61,6 +61,8 @@ __all__ = [
     "linears",
     "shared_programs",
     "sizes_of",
+    "weight_of",
+    "weights_arguments",
 ]
 
 MOST_WEIGHTS = 4
@@ -245,7 +247,7 @@ def launch_of(
             "whole": whole,
             "K": k,
             "k_padded": k_padded,
-            **_weights_arguments(weights),
+            **weights_arguments(weights),
             "one": 1.0,
             "SPLITS": splits,
             "REDUCE": reduce,
@@ -275,11 +277,13 @@ def dequantize_launch_of(
 ) -> Launch:
     """The launch of the kernel that writes weights out.
 
-    Its tensors are those of `buffers_of` and w_ptr ``[N, k]``, the weights one below the other. The
-    arguments and the errors are those of `launch_of`.
+    Its tensors are those of `buffers_of` and w_ptr ``[N, k]``, the weights one below the other; for
+    e4m3 also scales_ptr, fp32 ``[N]``, by which each row is divided, which may else be any. The
+    arguments and the errors are those of `launch_of`; dtype may also be e4m3.
     """
     need_triton()
-    if dtype not in _DTYPES:
+    scaled = dtype is torch.float8_e4m3fn
+    if dtype not in _DTYPES and not scaled:
         raise ValueError(f"dtype is {dtype}, it must be one of {_DTYPES}")
     features, step, warps = 64, 128, 4
     return Launch(
@@ -288,7 +292,7 @@ def dequantize_launch_of(
         {
             "K": k,
             "k_padded": k_padded,
-            **_weights_arguments(weights),
+            **weights_arguments(weights),
             "BN": features,
             "BK": step,
             "GROUP": group_size,
@@ -296,6 +300,7 @@ def dequantize_launch_of(
             "WARPS": warps,
             "EVEN_N": all(n == n_padded and n % features == 0 for n, n_padded in weights),
             "EVEN_K": k % step == 0 and k_padded % step == 0,
+            "SCALED": scaled,
             "FAST": fast(_dequantize_kernel),
         },
         warps,
@@ -303,7 +308,8 @@ def dequantize_launch_of(
     )
 
 
-def _weights_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
+def weights_arguments(weights: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """The arguments of kernels that tell the sizes of weights, see `weight_of`."""
     return {**_sizes_arguments(weights), "WEIGHTS": len(weights)}
 
 
@@ -408,7 +414,7 @@ def _dequantize(
     launch = dequantize_launch_of(k, sizes, k_padded, group_size, half_inner, dtype)
     w = weights[0][1].new_empty((sum(ns), k), dtype=dtype)
     if w.numel():
-        run(launch, buffers_of(weights) | {"w_ptr": w})
+        run(launch, buffers_of(weights) | {"w_ptr": w, "scales_ptr": w})
     return w
 
 
@@ -458,7 +464,7 @@ def _further(weights: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 @jit()
 @no_type_check
-def _weight_of(
+def weight_of(
     block,
     tiles0_ptr,
     params0_ptr,
@@ -561,7 +567,7 @@ def _kernel_of_linear(
     block = tl.where(is_whole, program, whole + shared // SPLITS)
     split = tl.where(is_whole, 0, shared % SPLITS)
     m_first = block % row_blocks * BM
-    tiles_ptr, params_ptr, n, n_padded, column, n_first = _weight_of(
+    tiles_ptr, params_ptr, n, n_padded, column, n_first = weight_of(
         block // row_blocks,
         tiles0_ptr,
         params0_ptr,
@@ -669,7 +675,8 @@ def _kernel_of_dequantize(
     params2_ptr,
     tiles3_ptr,
     params3_ptr,
-    w_ptr,  # bf16 or fp16 [N, K]; N is the sum of the n
+    w_ptr,  # bf16, fp16 or e4m3 [N, K]; N is the sum of the n
+    scales_ptr,  # fp32 [N], if SCALED
     K,
     k_padded,
     n0,
@@ -688,12 +695,13 @@ def _kernel_of_dequantize(
     WARPS: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SCALED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """w[block] = W[block]."""
+    """w[block] = W[block], over the scales of its rows if SCALED."""
     k_blocks = tl.cdiv(K, BK)
     k = tl.program_id(0) % k_blocks * BK
-    tiles_ptr, params_ptr, n, n_padded, row, n_first = _weight_of(
+    tiles_ptr, params_ptr, n, n_padded, row, n_first = weight_of(
         tl.program_id(0) // k_blocks,
         tiles0_ptr,
         params0_ptr,
@@ -730,8 +738,12 @@ def _kernel_of_dequantize(
         EVEN_N,
         EVEN_K,
     )
-    w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, w_ptr.dtype.element_ty)
+    of_w: tl.constexpr = tl.bfloat16 if SCALED else w_ptr.dtype.element_ty
+    w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, of_w)
     n_row = (n_first + tl.arange(0, BN))[:, None]
+    if SCALED:
+        scale = tl.load(scales_ptr + row + n_row, n_row < n, 1.0)
+        w = (w.to(tl.float32) * (1.0 / scale)).to(w_ptr.dtype.element_ty)
     k_column = (k + tl.arange(0, BK))[None, :]
     at = w_ptr + (row + n_row).to(tl.int64) * K + k_column
     if EVEN_N and EVEN_K:

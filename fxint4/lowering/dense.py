@@ -25,7 +25,7 @@ from torch import fx
 
 from fxint4._pytorch import inductor
 from fxint4._pytorch.tensors import aten
-from fxint4.kernels import triton_common, triton_linear
+from fxint4.kernels import triton_common, triton_fp8, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import Choice, MatmulShape, by_m
@@ -84,9 +84,15 @@ def _linears(
     scale_and_zero: Sequence[Any],
     group_size: int,
     n: Sequence[int],
-    *policy: Any,
+    kernel: str | None,
+    cuda_graphs: bool,
+    measured: bool,
+    package: bool,
+    in_cuda: bool,
+    activations: str | None = None,
 ) -> Any:
-    return _Matmul(x, tiles, scale_and_zero, group_size, n).lower(Policy(*policy))
+    policy = Policy(kernel, cuda_graphs, measured, package, in_cuda)
+    return _Matmul(x, tiles, scale_and_zero, group_size, n, activations).lower(policy)
 
 
 def _for_cpu(x: Any, tiles: Any, group_size: int, scale_and_zero: Any) -> Any:
@@ -112,6 +118,7 @@ class _Matmul:
         scale_and_zero: bf16 ``[Kp/group_size, Np, 2]`` of each weight.
         group_size: Neighbouring k that share a scale and a zero.
         n: Out features of each weight, at most its Np.
+        activations: See `Int4Config.activations`.
     """
 
     x: Any
@@ -119,6 +126,7 @@ class _Matmul:
     scale_and_zero: Sequence[Any]
     group_size: int
     n: Sequence[int]
+    activations: str | None = None
 
     @property
     def k(self) -> int:
@@ -138,6 +146,8 @@ class _Matmul:
             return self.chosen_at_run_time(policy.cuda_graphs, blocks.name, blocks.sizes)
         if kernel == "dequantize":
             return self.dequantized()
+        if kernel == "fp8":
+            return self.in_fp8()
         if blocks is not None:
             return self.multiplied(blocks)
         if not inductor.is_aot():
@@ -147,9 +157,8 @@ class _Matmul:
     def choice(self, m: int, policy: Policy) -> Choice:
         """The policy's choice for m rows."""
         _, _, half_inner = self._sizes
-        shape = MatmulShape(
-            m, sum(self.n), self.k, self.group_size, 2 * half_inner, self.x.get_dtype()
-        )
+        of = (self.group_size, 2 * half_inner, self.x.get_dtype(), self.activations)
+        shape = MatmulShape(m, sum(self.n), self.k, *of)
         return policy.choose(shape, self.x.get_device())
 
     def chosen_at_run_time(
@@ -174,6 +183,7 @@ class _Matmul:
             kernel,
             list(sizes),
             replayed and lasting,
+            self.activations,
         )
 
     def by_aten(self) -> Any:
@@ -194,6 +204,25 @@ class _Matmul:
         """The product by Inductor's matmul, after W is written out."""
         w = inductor.call(aten.permute.default, self._written_out(), [1, 0])
         return inductor.call(aten.mm.default, self.x, w)
+
+    def in_fp8(self) -> Any:
+        """The product in fp8, see `fxint4.kernels.triton_fp8`.
+
+        x is quantized by Inductor's own operations, so that it fuses them with what makes x.
+        """
+        x = inductor.to_dtype(torch.float32, self.x)
+        largest = inductor.call(aten.amax.default, inductor.call(aten.abs.default, x), [1], True)
+        scale_x = inductor.call(aten.mul.Tensor, largest, 1 / triton_fp8.LARGEST)
+        scale_x = inductor.call(aten.clamp_min.default, scale_x, triton_fp8.LEAST_SCALE)
+        x8 = inductor.call(aten.div.Tensor, x, scale_x)
+        x8 = inductor.to_dtype(triton_fp8.E4M3, x8)
+        weights, _, _ = self._sizes
+        scale_w = inductor.empty([1, sum(self.n)], self.x, torch.float32)
+        launch = triton_fp8.row_scales_launch_of(self.k, weights, self.group_size)
+        self._launch(launch, {"scales": scale_w})
+        w = inductor.call(aten.permute.default, self._written_out(scales=scale_w), [1, 0])
+        scaled = (x8, w, scale_x, scale_w, None, None, torch.bfloat16, True)
+        return inductor.call_fallback(aten._scaled_mm.default, *scaled)
 
     def multiplied(self, blocks: Blocks) -> Any:
         """The product by the Triton kernel, plus the sum of its splits, for an M that is known."""
@@ -251,15 +280,21 @@ class _Matmul:
             arguments={**launch.arguments, "M": rows, "row_blocks": row_blocks, "whole": whole},
         )
 
-    def _written_out(self, active: Any = 1) -> Any:
-        """W in x's dtype, ``[active * sum(n), K]``: no rows where `active` is 0."""
+    def _written_out(self, active: Any = 1, scales: Any = None) -> Any:
+        """W in x's dtype, ``[active * sum(n), K]``: no rows where `active` is 0.
+
+        Args:
+            active: A size, 0 or 1.
+            scales: Fp32 ``[1, sum(n)]``: W is then in e4m3, each row over its scale.
+        """
         weights, k_padded, half_inner = self._sizes
-        dtype = self.x.get_dtype()
+        dtype = self.x.get_dtype() if scales is None else triton_fp8.E4M3
         w = inductor.empty([active * sum(self.n), self.k], self.x, dtype)
         launch = triton_linear.dequantize_launch_of(
             self.k, weights, k_padded, self.group_size, half_inner, dtype
         )
-        self._launch(replace(launch, programs=active * launch.programs), {"w": w})
+        read = {} if scales is None else {"scales": scales}
+        self._launch(replace(launch, programs=active * launch.programs), {"w": w}, read)
         return w
 
     def _launch_of(self, m: int, blocks: Blocks, reduce: bool) -> Launch:
@@ -300,21 +335,25 @@ class _Matmul:
         """The n and n_padded of each weight, k_padded and half_inner."""
         return triton_linear.sizes_of([list(map(int, t.get_size())) for t in self.tiles], self.n)
 
-    def _launch(self, launch: Launch, tensors: Mapping[str, Any]) -> None:
+    def _launch(
+        self, launch: Launch, tensors: Mapping[str, Any], read: Mapping[str, Any] | None = None
+    ) -> None:
         """Launches any of the kernels.
 
         Args:
             launch: Kernel, grid and arguments.
             tensors: x and the tensors that the kernel writes, by the names of its arguments without
                 "_ptr". Tensors that it does not use may be missing.
+            read: Further tensors that it reads.
         """
         named = {f"{name}_ptr": value for name, value in tensors.items()}
+        others = {f"{name}_ptr": value for name, value in (read or {}).items()}
         buffers = triton_linear.buffers_of(list(zip(self.tiles, self.scale_and_zero, strict=True)))
         unused = dict.fromkeys(launch.tensor_names(), self.scale_and_zero[0])
         inductor.launch_triton(
             launch.kernel,
             launch.programs,
-            {**unused, **buffers, **named},
+            {**unused, **buffers, **others, **named},
             launch.arguments,
             named.keys() - {"x_ptr"},
             launch.warps,

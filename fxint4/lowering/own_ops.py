@@ -72,12 +72,18 @@ def _int4pack_mm(node: fx.Node, policy: Policy) -> None:
 
 
 def _linears(node: fx.Node, policy: Policy) -> None:
-    _by_policy(node, policy, node.args)
+    # The rest tells how to choose a kernel, which the policy does here, but for activations.
+    weights, rest = node.args[:5], node.args[5:]
+    activations = rest[4] if len(rest) > 4 else node.kwargs.get("activations")
+    _by_policy(node, policy, weights, activations)
 
 
-def _by_policy(node: fx.Node, policy: Policy, args: tuple[Any, ...]) -> None:
+def _by_policy(
+    node: fx.Node, policy: Policy, args: tuple[Any, ...], activations: Any = None
+) -> None:
     node.target = torch.ops.fxint4.linears.by_policy
-    node.args = (*args, *policy.on(value_of(node).device).of_matmuls)
+    node.args = (*args, *policy.on(value_of(node).device).of_matmuls, activations)
+    node.kwargs = {}
 
 
 def _mv(node: fx.Node, policy: Policy) -> None:

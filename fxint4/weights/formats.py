@@ -9,6 +9,7 @@ import torch
 
 from fxint4._pytorch.tensors import aten, mkldnn_supports
 from fxint4.kernels.devices import PerDevice
+from fxint4.kernels.select import gpu_of
 from fxint4.quant.tile_layout import TileShape
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "device_fault",
     "format_specs",
     "fuses",
+    "has_fp8",
     "int4_format",
     "most_int4_rows",
     "rows_multiple",
@@ -69,6 +71,11 @@ def device_fault(device: torch.device) -> str | None:
         have = ".".join(map(str, capability))
         return f"the GPU has compute capability {have}; int4 tiles need 8.0 (Ampere) or newer"
     return None
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU multiplies e4m3."""
+    return gpu_of(device).fp8
 
 
 def rows_multiple(device: torch.device) -> int:

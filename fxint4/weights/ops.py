@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxint4._pytorch.tensors import aten
-from fxint4.kernels import triton_experts, triton_linear
+from fxint4.kernels import triton_experts, triton_fp8, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
 from fxint4.kernels.select import Choice, MatmulShape, select_kernel
 from fxint4.quant.primitives import dequantize
@@ -61,9 +61,11 @@ _SCHEMAS = (
     f"bmm_t(Tensor x, {_WEIGHT}, int group_size, int k) -> Tensor",
     f"grouped_mm_t(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int k) -> Tensor",
     "linears(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
-    "bool replayed=False, str? kernel=None, int[] sizes=[], bool lasting=False) -> Tensor",
+    "bool replayed=False, str? kernel=None, int[] sizes=[], bool lasting=False, "
+    "str? activations=None) -> Tensor",
     "linears.by_policy(Tensor x, Tensor[] tiles, Tensor[] scale_and_zero, int group_size, int[] n, "
-    "str? kernel, bool cuda_graphs, bool measured, bool package, bool in_cuda) -> Tensor",
+    "str? kernel, bool cuda_graphs, bool measured, bool package, bool in_cuda, "
+    "str? activations=None) -> Tensor",
     "linear.for_cpu(Tensor x, Tensor tiles, int group_size, Tensor scale_and_zero) -> Tensor",
     f"bmm.packaged(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
     f"grouped_mm.packaged(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
@@ -92,6 +94,7 @@ def _linears_cuda(
     kernel: str | None = None,
     sizes: Sequence[int] = (),
     lasting: bool = False,
+    activations: str | None = None,
 ) -> Tensor:
     """The product of ``[..., K]`` and weights of the same K, side by side: ``[..., sum(n)]``.
 
@@ -105,6 +108,7 @@ def _linears_cuda(
         kernel: See `Int4Config.kernel`; with sizes, the name of a CUDA kernel.
         sizes: See `fxint4.kernels.cuda.CudaBlocks.of`.
         lasting: See `fxint4.kernels.triton_linear.linears`.
+        activations: See `Int4Config.activations`.
     """
     native = x.dtype is torch.float16
     rows = _rows(x, x.shape[-1], torch.float16 if native else torch.bfloat16)
@@ -114,7 +118,11 @@ def _linears_cuda(
         choice = Choice("cuda", CudaBlocks.of(kernel, sizes))
     else:
         inner = 2 * tiles[0].shape[-1]
-        choice = _choice(m, sum(n), k, group_size, inner, rows.dtype, x.device, replayed, kernel)
+        of = (m, sum(n), k, group_size, inner, rows.dtype, x.device, replayed, kernel)
+        choice = _choice(*of, activations if x.dtype is rows.dtype else None)
+    if choice.kernel == "fp8":
+        y = triton_fp8.linears(rows, weights, group_size, n)
+        return y.view(*x.shape[:-1], sum(n))
     copied = not all(tensor.is_contiguous() for tensor in (*tiles, *scale_and_zero))
     y = triton_linear.linears(rows, weights, group_size, n, choice, lasting and not copied)
     return y.to(x.dtype).view(*x.shape[:-1], sum(n))
@@ -131,9 +139,10 @@ def _choice(
     device: torch.device,
     replayed: bool,
     kernel: str | None,
+    activations: str | None,
 ) -> Choice:
     """`select_kernel`, cached by numbers: making a `MatmulShape` alone takes a microsecond."""
-    shape = MatmulShape(m, n, k, group_size, inner_k_tiles, dtype)
+    shape = MatmulShape(m, n, k, group_size, inner_k_tiles, dtype, activations)
     return select_kernel(shape, device, "cuda_graph" if replayed else "python", kernel)
 
 
@@ -155,6 +164,7 @@ def _linears_cpu(
     kernel: str | None = None,
     sizes: Sequence[int] = (),
     lasting: bool = False,
+    activations: str | None = None,
 ) -> Tensor:
     weights = zip(tiles, scale_and_zero, n, strict=True)
     return torch.cat([_linear_cpu(x, t, p, group_size, rows) for t, p, rows in weights], -1)
@@ -168,11 +178,14 @@ def _by_policy(
     n: Sequence[int],
     kernel: str | None,
     cuda_graphs: bool,
-    *_: bool,
+    measured: bool,
+    package: bool,
+    in_cuda: bool,
+    activations: str | None = None,
 ) -> Tensor:
-    """`linears`; the further arguments are the fields of `fxint4.kernels.policy.Policy`."""
-    given = (x, tiles, scale_and_zero, group_size, n)
-    return torch.ops.fxint4.linears(*given, cuda_graphs, kernel)  # type: ignore[no-any-return]
+    """`linears`; see `fxint4.kernels.policy.Policy` for the arguments after `n`."""
+    given = (x, tiles, scale_and_zero, group_size, n, cuda_graphs, kernel)
+    return torch.ops.fxint4.linears(*given, activations=activations)  # type: ignore[no-any-return]
 
 
 def _for_cpu(x: Tensor, tiles: Tensor, group_size: int, scale_and_zero: Tensor) -> Tensor:
@@ -441,6 +454,7 @@ def _fake_linears(
     kernel: str | None = None,
     sizes: Sequence[int] = (),
     lasting: bool = False,
+    activations: str | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(n)))
 
