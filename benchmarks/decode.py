@@ -10,6 +10,7 @@ shapes:
 - torchao: int4 by torchao's `quantize_`, groups of 128, tile_packed_to_4d, then the same (with
   Inductor's own defaults, as for the others: torchao would have it tune longer)
 - int4tile: `fxint4.pack_`, then `torch.compile(backend="int4tile")`
+- fp8: int4tile with `options={"activations": "fp8"}` (not among the default, decode is the same)
 - beside: `torch.compile(backend="int4tile")` alone, the originals stay (not among the default)
 
 Every linear layer is int4 in the int4 contenders, the lm_head too.
@@ -54,7 +55,7 @@ from measure import Child, answer_commands, describe, machine, parser, show, wri
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CONTENDERS = ("bf16", "torchao", "int4tile", "beside")
+CONTENDERS = ("bf16", "torchao", "int4tile", "fp8", "beside")
 MODELS = ("plain", "hf", "hf-grouped")
 GROUP = 128
 STEPS = 32
@@ -260,7 +261,7 @@ def quantized(contender: str, module: nn.Module) -> None:
             group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
         )
         quantize_(module, config)
-    elif contender == "int4tile":
+    elif contender in ("int4tile", "fp8"):
         import fxint4
 
         fxint4.pack_(module, options={"group_size": GROUP})
@@ -335,11 +336,14 @@ class Contender:
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        backend = "int4tile" if self.name in ("int4tile", "beside") else "inductor"
+        backend = "int4tile" if self.name in ("int4tile", "fp8", "beside") else "inductor"
+        options: dict[str, Any] = {"triton.cudagraphs": True}
+        if self.name == "fp8":
+            options["activations"] = "fp8"
         self.compiled = torch.compile(
             self.model.module,
             backend=backend,
-            mode="reduce-overhead",
+            options=options,
             fullgraph=isinstance(self.model, Plain),
             dynamic=False,
         )

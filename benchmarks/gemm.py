@@ -20,11 +20,11 @@ beyond, int4 loses a little.
 Kernels are compiled first, by several processes; caches on disk hand them on.
 
 With --activations fp8 a table of its own: bf16, ours as above, and fp8, which writes x and W out in
-e4m3 and multiplies by PyTorch's row-wise matmul; that matmul by weights that are in e4m3 already
-(with the quantization of x, the ceiling of what fp8 can reach); and the parts by themselves, of
-which writing W out has its share of the copy bandwidth. `FP8_MOST` has the times to reach, as shares
-of bf16's. Prediction, from an experiment with a kernel that writes W out at a third of the
-bandwidth: 0.9 of bf16 at 1,024 rows, 0.66 to 0.8 at 2,048, 0.56 to 0.67 from 4,096 on.
+e4m3 and multiplies by PyTorch's row-wise matmul; the same by weights that are in e4m3 already (the
+ceiling of what fp8 can reach); and the parts by themselves, of which writing W out has its share of
+the copy bandwidth. `FP8_MOST` has the times to reach, as shares of bf16's. Prediction, from an
+experiment with a kernel that writes W out at a third of the bandwidth: 0.9 of bf16 at 1,024 rows,
+0.66 to 0.8 at 2,048, 0.56 to 0.67 from 4,096 on.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ BAD_VALUES = [
         "overrides",
         {"a": {"skip": True}},
         "overrides for 'a' hold 'skip'; a layer can have its own "
-        "group_size, inner_k_tiles, method, min_sqnr_db",
+        "group_size, inner_k_tiles, method, min_sqnr_db, activations",
     ),
     (
         "overrides",
@@ -91,6 +91,7 @@ BAD_VALUES = [
     ("progress", 1, "progress is 1; it takes True or False"),
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
     ("one_shot_all_reduce", 1, "one_shot_all_reduce is 1; it takes True or False"),
+    ("activations", "int8", "activations is 'int8'; it takes one of None, 'fp8'"),
     ("measure", 1, "measure is 1; it takes True, False or None"),
     ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
     ("report", True, "report is True; it takes the name of a .json, .txt, .html file"),
@@ -125,6 +126,7 @@ GOOD_VALUES = [
     ("progress", True),
     ("fuse_projections", False),
     ("one_shot_all_reduce", True),
+    ("activations", "fp8"),
     ("kernel", "aten"),
     ("report", "out/run.HTML"),
     ("report", Path("run.txt")),
@@ -171,6 +173,7 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "progress": True,
         "fuse_projections": False,
         "one_shot_all_reduce": True,
+        "activations": "fp8",
         "kernel": "triton",
         "method": "mse",
         "calibration": Calibration({}),
@@ -242,7 +245,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, calibration, overrides, "
             "target_error, max_bytes, include, skip, min_sqnr_db, min_features, progress, "
-            "fuse_projections, one_shot_all_reduce, kernel, measure, report",
+            "fuse_projections, one_shot_all_reduce, activations, kernel, measure, report",
         ),
     ],
 )

@@ -134,12 +134,14 @@ def test_compiled_for_gpus_that_are_not_here(capability: int) -> None:
 def test_which_matmuls_are_in_fp8() -> None:
     cpu = torch.device("cpu")  # as for an H200
 
-    def chosen(m: int, **further: Any) -> str:
-        shape = MatmulShape(m, 4096, 4096, activations="fp8", **further)
+    def chosen(m: int, n: int = 4096, **further: Any) -> str:
+        shape = MatmulShape(m, n, 4096, activations="fp8", **further)
         return select_kernel(shape, cpu, "inductor").kernel
 
     assert chosen(1024) == chosen(8192) == "fp8"
     assert chosen(1023) != "fp8"
+    assert chosen(512, n=28672) == "fp8"
+    assert chosen(511, n=28672) != "fp8"
     assert chosen(4096, dtype=torch.float16) != "fp8"
     shape = MatmulShape(4096, 4096, 4096)
     assert select_kernel(shape, cpu, "inductor").kernel != "fp8"
@@ -206,12 +208,13 @@ def test_products(n: int, k: int, group: int, inner: int) -> None:
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_model(dynamic: bool, graphs: bool) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512))
+    model = nn.Sequential(nn.Linear(2048, 4096), nn.GELU(), nn.Linear(4096, 2048))
     model = model.to("cuda", torch.bfloat16).eval()
     options = {"triton.cudagraphs": graphs}
     plain = torch.compile(model, backend="int4tile", options=options, dynamic=dynamic)
@@ -220,7 +223,7 @@ def test_a_compiled_model(dynamic: bool, graphs: bool) -> None:
     )
     with torch.no_grad():
         for count in (16, 1024, 2048):
-            x = rows(count, 512, "cuda")
+            x = rows(count, 2048, "cuda")
             wanted, y = plain(x).clone(), fp8(x).clone()
             off = float((y.double() - wanted.double()).norm() / wanted.double().norm())
             assert (off == 0) if count < 1024 else 0.005 < off < 0.08, count

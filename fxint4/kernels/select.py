@@ -115,9 +115,9 @@ class Choice:
 #: Texts of those that write W out.
 _WITH_CUBLAS = {"dequantize": "dequantize + cuBLAS", "fp8": "fp8: dequantize + cuBLAS"}
 
-#: With at least as many rows fp8 is faster, if it is asked for: writing x and W out takes less than
-#: the tensor cores save (benchmarks/README.md, "fp8 activations").
-_FP8_ROWS = 1024
+#: With at least as many rows, for W of at least as many elements, fp8 is faster: writing x and W
+#: out takes less than tensor cores save (benchmarks/README.md, "python gemm.py --activations fp8").
+_FP8_ROWS = ((1024, 0), (512, 100_000_000))
 
 #: The CUDA kernel for many rows takes more rows than the first and at most the second, which are
 #: those measured: "many rows" of docs/gpu.md.
@@ -162,9 +162,10 @@ def select_kernel(
     few = shape.m <= 8 or -(-shape.m // 16) * shape.n * shape.k <= _ATEN_ELEMENTS
     if launcher == "python" and kernel is None and few and shape.dtype is torch.bfloat16:
         return Choice("aten")
-    asked_fp8 = shape.activations == "fp8" and kernel is None and launcher != "package"
-    if asked_fp8 and shape.m >= _FP8_ROWS and serves_fp8(shape, gpu_of(device)):
-        return Choice("fp8")
+    if shape.activations == "fp8" and kernel is None and launcher != "package":
+        enough = any(shape.m >= m and shape.n * shape.k >= size for m, size in _FP8_ROWS)
+        if enough and serves_fp8(shape, gpu_of(device)):
+            return Choice("fp8")
     if kernel == "triton":
         return Choice("triton", choose_blocks(shape, gpu_of(device)))
     asked = kernel == "cuda"  # then a missing kernel is an error, not another choice
