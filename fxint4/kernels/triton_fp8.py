@@ -114,7 +114,7 @@ def row_scales_launch_of(k: int, weights: Sequence[tuple[int, int]], group_size:
         "groups": -(-k // group_size),
         **weights_arguments(weights),
         "BN": features,
-        "STEP": 32,
+        "STEP": 16,
         "LARGEST": LARGEST,
         "LEAST": LEAST_SCALE,
     }
