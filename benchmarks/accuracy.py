@@ -4,7 +4,8 @@ language (the default)
     language_model.py's model of Llama's shape, trained here once for each seed (of its initial
     weights and of the order of its data); then held-out perplexity in bf16 and after each
     contender quantized all linear layers, the lm_head included. Ours by `fxint4.pack_`, run
-    eagerly on the int4 op, and for one setting by `torch.compile(backend="int4tile")`, too;
+    eagerly on the int4 op, and for some settings by `torch.compile(backend="int4tile")`, too, of
+    which those that end in "fp8" have `activations="fp8"`;
     torchao on its int4 op; hqq and gptqmodel as bf16 weights, dequantized (quantizers.py).
     Methods that look at data get the same windows of the training text. "divergence" and
     "error" (relative, of the logits) are against bf16, on the held-out text too.
@@ -68,10 +69,12 @@ GROUPS = (32, 64, 128, 256)
 WITH_DATA = ("gptq", "awq", "gptq+awq")
 METHODS = ("rtn", "mse", "hqq", *WITH_DATA)
 OURS = (*(f"int4tile {method}" for method in METHODS), "int4tile gptq, sequential")
+#: Compiled with `activations="fp8"`, which all rows of the held-out text are enough for.
+FP8 = {f"int4tile {method}, fp8": method for method in ("rtn", "gptq", "gptq+awq")}
 TORCHAO = ("torchao rtn", "torchao hqq")
-CONTENDERS = (*OURS, *TORCHAO, "hqq", "gptqmodel")
+CONTENDERS = (*OURS, *FP8, *TORCHAO, "hqq", "gptqmodel")
 BUDGETED = "int4tile target_error"
-#: Group size at which the compiled model and sequential calibration, which take long, are tried.
+#: Group size at which compiled models and sequential calibration, which take long, are tried.
 GOAL_GROUP = 128
 #: Processes that share one GPU.
 WORKERS = 3
@@ -200,10 +203,16 @@ def contenders(
             options["calibration"] = calibrated()
         return fxint4.pack_(model, options=options)
 
+    def in_fp8(model: nn.Module, method: str) -> Any:
+        ours(model, method)
+        options = {"activations": "fp8"}
+        return torch.compile(model, backend="int4tile", dynamic=False, options=options)
+
     rtn, hqq = TORCHAO
     return {
         **{f"int4tile {method}": partial(ours, method=method) for method in METHODS},
         "int4tile gptq, sequential": partial(ours, method="gptq", sequential=True),
+        **{name: partial(in_fp8, method=method) for name, method in FP8.items()},
         rtn: partial(quantizers.torchao, group_size=group, algorithm="tinygemm"),
         hqq: partial(quantizers.torchao, group_size=group, algorithm="hqq"),
         "hqq": partial(quantizers.hqq, group_size=group),
@@ -560,7 +569,7 @@ def language(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             names = [
                 name
                 for name in arguments.contenders
-                if group == GOAL_GROUP or "sequential" not in name
+                if group == GOAL_GROUP or not (name in FP8 or "sequential" in name)
             ]
             compiled = group == GOAL_GROUP and result is results[0] and "int4tile gptq+awq" in names
             runs.append((result, submit(grouped, result["seed"], group, names, compiled)))
