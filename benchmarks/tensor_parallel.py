@@ -356,7 +356,11 @@ def measure(
     for turn in range(ROUNDS):
         for each in contenders[:: -1 if turn % 2 else 1]:
             each.ask("measure")
-            for key, taken in each.answer().items():
+            answer = each.answer()
+            if "error" in answer:
+                contenders = [other for other in contenders if other is not each]
+                continue
+            for key, taken in answer.items():
                 times[each.name].setdefault(key, []).extend(taken)
     for each in contenders:
         each.ask("end")
@@ -473,9 +477,10 @@ def main() -> None:
             contenders = [Ranks(each, arguments, others, Path(name)) for each in names]
             contenders = [each for each in contenders if "error" not in each.answer()]
             tell("built")
-            if cuda and not all_reduces and contenders[0].count > 1:
-                contenders[0].ask("all_reduces")
-                all_reduces += contenders[0].answer()["all_reduces_us"]
+            several = next((each for each in contenders if each.count > 1), None)
+            if cuda and not all_reduces and several is not None:
+                several.ask("all_reduces")
+                all_reduces += several.answer().get("all_reduces_us", [])
                 tell("all-reduces")
                 show(all_reduces, ".1f")
             for cell in arguments.cells:

@@ -266,6 +266,10 @@ def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config, gathered: 
         gathered: See `decide`.
     """
     if site.stored is not None:
+        record = site.record
+        asked = config.overrides_of(record.name, (*record.parameters, *record.aliases))
+        activations = asked.get("activations", config.activations)
+        config = dataclasses.replace(config, activations=activations)
         decided: Plan | Kept = Plan(config, site.stored)
         key = ""
     else:

@@ -108,7 +108,8 @@ class Site:
     @property
     def activations(self) -> str | None:
         """What the int4 op is told of `Int4Config.activations`: None if it can't follow."""
-        return None if self.fp8_fault else self.config.activations
+        asked = self.config.activations
+        return None if asked is None or self.fp8_fault else asked
 
     @property
     def fp8_fault(self) -> str:
@@ -116,7 +117,7 @@ class Site:
         if self.int4 != "tiles":
             return f"device {self.device.type} has no fp8 matmul"
         if not has_fp8(self.device):
-            return "the GPU has no fp8 matmul (sm_89 and newer have)"
+            return "an fp8 matmul needs Triton and a GPU of sm_89 or newer"
         if self.batch:
             return "experts have none in fp8"
         if self.x_dtype is not torch.bfloat16:

@@ -25,6 +25,8 @@ from fxint4.kernels import triton_fp8
 from fxint4.kernels.select import Gpu, MatmulShape, select_kernel, serves_fp8
 from fxint4.kernels.triton_common import Launch, run
 from fxint4.kernels.triton_linear import buffers_of, dequantize_launch_of, sizes_of
+from fxint4.lowering import graph as lowering
+from fxint4.passes.site import Site
 
 gpu = pytest.mark.gpu
 #: Half a step of e4m3, relative to a normal number, and absolute below 2^-6.
@@ -143,6 +145,7 @@ def test_which_matmuls_are_in_fp8() -> None:
     assert chosen(512, n=28672) == "fp8"
     assert chosen(511, n=28672) != "fp8"
     assert chosen(4096, dtype=torch.float16) != "fp8"
+    assert chosen(4096, n=2048) != "fp8"
     shape = MatmulShape(4096, 4096, 4096)
     assert select_kernel(shape, cpu, "inductor").kernel != "fp8"
     asked = MatmulShape(4096, 4096, 4096, activations="fp8")
@@ -157,6 +160,21 @@ def normed(x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
     y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
     op = torch.ops.fxint4.linears
     return op(y, [tiles], [scale_and_zero], 128, [4096], activations="fp8")  # type: ignore[no-any-return]
+
+
+def of_channels_first(x: Tensor, tiles: Tensor, scale_and_zero: Tensor) -> Tensor:
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 4096)
+    op = torch.ops.fxint4.linears
+    return op(rows, [tiles], [scale_and_zero], 128, [4096], activations="fp8")  # type: ignore[no-any-return]
+
+
+@needs_triton
+@compiled_only
+@pytest.mark.compiles
+def test_x_is_quantized_in_rows() -> None:
+    """Not in the order of what it is a copy of, which the matmul takes only along rows."""
+    specs = [((2, 4096, 32, 32), torch.bfloat16), *packed_specs(4096, 4096)]
+    assert generated(of_channels_first, specs).count("aten._scaled_mm.default(") == 1
 
 
 @needs_triton
@@ -174,7 +192,7 @@ def test_a_norm_and_the_quantization_of_x_are_one_kernel() -> None:
 @compiled_only
 @pytest.mark.compiles
 @pytest.mark.by_aten
-def test_reasons() -> None:
+def test_reasons_and_refusals() -> None:
     model = nn.Linear(64, 64).eval()
     with torch.no_grad():
         torch.compile(model, backend="int4tile", options={"activations": "fp8"})(torch.ones(2, 64))
@@ -182,8 +200,67 @@ def test_reasons() -> None:
     assert "activations stay as they are: device cpu has no fp8 matmul" in record.reason
     with pytest.raises(fxint4.OptionError, match="not to pack_"):
         fxint4.pack_(model, options={"activations": "fp8"})
+    some = {"overrides": {"*": {"activations": "fp8"}}}
     with pytest.raises(fxint4.OptionError, match="not to pack_"):
-        fxint4.pack_(model, options={"overrides": {"*": {"activations": "fp8"}}})
+        fxint4.pack_(model, options=some)
+    with pytest.raises(fxint4.OptionError, match="not to Int4TileConfig"):
+        fxint4.Int4TileConfig(**some)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(64, 64, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)  # type: ignore[no-any-return]
+
+
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What int4 ops of graphs that are compiled from now on are told, as if there was a GPU."""
+    seen: list[str | None] = []
+
+    def compile_graph(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        for node in gm.graph.nodes:
+            if "int4pack" in str(node.target) or "linears" in str(node.target):
+                seen.append(node.kwargs.get("activations"))
+                # The CPU's op, so that the graph runs.
+        return compiles(gm, *args, **kwargs)
+
+    compiles = lowering.compile_graph
+    monkeypatch.setattr(lowering, "compile_graph", compile_graph)
+    monkeypatch.setattr(Site, "fp8_fault", property(lambda _: ""))
+    return seen
+
+
+@compiled_only
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_overrides_of_layers_that_share_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = told(monkeypatch)
+    model = nn.Sequential(*(Block() for _ in range(2))).eval()
+    options = {"activations": "fp8", "overrides": {"1.lin": {"activations": None}}}
+    for block in model:
+        block.compile(backend="int4tile", options=options)
+    with torch.no_grad():
+        model(torch.ones(2, 64, dtype=torch.bfloat16))
+    assert seen == ["fp8", None]
+
+
+@compiled_only
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize("wanted", [None, "fp8"])
+def test_overrides_of_packed_layers(wanted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = told(monkeypatch)
+    model = nn.Sequential(Block()).eval()
+    fxint4.pack_(model)
+    other = "fp8" if wanted is None else None
+    options = {"activations": other, "overrides": {"0.lin": {"activations": wanted}}}
+    with torch.no_grad():
+        x = torch.ones(2, 64, dtype=torch.bfloat16)
+        torch.compile(model, backend="int4tile", options=options)(x)
+    assert seen == [wanted]
 
 
 # --- products on a GPU ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,27 +330,35 @@ def test_dense_ops_called_by_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "how", "replaced"),
+    ("kind", "dtype", "rows", "how", "replaced"),
     [
-        ("cuda", torch.bfloat16, "sum", True),
-        ("cuda", torch.float32, "sum", True),
-        ("cuda", torch.float16, "sum", False),  # PyTorch's kernel has none
-        ("cuda", torch.bfloat16, "max", False),
-        ("cpu", torch.bfloat16, "sum", False),
+        ("cuda", torch.bfloat16, 4, "sum", True),
+        ("cuda", torch.float32, 4, "sum", True),
+        ("cuda", torch.bfloat16, 2**17, "sum", True),
+        ("cuda", torch.bfloat16, 2**17 + 1, "sum", False),  # NCCL's is faster
+        ("cuda", torch.float16, 4, "sum", False),  # PyTorch's kernel has none
+        ("cuda", torch.bfloat16, 4, "max", False),
+        ("cpu", torch.bfloat16, 4, "sum", False),
     ],
 )
 def test_sums_over_processes(
-    kind: str, dtype: torch.dtype, how: str, replaced: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    dtype: torch.dtype,
+    rows: int,
+    how: str,
+    replaced: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     functional, shared = torch.ops._c10d_functional, list[Any]()
     monkeypatch.setattr(all_reduce, "symmetric_memory", lambda *given: shared.append(given))
+    monkeypatch.setattr(all_reduce, "group_of", lambda _: SimpleNamespace(size=lambda: 2))
 
     def summed(x: Tensor) -> Tensor:
         return functional.wait_tensor(functional.all_reduce(x, how, "0")) + 1  # type: ignore[no-any-return]
 
     def graph(policy: Policy) -> list[Any]:
         with FakeTensorMode():
-            gm = make_fx(summed)(torch.empty(4, 8, dtype=dtype, device=kind))
+            gm = make_fx(summed)(torch.empty(rows, 8, dtype=dtype, device=kind))
         use_own_ops(gm, policy)
         gm.graph.lint()
         assert gm.code.count("all_reduce.default(") == 1

@@ -226,10 +226,11 @@ class Int4Config:
             parameters: Full names of the parameters the weight is made of.
             key: The weight's name in the calibration.
         """
+        overrides = self.overrides_of(name, parameters)
         choice = self.choices.get(key)
         if choice is not None and choice.group_size is not None:
-            return self.with_choice(choice)
-        overrides = self.overrides_of(name, parameters)
+            activations = overrides.get("activations", self.activations)
+            return dataclasses.replace(self.with_choice(choice), activations=activations)
         return self._with(overrides) if overrides else self
 
     def with_choice(self, choice: Choice) -> Int4Config:

@@ -130,6 +130,7 @@ class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules_to_not_convert = modules_to_not_convert
         # Packed weights are loaded without the calibration, so that none is given is no error yet.
         checked = self._int4_config(Calibration({}))
+        checked.require_bf16_activations("Int4TileConfig")
         self.include, self.skip = list(checked.include), list(checked.skip)
 
     def int4_config(self) -> Int4Config:

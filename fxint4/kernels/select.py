@@ -105,7 +105,7 @@ class Choice:
     def __str__(self) -> str:
         """The text of reports: "aten", "dequantize + cuBLAS", or the kernel and its MxN blocks."""
         if self.blocks is None:
-            return _WITH_CUBLAS.get(self.kernel, self.kernel)
+            return _WITH_DENSE.get(self.kernel, self.kernel)
         if isinstance(self.blocks, CudaBlocks):
             return f"{self.kernel} {self.blocks}"
         splits = f", {self.blocks.splits} splits" if self.blocks.splits > 1 else ""
@@ -113,11 +113,12 @@ class Choice:
 
 
 #: Texts of those that write W out.
-_WITH_CUBLAS = {"dequantize": "dequantize + cuBLAS", "fp8": "fp8: dequantize + cuBLAS"}
+_WITH_DENSE = {"dequantize": "dequantize + cuBLAS", "fp8": "fp8: dequantize + scaled_mm"}
 
 #: With at least as many rows, for W of at least as many elements, fp8 is faster: writing x and W
 #: out takes less than tensor cores save (benchmarks/README.md, "python gemm.py --activations fp8").
-_FP8_ROWS = ((1024, 0), (512, 100_000_000))
+#: Smaller W than 4096x4096 were not measured.
+_FP8_ROWS = ((1024, 4096 * 4096), (512, 100_000_000))
 
 #: The CUDA kernel for many rows takes more rows than the first and at most the second, which are
 #: those measured: "many rows" of docs/gpu.md.

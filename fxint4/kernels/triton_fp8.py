@@ -19,6 +19,7 @@ from fxint4._pytorch.tensors import aten
 from fxint4.kernels.triton_common import Launch, jit, run, tl
 from fxint4.kernels.triton_linear import (
     buffers_of,
+    check,
     dequantize_launch_of,
     sizes_of,
     weight_of,
@@ -56,7 +57,11 @@ def linears(
 
     Returns:
         bf16 ``[M, sum(ns)]``.
+
+    Raises:
+        ValueError: An argument is not as described.
     """
+    check(x, weights, group_size, ns, (torch.bfloat16,))
     w8, scale_w = written_out(weights, group_size, ns, x.shape[1])
     return multiply(*rows_in_e4m3(x), w8, scale_w)
 

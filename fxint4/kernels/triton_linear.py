@@ -54,6 +54,7 @@ from fxint4.kernels.triton_common import (
 __all__ = [
     "MOST_WEIGHTS",
     "buffers_of",
+    "check",
     "dequantize",
     "dequantize_launch_of",
     "launch_of",
@@ -128,11 +129,8 @@ def linears(
         ValueError: An argument is not as described, or the choice does not suit x.
         RuntimeError: The chosen kernel needs Triton, NVRTC or a GPU that is not there.
     """
-    _check(weights, group_size, ns)
-    tiles, scale_and_zero = weights[0]
-    check_x(x, _k_padded(tiles.shape), _DTYPES)
-    named = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero}
-    check_devices(_linear_kernel, named | _further(weights))
+    check(x, weights, group_size, ns)
+    tiles, _ = weights[0]
     (m, k), n = x.shape, sum(ns)
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros((m, n))
@@ -154,6 +152,25 @@ def linears(
     if choice.blocks is None:
         raise ValueError(f'a Choice of "{choice.kernel}" needs blocks')
     return _multiply(x, weights, group_size, ns, choice.blocks)
+
+
+def check(
+    x: Tensor,
+    weights: Sequence[tuple[Tensor, Tensor]],
+    group_size: int,
+    ns: Sequence[int],
+    dtypes: Sequence[torch.dtype] = _DTYPES,
+) -> None:
+    """Check the arguments of `linears`.
+
+    Raises:
+        ValueError: One is not as described there, or x has none of these dtypes.
+    """
+    _check(weights, group_size, ns)
+    tiles, scale_and_zero = weights[0]
+    check_x(x, _k_padded(tiles.shape), dtypes)
+    named = {"x": x, "tiles": tiles, "scale_and_zero": scale_and_zero}
+    check_devices(_linear_kernel, named | _further(weights))
 
 
 def dequantize(

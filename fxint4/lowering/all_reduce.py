@@ -40,6 +40,8 @@ def use_one_shot(gm: fx.GraphModule) -> None:
     Raises:
         OptionError: The GPUs don't reach each other's memory.
     """
+    if not torch.distributed.is_available():
+        return
     changed = False
     for node in gm.graph.find_nodes(op="call_function", target=functional.wait_tensor.default):
         [reduced] = node.args
@@ -48,7 +50,7 @@ def use_one_shot(gm: fx.GraphModule) -> None:
         x, how, group = reduced.args
         value: Any = value_of(node)
         on_gpu = value.device.type == "cuda" and value.dtype in _DTYPES
-        if on_gpu and how == "sum" and isinstance(group, str):
+        if on_gpu and how == "sum" and isinstance(group, str) and _may_be_few(value, group):
             with real_tensors():  # here, because a CUDA graph would take it for its own
                 symmetric_memory(group, value.device, MOST_BYTES)
             # Not in the same node, which may tell Inductor the strides of another op's inputs.
@@ -61,11 +63,19 @@ def use_one_shot(gm: fx.GraphModule) -> None:
         gm.recompile()
 
 
+def _may_be_few(value: Tensor, group: str) -> bool:
+    """Whether other processes have that much, or may have if a size is not known yet."""
+    others: int = group_of(group).size() - 1
+    size: Any = value.numel()
+    few = not isinstance(size, int) or size * value.element_size() * others <= MOST_BYTES
+    return others > 0 and few
+
+
 def _all_reduce(x: Tensor, group: str) -> Tensor:
     few = 0 < x.nbytes * (group_of(group).size() - 1) <= MOST_BYTES
-    if few and x.nbytes % 16 == 0:  # it reads 16 bytes at a time
-        memory = symmetric_memory(group, x.device, MOST_BYTES)
-        return one_shot_sum(x.contiguous(), group, memory)
+    x = x.contiguous()
+    if few and x.nbytes % 16 == 0 and x.data_ptr() % 16 == 0:  # it reads 16 bytes at a time
+        return one_shot_sum(x, group, symmetric_memory(group, x.device, MOST_BYTES))
     summed: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
     return summed
 

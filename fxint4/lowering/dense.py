@@ -215,7 +215,8 @@ class _Matmul:
         scale_x = inductor.call(aten.mul.Tensor, largest, 1 / triton_fp8.LARGEST)
         scale_x = inductor.call(aten.clamp_min.default, scale_x, triton_fp8.LEAST_SCALE)
         x8 = inductor.call(aten.div.Tensor, x, scale_x)
-        x8 = inductor.to_dtype(triton_fp8.E4M3, x8)
+        # Else it would have the strides of what x is a copy of.
+        x8 = inductor.contiguous(inductor.to_dtype(triton_fp8.E4M3, x8))
         weights, _, _ = self._sizes
         scale_w = inductor.empty([1, sum(self.n)], self.x, torch.float32)
         launch = triton_fp8.row_scales_launch_of(self.k, weights, self.group_size)

@@ -33,8 +33,9 @@ from fxint4.weights.identity import WeightIdentity
 __all__ = ["Binding", "Int4Graph", "expected_rows"]
 
 #: What compiled code depends on, of one site: None where it multiplies by the weight as it is; else
-#: the packing format, the packed shape, and a number that is equal for equal pre-scales.
-_Choice = tuple[Format, TileShape, int | None] | None
+#: the packing format, the packed shape, a number that is equal for equal pre-scales, and what the
+#: op is told of activations.
+_Choice = tuple[Format, TileShape, int | None, str | None] | None
 
 #: The packing format that each site of a graph reads; None where the weight stays as it is.
 _Formats = tuple[Format | None, ...]
@@ -328,7 +329,7 @@ class Int4Graph:
     def _choices(self, binding: Binding, formats: _Formats) -> tuple[_Choice, ...]:
         numbers = pre_scale_numbers(binding.sites)
         return tuple(
-            None if format is None else (format, site.shape, number)
+            None if format is None else (format, site.shape, number, site.activations)
             for site, format, number in zip(binding.sites, formats, numbers, strict=True)
         )
 

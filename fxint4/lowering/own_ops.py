@@ -23,7 +23,7 @@ __all__ = ["use_own_ops"]
 
 
 def use_own_ops(gm: fx.GraphModule, policy: Policy) -> None:
-    """Replace the int4 ops of a graph, and of the graphs it calls, in place.
+    """Replace the int4 ops of a graph, and of the graphs it calls, in place; sums, if asked to.
 
     Args:
         gm: An aten graph whose nodes have fake values.

@@ -10,6 +10,7 @@ import torch
 from fxint4._pytorch.tensors import aten, mkldnn_supports
 from fxint4.kernels.devices import PerDevice
 from fxint4.kernels.select import gpu_of
+from fxint4.kernels.triton_common import triton
 from fxint4.quant.tile_layout import TileShape
 
 __all__ = [
@@ -74,8 +75,8 @@ def device_fault(device: torch.device) -> str | None:
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether a GPU multiplies e4m3."""
-    return gpu_of(device).fp8
+    """Whether a GPU multiplies e4m3, and there is Triton to write it; true for other devices."""
+    return triton is not None and gpu_of(device).fp8
 
 
 def rows_multiple(device: torch.device) -> int:
