@@ -192,8 +192,9 @@ def shard_text(shards: Sequence[Shard], names: Mapping[int, str]) -> str:
     )
 
 
-#: Memory that all processes of a group reach, by the group's name and the device.
-_symmetric: dict[tuple[str, torch.device], Tensor] = {}
+#: Memory that all processes of a group reach, and the group, by the group's name and the device.
+#: Another group may get the name of one that was destroyed.
+_symmetric: dict[tuple[str, torch.device], tuple[Any, Tensor]] = {}
 
 
 def group_of(name: Any) -> Any:
@@ -220,8 +221,9 @@ def symmetric_memory(group: str, device: torch.device, size: int) -> Tensor:
     Raises:
         OptionError: The GPUs don't reach each other's memory.
     """
-    key = (group, device)
-    if key not in _symmetric:
+    key, processes = (group, device), group_of(group)
+    known = _symmetric.get(key)
+    if known is None or known[0] is not processes:
         from torch.distributed import _symmetric_memory
 
         try:
@@ -232,8 +234,8 @@ def symmetric_memory(group: str, device: torch.device, size: int) -> Tensor:
                 "one_shot_all_reduce needs GPUs of one host that reach each other's memory, one "
                 f"for each process; PyTorch says: {first_line(error)}. Leave the option out"
             ) from error
-        _symmetric[key] = memory
-    return _symmetric[key]
+        known = _symmetric[key] = (processes, memory)
+    return known[1]
 
 
 def one_shot_sum(x: Tensor, group: str, memory: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fxint4.graph.build import Build
 from fxint4.graph.symbolic import value_of
 
 __all__ = ["use_one_shot"]
+
+logger = logging.getLogger("fxint4")
 
 #: The most bytes that a process reads of the others': each reads the whole of all of them. Two
 #: H200s take 22 us for as many and NCCL 30; for 2**24 they take 134 and NCCL 76, which moves less.
@@ -42,11 +45,12 @@ def use_one_shot(gm: fx.GraphModule) -> None:
     """
     if not torch.distributed.is_available():
         return
-    changed = False
+    seen, changed = 0, 0
     for node in gm.graph.find_nodes(op="call_function", target=functional.wait_tensor.default):
         [reduced] = node.args
         if reduced.target != functional.all_reduce.default or len(reduced.users) > 1:
             continue
+        seen += 1
         x, how, group = reduced.args
         value: Any = value_of(node)
         on_gpu = value.device.type == "cuda" and value.dtype in _DTYPES
@@ -58,7 +62,8 @@ def use_one_shot(gm: fx.GraphModule) -> None:
             node.replace_all_uses_with(summed)
             gm.graph.erase_node(node)
             gm.graph.erase_node(reduced)
-            changed = True
+            changed += 1
+    logger.debug("one_shot_all_reduce: %d of %d all-reduces of a graph", changed, seen)
     if changed:
         gm.recompile()
 

@@ -23,6 +23,11 @@ __all__: list[str] = []
 
 def _gather(weight: Int4TileTensor, group_size: int, group: Any) -> Tensor:
     """Join the weights of all processes along the first axis."""
+    return torch.cat(_of_all(weight, group_size, group))
+
+
+def _of_all(weight: Int4TileTensor, group_size: int, group: Any) -> list[Tensor]:
+    """The weights of all processes."""
     implements(*wrapping_ops())(_waited)
     weight = _tight(weight)
 
@@ -33,18 +38,16 @@ def _gather(weight: Int4TileTensor, group_size: int, group: Any) -> Tensor:
         return joined.chunk(group_size)
 
     gathered = {name: of_all(buffer) for name, buffer in weight.buffers.items()}
-    return torch.cat(
-        [
-            weight.like(**{name: parts[rank] for name, parts in gathered.items()}, is_part=False)
-            for rank in range(group_size)
-        ]
-    )
+    return [
+        weight.like(**{name: parts[rank] for name, parts in gathered.items()}, is_part=False)
+        for rank in range(group_size)
+    ]
 
 
 def _exchange(weight: Int4TileTensor, joined: int, split: int, group: Any) -> Tensor:
     """This process's part along one axis, of a weight of which each has a part along another."""
     of = group_of(group)
-    whole = torch.cat(_gather(weight, of.size(), group).chunk(of.size()), joined)
+    whole = torch.cat(_of_all(weight, of.size(), group), joined)
     mine: Tensor = whole.chunk(of.size(), split)[of.rank()]
     return mine.contiguous()
 
