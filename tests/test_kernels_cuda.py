@@ -484,7 +484,7 @@ def test_code_under_cuda_graphs(rows: int, k: int, kernel: str | None, calls: bo
     ours = re.findall(r"fxint4\.linears\.default\((.*)\)", code)
     assert len(ours) == calls
     for call in ours:  # with its sizes: what is chosen is not chosen again
-        assert call.endswith("True, 'few_rows', [1, 1, 16, 1, 1], True")
+        assert call.endswith("True, 'few_rows', [1, 1, 16, 1, 1], True, None")
     assert ("_kernel_of_linear" in code) != calls
     assert len(re.findall(r"^\s*triton_\w+\.run\(", code, re.MULTILINE)) == 1  # + 1, or the sum
 
@@ -507,7 +507,7 @@ def test_only_weights_that_the_graph_is_given_are_read_early(rows: int) -> None:
         specs = [((rows, 1024), BF16), *packed_specs(1024, 1024)]
         code = generated(function, specs, cuda_graphs=True)
         [call] = re.findall(r"fxint4\.linears\.default\((.*)\)", code)
-        assert call.endswith(f"], {early}"), function
+        assert call.endswith(f"], {early}, None"), function
 
 
 @needs_triton

@@ -141,11 +141,16 @@ def test_the_rule_for_cuda_blocks_takes_what_was_measured_to_be_fastest() -> Non
 
 
 def test_each_gpu_of_a_machine_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = [(9, 114), (8, 142)]  # an H100 and an L40S
-    properties = [SimpleNamespace(major=major, multi_processor_count=n) for major, n in gpus]
+    gpus = [(9, 0, 114), (8, 9, 142), (8, 0, 108)]  # an H100, an L40S, an A100
+    properties = [
+        SimpleNamespace(major=major, minor=minor, multi_processor_count=n)
+        for major, minor, n in gpus
+    ]
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda gpu: properties[gpu.index])
     gpu_of.cache_clear()
-    for current, expected in enumerate([Gpu(114, True), Gpu(142, False)]):
+    for current, expected in enumerate(
+        [Gpu(114, True, True), Gpu(142, False, True), Gpu(108, False, False)]
+    ):
         monkeypatch.setattr("torch.cuda.current_device", lambda current=current: current)
         assert gpu_of(torch.device("cuda")) == gpu_of(torch.device("cuda", current)) == expected
     gpu_of.cache_clear()

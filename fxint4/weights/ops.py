@@ -139,7 +139,7 @@ def _choice(
     device: torch.device,
     replayed: bool,
     kernel: str | None,
-    activations: str | None,
+    activations: str | None = None,
 ) -> Choice:
     """`select_kernel`, cached by numbers: making a `MatmulShape` alone takes a microsecond."""
     shape = MatmulShape(m, n, k, group_size, inner_k_tiles, dtype, activations)
