@@ -77,9 +77,9 @@ def _may_be_few(value: Tensor, group: str) -> bool:
 
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:
-    few = 0 < x.nbytes * (group_of(group).size() - 1) <= MOST_BYTES
     x = x.contiguous()
-    if few and x.nbytes % 16 == 0 and x.data_ptr() % 16 == 0:  # it reads 16 bytes at a time
+    aligned = x.nbytes % 16 == 0 and x.data_ptr() % 16 == 0  # it reads 16 bytes at a time
+    if x.numel() and aligned and _may_be_few(x, group):
         return one_shot_sum(x, group, symmetric_memory(group, x.device, MOST_BYTES))
     summed: Tensor = functional.wait_tensor(functional.all_reduce(x, "sum", group))
     return summed
