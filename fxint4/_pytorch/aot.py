@@ -28,6 +28,7 @@ __all__ = [
     "example_size",
     "inputs_mutated_by_graph",
     "mark_boxed",
+    "note_mutated_inputs",
     "outer_input",
     "symbols_of",
     "warn_if_untested",
@@ -74,12 +75,13 @@ def compile_fx(
     config_patches: Mapping[str, Any],
     extra_decompositions: Mapping[Any, Callable[..., Any]],
     subclass: type[Tensor],
+    version: str,
 ) -> Callable[..., Any]:
     """Run Inductor's whole pipeline for inference, with `inner_compile` as its last stage.
 
-    AOTAutograd's cache is off, because it returns what plain Inductor compiled from the same graph,
-    unquantized. Inductor's FX graph cache stays on, because its key is the rewritten graph. no_grad
-    forces the inference path although parameters require grad.
+    AOTAutograd's cache has entries of its own for that, see `fxint4._pytorch.aot_cache`: those of
+    plain Inductor hold what it compiled from the same graph, unquantized. no_grad forces the
+    inference path although parameters require grad.
 
     Args:
         gm: Dynamo's graph.
@@ -88,20 +90,24 @@ def compile_fx(
         config_patches: Patches of Inductor's config.
         extra_decompositions: Decompositions beside Inductor's.
         subclass: The tensor subclass to take apart, see `UnwrappedInputs`.
+        version: Of the code that has a say in what AOTAutograd makes of a graph.
 
     Returns:
         A function of the inputs of `gm`.
     """
-    import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    from fxint4._pytorch.aot_cache import cached_captures
 
     apart = UnwrappedInputs(gm, example_inputs, subclass)
     patches = {**config_patches, **CONFIG_PATCHES}
-    with torch.no_grad(), functorch_config.patch(enable_autograd_cache=False):
+    last_stage = apart.telling_origins(inner_compile)
+    unflatten = subclass.__tensor_unflatten__  # type: ignore[attr-defined]
+    with torch.no_grad(), cached_captures(last_stage, version, [unflatten]) as inner:
         compiled = inductor_compile_fx(
             apart.gm,
             apart.inputs,
-            inner_compile=apart.telling_origins(inner_compile),
+            inner_compile=inner,
             config_patches=patches,
             decompositions=decompositions(extra_decompositions),
         )
@@ -230,10 +236,20 @@ def outer_input(placeholder: fx.Node) -> tuple[int | str, tuple[str, ...]] | Non
     return (desc.target, attributes) if isinstance(desc, ParamAOTInput) else None
 
 
-def inputs_mutated_by_graph() -> frozenset[int]:
-    """Positions of the placeholders whose data AOTAutograd's graph writes to."""
+def note_mutated_inputs(captured: fx.GraphModule) -> None:
+    """Keep with placeholders what AOTAutograd knows, while it traces, of data that it writes to."""
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
-    if metadata is None:
-        return frozenset()
-    return frozenset(index for index, info in enumerate(metadata.input_info) if info.mutates_data)
+    if metadata is not None:
+        placeholders = captured.graph.find_nodes(op="placeholder")
+        for node, info in zip(placeholders, metadata.input_info, strict=False):
+            node.meta[_MUTATED] = info.mutates_data
+
+
+def inputs_mutated_by_graph(captured: fx.GraphModule) -> frozenset[int]:
+    """Positions of the placeholders whose data AOTAutograd's graph writes to."""
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    return frozenset(at for at, node in enumerate(placeholders) if node.meta.get(_MUTATED))
+
+
+_MUTATED = "fxint4_mutated"

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from fxint4._pytorch.aot import (
     CompileState,
     compile_for_training,
-    compile_fx,
     warn_if_untested,
 )
 from fxint4._pytorch.dynamo import frame_id, graph_break_reason, without_guards_of_buffers
@@ -34,7 +33,7 @@ from fxint4.lowering.bound_records import BoundRecords
 from fxint4.lowering.dense import compile_graph
 from fxint4.lowering.graph import Binding, Int4Graph, expected_rows
 from fxint4.passes.adapters import adapter_by_name
-from fxint4.passes.encoder_layer import DECOMPOSITIONS
+from fxint4.passes.capture import capture
 from fxint4.passes.pipeline import Analysis, run_passes
 from fxint4.passes.site import Site
 from fxint4.report import GraphReport, Report
@@ -163,9 +162,7 @@ def compile_captured(
         remember(report)
         return graph or compile_graph(captured, fake_inputs, policy, made.run_pass, **kwargs)
 
-    compiled = compile_fx(
-        gm, example_inputs, inner_compile, patches, DECOMPOSITIONS, Int4TileTensor
-    )
+    compiled = capture(gm, example_inputs, inner_compile, patches)
     return _for_inference_alone(compiled, inputs, len(example_inputs))
 
 

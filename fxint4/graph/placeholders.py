@@ -74,7 +74,7 @@ class GraphWeights:
         """
         made = cls()
         made.origins = inputs.origins
-        mutated = inputs_mutated_by_graph()
+        mutated = inputs_mutated_by_graph(captured)
         by_ops = _written_placeholders(captured)
         for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
             written = index in mutated or node in by_ops

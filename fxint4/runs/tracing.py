@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxint4._pytorch.aot import CompileState, compile_fx, mark_boxed
+from fxint4._pytorch.aot import CompileState, mark_boxed
 from fxint4._pytorch.dynamo import (
     compiles_forgotten,
     has_forward_hooks,
@@ -21,9 +21,8 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.errors import Int4Error
 from fxint4.graph.names import OWN_CODE, modules_of, named_from
 from fxint4.graph.placeholders import GraphWeights, inputs_of
-from fxint4.passes.encoder_layer import DECOMPOSITIONS
+from fxint4.passes.capture import capture
 from fxint4.passes.pipeline import Analysis, run_passes
-from fxint4.tensor import Int4TileTensor
 
 __all__ = ["GraphRunner", "ModelRunner", "compiled_anew", "traced"]
 
@@ -64,7 +63,7 @@ def traced(
             position = len(held) - 1
             return mark_boxed(lambda arguments: held[position](arguments))
 
-        return compile_fx(gm, example_inputs, inner_compile, {}, DECOMPOSITIONS, Int4TileTensor)
+        return capture(gm, example_inputs, inner_compile, {})
 
     try:
         with compiled_anew(model, backend) as run:

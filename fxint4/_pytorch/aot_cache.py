@@ -1,0 +1,192 @@
+"""PyTorch's private API for AOTAutograd's cache: captured graphs in place of compiled code.
+
+The cache answers for a graph of Dynamo's. What it holds here is the graph that AOTAutograd made of
+that, as Inductor's last stage gets it, and not what was compiled from it: that depends on options
+and on the weights of the process. So a hit saves the tracing, and all that follows runs as without
+a cache; Inductor's FX graph cache has the code. Its key is the rewritten graph.
+
+All of it was run on torch 2.11, 2.13 and 2.15. The module is imported late: it loads Inductor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.output_code import OutputCode
+from torch._inductor.virtualized import V
+from torch.compiler import config as compiler_config
+from torch.fx._graph_pickler import GraphPickler, Options
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+
+from fxint4._pytorch.aot import note_mutated_inputs
+
+__all__ = ["CapturedGraph", "cached_captures"]
+
+logger = logging.getLogger("fxint4")
+
+#: `inner_compile` of the compile that runs in this thread.
+_inner_compile: ContextVar[Callable[..., Any]] = ContextVar("fxint4 inner compile")
+
+#: What the cache itself holds for Inductor's last stage, or makes for each compile.
+_OF_THE_COMPILE = ("cudagraphs", "boxed_forward_device_index")
+
+
+@contextlib.contextmanager
+def cached_captures(
+    inner_compile: Callable[..., Any], version: str, unsafe: Sequence[Callable[..., Any]]
+) -> Iterator[Callable[..., Any]]:
+    """A context in which AOTAutograd's cache, where it is on, holds captured graphs.
+
+    Args:
+        inner_compile: Inductor's last stage, or what replaces it.
+        version: Of the code that has a say in what AOTAutograd captures; a part of the cache's key.
+        unsafe: Functions in Dynamo's graphs that go by their arguments and the version alone, which
+            the cache can't know.
+
+    Yields:
+        What to give to Inductor as its last stage.
+    """
+
+    def inner(captured: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CapturedGraph:
+        # Inductor's own table does for its last stage, and can be in a cache's key; ours cannot.
+        kwargs.pop("get_decomp_fn", None)
+        note_mutated_inputs(captured)
+        saved = _pickled(captured, inputs, kwargs) if _is_on() else None
+        return CapturedGraph(_compile(captured, inputs, kwargs), saved)
+
+    tag = f"{compiler_config.cache_key_tag}fxint4 captures {version}"
+    safe = {f"{each.__module__}.{each.__name__}": version for each in unsafe}
+    safe.update(inductor_config.unsafe_marked_cacheable_functions)
+    token = _inner_compile.set(inner_compile)
+    try:
+        with (
+            functorch_config.patch(bundled_autograd_cache=True),
+            compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+            inductor_config.patch(unsafe_marked_cacheable_functions=safe),
+        ):
+            yield inner
+    finally:
+        _inner_compile.reset(token)
+
+
+class CapturedGraph(OutputCode):
+    """A captured graph, compiled, and what the cache holds of it.
+
+    Args:
+        compiled: The compiled graph, which takes its inputs as one list and empties it.
+        pickled: The captured graph; None where it can't be held.
+    """
+
+    def __init__(self, compiled: Callable[..., Any] | None, pickled: bytes | None) -> None:
+        self._boxed_call = True  # of the object itself, from which AOTAutograd copies it
+        self.compiled = compiled
+        self.pickled = pickled
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run the graph."""
+        return self.compiled(inputs)  # type: ignore[misc]
+
+    def prepare_for_serialization(self) -> None:
+        """Leave what goes into the cache, in a copy of this object."""
+        if self.pickled is None:
+            from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+
+            raise BypassAOTAutogradCache("fxint4 cannot pickle the captured graph")
+        self.compiled = None
+
+    def post_compile(
+        self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: Mapping[str, Any]
+    ) -> None:
+        """Compile the graph that came out of the cache, as if AOTAutograd had just made it."""
+        assert self.pickled is not None
+        captured, inputs, kwargs = cast(
+            "tuple[Any, Any, Any]", GraphPickler.loads(self.pickled, V.fake_mode)
+        )
+        now = {key: graph_kwargs[key] for key in _OF_THE_COMPILE if key in graph_kwargs}
+        self.compiled = _compile(captured, inputs, {**kwargs, **now})
+        self.pickled = None
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        """Inductor's own code has its kernels."""
+
+
+def _compile(captured: fx.GraphModule, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    # Else Inductor would rely on the bundle for its own code, too.
+    with functorch_config.patch(bundled_autograd_cache=False):
+        return _inner_compile.get()(captured, inputs, **kwargs)
+
+
+def _is_on() -> bool:
+    from torch._functorch._aot_autograd.autograd_cache import should_use_local_autograd_cache
+
+    return bool(should_use_local_autograd_cache() and inductor_config.fx_graph_cache)
+
+
+# --- captured graphs as bytes --------------------------------------------------------------------
+
+#: What passes of ours, or Inductor, read of a node. Stacks of modules and the like hold objects.
+_META_KEPT = frozenset(
+    {
+        "val",
+        "tensor_meta",
+        "desc",
+        "fxint4_mutated",
+        "original_aten",
+        "user_visible_output_idxs",
+        "original_output_strides",
+        "partitioner_tag",
+        "recompute",
+        "custom",
+        "stack_trace",
+        "from_node",
+    }
+)
+
+
+class _Pickler(GraphPickler):
+    """Leaves out the ShapeEnv: sizes are symbols of the one that Dynamo has when it is read.
+
+    The cache's key holds the symbols of the inputs, so both have the same ones.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ShapeEnv):
+            return _present_shape_env, (self._unpickle_state,)
+        if isinstance(obj, torch.SymInt) and obj.node.constant is None:
+            if free_unbacked_symbols(obj):
+                raise NotImplementedError(f"{obj} is known when the graph runs, and not before")
+            return _present_size, (obj.node.expr, self._unpickle_state)
+        return super().reducer_override(obj)
+
+
+def _present_shape_env(state: Any) -> Any:
+    return state.fake_mode.shape_env
+
+
+def _present_size(expression: Any, state: Any) -> torch.SymInt:
+    node = SymNode(expression, state.fake_mode.shape_env, int, None)
+    return torch.SymInt(node)  # type: ignore[no-untyped-call]
+
+
+def _pickled(
+    captured: fx.GraphModule, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bytes | None:
+    options = Options(ops_filter=None, node_metadata_key_filter=_META_KEPT.__contains__)
+    kept = {key: value for key, value in kwargs.items() if key not in _OF_THE_COMPILE}
+    try:
+        with io.BytesIO() as stream:
+            _Pickler(stream, options).dump((captured, list(inputs), kept))
+            return stream.getvalue()
+    except Exception as error:  # whatever an object raises that cannot be pickled
+        logger.debug("AOTAutograd's cache will not hold a graph: %s", error)
+        return None
