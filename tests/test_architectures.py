@@ -645,17 +645,34 @@ def check(arch: Architecture, dtype: torch.dtype, device: str) -> None:
 
 #: Whose C++ Inductor generates here; with `--full` that of all, and on a GPU Triton of all.
 COMPILED = ("llama-bfloat16", "gpt_oss-grouped_mm-bfloat16", "bert-float32")
+#: Much like others on a CPU, so there they run with `--full`; on a GPU all do.
+ALIKE = (
+    "qwen2-bfloat16",
+    "qwen3-float32",
+    "mistral-bfloat16",
+    "gpt_neox-bfloat16",
+    "opt-bfloat16",
+    "falcon-bfloat16",
+    "mixtral-batched_mm-bfloat16",
+    "qwen3_moe-grouped_mm-bfloat16",
+    "qwen3_moe-batched_mm-bfloat16",
+    "gpt_oss-grouped_mm-float32",
+    "modernbert-bfloat16",
+    "vit-float32",
+)
 #: Which run in fp16 on a GPU, beside bf16, in which all do; with `--full` all.
 IN_FP16 = ("llama", "mixtral-batched_mm", "gpt_oss-grouped_mm", "t5", "bert", "vit")
 
 
-def cases(dtypes: Callable[[Architecture], Sequence[torch.dtype]]) -> list[Any]:
+def cases(
+    dtypes: Callable[[Architecture], Sequence[torch.dtype]], alike: Sequence[str] = ()
+) -> list[Any]:
     made = []
     for name, arch in ARCHITECTURES.items():
         for dtype in dtypes(arch):
             case = f"{name}-{str(dtype).removeprefix('torch.')}"
             marks = [] if case in COMPILED else [pytest.mark.by_aten]
-            if dtype is torch.float16 and name not in IN_FP16:
+            if case in alike or (dtype is torch.float16 and name not in IN_FP16):
                 marks.append(pytest.mark.full)
             made.append(pytest.param(arch, dtype, id=case, marks=marks))
     return made
@@ -678,7 +695,7 @@ def own_warnings(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @own_warnings
-@pytest.mark.parametrize(("arch", "dtype"), cases(lambda arch: arch.dtypes))
+@pytest.mark.parametrize(("arch", "dtype"), cases(lambda arch: arch.dtypes, ALIKE))
 def test_equals_eager_with_dequantized_weights(arch: Architecture, dtype: torch.dtype) -> None:
     if arch.broken_in and torch.__version__.startswith(f"{arch.broken_in}."):
         pytest.skip(f"Inductor of torch {arch.broken_in} corrupts memory with it, plain as well")
@@ -741,7 +758,11 @@ def hold(
 
 
 @own_warnings
-@pytest.mark.parametrize("by_graph", [False, True], ids=["by module", "by graph"])
+@pytest.mark.parametrize(
+    "by_graph",
+    [False, pytest.param(True, marks=pytest.mark.full)],
+    ids=["by module", "by graph"],
+)
 @pytest.mark.parametrize("name", PACKED_IN_PLACE)
 @pytest.mark.by_aten
 def test_packed_in_place(name: str, by_graph: bool) -> None:
