@@ -163,7 +163,7 @@ CASES = linear_cases() | other_cases()
 # --- what they need ------------------------------------------------------------------------------
 
 
-def _cases() -> list[Any]:
+def _cases() -> list[object]:
     """All of them with `--full`; else not those with one option alone that others have, too."""
     made = []
     for name in CASES:
