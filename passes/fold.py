@@ -48,17 +48,19 @@ def fold(
     records: list[Record] = []
     new: list[PackedWeight] = []
     bar = tqdm(
-        found,
+        total=len(found),
         desc="fxint4: folding weights",
         unit="weight",
         disable=not config.progress,
         leave=False,
     )
-    with real_tensors():
-        for entry in bar:
+    with bar, real_tensors():
+        for done, entry in enumerate(found):
+            bar.n = done
             if isinstance(entry, Record):
                 records.append(entry)
                 continue
+            bar.set_postfix_str(entry.record.name)
             if entry.kept:
                 records.append(dataclasses.replace(entry.record, reason=entry.kept))
                 continue

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -22,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.decomposition import decompositions as inductor_decompositions
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import fxint4
 from fxint4 import Int4Config, Int4TileTensor
@@ -720,9 +723,20 @@ def test_the_library_prints_nothing(x: Tensor, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.compiles
-def test_progress_shows_a_bar_when_asked(x: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
-    fxint4.explain(linear(), x, options={"progress": True})
-    assert "folding weights" in capfd.readouterr().err
+def test_progress_says_which_layer_and_what_is_left(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = functools.partial(tqdm, mininterval=0)
+    monkeypatch.setattr("fxint4.runs.errors_of.tqdm", at_once)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    x, options = torch.randn(2, 64), {"progress": True}
+    fxint4.explain(model, x, options=options)
+    shown = capfd.readouterr().err
+    assert re.search(r"folding weights: .*1/2 .*, 1\]", shown)  # the first is done, "1" is next
+    assert re.search(r"measuring errors: .*3/4 .*, 0\]", shown)
+    fxint4.pack_(model, options=options)
+    shown = capfd.readouterr().err
+    assert re.search(r"packing weights: .*4.10k/8.19k .*, 1\]", shown)
 
 
 # --- graphs of other kinds --------------------------------------------------------------------

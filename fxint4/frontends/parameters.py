@@ -108,16 +108,21 @@ def replace_parameters(
     ) as bar:
         while candidates:
             candidate = candidates.pop(0)
-            bar.update(candidate.parameter.numel())
-            records.append(_replace(candidate, owners, config, device))
+            size, names = candidate.parameter.numel(), owners.names(candidate.parameter)
+            bar.set_postfix_str(layer_name(names[0]))
+            records.append(_replace(candidate, names, owners, config, device))
             del candidate
+            bar.update(size)
     return records
 
 
 def _replace(
-    candidate: Candidate, owners: Owners, config: Int4Config, device: torch.device | None
+    candidate: Candidate,
+    names: Sequence[str],
+    owners: Owners,
+    config: Int4Config,
+    device: torch.device | None,
 ) -> Record:
-    names = owners.names(candidate.parameter)
     packed, record = packed_candidate(candidate, names, config, device)
     if packed is None:
         return record

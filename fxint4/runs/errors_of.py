@@ -115,7 +115,7 @@ def measure(
                 return [tensor.detach().clone() for tensor in made]
 
         before = outputs()
-        meter.use_quantized = True
+        meter.multiply_by_quantized()
         return meter.errors(before, outputs())
 
 
@@ -146,7 +146,7 @@ def measure_graph(
             return float_tensors([results[position] for position in outputs])
 
         before = run()
-        meter.use_quantized = True
+        meter.multiply_by_quantized()
         return meter.errors(before, run())
 
 
@@ -157,12 +157,10 @@ class _Meter:
         quantized_of: Quantizes the weights.
         progress: Whether to show a bar.
 
-    Attributes:
-        use_quantized: Whether sites multiply by the quantized weights, as in the second run.
     """
 
     def __init__(self, quantized_of: QuantizedOf, progress: bool) -> None:
-        self.use_quantized = False
+        self._use_quantized = False
         self._quantized_of = quantized_of
         self._sums: dict[Hashable, list[float]] = {}
         self._bar = tqdm(
@@ -175,14 +173,20 @@ class _Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def multiply_by_quantized(self) -> None:
+        """Begin the second run: sites multiply by the quantized weights from now on."""
+        self._use_quantized = True
+        self._bar.total = 2 * self._bar.n  # as many matmuls again
+
     def __call__(
         self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
     ) -> Tensor:
+        self._bar.set_postfix_str(site.record.name, refresh=False)
         self._bar.update()
         with real_tensors():
-            dtype = activations[0].x.dtype if self.use_quantized else torch.float32
+            dtype = activations[0].x.dtype if self._use_quantized else torch.float32
             quantized = self._quantized_of(site, roots, dtype)
-            if self.use_quantized and quantized is not None:
+            if self._use_quantized and quantized is not None:
                 return quantized
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:

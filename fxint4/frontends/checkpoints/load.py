@@ -431,6 +431,7 @@ def _fill(slots: Sequence[_Slot], device: torch.device | None, progress: bool) -
         leave=False,
     ) as bar:
         for slot in slots:
+            bar.set_postfix_str(slot.place.name)
             target = slot.place.tensor.device if device is None else device
             if id(slot.item) not in made:
                 made[id(slot.item)] = slot.read(_CPU if target.type == "meta" else target)
