@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
+import math
 import os
 import shutil
 import statistics
@@ -26,7 +28,7 @@ from fxint4.config.int4_config import METHODS
 from fxint4.errors import CommandError, PackedFormatError, ReportError, first_line, printable
 from fxint4.frontends.package import read_metadata
 from fxint4.quant.tile_layout import GROUP_SIZES, INNER_K_TILES
-from fxint4.report import Report, changes, stdout_has_colour
+from fxint4.report import Report, changes, compare, save_diff_page, stdout_has_colour
 
 __all__ = ["diff", "export", "run"]
 
@@ -99,6 +101,7 @@ def export(argv: Sequence[str]) -> int:
         default=None,
         help="run the model on the example inputs with both kinds of weights; report the errors",
     )
+    parser.add_argument("--json", action="store_true", help="print JSON in the place of text")
     args = parser.parse_args(argv)
 
     on_terminal = sys.stderr.isatty()
@@ -122,9 +125,17 @@ def export(argv: Sequence[str]) -> int:
             program = torch.export.export(model, inputs, keywords, dynamic_shapes=dynamic)
             _next_stage(bar, "folding and compiling")
             fxint4.package(program, args.output, {**options, "progress": on_terminal})
-    print(fxint4.last_report())
-    print(f"\nwrote {printable(args.output)}, {os.path.getsize(args.output) / 1e6:.1f} MB")
+    report, size = fxint4.last_report(), os.path.getsize(args.output)
+    if args.json:
+        print(_json({"package": args.output, "bytes": size, "report": report.to_dict()}))
+        return 0
+    print(report)
+    print(f"\nwrote {printable(args.output)}, {size / 1e6:.1f} MB")
     return 0
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, indent=1, allow_nan=False)
 
 
 def _next_stage(bar: tqdm[Any], what: str) -> None:
@@ -250,6 +261,7 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output", metavar="Y.pt", help="where to torch.save what comes out")
     parser.add_argument("--bench", action="store_true", help=f"time {_CALLS} calls")
+    parser.add_argument("--json", action="store_true", help="print JSON in the place of text")
     args = parser.parse_args(argv)
 
     try:
@@ -283,14 +295,25 @@ def run(argv: Sequence[str]) -> int:
     )
     with torch.no_grad():
         outputs = model(*inputs, **keywords)
-        for index, value in enumerate(flat(outputs)):
-            print(f"output {index}: {_summary(value)}")
+        leaves = flat(outputs)
+        found: dict[str, Any] = {"outputs": list(map(_json_of, leaves))}
+        if not args.json:
+            for index, value in enumerate(leaves):
+                print(f"output {index}: {_summary(value)}")
         if args.output is not None:
             torch.save(outputs, args.output)
         if args.bench:
             times = _times(lambda: model(*inputs, **keywords), device)
             low, middle, high = (1e3 * time for time in statistics.quantiles(times, n=4))
-            print(f"{_CALLS} calls: median {middle:.3f} ms, half within {low:.3f} to {high:.3f} ms")
+            if not args.json:
+                half = f"half within {low:.3f} to {high:.3f} ms"
+                print(f"{_CALLS} calls: median {middle:.3f} ms, {half}")
+            found["bench"] = {
+                **{"calls": _CALLS, "median_ms": middle},
+                **{"lower_quartile_ms": low, "upper_quartile_ms": high},
+            }
+    if args.json:
+        print(_json(found))
     return 0
 
 
@@ -315,20 +338,45 @@ def diff(argv: Sequence[str]) -> int:
     help_of_first = "a report in JSON: options={'report': 'a.json'}, or Report.save"
     parser.add_argument("before", metavar="A.json", help=help_of_first)
     parser.add_argument("after", metavar="B.json", nargs="?", help="another")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIFF.html",
+        help="write what two reports differ in to this file, too, as a page",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in the place of text")
     args = parser.parse_args(argv)
+    if args.output is not None and (args.after is None or not args.output.endswith(".html")):
+        raise CommandError(
+            f"-o is {args.output!r}; it takes a .html file for what two reports differ in", status=2
+        )
     try:
         before = Report.load(args.before)
         after = Report.load(args.after) if args.after is not None else None
     except ReportError as error:
         raise CommandError(str(error), status=2) from error
     if after is None:
+        if args.json:
+            print(_json({"differs": bool(before.graph_diff), "graph_diff": before.graph_diff}))
+            return int(bool(before.graph_diff))
         text = before.diff()
         print(text or f"{printable(args.before)}: no graph changed")
         return int(bool(text))
     columns = shutil.get_terminal_size((120, 24)).columns
     names = args.before, args.after
+    if args.output is not None:
+        try:
+            save_diff_page(before, after, names, args.output)
+        except ReportError as error:
+            raise CommandError(str(error), status=2) from error
+    if args.json:
+        found = compare(before, after)
+        print(_json(found.to_dict()))
+        return int(found.differs)
     differs, text = changes(before, after, names, columns, colour=stdout_has_colour())
     print(text)
+    if args.output is not None:
+        print(f"\nwrote {printable(args.output)}")
     return int(differs)
 
 
@@ -436,11 +484,26 @@ def _summary(value: Any) -> str:
         return repr(value)
     if not value.numel():
         return _described(value)
-    numbers = value.double()
+    found = _statistics(value)
     return (
-        f"{_described(value)}, mean {numbers.mean():.4g}, "
-        f"from {numbers.min():.4g} to {numbers.max():.4g}"
+        f"{_described(value)}, mean {found['mean']:.4g}, "
+        f"from {found['min']:.4g} to {found['max']:.4g}"
     )
+
+
+def _statistics(value: Tensor) -> dict[str, float]:
+    numbers = value.double()
+    return {name: getattr(numbers, name)().item() for name in ("mean", "min", "max")}
+
+
+def _json_of(value: Any) -> dict[str, Any]:
+    """Return what there is to say of an output, as values that JSON can hold."""
+    if not isinstance(value, Tensor):
+        return {"value": repr(value)}
+    found = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+    figures = _statistics(value) if value.numel() else {}
+    finite = {name: each if math.isfinite(each) else None for name, each in figures.items()}
+    return {**found, **finite}
 
 
 def _described(value: Tensor) -> str:

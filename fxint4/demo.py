@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import statistics
@@ -247,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=32,
         help="weights that share a scale and a zero; %(default)s unless given",
     )
+    parser.add_argument("--json", action="store_true", help="print JSON in the place of text")
     args = parser.parse_args(argv if argv is not None else [])
     try:
         device = torch.empty(0, device=args.device).device
@@ -265,10 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     batches = make_batches(tokenizer, device)
     tokens = [batch.inputs["input_ids"].shape[1] for batch in batches]
-    print(
-        f"all-MiniLM-L6-v2 in bfloat16 on {device.type}, torch {torch.__version__}: "
-        f"{len(SENTENCES)} sentences in batches of {', '.join(map(str, tokens))} tokens\n"
-    )
+    if not args.json:
+        print(
+            f"all-MiniLM-L6-v2 in bfloat16 on {device.type}, torch {torch.__version__}: "
+            f"{len(SENTENCES)} sentences in batches of {', '.join(map(str, tokens))} tokens\n"
+        )
 
     options = {"group_size": args.group_size, "progress": sys.stderr.isatty()}
     with torch.no_grad(), cold_cache():
@@ -284,30 +287,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = fxint4.last_report()
     if not report.graphs:
         raise RuntimeError(str(report))
+    runs = {"eager": eager, "torch.compile": plain, "int4tile": int4}
+    if args.json:
+        figures = {"sentences": len(SENTENCES), "tokens": tokens, "runs": compared(runs)}
+        print(json.dumps({**figures, "report": report.to_dict()}, indent=1, allow_nan=False))
+        return 0
     before, after = report.totals["bytes_before"], report.totals["bytes_after"]
     print(f"{report}\n")
     print(f"matmul weights: {before / 2**20:.2f} MiB before, {after / 2**20:.2f} MiB after\n")
-    print(comparison({"eager": eager, "torch.compile": plain, "int4tile": int4}))
+    print(comparison(runs))
     return 0
+
+
+def compared(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+    """Compare runs with the first; return the figures of each by its name."""
+    original = next(iter(runs.values())).embeddings
+    found = {}
+    for name, run in runs.items():
+        cosine = (run.embeddings * original).sum(dim=1)
+        found[name] = {
+            "cosine_min": cosine.min().item(),
+            "cosine_mean": cosine.mean().item(),
+            "nearest_unchanged": int((nearest(run.embeddings) == nearest(original)).sum()),
+            "extra_seconds": run.extra_seconds,
+            "pass_seconds": run.pass_seconds,
+        }
+    return found
 
 
 def comparison(runs: dict[str, Run]) -> str:
     """Return a table of the runs, each compared with the first."""
-    original = next(iter(runs.values())).embeddings
-    rows = []
-    for name, run in runs.items():
-        cosine = (run.embeddings * original).sum(dim=1)
-        same = int((nearest(run.embeddings) == nearest(original)).sum())
-        rows.append(
-            (
-                name,
-                f"{cosine.min():.4f}",
-                f"{cosine.mean():.4f}",
-                f"{same} of {len(SENTENCES)}",
-                f"{run.extra_seconds:.1f}",
-                f"{run.pass_seconds * 1e3:.1f}",
-            )
+    rows = [
+        (
+            name,
+            f"{figures['cosine_min']:.4f}",
+            f"{figures['cosine_mean']:.4f}",
+            f"{figures['nearest_unchanged']} of {len(SENTENCES)}",
+            f"{figures['extra_seconds']:.1f}",
+            f"{figures['pass_seconds'] * 1e3:.1f}",
         )
+        for name, figures in compared(runs).items()
+    ]
     headers = (
         "",
         "cosine\nminimum",

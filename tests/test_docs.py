@@ -18,6 +18,7 @@ PAGES = [
     "docs/import.md",
     "docs/layout.md",
     "docs/packed.md",
+    "docs/report.md",
     "docs/serving.md",
 ]
 

@@ -59,6 +59,7 @@ def test_a_parameter_has_the_reason_of_its_kind(kind: str) -> None:
         "Module",
         reason,
         Place(owner, "weight"),
+        parameter.dtype.itemsize,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from report_support import llama
 from torch._inductor import aoti_load_package
 
 import fxint4
@@ -86,6 +87,13 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split(maxsplit=1) for line in listed.splitlines()] == [
         [name, what] for name, (*_, what) in COMMANDS.items()
     ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_can_print_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--json" in capsys.readouterr().out
 
 
 def test_the_status_of_a_command_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +198,27 @@ def test_the_demo_packs_a_trained_model_and_keeps_its_embeddings(
     assert table["eager"][:2] == ["1.0000", "1.0000"]
 
 
+@needs(demo.MODEL_PACKAGE, "transformers")
+def test_the_demo_prints_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is compiled or timed: that is another test's."""
+    run = demo.Run(torch.nn.functional.normalize(torch.randn(len(demo.SENTENCES), 8)), 1.5, 0.25)
+    report = llama(layers=1)
+    monkeypatch.setattr(demo, "measure", lambda *_: run)
+    monkeypatch.setattr(demo, "warm_up", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(fxint4, "last_report", lambda: report)
+    assert main(["demo", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"] == report.to_dict()
+    assert list(found["runs"]) == ["eager", "torch.compile", "int4tile"]
+    figures = found["runs"]["int4tile"]
+    assert figures["cosine_mean"] == pytest.approx(1.0)
+    del figures["cosine_min"], figures["cosine_mean"]
+    assert figures == {"nearest_unchanged": 48, "extra_seconds": 1.5, "pass_seconds": 0.25}
+
+
 # --- export and run ------------------------------------------------------------------------------
 
 TARGETS = """
@@ -283,6 +312,21 @@ def test_a_package_of_the_command_runs(
     assert first.startswith("output 0: float32 [2, 3, 96], mean ")
     assert re.fullmatch(r"4 calls: median [\d.]+ ms, half within [\d.]+ to [\d.]+ ms", second)
     assert err == ""  # no bar in a pipe
+    assert main(["run", package, "--bench", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    [output] = found["outputs"]
+    assert (output["dtype"], output["shape"]) == ("float32", [2, 3, 96])
+    assert output["min"] < output["mean"] < output["max"]
+    bench = found["bench"]
+    assert bench["calls"] == 4
+    assert 0 < bench["lower_quartile_ms"] <= bench["median_ms"] <= bench["upper_quartile_ms"]
+
+
+def test_json_has_no_infinity() -> None:
+    found = cli._json_of(torch.tensor([1.0, math.inf]))
+    assert found == {"dtype": "float32", "shape": [2], "mean": None, "min": 1.0, "max": None}
+    assert cli._json_of(torch.zeros(0)) == {"dtype": "float32", "shape": [0]}
+    assert cli._json_of((1, 2)) == {"value": "(1, 2)"}
 
 
 def test_the_export_command_reports(
@@ -311,6 +355,11 @@ def test_the_export_command_reports(
     assert "mse: not in the calibration" in capsys.readouterr().out
     assert main([*argv, "--measure"]) == 0
     assert re.search(r"^output of the model: [\d.]+% off", capsys.readouterr().out, re.MULTILINE)
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["package"], found["bytes"]) == (str(path), 1234567)
+    assert found["report"] == fxint4.last_report().to_dict()
+    assert found["report"]["model"] == "Model"
 
 
 def test_inputs_come_from_a_file_and_outputs_go_to_one(

@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxint4
 from fxint4 import Int4Config, OptionError, Record, Report, ReportError
-from fxint4.report import SCHEMA, GraphReport, Parameter, Place, changes, latest
+from fxint4.report import SCHEMA, GraphReport, Parameter, Place, changes, latest, subject
 from fxint4.report.graph_text import calls, defined_by, graph_text, operands_of, readers
 from fxint4.report.html import page
 
@@ -169,6 +170,8 @@ def test_totals_add_up() -> None:
         "held_bytes": 2 * 16384,
         "parameters": 3 * 64 * 128 + 64,  # b is read by both graphs
         "parameter_share": 2 * 64 * 128 / (3 * 64 * 128 + 64),
+        "model_bytes_before": 0,  # of no parameter it is known what an element takes
+        "model_bytes_after": 0,
         "graphs": 2,
         "graph_breaks": 1,
     }
@@ -684,6 +687,7 @@ def test_what_a_parameter_is_comes_before_what_reads_it() -> None:
         "elements": 4,
         "owner": "Linear",
         "reason": "a vector, no matrix",
+        "itemsize": 0,
     }
 
 
@@ -865,6 +869,140 @@ def test_a_report_is_the_same_after_a_file(tmp_path: Path, terminal: Any) -> Non
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "run.json").read_bytes()
 
 
+def test_a_report_of_the_schema_before_still_loads(tmp_path: Path, terminal: Any) -> None:
+    """It lacks what is new: the date, model, device, buffers, and bytes of an element."""
+    report = full_report()
+    values = report.to_dict()
+    for name in ("date", "model", "device", "buffers"):
+        del values[name]
+    for graph in values["graphs"]:
+        for parameter in graph["parameters"]:
+            del parameter["itemsize"]
+    (tmp_path / "old.json").write_text(json.dumps({**values, "schema": 5}))
+    loaded = Report.load(tmp_path / "old.json")
+    assert (loaded.date, loaded.model, loaded.device) == ("", "", "")
+    assert (loaded.records, loaded.totals) == (report.records, report.totals)
+    assert str(loaded) == str(report)
+    loaded.save(tmp_path / "old.html")
+    loaded.save(tmp_path / "new.json")
+    assert Report.load(tmp_path / "new.json").to_dict() == loaded.to_dict()
+
+
+# --- what it is about ----------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A linear that is packed, an embedding that is not, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.fc = nn.Linear(64, 96)
+        self.register_buffer("shift", torch.zeros(96))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.embedding(ids)) + self.shift
+
+
+#: Bytes of `Net` in fp32, and of what is not packed.
+NET_BYTES = 4 * (50 * 64 + 64 * 96 + 96 + 96)
+NET_REST = 4 * (50 * 64 + 96 + 96)
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+
+
+def compiled_report() -> Report:
+    fxint4_net = torch.compile(Net().eval(), backend="int4tile")
+    with torch.no_grad():
+        fxint4_net(IDS)
+    return fxint4.last_report()
+
+
+def rewritten_report() -> Report:
+    with torch.no_grad():
+        fxint4.rewrite(torch.export.export(Net().eval(), (IDS,)))
+    return fxint4.last_report()
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize(
+    "make",
+    [
+        compiled_report,
+        rewritten_report,
+        lambda: fxint4.explain(Net().eval(), IDS, options={"measure": False}),
+        lambda: fxint4.pack_(Net().eval(), (IDS,)),
+        lambda: fxint4.pack_(Net().eval()),
+    ],
+    ids=["compile", "rewrite", "explain", "pack_", "pack_ without inputs"],
+)
+def test_a_report_knows_its_model_device_and_bytes(make: Callable[[], Report]) -> None:
+    report = make()
+    [packed] = [record for record in report.records if record.action == "packed"]
+    assert report.model == "Net"
+    assert report.device.startswith("CPU (")
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", report.date)
+    totals = report.totals
+    assert totals["model_bytes_before"] == NET_BYTES
+    assert totals["model_bytes_after"] == NET_REST + packed.bytes_after
+
+
+def test_what_is_packed_already_counts_as_it_was() -> None:
+    model = Net().eval()
+    fxint4.pack_(model)
+    totals = fxint4.pack_(model).totals
+    assert totals["model_bytes_before"] == NET_BYTES
+
+
+def test_a_weight_of_packed_buffers_takes_their_place() -> None:
+    """As in checkpoints whose layers hold buffers of codes: these are no parameters."""
+    report = Report()
+    report.about("Quantized", buffers=[("fc.qweight", torch.zeros(64, 64, dtype=torch.uint8))])
+    packed = record("fc", parameters=("fc.qweight",))
+    report.put("f", GraphReport((packed,), {1: Parameter("b", 64, itemsize=4)}, "", ""))
+    totals = report.totals
+    assert totals["model_bytes_before"] == 64 * 64 + 256
+    assert totals["model_bytes_after"] == 4352 + 256
+
+
+class Config:
+    def __init__(self, name_or_path: str) -> None:
+        self.name_or_path = name_or_path
+
+
+@pytest.mark.parametrize(
+    ("name_or_path", "shown"),
+    [
+        ("org/name", "Net (org/name)"),
+        *(("", "Net"), ("/home/me/name", "Net"), ("./name", "Net"), ("~/name", "Net")),
+        *(("/name", "Net"), ("a/b/c", "Net"), ("name", "Net")),
+    ],
+)
+def test_a_model_of_the_hub_is_named_by_it_and_no_folder_is(name_or_path: str, shown: str) -> None:
+    model = Net()
+    model.config = Config(name_or_path)
+    assert subject.model_name(model) == shown
+    assert subject.model_name(torch.compile(model, backend="eager")) == shown
+
+
+def test_a_function_is_named_and_devices_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report()
+    report.about(compiled_report, [torch.zeros(1, device="meta"), torch.zeros(1)])
+    assert (report.model, report.device) == (
+        "compiled_report",
+        f"CPU ({torch.backends.cpu.get_cpu_capability()})",
+    )
+    report.about(Net())  # what was noted first stays
+    assert report.model == "compiled_report"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    devices = [torch.device("cuda", index) for index in (0, 1, 0)]
+    assert subject.device_text(devices) == "2 x NVIDIA H200"
+
+
+# --- options in files ----------------------------------------------------------------------------
+
+
 def test_options_are_kept_as_json_can_hold_them() -> None:
     options = full_report().options
     assert (options["group_size"], options["skip"]) == (64, ["head"])
@@ -873,8 +1011,9 @@ def test_options_are_kept_as_json_can_hold_them() -> None:
 
 
 def test_a_report_of_nothing_is_the_same_after_a_file(tmp_path: Path) -> None:
-    Report().save(tmp_path / "run.json")
-    assert Report.load(tmp_path / "run.json").to_dict() == Report().to_dict()
+    report = Report()
+    report.save(tmp_path / "run.json")
+    assert Report.load(tmp_path / "run.json").to_dict() == report.to_dict()
 
 
 def test_the_suffix_says_what_is_written(tmp_path: Path, terminal: Any) -> None:
@@ -945,8 +1084,8 @@ DAMAGED = {
     "a strange schema": ('{"schema": true}', "is no report: it has no schema"),
     "later": (
         json.dumps({"schema": SCHEMA + 1, "fxint4": "9.0"}),
-        f"has schema {SCHEMA + 1} and fxint4 {fxint4.__version__} reads {SCHEMA}: make it anew, or "
-        "use the fxint4 that wrote it, 9.0",
+        f"has schema {SCHEMA + 1} and fxint4 {fxint4.__version__} reads 5 to {SCHEMA}: make it "
+        "anew, or use the fxint4 that wrote it, 9.0",
     ),
     "nothing else": (json.dumps({"schema": SCHEMA}), "is a damaged report: 'options' is missing"),
     "no name": (

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_support import llama
 
 from fxint4 import Int4Config, Record, Report
 from fxint4.__main__ import main
-from fxint4.report import SCHEMA, GraphReport, changes
+from fxint4.report import SCHEMA, GraphReport, changes, table
+from fxint4.report import compare as compare_reports
+from fxint4.report.html_diff import diff_page
 
 NAMES = ("a.json", "b.json")
 FC = Record(
@@ -281,6 +285,83 @@ def test_the_command_says_what_differs(
     assert main(["diff", *arguments]) == status
     printed = capsys.readouterr()
     assert (printed.out.splitlines()[0], printed.err) == (first, "")
+
+
+def test_the_command_writes_a_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", "a.json", "b.json", "-o", "diff.html"]) == 1
+    shown, written = capsys.readouterr().out.rsplit("\n\n", 1)
+    assert shown.startswith("a.json -> b.json: 1 of 1 matmuls differ")
+    assert written == "wrote diff.html\n"
+    text = Path("diff.html").read_text(encoding="utf-8")
+    assert text == diff_page(Report.load("a.json"), Report.load("b.json"), ("a.json", "b.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.json", "-o", "a.html"], "-o is 'a.html'; it takes a .html file for what two reports"),
+        (["a.json", "b.json", "-o", "d.txt"], "-o is 'd.txt'; it takes a .html file for what two"),
+        (["a.json", "b.json", "-o", "no/d.html"], "the page no/d.html can't be written: "),
+    ],
+)
+def test_the_command_says_which_page_it_cannot_write(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diff", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"python -m fxint4 diff: {message}")
+    assert (printed.out, len(printed.err.splitlines())) == ("", 1)
+
+
+def test_the_command_says_what_differs_in_json(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diff", "a.json", "b.json", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    same = compare_reports(Report.load("a.json"), Report.load("b.json")).to_dict()
+    assert found == json.loads(json.dumps(same))
+    [layer] = found["layers"]
+    assert (layer["name"], layer["kinds"]) == ("fc", ["other"])
+    assert [layer[side]["group"] for side in ("before", "after")] == ["128", "64"]
+    assert found["sums"]["bytes_after"] == [4352, 4352]
+    assert main(["diff", "a.json", "a.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["differs"] is False
+    assert main(["diff", "a.json", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"differs": True, "graph_diff": report_of(FC).graph_diff}
+
+
+def test_json_has_no_infinity_and_names_a_layer_that_is_missing() -> None:
+    exact = dataclasses.replace(FC, sqnr_db=math.inf)
+    found = compare_reports(report_of(exact), report_of(HEAD)).to_dict()
+    json.dumps(found, allow_nan=False)
+    first, second = found["layers"]
+    assert (first["before"]["exact"], first["before"]["sqnr_db"], first["after"]) == (
+        *(True, None, None),
+    )
+    assert second["before"] is None
+    assert found["sums"]["lowest_sqnr_db"] == [None, 20.04]
+
+
+def test_the_model_and_the_device_count_among_the_settings() -> None:
+    one, two = report_of(FC), report_of(FC)
+    one.model, two.model = "A", "B"
+    two.device = "NVIDIA H200"
+    assert changes(one, two, NAMES, 80) == (
+        False,
+        "a.json -> b.json: no difference\n  model: A -> B\n  device:  -> NVIDIA H200",
+    )
+
+
+def test_bytes_of_the_model_are_compared_where_both_know_them() -> None:
+    one, two = llama(1), llama(1, group_size=64)
+    _, text = changes(one, two, NAMES, 120)
+    sizes = [table.size_text(each.totals["model_bytes_after"]) for each in (one, two)]
+    assert ["whole", "model,", "after", *" ".join(sizes).split()] in [
+        line.split() for line in text.splitlines()
+    ]
+    _, text = changes(report_of(FC), two, NAMES, 120)
+    assert "whole model" not in text
 
 
 @pytest.mark.parametrize(

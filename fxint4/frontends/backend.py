@@ -16,7 +16,12 @@ from fxint4._pytorch.aot import (
     compile_for_training,
     warn_if_untested,
 )
-from fxint4._pytorch.dynamo import frame_id, graph_break_reason, without_guards_of_buffers
+from fxint4._pytorch.dynamo import (
+    frame_function,
+    frame_id,
+    graph_break_reason,
+    without_guards_of_buffers,
+)
 from fxint4.config.int4_config import Int4Config
 from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
@@ -83,7 +88,10 @@ def int4tile(
             "run the model on"
         )
     config.require_choices()
-    report = report_of_caller(config, patches, model_around())
+    model = model_around()
+    report = report_of_caller(config, patches, model)
+    if model is not None:
+        report.about(model)
     return compile_captured(gm, example_inputs, config, patches, report, trains=True)
 
 
@@ -114,6 +122,8 @@ def compile_captured(
     """
     warn_if_untested()
     inputs = inputs_of(gm, example_inputs)
+    model = next(iter(inputs.outermost_modules.values()), frame_function())
+    report.about(model, (value for value in example_inputs if isinstance(value, Tensor)))
     graph_break = graph_break_reason(gm)
     if _is_training(inputs, example_inputs, trains):
         report.put(*_trained(inputs, example_inputs, graph_break))

@@ -54,6 +54,7 @@ def explain(
     config, patches = split_options(mode, options)
     config = with_budget_choices(config, model, args, kwargs)
     report = Report(config, patches)
+    report.about(model)
 
     # Dynamo may keep compiled code for as long as the model's code lives: where a graph breaks, its
     # pieces are in the globals of the model's file. The packed copies go when the report is made.

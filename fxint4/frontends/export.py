@@ -131,6 +131,9 @@ def rewrite_program(
     captured = program.graph_module
     fake_mode = fake_mode_of(captured)
     weights = GraphWeights.of_program(program)
+    outermost = _outermost_module(captured.graph)  # its only value: path and class
+    kind = next((str(kind).rpartition(".")[2] for _, kind in outermost.values()), "")
+    report.about(kind, program.parameters(), program.named_buffers())
     # A cache of its own: the process's cache overwrites its tensors when parameters change.
     cache = WeightCache()
     most_rows: list[int | None] = []

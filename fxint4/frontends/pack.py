@@ -124,6 +124,7 @@ def pack_(
     if target is not None:
         _move_rest(model, target)
     tell_followers(model, config)
+    report.about(model)
     report.put("pack_", GraphReport((*records, *kept), parameters, "", ""))
     return report
 

@@ -339,6 +339,7 @@ def _reported(
     model: nn.Module, title: str, records: Sequence[Record], config: Int4Config | None
 ) -> Report:
     report = Report(config)
+    report.about(model)
     parameters = {
         key: each._replace(reason=each.reason or f"{each.owner} is not packed while it is loaded")
         for key, each in parameters_of(model).items()

@@ -23,7 +23,9 @@ def described(name: str, parameter: Tensor, owner: nn.Module) -> Parameter:
     """
     place = Place(owner, name.rpartition(".")[2])
     reason = _why_in_no_matmul(parameter, owner)
-    return Parameter(name, local_of(parameter).numel(), type(owner).__name__, reason, place)
+    local = local_of(parameter)
+    kind = type(owner).__name__
+    return Parameter(name, local.numel(), kind, reason, place, local.dtype.itemsize)
 
 
 def _why_in_no_matmul(parameter: Tensor, owner: nn.Module) -> str:

@@ -136,7 +136,10 @@ class GraphWeights:
         inner = [attribute for attribute in attributes if attribute != LOCAL]
         self.labels[node.name] = ".".join((name, *inner))
         if isinstance(value, nn.Parameter):
-            self.parameters[id(value)] = Parameter(name, local_of(value).numel())
+            local = local_of(value)
+            self.parameters[id(value)] = Parameter(
+                name, local.numel(), itemsize=local.dtype.itemsize
+            )
         role = role_of(value, is_buffer)
         tensor = functools.reduce(getattr, attributes, value)
         # Beside its tensor a DTensor has the mesh of processes, which some graphs take, too.

@@ -74,6 +74,7 @@ class Parameter(NamedTuple):
         reason: Why no matmul of a graph can read it, where that is known from what it is; empty
             where it is not.
         place: Where it sits; None where that is not known.
+        itemsize: Bytes of an element, before it is packed; 0 where that is not known.
     """
 
     name: str
@@ -81,3 +82,4 @@ class Parameter(NamedTuple):
     owner: str = ""
     reason: str = ""
     place: Hashable = None
+    itemsize: int = 0

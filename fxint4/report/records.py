@@ -93,17 +93,18 @@ class Record:
     weight_key: Hashable = field(default=None, compare=False, repr=False)
     place: Hashable = field(default=None, compare=False, repr=False)
 
+    @classmethod
+    def fields(cls) -> list[str]:
+        """Return the names of the fields that `to_dict` has."""
+        return [each.name for each in dataclasses.fields(cls) if each.name not in _HIDDEN]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as values that JSON can hold.
 
         JSON has no infinity: of a weight that int4 holds exactly, `sqnr_db` is None and `exact` is
         True.
         """
-        values = {
-            name: getattr(self, name)
-            for name in (f.name for f in dataclasses.fields(self))
-            if name not in _HIDDEN
-        }
+        values = {name: getattr(self, name) for name in self.fields()}
         for name in _TUPLES:
             values[name] = list(values[name])
         values["exact"] = self.sqnr_db == math.inf
@@ -124,8 +125,7 @@ class Record:
             KeyError: A field is missing.
             TypeError: A value has a wrong type.
         """
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in _HIDDEN]
-        given = {name: checked(values, name, *_TYPES.get(name, (int,))) for name in names}
+        given = {name: checked(values, name, *_TYPES.get(name, (int,))) for name in cls.fields()}
         for name in _TUPLES:
             if not all(isinstance(item, str) for item in given[name]):
                 raise TypeError(f"{name} is {given[name]!r}")

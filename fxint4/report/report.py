@@ -13,11 +13,14 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from html import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
 from fxint4._pytorch.dynamo import frame_function, frame_id, frames_past_limit
 from fxint4._pytorch.tensors import MATMULS
@@ -29,6 +32,7 @@ from fxint4.report import graph_text, table
 from fxint4.report.html import page, printable_report
 from fxint4.report.parameters import Parameter, is_gone
 from fxint4.report.records import GraphReport, Record, checked
+from fxint4.report.subject import device_text, model_name
 from fxint4.untrusted_files import read_json
 from fxint4.version import __version__
 
@@ -39,7 +43,9 @@ logger = logging.getLogger("fxint4")
 #: Names of the matmul ops, as `graph_text` writes them.
 _MATMULS = {str(op).removesuffix(".default") for op in MATMULS}
 #: Version of `to_dict`. Increase it when fields are added, removed or change their meaning.
-SCHEMA = 5
+SCHEMA = 6
+#: The oldest version that `Report.load` reads.
+_OLDEST_SCHEMA = 5
 #: Width of a report in a text file, in characters.
 _FILE_COLUMNS = 120
 #: Options that hold patterns of layers; those of `overrides` are the keys of a dict.
@@ -80,6 +86,9 @@ class Report:
     Attributes:
         options: The user's options: fields of `Int4Config`, and options of Inductor.
         versions: Versions of fxint4 and torch that made the report.
+        date: When it was made, such as "2026-11-30 14:05 UTC"; empty where that is not known.
+        model: The name of the model, see `about`; empty where it is not known.
+        device: What it is on, such as "NVIDIA H200"; empty where that is not known.
         output_error: Relative error of the quantized model's output on the example inputs:
             |y_q - y| / |y| (Frobenius norms) over all float tensors in it. None where it was not
             measured (see `Int4Config.measure`), nothing was quantized, or it is not finite.
@@ -109,6 +118,10 @@ class Report:
         del asked["report"]
         self.options: dict[str, Any] = {name: _plain(value) for name, value in asked.items()}
         self.versions: dict[str, str] = {"fxint4": __version__, "torch": str(torch.__version__)}
+        self.date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        self.model = self.device = ""
+        #: Bytes of the model's buffers, by their full names.
+        self._buffers: dict[str, int] = {}
         self.output_error: float | None = None
         #: Never changed, but replaced as a whole, so that readers need no lock.
         self._graphs: Mapping[Hashable, GraphReport] = {}
@@ -129,6 +142,27 @@ class Report:
             self.save(self._path)
         else:
             self._write_file()
+
+    def about(
+        self, model: Any, tensors: Iterable[Tensor] = (), buffers: Iterable[tuple[str, Tensor]] = ()
+    ) -> None:
+        """Note what the report is about. What was noted first stays.
+
+        Args:
+            model: A module, a function, or the name of a model.
+            tensors: Some of its tensors; not needed for a module.
+            buffers: Its buffers with their full names; not needed for a module.
+        """
+        with self._lock:
+            if self.model and self.device:
+                return
+            if isinstance(model, nn.Module):
+                tensors = (*model.parameters(), *tensors)
+                buffers = model.named_buffers()
+            devices = (tensor.device for tensor in tensors if not tensor.is_meta)
+            self.model = self.model or (model if isinstance(model, str) else model_name(model))
+            self.device = self.device or device_text(devices)
+            self._buffers = self._buffers or {name: each.nbytes for name, each in buffers}
 
     def put(self, key: Hashable, graph: GraphReport) -> None:
         """Add a graph, and drop what is known of deleted modules and of replaced weights.
@@ -338,7 +372,10 @@ class Report:
         Keys: matmuls, packed, kept (numbers of matmuls); weights_packed; bytes_before,
         bytes_after, bytes_saved (of the packed weights); dense_bytes (of their dequantized copies);
         held_bytes (of their originals); parameters (elements of all parameters that the graphs
-        read); parameter_share (the packed part of those, 0 to 1); graphs; graph_breaks.
+        read); parameter_share (the packed part of those, 0 to 1); model_bytes_before (of all
+        parameters and of the model's buffers, 0 where that is not known); model_bytes_after (the
+        same with packed weights in the place of what they are made of, as `pack_` leaves it);
+        graphs; graph_breaks.
         """
         records = self.records
         packed = [record for record in records if record.action == "packed"]
@@ -347,6 +384,8 @@ class Report:
         after = sum(record.bytes_after for record in weights)
         parameters = self._parameters()
         elements = sum(parameter.elements for parameter in parameters)
+        covered, rest = _covered(weights, parameters)
+        sizes = _model_bytes(weights, parameters, rest, self._buffers)
         return {
             "matmuls": len(records),
             "packed": len(packed),
@@ -358,9 +397,9 @@ class Report:
             "dense_bytes": sum(record.dense_bytes for record in weights),
             "held_bytes": sum(record.held_bytes for record in weights),
             "parameters": elements,
-            "parameter_share": min(1.0, _covered(weights, parameters) / elements)
-            if elements
-            else 0.0,
+            "parameter_share": min(1.0, covered / elements) if elements else 0.0,
+            "model_bytes_before": sizes[0],
+            "model_bytes_after": sizes[1],
             "graphs": sum(bool(graph.before) for graph in self.graphs),
             "graph_breaks": sum(graph.graph_break is not None for graph in self.graphs),
         }
@@ -458,9 +497,10 @@ class Report:
         """Return the whole report as values that JSON can hold.
 
         Keys: schema (`SCHEMA`); fxint4 and torch (versions); options; coverage; graph_breaks;
-        recompile_limits; unmatched_patterns; totals; output_error; graphs (each with before, after,
-        graph_break and parameters); records (those of `Record.to_dict`, each with the number of its
-        graph and of its weight; records with equal numbers share one weight).
+        recompile_limits; unmatched_patterns; totals; output_error; date; model; device; buffers
+        (bytes by name); graphs (each with before, after, graph_break and parameters); records
+        (those of `Record.to_dict`, each with the number of its graph and of its weight; records
+        with equal numbers share one weight).
         """
         with self._lock:  # what the values say of each other is true
             return self._to_dict()
@@ -499,9 +539,42 @@ class Report:
             "unmatched_patterns": self.unmatched_patterns,
             "totals": self.totals,
             "output_error": self.output_error,
+            "date": self.date,
+            "model": self.model,
+            "device": self.device,
+            "buffers": self._buffers,
             "graphs": entries,
             "records": records,
         }
+
+    def to_pandas(self) -> Any:
+        """Return the records as a `pandas.DataFrame`, one row for each matmul.
+
+        Its columns are the keys of `Record.to_dict`, with the numbers of the graph and of the
+        weight as in `to_dict`. `sqnr_db` is infinite where int4 holds the weight exactly.
+
+        Raises:
+            ReportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ReportError("to_pandas needs pandas: pip install pandas") from error
+        rows = self.to_dict()["records"]
+        frame = pandas.DataFrame(rows, columns=[*Record.fields(), "exact", "graph", "weight"])
+        frame.loc[frame["exact"].astype(bool), "sqnr_db"] = math.inf
+        return frame
+
+    def _repr_html_(self) -> str:
+        """Return the page of the report in a frame, which is how notebooks show it.
+
+        Nothing in a frame touches the notebook around it.
+        """
+        text = escape(page(self.to_dict()))
+        return (
+            f'<iframe srcdoc="{text}" title="fxint4 report" sandbox="allow-scripts" '
+            'style="width: 100%; height: 40rem; border: 0"></iframe>'
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report to a file; the file is replaced as a whole or not at all.
@@ -543,17 +616,18 @@ class Report:
             path: The file.
 
         Raises:
-            ReportError: The file can't be read, is damaged, or has another schema.
+            ReportError: The file can't be read, is damaged, or has a schema that is not read.
         """
         path = Path(path)
         values = read_json(path, ReportError)
         schema = values.get("schema") if isinstance(values, dict) else None
         if not isinstance(schema, int) or isinstance(schema, bool):
             raise ReportError(f"{str(path)!r} is no report: it has no schema")
-        if schema != SCHEMA:
+        if not _OLDEST_SCHEMA <= schema <= SCHEMA:
             raise ReportError(
-                f"{str(path)!r} has schema {schema} and fxint4 {__version__} reads {SCHEMA}: "
-                f"make it anew, or use the fxint4 that wrote it, {values.get('fxint4')}"
+                f"{str(path)!r} has schema {schema} and fxint4 {__version__} reads "
+                f"{_OLDEST_SCHEMA} to {SCHEMA}: make it anew, or use the fxint4 that wrote it, "
+                f"{values.get('fxint4')}"
             )
         try:
             return cls._of(values)
@@ -568,6 +642,11 @@ class Report:
         report.options = checked(values, "options", dict)
         report.versions = {name: checked(values, name, str) for name in ("fxint4", "torch")}
         report.output_error = checked(values, "output_error", float, int, type(None))
+        values = {"date": "", "model": "", "device": "", "buffers": {}, **values}  # new in schema 6
+        for name in ("date", "model", "device"):
+            setattr(report, name, checked(values, name, str))
+        buffers = checked(values, "buffers", dict)
+        report._buffers = {name: checked(buffers, name, int) for name in buffers}
         records: list[list[Record]] = [[] for _ in checked(values, "graphs", list)]
         for entry in checked(values, "records", list):
             record = Record.from_dict(entry, checked(entry, "weight", int))
@@ -580,6 +659,8 @@ class Report:
                     checked(each, "elements", int),
                     checked(each, "owner", str),
                     checked(each, "reason", str),
+                    None,
+                    checked({"itemsize": 0, **each}, "itemsize", int),
                 )
                 for each in checked(entry, "parameters", list)
             }
@@ -701,7 +782,9 @@ def _without_stale(graph: GraphReport, newer: Iterable[Record]) -> GraphReport:
     return dataclasses.replace(graph, records=tuple(records), parameters=parameters)
 
 
-def _covered(weights: Iterable[Record], parameters: Iterable[Parameter]) -> int:
+def _covered(
+    weights: Iterable[Record], parameters: Iterable[Parameter]
+) -> tuple[int, dict[str, int]]:
     """Count the elements of parameters that packed weights cover, each element once.
 
     A weight may be a part of a parameter or made of several, and repeat them.
@@ -709,6 +792,9 @@ def _covered(weights: Iterable[Record], parameters: Iterable[Parameter]) -> int:
     Args:
         weights: One record for each packed weight.
         parameters: All parameters.
+
+    Returns:
+        That number, and the elements that are not covered, by the names of the parameters.
     """
     left: dict[str, int] = {}
     for parameter in parameters:
@@ -722,7 +808,32 @@ def _covered(weights: Iterable[Record], parameters: Iterable[Parameter]) -> int:
                 left[name] -= part
             covered += part
             rest -= part
-    return covered
+    return covered, left
+
+
+def _model_bytes(
+    weights: Iterable[Record],
+    parameters: Sequence[Parameter],
+    rest: Mapping[str, int],
+    buffers: Mapping[str, int],
+) -> tuple[int, int]:
+    """Return `model_bytes_before` and `model_bytes_after` of `Report.totals`.
+
+    Args:
+        weights: One record for each packed weight.
+        parameters: All parameters.
+        rest: Elements of each that no packed weight covers.
+        buffers: Bytes of each buffer.
+    """
+    if not parameters or not all(parameter.itemsize for parameter in parameters):
+        return 0, 0
+    itemsizes = {parameter.name: parameter.itemsize for parameter in parameters}
+    before = sum(parameter.elements * parameter.itemsize for parameter in parameters)
+    after = sum(elements * itemsizes[name] for name, elements in rest.items())
+    packed = {name for record in weights for name in record.parameters}
+    kept = sum(size for name, size in buffers.items() if name not in packed)
+    after += kept + sum(record.bytes_after for record in weights)
+    return before + sum(buffers.values()), after
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -18,7 +18,9 @@ __all__ = [
     "SHARE_SHOWN",
     "dimensions",
     "error_text",
+    "folded",
     "group_text",
+    "merged",
     "printable_record",
     "printable_values",
     "shortened",
@@ -116,7 +118,7 @@ def _headline(
 
 def _table(records: list[Record], columns: int) -> tuple[str, list[str]]:
     """Return the table, and the reasons as notes if there is no room for them in it."""
-    rows = _merged(records) if len(records) > ROWS_SHOWN else records
+    rows = _merged(records)
     whys = list(map(_why, rows))
     cells = [
         [
@@ -201,45 +203,59 @@ def _footnotes(
     return lines
 
 
-def _merged(records: Iterable[Record]) -> list[Record]:
-    """Merge records whose names differ only in numbers; the errors are the worst of theirs."""
-    rows: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
-        name = without_numbers(record.name)
+def folded(records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Return the positions of the records of each row: one, or those of layers that are alike.
+
+    With more than `ROWS_SHOWN` records those are alike whose names differ only in numbers.
+
+    Args:
+        records: The fields of each record, those of `Record`; some may be missing.
+    """
+    if len(records) <= ROWS_SHOWN:
+        return [[position] for position in range(len(records))]
+    rows: dict[tuple[object, ...], list[int]] = {}
+    for position, record in enumerate(records):
         key = (
-            name,
-            record.op,
-            record.batch,
-            record.n,
-            record.k,
-            record.group_size,
-            record.method,
-            record.action,
-            record.reason,
-            record.shard,
-            tuple(map(without_numbers, record.fused_with)),
-            record.kernels,
+            without_numbers(str(record.get("name"))),
+            *(record.get(name) for name in _ALIKE),
+            *map(without_numbers, record.get("fused_with") or ()),
+            *(record.get("kernels") or ()),
         )
-        rows.setdefault(key, []).append(record)
-    merged = []
-    for group in rows.values():
-        if len(group) == 1:
-            merged.append(group[0])
-            continue
-        measured = [record.sqnr_db for record in group if record.sqnr_db is not None]
-        errors = [record.output_error for record in group if record.output_error is not None]
-        merged.append(
-            dataclasses.replace(
-                group[0],
-                name=f"{without_numbers(group[0].name)} ({len(group)})",
-                fused_with=tuple(map(without_numbers, group[0].fused_with)),
-                sqnr_db=min(measured, default=None),
-                output_error=max(errors, default=None),
-                bytes_before=sum(record.bytes_before for record in group),
-                bytes_after=sum(record.bytes_after for record in group),
-            )
-        )
-    return merged
+        rows.setdefault(key, []).append(position)
+    return list(rows.values())
+
+
+#: Fields that are equal for layers that are alike, beside their names and kernels.
+_ALIKE = ("op", "batch", "n", "k", "group_size", "method", "action", "reason", "shard")
+
+
+def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields in which one row for several records differs from the first of them.
+
+    Bytes are sums, errors the worst of theirs.
+    """
+    first = records[0]
+
+    def known(name: str) -> list[Any]:
+        return [record[name] for record in records if record.get(name) is not None]
+
+    return {
+        "name": f"{without_numbers(str(first.get('name')))} ({len(records)})",
+        "fused_with": tuple(map(without_numbers, first.get("fused_with") or ())),
+        "sqnr_db": min(known("sqnr_db"), default=None),
+        "output_error": max(known("output_error"), default=None),
+        "bytes_before": sum(known("bytes_before")),
+        "bytes_after": sum(known("bytes_after")),
+    }
+
+
+def _merged(records: Sequence[Record]) -> list[Record]:
+    """Return one record for each row of the table."""
+    rows = [[records[position] for position in row] for row in folded(list(map(vars, records)))]
+    return [
+        row[0] if len(row) == 1 else dataclasses.replace(row[0], **merged(list(map(vars, row))))
+        for row in rows
+    ]
 
 
 def _why(record: Record) -> str:

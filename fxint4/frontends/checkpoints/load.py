@@ -106,6 +106,7 @@ def load_(
         setattr(slot.place.module, slot.place.attribute, slot.new)
     tell_followers(model)
     report = Report()
+    report.about(model)
     records: dict[int, Record] = {}
     for slot in slots:
         record = slot.record()
