@@ -1,37 +1,151 @@
-"""The Python in the documentation runs as it stands, block after block, in one namespace a page."""
+"""The code of README.md and docs/ runs as it stands, block after block, in one namespace a page.
+
+A comment in front of a block of Python says what a page needs to run:
+
+- ``<!-- needs a GPU -->``: the block is run with the page's others where there is one.
+- ``<!-- not run: REASON -->``: no test here can run it. It is skipped, and the reason is printed.
+- ``<!-- first: CODE -->``: what a reader of a fragment has already; CODE runs before the block.
+
+Inductor calls ATen for every op, as in other tests that are about something else than its code;
+`make test-full` has it compile all.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.compiles
+import fxint4.__main__ as command_line
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    "README.md",
-    "docs/accuracy.md",
-    "docs/export.md",
-    "docs/huggingface.md",
-    "docs/import.md",
-    "docs/layout.md",
-    "docs/packed.md",
-    "docs/serving.md",
-]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<comment>(?:(?!-->).)*?)\s*-->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # some write files
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int  # of its first line of code, from 0
+    language: str
+    comment: str
+    code: str
+
+    @property
+    def first(self) -> str:
+        return self.comment.removeprefix("first:") if self.comment.startswith("first:") else ""
+
+    @property
+    def reason(self) -> str:
+        return self.comment.removeprefix("not run:").strip() if "not run:" in self.comment else ""
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.comment == "needs a GPU"
+
+    def compiled(self) -> Any:
+        """The code, so that a traceback names the page's line."""
+        return compile("\n" * self.line + self.code, self.page, "exec")
+
+
+def blocks_of(page: str) -> Iterator[Block]:
     text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = list(BLOCK.finditer(text))
-    assert blocks, f"{page} has no Python block"
+    for block in _BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start("code"))
+        yield Block(page, line, block["language"], block["comment"] or "", block["code"])
+
+
+BLOCKS = {page: list(blocks_of(page)) for page in PAGES}
+PYTHON = {page: [each for each in BLOCKS[page] if each.language == "python"] for page in PAGES}
+
+
+def pages_to_run() -> Iterator[Any]:
+    for page, blocks in PYTHON.items():
+        if any(block.needs_gpu for block in blocks):
+            yield pytest.param(page, True, id=f"{page}, GPU", marks=pytest.mark.gpu)
+        if not all(block.needs_gpu or block.reason for block in blocks):
+            yield pytest.param(page, False, id=page)
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize(("page", "on_gpu"), [*pages_to_run()])
+def test_the_examples_run(
+    page: str, on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     namespace: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks:
-        line = text.count("\n", 0, block.start(1))
-        source = "\n" * line + block.group(1)  # so that a traceback names the page's line
-        exec(compile(source, page, "exec"), namespace)
+    for block in PYTHON[page]:
+        if block.reason or (block.needs_gpu and not on_gpu):
+            continue
+        exec(compile(block.first, f"{page}, before line {block.line}", "exec"), namespace)
+        exec(block.compiled(), namespace)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{block.page}:{block.line}", marks=pytest.mark.skip(block.reason))
+        for blocks in PYTHON.values()
+        for block in blocks
+        if block.reason
+    ],
+)
+def test_an_example_that_only_others_can_run(block: Block) -> None:
+    raise AssertionError("skipped, so that each run of the tests names it")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]])
+def test_all_code_is_of_a_kind_that_is_tested(page: str) -> None:
+    for block in BLOCKS[page]:
+        where = f"{page}:{block.line}"
+        assert block.language in {"python", "sh", "text", "cpp", "cmake"}, where
+        if block.language == "python":
+            block.compiled()
+            known = not block.comment or block.first or block.reason or block.needs_gpu
+            assert known, f"{where}: {block.comment}"
+
+
+def commands() -> Iterator[Any]:
+    for blocks in BLOCKS.values():
+        for block in blocks:
+            for line in block.code.splitlines() if block.language == "sh" else ():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield pytest.param(words, id=f"{block.page}, {' '.join(words)}")
+
+
+class _Parsed(Exception):
+    """A command line was taken."""
+
+
+@pytest.mark.parametrize("words", [*commands()])
+def test_commands_are_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for target in (word for word in words[1:] if "=" not in word):
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+    elif words[:3] == ["python", "-m", "fxint4"]:
+        parse = argparse.ArgumentParser.parse_args
+
+        def parse_and_stop(parser: argparse.ArgumentParser, *args: Any) -> Any:
+            parsed = parse(parser, *args)
+            if parser.prog != "python -m fxint4":
+                raise _Parsed
+            return parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        with pytest.raises(_Parsed):
+            command_line.main(["--traceback", *words[3:]])
+    else:
+        assert words[0] in {"pip", "torchrun", "vllm", "cmake", "build/main"}

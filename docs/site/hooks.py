@@ -1,8 +1,8 @@
-"""Pages of the site that do not lie in docs/, and links between those and the others.
+"""Pages of the site that do not lie in docs/, links between those and the others, and comments.
 
 Links in the sources are those of the repository, so that they work there, too. In the site a link
 to a page or a picture goes to its place there. A link to anything else in the repository, such as a
-script, becomes its text.
+script, becomes its text. Comments, which are for the tests, are left out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ELSEWHERE = {
 }
 _REPOSITORY_PATH = {site: path for path, site in ELSEWHERE.items() if path != "README.md"}
 
+_COMMENT = re.compile(r"^<!--.*?-->\n", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<to>[^()\s]+)\)")
 
 
@@ -39,7 +40,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
-    """Turn the links of the repository into links of the site."""
+    """Turn the links of the repository into links of the site, and drop comments."""
     source = page.file.src_uri
     folder = posixpath.dirname(_REPOSITORY_PATH.get(source, f"docs/{source}"))
 
@@ -55,4 +56,4 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
         to = posixpath.relpath(site, posixpath.dirname(source) or ".")
         return f"{match['image']}[{match['text']}]({to}{hash_sign}{anchor})"
 
-    return _LINK.sub(link, markdown)
+    return _LINK.sub(link, _COMMENT.sub("", markdown))
