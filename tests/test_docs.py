@@ -13,8 +13,12 @@ Inductor calls ATen for every op, as in other tests that are about something els
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +88,39 @@ def test_the_examples_run(
     page: str, on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # some write files
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    run(page, on_gpu)
+
+
+def run(page: str, on_gpu: bool = False) -> dict[str, Any]:
+    """Run a page in the current folder; returns its names."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in PYTHON[page]:
         if block.reason or (block.needs_gpu and not on_gpu):
             continue
         exec(compile(block.first, f"{page}, before line {block.line}", "exec"), namespace)
         exec(block.compiled(), namespace)
+    return namespace
+
+
+@pytest.mark.compiles
+@pytest.mark.full
+@pytest.mark.skipif(
+    not (shutil.which("cmake") and shutil.which("c++")), reason="needs CMake and a C++ compiler"
+)
+def test_the_program_in_cpp_prints_what_python_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = "docs/tutorials/cpp.md"
+    expected = run(page)["y"][0, :4].tolist()
+    code = {block.language: block.code for block in BLOCKS[page]}  # of sh the last, which builds
+    for name, language in (("main.cpp", "cpp"), ("CMakeLists.txt", "cmake")):
+        Path(name).write_text(code[language], encoding="utf-8")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    done = subprocess.run(["sh", "-ec", code["sh"]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = [float(word) for word in done.stdout.splitlines()[-1].split()]
+    assert printed == pytest.approx(expected, rel=5e-6)  # in six digits
 
 
 @pytest.mark.parametrize(
