@@ -3,6 +3,7 @@
 A comment in front of a block of Python says what a page needs to run:
 
 - ``<!-- needs a GPU -->``: the block is run with the page's others where there is one.
+- ``<!-- needs the package NAME -->``: where it is missing, the rest of the page is skipped.
 - ``<!-- not run: REASON -->``: no test here can run it. It is skipped, and the reason is printed.
 - ``<!-- first: CODE -->``: what a reader of a fragment has already; CODE runs before the block.
 
@@ -13,6 +14,7 @@ Inductor calls ATen for every op, as in other tests that are about something els
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shlex
@@ -52,6 +54,11 @@ class Block:
     @property
     def reason(self) -> str:
         return self.comment.removeprefix("not run:").strip() if "not run:" in self.comment else ""
+
+    @property
+    def package(self) -> str:
+        start = "needs the package "
+        return self.comment.removeprefix(start) if self.comment.startswith(start) else ""
 
     @property
     def needs_gpu(self) -> bool:
@@ -97,6 +104,8 @@ def run(page: str, on_gpu: bool = False) -> dict[str, Any]:
     for block in PYTHON[page]:
         if block.reason or (block.needs_gpu and not on_gpu):
             continue
+        if block.package and importlib.util.find_spec(block.package) is None:
+            pytest.skip(f"{page} needs {block.package}")
         exec(compile(block.first, f"{page}, before line {block.line}", "exec"), namespace)
         exec(block.compiled(), namespace)
     return namespace
@@ -143,7 +152,8 @@ def test_all_code_is_of_a_kind_that_is_tested(page: str) -> None:
         assert block.language in {"python", "sh", "text", "cpp", "cmake"}, where
         if block.language == "python":
             block.compiled()
-            known = not block.comment or block.first or block.reason or block.needs_gpu
+            kinds = (block.first, block.reason, block.package, block.needs_gpu)
+            known = not block.comment or any(kinds)
             assert known, f"{where}: {block.comment}"
 
 
