@@ -7,8 +7,8 @@ A comment in front of a block of Python says what a page needs to run:
 - ``<!-- not run: REASON -->``: no test here can run it. It is skipped, and the reason is printed.
 - ``<!-- first: CODE -->``: what a reader of a fragment has already; CODE runs before the block.
 
-Inductor calls ATen for every op, as in other tests that are about something else than its code;
-`make test-full` has it compile all.
+Inductor calls ATen for every op, as in other tests that are about something else than its code,
+but for pages that make packages; `make test-full` has it compile all.
 """
 
 from __future__ import annotations
@@ -85,11 +85,14 @@ def pages_to_run() -> Iterator[Any]:
         if any(block.needs_gpu for block in blocks):
             yield pytest.param(page, True, id=f"{page}, GPU", marks=pytest.mark.gpu)
         if not all(block.needs_gpu or block.reason for block in blocks):
-            yield pytest.param(page, False, id=page)
+            # On torch 2.11 AOTInductor calls some of ATen's ops wrongly.
+            packages = any("fxint4.package(" in block.code for block in blocks)
+            yield pytest.param(page, False, id=page, marks=() if packages else pytest.mark.by_aten)
 
 
 @pytest.mark.compiles
-@pytest.mark.by_aten
+# torch 2.11, inside itself, when torch.export.load reads constants
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 @pytest.mark.parametrize(("page", "on_gpu"), [*pages_to_run()])
 def test_the_examples_run(
     page: str, on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
