@@ -13,7 +13,7 @@ OLDER := build/transformers-5.17
 # vLLM for CPUs, with the torch and the transformers that it asks for.
 VLLM := build/vllm
 
-.PHONY: help demo test test-fast test-full test-plain-cpu test-transformers-5.17 test-vllm check format lint types imports clean
+.PHONY: help demo test test-fast test-full test-plain-cpu test-transformers-5.17 test-vllm check format lint types imports docs dist clean
 .DELETE_ON_ERROR:
 
 help:  ## show the targets
@@ -83,6 +83,15 @@ types: $(STAMP)  ## mypy alone
 
 imports: $(STAMP)  ## import direction alone
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+# The theme announces its own successor at every build.
+docs: $(STAMP)  ## build the documentation into build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
+
+# The environment has what building takes: nothing is downloaded.
+dist: $(STAMP)  ## build the sdist, and the wheel from it, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 # setuptools warns of each editable installation that a folder of the package's name may come first:
 # here it is that folder.

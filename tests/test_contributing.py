@@ -13,7 +13,7 @@ from torch import nn
 import fxint4
 from fxint4.passes.patterns import PATTERNS
 
-pytestmark = pytest.mark.compiles
+pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
 PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
 

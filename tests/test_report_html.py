@@ -250,7 +250,7 @@ def test_an_error_of_the_output_has_a_word_and_its_meaning(error: float, word: s
 
 
 def test_the_words_are_documented_with_their_numbers() -> None:
-    documented = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    documented = (ROOT / "docs" / "report-page.md").read_text(encoding="utf-8")
     for each in GRADES:
         numbers = re.escape(each.meaning.split(":")[0])
         assert re.search(rf"\| {each.word} \| {numbers} \|", documented)
