@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.decomposition import decompositions as inductor_decompositions
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from tqdm import tqdm
 
 import fxint4
@@ -554,6 +555,29 @@ def test_another_process_starts_warm_with_weights_of_its_own() -> None:
         # Round to nearest with 15 steps over a uniform weight costs 1/15/sqrt(12)/sqrt(1/12) ~ 7%.
         assert 0.02 < error < 0.2
         assert hits == expected
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_inputs_of_other_subclasses_beside_packed_weights_keep_their_names() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.shift = nn.Parameter(TwoTensor(torch.ones(64), torch.ones(64)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x) + self.shift)
+
+    model = Shifted().eval().requires_grad_(False)
+    fxint4.pack_(model, options={"skip": ["down"]})
+    x = torch.randn(4, 64)
+    wanted = model.down(nn.functional.linear(x, model.up.weight.dequantize(), model.up.bias) + 1)
+    y = int4(model)(x)
+    bound = model.down.weight.abs().sum(1).max() * 0.05
+    assert (y.a - wanted).abs().max() < bound
+    names = [record.name for record in fxint4.last_report().records]
+    assert names == ["up", "down", "down"]  # of each of the two tensors
 
 
 @pytest.mark.compiles

@@ -120,15 +120,18 @@ class UnwrappedInputs:
             SubclassGetAttrAOTInput,
         )
 
+        def of_dynamo(desc: Any) -> Any:
+            if isinstance(desc, SubclassGetAttrAOTInput):  # of an input that is passed as it is
+                return SubclassGetAttrAOTInput(of_dynamo(desc.base), desc.attr)
+            if not isinstance(desc, PlainAOTInput):
+                return desc
+            position, path = self._origins[desc.idx]
+            return functools.reduce(SubclassGetAttrAOTInput, path, PlainAOTInput(position))
+
         def inner(captured: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
             for node in captured.graph.find_nodes(op="placeholder"):
-                desc = node.meta.get("desc")
-                if self._origins and isinstance(desc, PlainAOTInput):
-                    position, path = self._origins[desc.idx]
-                    made: Any = PlainAOTInput(position)
-                    for attribute in path:
-                        made = SubclassGetAttrAOTInput(made, attribute)
-                    node.meta["desc"] = made
+                if self._origins and "desc" in node.meta:
+                    node.meta["desc"] = of_dynamo(node.meta["desc"])
             return inner_compile(captured, *args, **kwargs)
 
         return inner
