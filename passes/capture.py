@@ -24,6 +24,7 @@ def capture(
     example_inputs: Sequence[Any],
     inner_compile: Callable[..., Any],
     config_patches: Mapping[str, Any],
+    resume: Callable[[Sequence[Any]], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Run AOTAutograd and Inductor's own passes over a graph, and compile what they make of it.
 
@@ -32,6 +33,7 @@ def capture(
         example_inputs: Its inputs.
         inner_compile: Gets the captured graph, of ATen ops, as Inductor's last stage does.
         config_patches: Patches of Inductor's config.
+        resume: See `compile_fx`.
 
     Returns:
         A function of the inputs of `gm`.
@@ -44,4 +46,5 @@ def capture(
         DECOMPOSITIONS,
         Int4TileTensor,
         source_version(*_DECIDING),
+        resume,
     )

@@ -644,7 +644,7 @@ def check(arch: Architecture, dtype: torch.dtype, device: str) -> None:
 
 
 #: Whose C++ Inductor generates here; with `--full` that of all, and on a GPU Triton of all.
-COMPILED = ("llama-bfloat16", "gpt_oss-grouped_mm-bfloat16", "bert-float32")
+COMPILED = ("llama-bfloat16",)
 #: Much like others on a CPU, so there they run with `--full`; on a GPU all do.
 ALIKE = (
     "qwen2-bfloat16",
@@ -653,10 +653,13 @@ ALIKE = (
     "gpt_neox-bfloat16",
     "opt-bfloat16",
     "falcon-bfloat16",
+    "bloom-bfloat16",
+    "phi3-bfloat16",
     "mixtral-batched_mm-bfloat16",
     "qwen3_moe-grouped_mm-bfloat16",
     "qwen3_moe-batched_mm-bfloat16",
     "gpt_oss-grouped_mm-float32",
+    "bart-bfloat16",
     "modernbert-bfloat16",
     "vit-float32",
 )

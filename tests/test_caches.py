@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_nothing_is_kept_where_the_user_has_the_cache_off() -> None:
 
 
 @torch.no_grad()
-def test_artifacts_carry_the_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifacts_carry_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 128)
     started(Two())(x)
     artifacts = torch.compiler.save_cache_artifacts()
@@ -177,3 +178,70 @@ def test_artifacts_carry_the_graphs(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     torch.compiler.load_cache_artifacts(artifacts[0])
     assert_runs(model, x, torch.compile(model, backend="int4tile"))
     assert hits() == HIT
+
+
+# --- aot_compile, of torch 2.12 and newer --------------------------------------------------------
+
+needs_aot_compile = pytest.mark.skipif(
+    not hasattr(torch.compiler, "load_compiled_function"), reason="this PyTorch has no aot_compile"
+)
+
+
+def saved(model: nn.Module, x: Tensor, path: Path, **arguments: Any) -> Callable[..., Any]:
+    """Compile the model's forward ahead of time and save it; returns what is loaded again."""
+    compiled = torch.compile(model, backend="int4tile", fullgraph=True, **arguments)
+    made = compiled.forward.aot_compile(((x,), {}))
+    wanted = made(model, x)
+    made.save_compiled_function(str(path))
+    torch._dynamo.reset()
+    with path.open("rb") as file:
+        loaded = torch.compiler.load_compiled_function(file)
+    model.seen.sub_(x[:1])
+    torch.testing.assert_close(loaded(model, x), wanted)
+    return loaded
+
+
+@needs_aot_compile
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_a_saved_model_takes_the_weights_of_the_process_that_loads(
+    dynamic: bool, tmp_path: Path
+) -> None:
+    x = torch.randn(4, 128)
+    options = {"group_size": 32}
+    loaded = saved(Two(), x, tmp_path / "model", dynamic=dynamic or None, options=options)
+    other = Two(seed=1)
+    assert_runs(other, x, lambda x: loaded(other, x), **options)
+    report = fxint4.last_report()
+    assert len(report.records) == 4  # of both models
+    assert {(r.name, r.action, r.group_size) for r in report.records} == {
+        ("up", "packed", 32),
+        ("down", "packed", 32),
+    }
+    if dynamic:
+        more = torch.randn(300, 128)
+        assert_runs(other, more, lambda x: loaded(other, x), **options)
+
+
+@needs_aot_compile
+@torch.no_grad()
+def test_a_packed_model_is_saved_without_its_weights(tmp_path: Path) -> None:
+    x, model = torch.randn(4, 128), Two()
+    fxint4.pack_(model)
+    loaded = saved(model, x, tmp_path / "model")
+    other = Two(seed=1)
+    fxint4.pack_(other)
+    plain = copy.deepcopy(other)
+    fxint4.dequantize_(plain)
+    torch.testing.assert_close(loaded(other, x), plain(x), atol=1e-2, rtol=1e-2)
+
+
+@needs_aot_compile
+@torch.no_grad()
+def test_what_was_loaded_is_saved_again(tmp_path: Path) -> None:
+    x, model = torch.randn(4, 128), Two()
+    loaded = saved(model, x, tmp_path / "model")
+    loaded.save_compiled_function(str(tmp_path / "again"))
+    with (tmp_path / "again").open("rb") as file:
+        again = torch.compiler.load_compiled_function(file)
+    assert_runs(model, x, lambda x: again(model, x))

@@ -134,7 +134,8 @@ def test_a_link_that_leads_nowhere_is_an_error(line: str, tmp_path: Path) -> Non
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text(f"# Page\n\n{line}\n")
     (tmp_path / "docs" / "layout.md").write_text("# Layout\n")
-    of_pages = {"nav": None, "hooks": [], "plugins": [], "exclude_docs": None}
+    nav = ["index.md", "layout.md"]
+    of_pages = {"nav": nav, "hooks": [], "plugins": [], "exclude_docs": ""}
     folders = {"docs_dir": str(tmp_path / "docs"), "site_dir": str(tmp_path / "site")}
     config = load_config(str(CONFIG), **folders, **of_pages)
     with pytest.raises(Abort, match="1 warnings"):

@@ -535,6 +535,7 @@ SECOND_PROCESS = """
     import sys, torch
     from torch import nn
     from torch._dynamo.utils import counters
+    torch._inductor.config.fallback_by_default = True  # C++ takes long
     torch.manual_seed(int(sys.argv[1]))
     model, x = nn.Linear(128, 64).eval(), torch.randn(4, 128)
     with torch.no_grad():

@@ -575,8 +575,8 @@ def test_a_parametrized_weight_that_was_packed(tmp_path: Path) -> None:
     [
         ("eager", torch.float32),
         ("batched_mm", torch.float32),
-        ("grouped_mm", torch.float32),
-        ("grouped_mm", torch.float16),
+        pytest.param("grouped_mm", torch.float32, marks=pytest.mark.full),
+        pytest.param("grouped_mm", torch.float16, marks=pytest.mark.full),
         ("grouped_mm", torch.bfloat16),
     ],
 )

@@ -164,12 +164,11 @@ CASES = linear_cases() | other_cases()
 
 
 def _cases() -> list[object]:
-    """All of them with `--full`; else not those with one option alone that others have, too."""
+    """All of them with `--full`; else of each linear kernel two: no option, and all at once."""
     made = []
     for name in CASES:
-        options = name.split(" splits")[-1] if name.startswith("linear") else ""
-        alone = options in (", fp16", ", ragged")
-        made.append(pytest.param(name, marks=[pytest.mark.full] if alone else []))
+        of_all = not name.startswith("linear") or name.endswith(("8 splits", ", ragged, fp16"))
+        made.append(pytest.param(name, marks=[] if of_all else [pytest.mark.full]))
     return made
 
 

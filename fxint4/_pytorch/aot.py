@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate_size",
     "example_size",
     "inputs_mutated_by_graph",
+    "is_saving",
     "mark_boxed",
     "note_mutated_inputs",
     "outer_input",
@@ -76,6 +78,7 @@ def compile_fx(
     extra_decompositions: Mapping[Any, Callable[..., Any]],
     subclass: type[Tensor],
     version: str,
+    resume: Callable[[Sequence[Any]], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Run Inductor's whole pipeline for inference, with `inner_compile` as its last stage.
 
@@ -91,17 +94,19 @@ def compile_fx(
         extra_decompositions: Decompositions beside Inductor's.
         subclass: The tensor subclass to take apart, see `UnwrappedInputs`.
         version: Of the code that has a say in what AOTAutograd makes of a graph.
+        resume: How `aot_compile` goes on with a captured graph that it loads, see `SavedGraph`;
+            if None, it is not for that.
 
     Returns:
-        A function of the inputs of `gm`.
+        A function of the inputs of `gm`: a `SavedGraph` for `aot_compile`.
     """
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    from fxint4._pytorch.aot_cache import cached_captures
+    from fxint4._pytorch.aot_cache import SavedGraph, cached_captures
 
     apart = UnwrappedInputs(gm, example_inputs, subclass)
     patches = {**config_patches, **CONFIG_PATCHES}
-    last_stage = apart.telling_origins(inner_compile)
+    last_stage = apart.origins.telling(inner_compile)
     unflatten = subclass.__tensor_unflatten__  # type: ignore[attr-defined]
     with torch.no_grad(), cached_captures(last_stage, version, [unflatten]) as inner:
         compiled = inductor_compile_fx(
@@ -111,7 +116,11 @@ def compile_fx(
             config_patches=patches,
             decompositions=decompositions(extra_decompositions),
         )
-    return apart.calling(cast("Callable[..., Any]", compiled))
+    if resume is not None and is_saving():
+        entry = pickle.dumps(cast("Any", compiled).serialize())
+        made = cast("Callable[..., Any]", compiled)
+        return SavedGraph(made, entry, apart.origins, patches, resume)
+    return apart.origins.calling(cast("Callable[..., Any]", compiled))
 
 
 def compile_for_training(
@@ -131,6 +140,13 @@ def compile_for_training(
 
     compiled = inductor_compile_fx(gm, example_inputs, config_patches=dict(config_patches))
     return cast("Callable[..., Any]", compiled)
+
+
+def is_saving() -> bool:
+    """Whether `torch.compile(...).aot_compile` compiles a graph, to save it."""
+    from torch._functorch import config
+
+    return bool(getattr(config, "bypass_autograd_cache_key", False))
 
 
 def symbols_of(placeholders: Sequence[fx.Node]) -> dict[Any, tuple[int, int | None]]:

@@ -5,6 +5,9 @@ that, as Inductor's last stage gets it, and not what was compiled from it: that 
 and on the weights of the process. So a hit saves the tracing, and all that follows runs as without
 a cache; Inductor's FX graph cache has the code. Its key is the rewritten graph.
 
+What `torch.compile(...).aot_compile` saves is the same: the captured graph, and how to go on from
+it.
+
 All of it was run on torch 2.11, 2.13 and 2.15. The module is imported late: it loads Inductor.
 """
 
@@ -13,24 +16,28 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dynamo.aot_compile_types import SerializableCallable
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.output_code import OutputCode
 from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.compiler import config as compiler_config
 from torch.fx._graph_pickler import GraphPickler, Options
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
-from fxint4._pytorch.aot import note_mutated_inputs
+from fxint4._pytorch.aot import is_saving, note_mutated_inputs
+from fxint4._pytorch.unwrap import InputOrigins
 
-__all__ = ["CapturedGraph", "cached_captures"]
+__all__ = ["CapturedGraph", "SavedGraph", "cached_captures"]
 
 logger = logging.getLogger("fxint4")
 
@@ -61,7 +68,7 @@ def cached_captures(
         # Inductor's own table does for its last stage, and can be in a cache's key; ours cannot.
         kwargs.pop("get_decomp_fn", None)
         note_mutated_inputs(captured)
-        saved = _pickled(captured, inputs, kwargs) if _is_on() else None
+        saved = _pickled(captured, inputs, kwargs) if _is_on() or is_saving() else None
         return CapturedGraph(_compile(captured, inputs, kwargs), saved)
 
     tag = f"{compiler_config.cache_key_tag}fxint4 captures {version}"
@@ -132,6 +139,68 @@ def _is_on() -> bool:
     return bool(should_use_local_autograd_cache() and inductor_config.fx_graph_cache)
 
 
+# --- what aot_compile saves ----------------------------------------------------------------------
+
+
+class SavedGraph(SerializableCallable):
+    """A compiled graph that can be saved, and goes on from the captured one where it is loaded.
+
+    Args:
+        compiled: What AOTAutograd returned; None if the graph was loaded.
+        entry: What AOTAutograd's cache would hold of it, pickled.
+        origins: Where its inputs come from.
+        patches: Of Inductor's config.
+        resume: Takes the inputs of Dynamo's graph at the first call after loading; returns what is
+            to compile the captured graph, as `inner_compile`. Can be pickled.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any] | None,
+        entry: bytes,
+        origins: InputOrigins,
+        patches: Mapping[str, Any],
+        resume: Callable[[Sequence[Any]], Callable[..., Any]],
+    ) -> None:
+        self._saved = entry, origins, dict(patches), resume
+        self._run = None if compiled is None else origins.calling(compiled)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph."""
+        if self._run is None:
+            self._run = self._saved[1].calling(self._loaded(args))
+        return self._run(*args)
+
+    def _loaded(self, args: Sequence[Any]) -> Callable[..., Any]:
+        from torch._functorch._aot_autograd.aot_autograd_result import (
+            deserialize_bundled_cache_entry,
+        )
+
+        entry, origins, patches, resume = self._saved
+        fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+        token = _inner_compile.set(origins.telling(resume(args)))
+        try:
+            with (
+                torch.no_grad(),
+                inductor_config.patch(patches),
+                V.set_fake_mode(fake_mode),
+                torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
+            ):
+                return deserialize_bundled_cache_entry(pickle.loads(entry))
+        finally:
+            _inner_compile.reset(token)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: SavedGraph) -> bytes:
+        """What PyTorch saves."""
+        return pickle.dumps(fn._saved)
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> SavedGraph:
+        """The graph from what PyTorch saved."""
+        return cls(None, *pickle.loads(data))
+
+
 # --- captured graphs as bytes --------------------------------------------------------------------
 
 #: What passes of ours, or Inductor, read of a node. Stacks of modules and the like hold objects.
@@ -182,11 +251,15 @@ def _pickled(
     captured: fx.GraphModule, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bytes | None:
     options = Options(ops_filter=None, node_metadata_key_filter=_META_KEPT.__contains__)
+    # Nothing has symbols where a saved graph is loaded, so there they come with it.
+    pickler = GraphPickler if is_saving() else _Pickler
     kept = {key: value for key, value in kwargs.items() if key not in _OF_THE_COMPILE}
     try:
         with io.BytesIO() as stream:
-            _Pickler(stream, options).dump((captured, list(inputs), kept))
+            pickler(stream, options).dump((captured, list(inputs), kept))
             return stream.getvalue()
     except Exception as error:  # whatever an object raises that cannot be pickled
+        if is_saving():
+            raise
         logger.debug("AOTAutograd's cache will not hold a graph: %s", error)
         return None

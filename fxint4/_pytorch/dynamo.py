@@ -61,7 +61,8 @@ def never_compiled(code: CodeType) -> None:
 def source_name(placeholder: fx.Node) -> str | None:
     """Dynamo's source of an input: `L['self']._modules['fc']._parameters['weight']`."""
     grapharg = placeholder.meta.get("grapharg")
-    source = getattr(grapharg, "source", None)
+    # aot_compile drops the first, and leaves the second.
+    source = getattr(grapharg, "source", None) or getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return None
     name = source.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +12,63 @@ from torch import Tensor, fx
 
 from fxint4._pytorch.distributed import LOCAL, is_distributed, local_of
 
-__all__ = ["UnwrappedInputs"]
+__all__ = ["InputOrigins", "UnwrappedInputs"]
+
+
+@dataclass(frozen=True)
+class InputOrigins:
+    """Where the inputs of a graph come from, that Dynamo's was made into.
+
+    Attributes:
+        of: For each of them the position of an input of Dynamo's graph, and the attributes that
+            lead on from it, none if it is passed as it is. Empty if the graph is Dynamo's.
+    """
+
+    of: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    def telling(self, inner_compile: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `inner_compile`: placeholders then name the inputs of Dynamo's graph as origins."""
+        from torch._functorch._aot_autograd.descriptors import (
+            PlainAOTInput,
+            SubclassGetAttrAOTInput,
+        )
+
+        def of_dynamo(desc: Any) -> Any:
+            if isinstance(desc, SubclassGetAttrAOTInput):  # of an input that is passed as it is
+                return SubclassGetAttrAOTInput(of_dynamo(desc.base), desc.attr)
+            if not isinstance(desc, PlainAOTInput):
+                return desc
+            position, path = self.of[desc.idx]
+            made: Any = PlainAOTInput(position)
+            for attribute in path:
+                made = SubclassGetAttrAOTInput(made, attribute)
+            return made
+
+        def inner(captured: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            for node in captured.graph.find_nodes(op="placeholder"):
+                if self.of and "desc" in node.meta:
+                    node.meta["desc"] = of_dynamo(node.meta["desc"])
+            return inner_compile(captured, *args, **kwargs)
+
+        return inner
+
+    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `compiled`, which takes the new graph's inputs, to take those of Dynamo's graph."""
+        if not self.of:
+            return compiled
+        origins = [
+            (position, attrgetter(".".join(path)) if path else None) for position, path in self.of
+        ]
+
+        def run(*args: Any) -> Any:
+            return compiled(
+                *[
+                    args[position] if inner is None else inner(args[position])
+                    for position, inner in origins
+                ]
+            )
+
+        return run
 
 
 class UnwrappedInputs:
@@ -39,14 +96,13 @@ class UnwrappedInputs:
     Attributes:
         gm: The graph to compile: the new one, or Dynamo's.
         inputs: Its inputs.
+        origins: Where they come from.
     """
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], subclass: type[Tensor]) -> None:
         self.gm = gm
         self.inputs = inputs
-        #: For each input of the new graph the position of Dynamo's input, and the attributes that
-        #: lead to it, none if it is passed as it is. Empty if the graph stays as it is.
-        self._origins: list[tuple[int, tuple[str, ...]]] = []
+        self.origins = InputOrigins()
         values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
         wrapped = {node: value for node, value in values.items() if _holds(value, subclass)}
         named = all(getattr(node, "_dynamo_source", None) for node in wrapped)
@@ -66,6 +122,7 @@ class UnwrappedInputs:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         by_source: dict[Any, fx.Node] = {}
+        origins: list[tuple[int, tuple[str, ...]]] = []
         # An inner tensor that the model's own code reads is an input already.
         read = {getattr(old, "_dynamo_source", None) for old in values}
         self.inputs = []
@@ -84,7 +141,7 @@ class UnwrappedInputs:
                 new._dynamo_source = source
                 by_source[source] = new
                 self.inputs.append(_inner(value, path))
-                self._origins.append((position, path))
+                origins.append((position, path))
 
         def together(value: Any, source: Any, example: Any) -> fx.Node:
             """Put a value together that has this source."""
@@ -111,49 +168,7 @@ class UnwrappedInputs:
         made = fx.GraphModule(self.gm, graph)
         made.meta = self.gm.meta
         made._param_name_to_source = self.gm._param_name_to_source
-        self.gm = made
-
-    def telling_origins(self, inner_compile: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `inner_compile`: placeholders then name the inputs of Dynamo's graph as origins."""
-        from torch._functorch._aot_autograd.descriptors import (
-            PlainAOTInput,
-            SubclassGetAttrAOTInput,
-        )
-
-        def of_dynamo(desc: Any) -> Any:
-            if isinstance(desc, SubclassGetAttrAOTInput):  # of an input that is passed as it is
-                return SubclassGetAttrAOTInput(of_dynamo(desc.base), desc.attr)
-            if not isinstance(desc, PlainAOTInput):
-                return desc
-            position, path = self._origins[desc.idx]
-            return functools.reduce(SubclassGetAttrAOTInput, path, PlainAOTInput(position))
-
-        def inner(captured: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-            for node in captured.graph.find_nodes(op="placeholder"):
-                if self._origins and "desc" in node.meta:
-                    node.meta["desc"] = of_dynamo(node.meta["desc"])
-            return inner_compile(captured, *args, **kwargs)
-
-        return inner
-
-    def calling(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `compiled`, which takes the new graph's inputs, to take those of Dynamo's graph."""
-        if not self._origins:
-            return compiled
-        origins = [
-            (position, attrgetter(".".join(path)) if path else None)
-            for position, path in self._origins
-        ]
-
-        def run(*args: Any) -> Any:
-            return compiled(
-                *[
-                    args[position] if inner is None else inner(args[position])
-                    for position, inner in origins
-                ]
-            )
-
-        return run
+        self.gm, self.origins = made, InputOrigins(tuple(origins))
 
 
 def _holds(value: Any, subclass: type[Tensor]) -> bool:

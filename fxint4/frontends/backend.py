@@ -6,6 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from fxint4._pytorch.aot import (
     CompileState,
     compile_for_training,
+    is_saving,
     warn_if_untested,
 )
 from fxint4._pytorch.dynamo import (
@@ -27,9 +29,11 @@ from fxint4.config.options import split_options
 from fxint4.errors import OptionError, TrainingError
 from fxint4.graph.names import (
     Inputs,
+    KnownInputs,
     layer_name,
     model_around,
     modules_in_call,
+    origins_in_call,
     parameters_around,
 )
 from fxint4.graph.placeholders import GraphWeights, inputs_of
@@ -130,11 +134,43 @@ def compile_captured(
         remember(report)
         return compile_for_training(gm, example_inputs, patches)
 
-    def inner_compile(
-        captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
+    stage = _LastStage(gm, inputs, example_inputs, config, patches, report, cache, graph_break)
+    resume = _Resume(inputs.names, inputs.buffers, config, patches)
+    compiled = capture(gm, example_inputs, stage, patches, resume)
+    return _for_inference_alone(compiled, inputs, len(example_inputs))
+
+
+@dataclass
+class _LastStage:
+    """What is done with a captured graph, in the place of Inductor's last stage.
+
+    Attributes:
+        gm: Dynamo's graph; None where that is not known any more.
+        inputs: Names of its inputs.
+        example_inputs: Its inputs.
+        config: What to pack.
+        patches: Of Inductor's config.
+        report: Gets the graph.
+        cache: Holds the packed weights.
+        graph_break: The reason of the graph break at the end of the graph, if there is one.
+    """
+
+    gm: fx.GraphModule | None
+    inputs: Inputs | KnownInputs
+    example_inputs: Sequence[Any]
+    config: Int4Config
+    patches: Mapping[str, Any]
+    report: Report
+    cache: WeightCache
+    graph_break: str | None
+
+    def __call__(
+        self, captured: fx.GraphModule, fake_inputs: Sequence[Any], **kwargs: Any
     ) -> Callable[..., Any]:
-        state = CompileState(patches)
-        weights = GraphWeights.of_dynamo(captured, gm, inputs, example_inputs)
+        """Rewrite and compile the captured graph, and add it to the report."""
+        config, report, cache = self.config, self.report, self.cache
+        state = CompileState(self.patches)
+        weights = GraphWeights.of_dynamo(captured, self.gm, self.inputs, self.example_inputs)
         policy = Policy.now(config)
         key = (frame_id(), frozenset(map(weights.place, weights.tensors.values())))
         of_bindings = BoundRecords(report, key, config, policy)
@@ -168,12 +204,38 @@ def compile_captured(
                 for entry, record in zip(made.found, records, strict=True)
             ]
         parameters = {**weights.parameters, **parameters_around(weights.origins.values())}
-        report.put(key, GraphReport(tuple(records), parameters, before, after, graph_break))
+        report.put(key, GraphReport(tuple(records), parameters, before, after, self.graph_break))
         remember(report)
         return graph or compile_graph(captured, fake_inputs, policy, made.run_pass, **kwargs)
 
-    compiled = capture(gm, example_inputs, inner_compile, patches)
-    return _for_inference_alone(compiled, inputs, len(example_inputs))
+
+@dataclass
+class _Resume:
+    """Goes on with a captured graph that was saved, where it is loaded.
+
+    Attributes:
+        names: Of the inputs of Dynamo's graph.
+        buffers: The positions of those that are registered buffers.
+        config: What to pack.
+        patches: Of Inductor's config.
+    """
+
+    names: Sequence[str]
+    buffers: frozenset[int]
+    config: Int4Config
+    patches: Mapping[str, Any]
+
+    def __call__(self, args: Sequence[Any]) -> _LastStage:
+        """The last stage for the inputs of a first call."""
+        origins = origins_in_call(value for value in args if isinstance(value, Tensor))
+        here = [origins.get(id(value)) for value in args]
+        names = [
+            origin.name if origin else name for origin, name in zip(here, self.names, strict=True)
+        ]
+        inputs = KnownInputs(names, self.buffers, origins)
+        report = Report(self.config, self.patches, must_write=False)
+        args_of_stage = (self.config, self.patches, report, weight_cache)
+        return _LastStage(None, inputs, args, *args_of_stage, graph_break=None)
 
 
 def _is_training(inputs: Inputs, example_inputs: Sequence[Any], allowed: bool) -> bool:
@@ -255,7 +317,7 @@ def _for_inference_alone(
     Dynamo does not compile again for that, and gradients would end here without a word. Within
     torch.no_grad() there are none, and Dynamo compiles for that anew.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_saving():
         return compiled
     owners = dict.fromkeys(map(inputs.owner, range(count)))
     refs = [weakref.ref(owner) for owner in owners if owner is not None]

@@ -59,6 +59,25 @@ _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _PLUMBING = ("__closure__", "cell_contents", "__self__", "__wrapped__", "_orig_mod", *_REGISTRIES)
 
 
+@dataclass(frozen=True)
+class KnownInputs:
+    """What is known of the inputs of a Dynamo graph where that graph is gone.
+
+    Attributes:
+        names: As of `Inputs`.
+        buffers: The positions of the inputs that are registered buffers.
+        origins: As of `Inputs`.
+    """
+
+    names: Sequence[str]
+    buffers: frozenset[int]
+    origins: Mapping[int, Origin]
+
+    def is_registered_buffer(self, index: int) -> bool:
+        """See `Inputs`."""
+        return index in self.buffers
+
+
 class Inputs:
     """The inputs of one Dynamo graph: their names, and the modules that own the parameters.
 
@@ -95,6 +114,11 @@ class Inputs:
     def is_registered_buffer(self, index: int) -> bool:
         """Whether input `index` is a module's registered buffer, not, say, a KV cache in a list."""
         return "._buffers[" in (self._sources[index] or "")
+
+    @property
+    def buffers(self) -> frozenset[int]:
+        """The positions of the inputs that are registered buffers."""
+        return frozenset(filter(self.is_registered_buffer, range(len(self._sources))))
 
     def owner(self, index: int) -> nn.Module | None:
         """The module that owns input `index`; None if the input is no parameter of a module."""
@@ -133,7 +157,9 @@ class Inputs:
         if source is None:
             return None
         model, root = self.outermost_modules.get(""), _local_root(source)
-        is_silent = model is not None and _module_of(self._local.get(root or "")) is model
+        is_silent = root == "self" or (
+            model is not None and _module_of(self._local.get(root or "")) is model
+        )
         steps = [step[step.lastgroup or ""] for step in _STEP.finditer(source)]
         parts = [step for step in steps[1 if is_silent else 0 :] if not _is_plumbing(step)]
         return ".".join(parts) or None

@@ -15,7 +15,7 @@ from fxint4._pytorch.aot import inputs_mutated_by_graph, outer_input
 from fxint4._pytorch.distributed import LOCAL, local_of
 from fxint4._pytorch.tensors import aten, holds_own_values
 from fxint4.graph.constants import Role
-from fxint4.graph.names import Inputs, Origin
+from fxint4.graph.names import Inputs, KnownInputs, Origin
 from fxint4.report import Parameter
 from fxint4.tensor import Int4TileTensor
 from fxint4.weights.identity import WeightIdentity
@@ -60,15 +60,16 @@ class GraphWeights:
     def of_dynamo(
         cls,
         captured: fx.GraphModule,
-        dynamo_gm: fx.GraphModule,
-        inputs: Inputs,
+        dynamo_gm: fx.GraphModule | None,
+        inputs: Inputs | KnownInputs,
         example_inputs: Sequence[Any],
     ) -> GraphWeights:
         """The weights of a graph that torch.compile captured.
 
         Args:
             captured: AOTAutograd's graph, of ATen ops.
-            dynamo_gm: Dynamo's graph, from which AOTAutograd made it.
+            dynamo_gm: Dynamo's graph, from which AOTAutograd made it; None if it is gone, and had
+                no parameters of its own.
             inputs: Names of the inputs of Dynamo's graph.
             example_inputs: The real inputs of Dynamo's graph.
         """
@@ -85,6 +86,7 @@ class GraphWeights:
                 continue
             origin, attributes = source
             if isinstance(origin, str):
+                assert dynamo_gm is not None
                 value, name, is_buffer = dynamo_gm.get_parameter(origin), origin, False
             else:
                 value, name = example_inputs[origin], inputs.names[origin]
