@@ -4,8 +4,8 @@ Compile time: the first call of a model less a later one, in a process of its ow
 Inductor before; cold with an empty Inductor cache, warm in a second process with the cache that the
 first one left. Backends take turns, medians over rounds. Prediction: int4tile adds the folding (see
 folding.py; where a model runs with many rows, dense copies are made beside the tiles) and a second
-look at the graph, some tenths of a second. Warm it takes the captured graph from AOTAutograd's cache
-and runs the passes again: at most 1.3 times Inductor.
+look at the graph, some tenths of a second. Warm it takes the captured graph from AOTAutograd's
+cache and runs the passes again: at most 1.3 times Inductor.
 
 Each call looks up the packed weights of a graph by the addresses, versions and strides of its
 parameters. Floor: what reading addresses and versions through PyTorch's Python API costs, 31 us for
