@@ -25,8 +25,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 import fxint4.__main__ as command_line
 
@@ -102,15 +104,23 @@ def test_the_examples_run(
 
 
 def run(page: str, on_gpu: bool = False) -> dict[str, Any]:
-    """Run a page in the current folder; returns its names."""
+    """Run a page in the current folder; returns its names.
+
+    Some pages are a process of several; what they tell others of that does not outlive them.
+    """
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in PYTHON[page]:
-        if block.reason or (block.needs_gpu and not on_gpu):
-            continue
-        if block.package and importlib.util.find_spec(block.package) is None:
-            pytest.skip(f"{page} needs {block.package}")
-        exec(compile(block.first, f"{page}, before line {block.line}", "exec"), namespace)
-        exec(block.compiled(), namespace)
+    try:
+        with mock.patch.dict(os.environ):
+            for block in PYTHON[page]:
+                if block.reason or (block.needs_gpu and not on_gpu):
+                    continue
+                if block.package and importlib.util.find_spec(block.package) is None:
+                    pytest.skip(f"{page} needs {block.package}")
+                exec(compile(block.first, f"{page}, before line {block.line}", "exec"), namespace)
+                exec(block.compiled(), namespace)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return namespace
 
 
