@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxint4._pytorch.distributed import shard_text
 from fxint4._pytorch.tensors import real_tensors
@@ -26,7 +26,7 @@ from fxint4.quant.tile_layout import DTYPES, TileShape
 from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight
 from fxint4.weights.formats import device_fault
-from fxint4.weights.identity import WeightIdentity
+from fxint4.weights.identity import KnownWeights, WeightIdentity
 
 __all__ = ["Kept", "Plan", "Plans", "decide", "packing_fault", "recipe_of", "sqnr_fault"]
 
@@ -154,7 +154,8 @@ class Plans:
 
     def __init__(self, config: Int4Config) -> None:
         self._config = config
-        self._planned: dict[tuple[fx.Node, WeightIdentity], Site] = {}
+        #: By node and identity.
+        self._planned = KnownWeights[Site](lambda key: key[1])
         self._unknown = 0
 
     def captured(self, site: Site, roots: Sequence[Tensor], origins: Mapping[int, Origin]) -> Site:
@@ -181,7 +182,6 @@ class Plans:
         planned = self._planned.get((site.node, identity))
         if planned is not None:
             return planned
-        self._planned = {key: of for key, of in self._planned.items() if not key[1].gone}
         if origins is None:
             origins = origins_in_call(roots)
         parameters = self._parameters(site.record, roots, origins)

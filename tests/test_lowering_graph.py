@@ -17,6 +17,7 @@ import fxint4
 from fxint4.lowering.graph import Int4Graph
 from fxint4.weights import cache as cache_module
 from fxint4.weights.formats import most_int4_rows
+from fxint4.weights.identity import WeightIdentity
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
 
@@ -220,10 +221,15 @@ class Layer(nn.Linear):
 
 
 def test_many_layers_that_share_code_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module is found by its path; not each one visits all modules of the model."""
+    """No layer visits all modules of the model, nor the plans of all layers before it."""
     x = torch.randn(2, 32)
+    gone = WeightIdentity.gone.fget
+    asked: list[WeightIdentity] = []
+    monkeypatch.setattr(
+        WeightIdentity, "gone", property(lambda self: asked.append(self) or gone(self))
+    )
 
-    def visits(count: int) -> int:
+    def visits(count: int) -> tuple[int, int]:
         torch._dynamo.reset()
         model = nn.Sequential(*(Layer(32, 32) for _ in range(count))).eval()
         for layer in model:
@@ -231,13 +237,15 @@ def test_many_layers_that_share_code_take_linear_time(monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch, torch.no_grad():
             model[0](x)
             visited = counted(patch, nn.Module, "named_modules")  # calls itself for each module
+            asked.clear()
             model(x)
         report = fxint4.last_report()
         assert report.totals["packed"] == count
-        return len(visited)
+        return len(visited), len(asked)
 
-    few, many = visits(16), visits(128)
+    (few, _), (many, plans) = visits(16), visits(128)
     assert many <= 8 * few * 1.25, (few, many)
+    assert plans <= 4 * 128
 
 
 def test_a_call_in_another_mode_binds_once(monkeypatch: pytest.MonkeyPatch) -> None:

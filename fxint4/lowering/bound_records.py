@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 from fxint4.config.int4_config import Int4Config
 from fxint4.graph.names import parameters_around
@@ -12,6 +12,7 @@ from fxint4.lowering.graph import Binding
 from fxint4.passes.fold import folded_record
 from fxint4.passes.fuse import with_matmuls
 from fxint4.report import Record, Report
+from fxint4.weights.identity import KnownWeights
 
 __all__ = ["BoundRecords"]
 
@@ -50,7 +51,7 @@ class BoundRecords:
         self._key = key
         self._config = config
         self._policy = policy
-        self._known: dict[Any, tuple[str, str]] = {}
+        self._known = KnownWeights[tuple[str, str]]()
 
     def first(self, binding: Binding) -> list[Record]:
         """The record of each site for the weights that the graph was compiled with."""
@@ -70,7 +71,8 @@ class BoundRecords:
 
     def _new(self, records: Sequence[Record]) -> list[Record]:
         """Those whose weight was not met before, or has another outcome now."""
-        outcomes = {record.weight_key: (record.action, record.reason) for record in records}
-        known = {key: outcome for key, outcome in self._known.items() if not key.gone}
-        self._known = {**known, **outcomes}
-        return [r for r in records if known.get(r.weight_key) != outcomes[r.weight_key]]
+        outcomes = [(record.weight_key, (record.action, record.reason)) for record in records]
+        new = [self._known.get(key) != outcome for key, outcome in outcomes]
+        for key, outcome in outcomes:
+            self._known[key] = outcome
+        return list(itertools.compress(records, new))

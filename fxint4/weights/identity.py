@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fxint4._pytorch.tensors import storage_key, storage_pin
 
-__all__ = ["WeightIdentity"]
+__all__ = ["KnownWeights", "WeightIdentity"]
+
+_Value = TypeVar("_Value")
 
 
 class WeightIdentity:
@@ -51,6 +54,33 @@ class WeightIdentity:
     def gone(self) -> bool:
         """Whether the memory of a root was freed."""
         return any(pin.expired() for pin in self._pins)
+
+
+class KnownWeights(dict[Any, _Value]):
+    """What is known of weights. In time it forgets those whose memory was freed.
+
+    It looks for them when it has twice as many entries as the last time, so that what an entry
+    costs does not depend on how many there are.
+
+    Args:
+        identity_of: Returns the identity in a key.
+    """
+
+    def __init__(
+        self, identity_of: Callable[[Any], WeightIdentity] = lambda identity: identity
+    ) -> None:
+        """Begin with no entries."""
+        super().__init__()
+        self._identity_of = identity_of
+        self._look_at = 16
+
+    def __setitem__(self, key: Hashable, value: _Value) -> None:
+        if len(self) >= self._look_at:
+            for known in list(self):
+                if self._identity_of(known).gone:
+                    self.pop(known, None)  # another thread may have
+            self._look_at = 16 + 2 * len(self)
+        super().__setitem__(key, value)
 
 
 _Geometry = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]

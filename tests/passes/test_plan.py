@@ -234,7 +234,21 @@ def test_each_weight_is_decided_once_with_its_own_names(monkeypatch: pytest.Monk
     third = [torch.randn(N, K), torch.randn(1, K)]
     plans.of(first, third, origins_of("c", third))
     assert asked == ["w0", "b", "c"]
-    assert len(plans._planned) == 2  # what is known of a weight that is gone went with it
+
+
+def test_plans_of_weights_that_are_gone_go_with_them_in_time() -> None:
+    made = captured_sum()
+    (site,) = made.sites
+    plans = Plans(Int4Config())
+    held = [[torch.randn(N, K), torch.randn(1, K)] for _ in range(10)]
+    for of_weight in held:
+        plans.of(site, of_weight, origins_of("a", of_weight))
+    for _ in range(200):
+        freed = [torch.randn(N, K), torch.randn(1, K)]
+        plans.of(site, freed, origins_of("b", freed))
+        del freed
+    assert len(held) <= len(plans._planned) <= 16 + 2 * (len(held) + 1)
+    assert all(plans.of(site, each, {}) for each in held)
 
 
 @pytest.mark.parametrize("known", [False, True])
