@@ -27,7 +27,7 @@ __all__ = [
     "decompositions",
     "evaluate_size",
     "example_size",
-    "inputs_mutated_by_graph",
+    "is_mutated",
     "is_saving",
     "mark_boxed",
     "note_mutated_inputs",
@@ -117,9 +117,8 @@ def compile_fx(
             decompositions=decompositions(extra_decompositions),
         )
     if resume is not None and is_saving():
-        entry = pickle.dumps(cast("Any", compiled).serialize())
-        made = cast("Callable[..., Any]", compiled)
-        return SavedGraph(made, entry, apart.origins, patches, resume)
+        made = cast("Any", compiled)
+        return SavedGraph(made, pickle.dumps(made.serialize()), apart.origins, patches, resume)
     return apart.origins.calling(cast("Callable[..., Any]", compiled))
 
 
@@ -262,10 +261,9 @@ def note_mutated_inputs(captured: fx.GraphModule) -> None:
             node.meta[_MUTATED] = info.mutates_data
 
 
-def inputs_mutated_by_graph(captured: fx.GraphModule) -> frozenset[int]:
-    """Positions of the placeholders whose data AOTAutograd's graph writes to."""
-    placeholders = captured.graph.find_nodes(op="placeholder")
-    return frozenset(at for at, node in enumerate(placeholders) if node.meta.get(_MUTATED))
+def is_mutated(placeholder: fx.Node) -> bool:
+    """Whether AOTAutograd writes to a placeholder's data, see `note_mutated_inputs`."""
+    return bool(placeholder.meta.get(_MUTATED))
 
 
 _MUTATED = "fxint4_mutated"

@@ -203,24 +203,6 @@ class SavedGraph(SerializableCallable):
 
 # --- captured graphs as bytes --------------------------------------------------------------------
 
-#: What passes of ours, or Inductor, read of a node. Stacks of modules and the like hold objects.
-_META_KEPT = frozenset(
-    {
-        "val",
-        "tensor_meta",
-        "desc",
-        "fxint4_mutated",
-        "original_aten",
-        "user_visible_output_idxs",
-        "original_output_strides",
-        "partitioner_tag",
-        "recompute",
-        "custom",
-        "stack_trace",
-        "from_node",
-    }
-)
-
 
 class _Pickler(GraphPickler):
     """Leaves out the ShapeEnv: sizes are symbols of the one that Dynamo has when it is read.
@@ -250,7 +232,7 @@ def _present_size(expression: Any, state: Any) -> torch.SymInt:
 def _pickled(
     captured: fx.GraphModule, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bytes | None:
-    options = Options(ops_filter=None, node_metadata_key_filter=_META_KEPT.__contains__)
+    options = Options(ops_filter=None)  # any op: who reads this has the same ones
     # Nothing has symbols where a saved graph is loaded, so there they come with it.
     pickler = GraphPickler if is_saving() else _Pickler
     kept = {key: value for key, value in kwargs.items() if key not in _OF_THE_COMPILE}

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
-from fxint4._pytorch.aot import inputs_mutated_by_graph, outer_input
+from fxint4._pytorch.aot import is_mutated, outer_input
 from fxint4._pytorch.distributed import LOCAL, local_of
 from fxint4._pytorch.tensors import aten, holds_own_values
 from fxint4.graph.constants import Role
@@ -75,10 +75,9 @@ class GraphWeights:
         """
         made = cls()
         made.origins = inputs.origins
-        mutated = inputs_mutated_by_graph(captured)
         by_ops = _written_placeholders(captured)
         for index, node in enumerate(captured.graph.find_nodes(op="placeholder")):
-            written = index in mutated or node in by_ops
+            written = is_mutated(node) or node in by_ops
             if written:
                 made.written.append(index)
             source = outer_input(node)
