@@ -157,6 +157,38 @@ def test_a_size_that_only_a_run_tells_is_traced_again() -> None:
             assert "1 of 1 matmuls" in str(fxint4.last_report())
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda x: fxint4.calibrate(Two(), [x]),
+        lambda x: fxint4.explain(Two(), x),
+        lambda x: fxint4.pack_(Two(), (x,)),
+    ],
+    ids=["calibrate", "explain", "pack_"],
+)
+def test_what_runs_captured_graphs_by_itself(way: Callable[[Tensor], Any]) -> None:
+    x = torch.randn(300, 128)
+    texts = []
+    for known in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        texts.append(str(way(x)))
+        assert hits()[0] or not known
+        assert (counters["aot_autograd"]["autograd_cache_miss"] == 0) is known
+    assert texts[0] == texts[1]
+
+
+@torch.no_grad()
+def test_a_graph_without_an_op() -> None:
+    def same(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    x = torch.randn(4, 128)
+    for _ in range(2):
+        assert started(same)(x) is x  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def test_nothing_is_kept_where_the_user_has_the_cache_off() -> None:
     x = torch.randn(4, 128)

@@ -119,6 +119,9 @@ class CapturedGraph(OutputCode):
         captured, inputs, kwargs = cast(
             "tuple[Any, Any, Any]", GraphPickler.loads(self.pickled, V.fake_mode)
         )
+        for module in captured.modules():
+            if isinstance(module, fx.GraphModule):
+                module.recompile()  # the pickler leaves out the code of a graph
         now = {key: graph_kwargs[key] for key in _OF_THE_COMPILE if key in graph_kwargs}
         self.compiled = _compile(captured, inputs, {**kwargs, **now})
         self.pickled = None
