@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fxint4
@@ -187,6 +188,26 @@ def test_a_graph_without_an_op() -> None:
     x = torch.randn(4, 128)
     for _ in range(2):
         assert started(same)(x) is x  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_an_error_over_a_graph_from_the_cache_is_told_once() -> None:
+    x = torch.randn(4, 128)
+    started(Two())(x)
+    folds = []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        folds.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxint4.quant.recipe.quantize", fails)
+        with pytest.raises(BackendCompilerFailed, match=r"fold the weight of up.*out of memory"):
+            started(Two())(x)
+    assert len(folds) == 1
+    model = Two()
+    assert_runs(model, x, started(model))
+    assert hits() == HIT
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -41,8 +42,22 @@ __all__ = ["CapturedGraph", "SavedGraph", "cached_captures"]
 
 logger = logging.getLogger("fxint4")
 
-#: `inner_compile` of the compile that runs in this thread.
-_inner_compile: ContextVar[Callable[..., Any]] = ContextVar("fxint4 inner compile")
+
+@dataclass
+class _Compile:
+    """A compile that runs in this thread.
+
+    Attributes:
+        inner: Inductor's last stage, or what replaces it.
+        error: What it raised over a graph from the cache. PyTorch would take that for a damaged
+            entry, say nothing, and trace the graph again, to meet the same error.
+    """
+
+    inner: Callable[..., Any]
+    error: Exception | None = None
+
+
+_compile_now: ContextVar[_Compile] = ContextVar("fxint4 compile")
 
 #: What the cache itself holds for Inductor's last stage, or makes for each compile.
 _OF_THE_COMPILE = ("cudagraphs", "boxed_forward_device_index")
@@ -67,6 +82,7 @@ def cached_captures(
     def inner(captured: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CapturedGraph:
         # Inductor's own table does for its last stage, and can be in a cache's key; ours cannot.
         kwargs.pop("get_decomp_fn", None)
+        _compile_now.get().error = None  # traced anew, whatever came of an entry
         note_mutated_inputs(captured)
         saved = _pickled(captured, inputs, kwargs) if _is_on() or is_saving() else None
         return CapturedGraph(_compile(captured, inputs, kwargs), saved)
@@ -74,16 +90,26 @@ def cached_captures(
     tag = f"{compiler_config.cache_key_tag}fxint4 captures {version}"
     safe = {f"{each.__module__}.{each.__name__}": version for each in unsafe}
     safe.update(inductor_config.unsafe_marked_cacheable_functions)
-    token = _inner_compile.set(inner_compile)
+    with (
+        _compiling(inner_compile),
+        functorch_config.patch(bundled_autograd_cache=True),
+        compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+        inductor_config.patch(unsafe_marked_cacheable_functions=safe),
+    ):
+        yield inner
+
+
+@contextlib.contextmanager
+def _compiling(inner_compile: Callable[..., Any]) -> Iterator[None]:
+    """A context in which captured graphs are compiled by `inner_compile`."""
+    compile_now = _Compile(inner_compile)
+    token = _compile_now.set(compile_now)
     try:
-        with (
-            functorch_config.patch(bundled_autograd_cache=True),
-            compiler_config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
-            inductor_config.patch(unsafe_marked_cacheable_functions=safe),
-        ):
-            yield inner
+        yield
+        if compile_now.error is not None:
+            raise compile_now.error
     finally:
-        _inner_compile.reset(token)
+        _compile_now.reset(token)
 
 
 class CapturedGraph(OutputCode):
@@ -123,8 +149,11 @@ class CapturedGraph(OutputCode):
             if isinstance(module, fx.GraphModule):
                 module.recompile()  # the pickler leaves out the code of a graph
         now = {key: graph_kwargs[key] for key in _OF_THE_COMPILE if key in graph_kwargs}
-        self.compiled = _compile(captured, inputs, {**kwargs, **now})
         self.pickled = None
+        try:
+            self.compiled = _compile(captured, inputs, {**kwargs, **now})
+        except Exception as error:
+            _compile_now.get().error = error
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Inductor's own code has its kernels."""
@@ -133,7 +162,7 @@ class CapturedGraph(OutputCode):
 def _compile(captured: fx.GraphModule, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     # Else Inductor would rely on the bundle for its own code, too.
     with functorch_config.patch(bundled_autograd_cache=False):
-        return _inner_compile.get()(captured, inputs, **kwargs)
+        return _compile_now.get().inner(captured, inputs, **kwargs)
 
 
 def _is_on() -> bool:
@@ -181,17 +210,14 @@ class SavedGraph(SerializableCallable):
 
         entry, origins, patches, resume = self._saved
         fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-        token = _inner_compile.set(origins.telling(resume(args)))
-        try:
-            with (
-                torch.no_grad(),
-                inductor_config.patch(patches),
-                V.set_fake_mode(fake_mode),
-                torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
-            ):
-                return deserialize_bundled_cache_entry(pickle.loads(entry))
-        finally:
-            _inner_compile.reset(token)
+        with (
+            _compiling(origins.telling(resume(args))),
+            torch.no_grad(),
+            inductor_config.patch(patches),
+            V.set_fake_mode(fake_mode),
+            torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
+        ):
+            return deserialize_bundled_cache_entry(pickle.loads(entry))
 
     @classmethod
     def serialize_compile_artifacts(cls, fn: SavedGraph) -> bytes:
