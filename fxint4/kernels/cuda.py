@@ -1,8 +1,9 @@
 """The int4 matmuls in CUDA C++: the sizes of their blocks, their arguments and where they run.
 
 `FewRows` describes few_rows.cu, which runs on GPUs of compute capability 8.0 and newer; `ManyRows`
-describes many_rows.cu, which is written for Hopper's wgmma. Both read the same tiles as the Triton
-kernels, and write y in one launch.
+describes many_rows.cu and `Fp8Rows` fp8_rows.cu, which are written for Hopper's wgmma. All read the
+same tiles as the Triton kernels, and write y in one launch; `Fp8Rows` quantizes x in a launch of
+its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ __all__ = [
     "STEP",
     "CudaBlocks",
     "FewRows",
+    "Fp8Rows",
     "ManyRows",
+    "QuantizedRows",
     "available",
     "kernel",
+    "quantize_rows",
     "reads",
 ]
 
@@ -38,7 +42,8 @@ logger = logging.getLogger("fxint4")
 FEW_ROWS = 8
 """The most rows of x that few_rows.cu takes."""
 STEP = 128
-"""Columns of k that both kernels multiply at a time."""
+"""Columns of k that the kernels multiply at a time."""
+E4M3 = torch.float8_e4m3fn
 
 #: Bytes of shared memory of a multiprocessor of Hopper; each block takes 1024 besides its own.
 _HOPPERS_SHARED = 228 * 2**10
@@ -63,20 +68,56 @@ class _ManyArguments(ctypes.Structure):
     )
 
 
+class _Fp8Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, TensorMap) for name in ("x", "x_sums")),
+        *((f"{kind}{i}", TensorMap) for kind in ("tiles", "params") for i in range(4)),
+        *((f"pairs{i}", ctypes.c_void_p) for i in range(4)),
+        *((name, ctypes.c_void_p) for name in ("x_scales", "y")),
+        *((f"{kind}{i}", ctypes.c_int) for kind in ("n", "n_padded") for i in range(4)),
+        *((name, ctypes.c_int) for name in ("M", "k_padded", "lasting")),
+    )
+
+
+class _QuantizeArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "x8", "scales", "sums")),
+        *((name, ctypes.c_int) for name in ("K", "columns", "all_sums")),
+    )
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """x ``[M, K]`` in e4m3, as quantize_rows.cu writes it for `Fp8Rows`.
+
+    Attributes:
+        values: e4m3 ``[M, columns]``, permuted inside each 32 columns; zeros from K on.
+        scales: fp32 ``[M]``: the largest magnitude of each row over 448.
+        sums: fp32 ``[M, groups]``: of `values` over groups of columns; zeros after the last group.
+    """
+
+    values: Tensor
+    scales: Tensor
+    sums: Tensor
+
+
 @dataclass(frozen=True)
 class CudaBlocks(ABC):
     """What one block of threads computes, and how. The fields are macros of the kernel.
 
     Attributes:
         name: The kernel's name.
+        follows: Whether it may be a dependent launch whatever the weights, because its argument
+            `lasting` tells it when to read them (see `nvrtc.Kernel.launch`).
     """
 
     name: ClassVar[str]
+    follows: ClassVar[bool] = False
 
     @staticmethod
     def of(name: str, sizes: Sequence[int]) -> CudaBlocks:
         """The blocks with these `CudaBlocks.sizes` of the kernel with this name."""
-        [kind] = (kind for kind in (FewRows, ManyRows) if kind.name == name)
+        [kind] = (kind for kind in (FewRows, ManyRows, Fp8Rows) if kind.name == name)
         return kind(*sizes)
 
     @property
@@ -102,18 +143,34 @@ class CudaBlocks(ABC):
     def fault(self, m: int, k: int) -> str | None:
         """Why the kernel cannot multiply an x ``[m, k]``; None if it can."""
 
+    def operand(self, x: Tensor, group_size: int) -> Any:
+        """What the kernel reads of x: x itself, or what this launches a kernel for.
+
+        Args:
+            x: bf16 or fp16 ``[M, K]``, contiguous.
+            group_size: Neighbouring k that share a scale and a zero.
+        """
+        return x
+
     @abstractmethod
     def arguments(
-        self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
+        self,
+        x: Any,
+        buffers: Sequence[Tensor],
+        y: Tensor,
+        sizes: Sequence[int],
+        k_padded: int,
+        lasting: bool = False,
     ) -> ctypes.Structure:
         """The arguments of the kernel.
 
         Args:
-            x: bf16 or fp16 ``[M, K]``.
+            x: See `operand`.
             buffers: The values of `fxint4.kernels.triton_linear.buffers_of`, in its order.
             y: ``[M, N]``, of the dtype of x.
             sizes: n of four weights, then n_padded of four.
             k_padded: Columns of the weights.
+            lasting: Whether nothing in the CUDA graph that is captured writes the weights.
         """
 
     @abstractmethod
@@ -188,7 +245,13 @@ class FewRows(CudaBlocks):
         return sum(-(-n // self.features) for n in ns)
 
     def arguments(
-        self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
+        self,
+        x: Any,
+        buffers: Sequence[Tensor],
+        y: Tensor,
+        sizes: Sequence[int],
+        k_padded: int,
+        lasting: bool = False,
     ) -> ctypes.Structure:
         """See `CudaBlocks.arguments`."""
         addresses = [tensor.data_ptr() for tensor in (x, *buffers, y)]
@@ -208,6 +271,7 @@ class ManyRows(CudaBlocks):
     """
 
     name = "many_rows"
+    _x_bytes: ClassVar[int] = 2  # of an item
 
     rows: int
     warpgroups: int
@@ -242,7 +306,7 @@ class ManyRows(CudaBlocks):
 
     def _stage(self, group_size: int) -> int:
         parameters = self.features * -(-STEP // group_size) * 4
-        return self.rows * STEP * 2 + self.features * STEP // 2 + parameters
+        return self.rows * STEP * self._x_bytes + self.features * STEP // 2 + parameters
 
     def macros(
         self, group_size: int, half_inner: int, weights: int, dtype: torch.dtype
@@ -263,16 +327,103 @@ class ManyRows(CudaBlocks):
         return self.splits * -(-m // self.rows) * sum(-(-n // self.features) for n in ns)
 
     def arguments(
-        self, x: Tensor, buffers: Sequence[Tensor], y: Tensor, sizes: Sequence[int], k_padded: int
+        self,
+        x: Any,
+        buffers: Sequence[Tensor],
+        y: Tensor,
+        sizes: Sequence[int],
+        k_padded: int,
+        lasting: bool = False,
     ) -> ctypes.Structure:
         """See `CudaBlocks.arguments`."""
-        maps = [tensor_map(x, (self.rows, 64), swizzled=True)]
+        maps = [self._x_map(x), *self._maps_of_weights(buffers, k_padded)]
+        return _ManyArguments(*maps, y.data_ptr(), *sizes[:4], len(x), k_padded)
+
+    def _x_map(self, x: Tensor) -> TensorMap:
+        """Of boxes with rows of 128 bytes."""
+        return tensor_map(x, (self.rows, 128 // x.itemsize), swizzled=True)
+
+    def _maps_of_weights(self, buffers: Sequence[Tensor], k_padded: int) -> list[TensorMap]:
         tiles = (self.features // 8, STEP)
-        maps += [tensor_map(t.view(-1, k_padded), tiles) for t in buffers[::2]]
         group_size = k_padded // len(buffers[1])
         params = (-(-STEP // group_size), self.features)
-        maps += [tensor_map(p.view(torch.int32)[..., 0], params) for p in buffers[1::2]]
-        return _ManyArguments(*maps, y.data_ptr(), *sizes[:4], len(x), k_padded)
+        return [
+            *(tensor_map(t.view(-1, k_padded), tiles) for t in buffers[::2]),
+            *(tensor_map(p.view(torch.int32)[..., 0], params) for p in buffers[1::2]),
+        ]
+
+
+@dataclass(frozen=True)
+class Fp8Rows(ManyRows):
+    """Blocks of fp8_rows.cu, which multiplies x in e4m3; rows are 64 or 128."""
+
+    name = "fp8_rows"
+    follows = True
+    _x_bytes = 1
+
+    def __str__(self) -> str:
+        """The text of reports."""
+        return f"fp8 {super().__str__()}"
+
+    def fault(self, m: int, k: int) -> str | None:
+        """See `CudaBlocks.fault`."""
+        if k > _MOST_QUANTIZED:
+            return f"x has {k} columns: in fp8 there are at most {_MOST_QUANTIZED}"
+        return super().fault(m, k)
+
+    def operand(self, x: Tensor, group_size: int) -> QuantizedRows:
+        """See `CudaBlocks.operand`."""
+        return quantize_rows(x, min(group_size, STEP))
+
+    def arguments(
+        self,
+        x: Any,
+        buffers: Sequence[Tensor],
+        y: Tensor,
+        sizes: Sequence[int],
+        k_padded: int,
+        lasting: bool = False,
+    ) -> ctypes.Structure:
+        """See `CudaBlocks.arguments`."""
+        maps = [self._x_map(x.values), self._x_map(x.sums)]
+        maps += self._maps_of_weights(buffers, k_padded)
+        addresses = [tensor.data_ptr() for tensor in (*buffers[1::2], x.scales, y)]
+        return _Fp8Arguments(*maps, *addresses, *sizes, len(y), k_padded, lasting)
+
+
+#: Columns of x for a thread of quantize_rows.cu, threads of a block, and columns that they take
+#: with four times as many each.
+_CHUNK, _MOST_THREADS, _MOST_QUANTIZED = 32, 512, 4 * 32 * 512
+
+
+def quantize_rows(x: Tensor, group: int) -> QuantizedRows:
+    """Writes x in e4m3.
+
+    Args:
+        x: bf16 ``[M, K]``, contiguous, on a GPU of compute capability 8.9 or newer; K is a multiple
+            of 8, and at most 65536.
+        group: Columns to sum up, 32, 64 or 128.
+
+    Raises:
+        RuntimeError: NVRTC is missing or does not compile the kernel, or the driver refuses it.
+    """
+    m, k = x.shape
+    columns, groups = -(-k // _CHUNK) * _CHUNK, -(-k // (4 * group)) * 4
+    values = x.new_empty((m, columns), dtype=E4M3)
+    scales, sums = (x.new_empty(size, dtype=torch.float32) for size in ((m,), (m, groups)))
+    addresses = [tensor.data_ptr() for tensor in (x, values, scales, sums)]
+    arguments = _QuantizeArguments(*addresses, k, columns, groups)
+    _quantizer(groups * group, group, x.device).launch(m, arguments, dependent=True)
+    return QuantizedRows(values, scales, sums)
+
+
+@functools.cache
+def _quantizer(columns: int, group: int, device: torch.device) -> nvrtc.Kernel:
+    chunks = -(-columns // _CHUNK)
+    threads = min(_MOST_THREADS, -(-chunks // 32) * 32)
+    of_tiles = (("HALF_INNER", 1), ("WEIGHTS", 1), ("DTYPE_FP16", 0))
+    macros = (("CHUNKS", -(-chunks // threads)), ("GROUP", group), *of_tiles)
+    return nvrtc.Kernel("quantize_rows", macros, device, threads, 0)
 
 
 def available(device: torch.device) -> bool:

@@ -23,8 +23,8 @@ def tensor_map(matrix: Tensor, box: tuple[int, int], swizzled: bool = False) -> 
     """The tensor map of a matrix.
 
     Args:
-        matrix: bf16, fp16 or int32 ``[rows, columns]``, contiguous; its rows and its address are
-            multiples of 16 bytes. Where a box goes beyond the matrix, it has zeros.
+        matrix: bf16, fp16, e4m3, fp32 or int32 ``[rows, columns]``, contiguous; its rows and its
+            address are multiples of 16 bytes. Where a box goes beyond the matrix, it has zeros.
         box: Rows and columns of a box.
         swizzled: Whether the 16-byte chunks of a box's rows, which then have 128 bytes, lie in
             shared memory in the order in which wgmma reads them.
@@ -52,6 +52,8 @@ def _tensor_map(
     kind = {
         torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.float8_e4m3fn: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        torch.float32: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
         torch.int32: types.CU_TENSOR_MAP_DATA_TYPE_INT32,
     }[dtype]
     encode = functools.partial(

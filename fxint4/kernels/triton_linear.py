@@ -415,8 +415,9 @@ def _multiply_in_cuda(
     kernel = cuda.kernel(blocks, group_size, half_inner, len(weights), x.dtype, x.device)
     y = x.new_empty((m, n))
     counts = list(_sizes_arguments(sizes).values())
-    arguments = blocks.arguments(x, [*buffers_of(weights).values()], y, counts, k_padded)
-    kernel.launch(blocks.programs(m, ns), arguments, dependent=lasting)
+    read, buffers = blocks.operand(x, group_size), [*buffers_of(weights).values()]
+    arguments = blocks.arguments(read, buffers, y, counts, k_padded, lasting)
+    kernel.launch(blocks.programs(m, ns), arguments, dependent=lasting or blocks.follows)
     return y
 
 
