@@ -372,7 +372,9 @@ class Fp8Rows(ManyRows):
         return super().fault(m, k)
 
     def operand(self, x: Tensor, group_size: int) -> QuantizedRows:
-        """See `CudaBlocks.operand`."""
+        """See `CudaBlocks.operand`; raises ValueError for an x in fp16."""
+        if x.dtype is not torch.bfloat16:
+            raise ValueError(f"x is {x.dtype}: it is multiplied in fp8 from bfloat16 alone")
         return quantize_rows(x, min(group_size, STEP))
 
     def arguments(

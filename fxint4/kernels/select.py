@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from fxint4.kernels import cuda
-from fxint4.kernels.cuda import FEW_ROWS, STEP, CudaBlocks, FewRows, ManyRows
+from fxint4.kernels.cuda import FEW_ROWS, STEP, CudaBlocks, FewRows, Fp8Rows, ManyRows
 from fxint4.kernels.devices import PerDevice
 from fxint4.kernels.triton_common import Blocks, triton
 
@@ -30,14 +30,19 @@ __all__ = [
     "choose",
     "choose_blocks",
     "choose_few_rows",
+    "choose_fp8",
+    "choose_fp8_rows",
     "choose_many_rows",
     "configurations",
     "cuda_configurations",
+    "fp8_rows_us",
     "gpu_of",
+    "many_rows_us",
     "range_text",
     "select_kernel",
     "serves_fp8",
     "waves",
+    "written_out_us",
 ]
 
 Launcher = Literal["python", "direct", "inductor", "cuda_graph", "package"]
@@ -102,6 +107,11 @@ class Choice:
     kernel: Literal["aten", "triton", "cuda", "dequantize", "fp8"]
     blocks: Blocks | CudaBlocks | None = None
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it multiplies in fp8."""
+        return self.kernel == "fp8" or isinstance(self.blocks, Fp8Rows)
+
     def __str__(self) -> str:
         """The text of reports: "aten", "dequantize + cuBLAS", or the kernel and its MxN blocks."""
         if self.blocks is None:
@@ -115,10 +125,12 @@ class Choice:
 #: Texts of those that write W out.
 _WITH_DENSE = {"dequantize": "dequantize + cuBLAS", "fp8": "fp8: dequantize + scaled_mm"}
 
-#: With at least as many rows, for W of at least as many elements, fp8 is faster: writing x and W
-#: out takes less than tensor cores save (benchmarks/README.md, "python gemm.py --activations fp8").
-#: Smaller W than 4096x4096 were not measured.
+#: Without kernels in CUDA C++, writing x and W out in fp8 is faster with at least as many rows, for
+#: W of at least as many elements (benchmarks/README.md, "python gemm.py --activations fp8").
 _FP8_ROWS = ((1024, 4096 * 4096), (512, 100_000_000))
+
+#: fp8 costs accuracy: it has to be faster by at least as much.
+_WORTH_FP8 = 0.97
 
 #: The CUDA kernel for many rows takes more rows than the first and at most the second, which are
 #: those measured: "many rows" of docs/gpu.md.
@@ -163,22 +175,21 @@ def select_kernel(
     few = shape.m <= 8 or -(-shape.m // 16) * shape.n * shape.k <= _ATEN_ELEMENTS
     if launcher == "python" and kernel is None and few and shape.dtype is torch.bfloat16:
         return Choice("aten")
-    if shape.activations == "fp8" and kernel is None and launcher != "package":
-        enough = any(shape.m >= m and shape.n * shape.k >= size for m, size in _FP8_ROWS)
-        if enough and serves_fp8(shape, gpu_of(device)):
-            return Choice("fp8")
     if kernel == "triton":
         return Choice("triton", choose_blocks(shape, gpu_of(device)))
     asked = kernel == "cuda"  # then a missing kernel is an error, not another choice
-    if kernel is None or asked:
-        if launcher in ("package", "direct"):
-            in_cuda = False
-        elif asked:
-            in_cuda = True
-        elif in_cuda is None:
-            in_cuda = cuda.available(device)
-        return choose(shape, gpu_of(device), in_cuda, launcher == "cuda_graph" or asked)
-    return Choice("aten" if kernel == "aten" else "dequantize")
+    if kernel is not None and not asked:
+        return Choice("aten" if kernel == "aten" else "dequantize")
+    if launcher in ("package", "direct"):
+        in_cuda = False
+    elif asked:
+        in_cuda = True
+    elif in_cuda is None:
+        in_cuda = cuda.available(device)
+    gpu, replayed = gpu_of(device), launcher == "cuda_graph" or asked
+    if shape.activations == "fp8" and not asked and launcher != "package":
+        return choose_fp8(shape, gpu, in_cuda, replayed)
+    return choose(shape, gpu, in_cuda, replayed)
 
 
 def serves_fp8(shape: MatmulShape, gpu: Gpu) -> bool:
@@ -200,7 +211,7 @@ def choose(
             a call, which only much work is worth.
     """
     m, n, k = shape.m, shape.n, shape.k
-    if in_cuda and k % 8 == 0 and (replayed or m * n * k >= _WORTH_A_LAUNCH):
+    if _in_cuda(shape, in_cuda, replayed):
         if m <= FEW_ROWS:
             return Choice("cuda", choose_few_rows(n, gpu))
         if gpu.wgmma and _MIDDLE_ROWS < m <= _MANY_ROWS and k >= STEP:
@@ -216,6 +227,49 @@ def choose(
     if m > _MOST_ROWS - 128 and gpu.wgmma and crowded:
         return Choice("dequantize")
     return Choice("triton", blocks)
+
+
+def _in_cuda(shape: MatmulShape, in_cuda: bool, replayed: bool) -> bool:
+    """Whether a CUDA C++ kernel may be taken, see `choose`."""
+    worth = replayed or shape.m * shape.n * shape.k >= _WORTH_A_LAUNCH
+    return in_cuda and shape.k % 8 == 0 and worth
+
+
+def choose_fp8(
+    shape: MatmulShape, gpu: Gpu = H200, in_cuda: bool = False, replayed: bool = False
+) -> Choice:
+    """`choose`, or what multiplies in fp8 where that is faster.
+
+    On Hopper the times of both are computed: of `Fp8Rows`, and of writing x and W out.
+    """
+    usual = choose(shape, gpu, in_cuda, replayed)
+    if not serves_fp8(shape, gpu):
+        return usual
+    if not (gpu.wgmma and _in_cuda(shape, in_cuda, replayed) and shape.m > _MIDDLE_ROWS):
+        enough = any(shape.m >= m and shape.n * shape.k >= size for m, size in _FP8_ROWS)
+        return Choice("fp8") if enough else usual
+    found = {Choice("fp8"): written_out_us(shape)}
+    blocks = choose_fp8_rows(shape, gpu)
+    if blocks is not None:
+        found[Choice("cuda", blocks)] = fp8_rows_us(blocks, shape, gpu)
+    best = min(found, key=found.__getitem__)
+    return best if found[best] < _WORTH_FP8 * _us(usual, shape, gpu) else usual
+
+
+def _us(usual: Choice, shape: MatmulShape, gpu: Gpu) -> float:
+    """Microseconds that a choice of `choose` takes on Hopper, for more than `_MIDDLE_ROWS` rows."""
+    if isinstance(usual.blocks, ManyRows):
+        return many_rows_us(usual.blocks, shape, gpu)
+    m, n, k = shape.m, shape.n, shape.k
+    fixed, w, products = _DENSE_TIMES
+    return fixed + w * n * k + products * m * n * k
+
+
+def written_out_us(shape: MatmulShape) -> float:
+    """Microseconds of `fxint4.kernels.triton_fp8.linears` on Hopper."""
+    m, n, k = shape.m, shape.n, shape.k
+    fixed, w, x, products = _FP8_DENSE_TIMES
+    return fixed + w * n * k + x * m * k + products * m * n * k
 
 
 def choose_blocks(shape: MatmulShape, gpu: Gpu = H200) -> Blocks:
@@ -315,6 +369,20 @@ _TIMES = {
     ManyRows(256, warpgroups=2, subtiles=1): (6.23, 1.349),
 }
 
+#: The same of `Fp8Rows`, fitted to benchmarks/results/tune_fp8_h200.json, and microseconds of
+#: quantizing an element of x.
+_FP8_TIMES = {
+    Fp8Rows(128, warpgroups=1, subtiles=1, blocks_per_sm=2): (8.0, 0.45),
+    Fp8Rows(128, warpgroups=2, subtiles=1): (7.5, 0.44),
+    Fp8Rows(128, warpgroups=2, subtiles=2): (8.5, 0.80),
+}
+_QUANTIZE_TIME = 0.8e-6
+
+#: Microseconds of writing W out and a dense matmul, fitted likewise: for a call, each element of W
+#: and, in fp8, of x, and each product.
+_DENSE_TIMES = (7.0, 0.75e-6, 2.8e-9)
+_FP8_DENSE_TIMES = (7.0, 0.451e-6, 0.8e-6, 1.29e-9)
+
 #: Blocks for few rows, and how many of them each multiprocessor runs at once. These and the next
 #: are the fastest in all 20 cells of benchmarks/results/tune_cuda_h200.json.
 _FEW = {
@@ -360,14 +428,36 @@ def choose_many_rows(shape: MatmulShape, gpu: Gpu = H200) -> ManyRows:
 def _fastest(row_blocks: int, n: int, k: int, gpu: Gpu) -> ManyRows:
     """See `choose_many_rows`; row_blocks counts blocks of 64 rows."""
     shape = MatmulShape(64 * row_blocks, n, k)
+    return min(_split(_TIMES, k), key=lambda blocks: many_rows_us(blocks, shape, gpu))
 
-    def time(blocks: ManyRows) -> float:
-        fixed, step = _TIMES[replace(blocks, splits=1)]
-        count, steps = waves(blocks, shape, gpu)
-        return count * fixed + steps * step
 
+def choose_fp8_rows(shape: MatmulShape, gpu: Gpu = H200) -> Fp8Rows | None:
+    """The blocks of the CUDA kernel in fp8, as `choose_many_rows`; None if it does not take K."""
+    fit = [blocks for blocks in _split(_FP8_TIMES, shape.k) if blocks.fault(1, shape.k) is None]
+    return min(fit, key=lambda blocks: fp8_rows_us(blocks, shape, gpu), default=None)
+
+
+Many = TypeVar("Many", bound=ManyRows)
+
+
+def _split(times: Mapping[Many, Any], k: int) -> list[Many]:
+    """All blocks, with the splits that leave each at least four steps."""
     splits = [splits for splits in _SPLITS if splits == 1 or k >= 4 * STEP * splits]
-    return min((replace(b, splits=s) for b, s in itertools.product(_TIMES, splits)), key=time)
+    return [replace(b, splits=s) for b, s in itertools.product(times, splits)]
+
+
+def many_rows_us(blocks: ManyRows, shape: MatmulShape, gpu: Gpu = H200) -> float:
+    """Microseconds of the CUDA kernel for many rows, computed."""
+    fixed, step = _TIMES[replace(blocks, splits=1)]
+    count, steps = waves(blocks, shape, gpu)
+    return count * fixed + steps * step
+
+
+def fp8_rows_us(blocks: Fp8Rows, shape: MatmulShape, gpu: Gpu = H200) -> float:
+    """Microseconds of the CUDA kernel in fp8 and of quantizing x, computed."""
+    fixed, step = _FP8_TIMES[replace(blocks, splits=1)]
+    count, steps = waves(blocks, shape, gpu)
+    return count * fixed + steps * step + shape.m * shape.k * _QUANTIZE_TIME
 
 
 def waves(blocks: ManyRows, shape: MatmulShape, gpu: Gpu = H200) -> tuple[float, float]:
@@ -385,7 +475,9 @@ def waves(blocks: ManyRows, shape: MatmulShape, gpu: Gpu = H200) -> tuple[float,
 
 def cuda_configurations() -> list[CudaBlocks]:
     """All blocks that the rules choose on an H100 or H200, or that max-autotune measures there."""
-    many = {replace(blocks, splits=splits) for blocks in _TIMES for splits in _SPLITS}
+    many = {
+        replace(blocks, splits=splits) for blocks in (*_TIMES, *_FP8_TIMES) for splits in _SPLITS
+    }
     return sorted({*_FEW, _SMALLEST_FEW, *many}, key=lambda blocks: (blocks.name, blocks.sizes))
 
 
