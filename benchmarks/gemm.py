@@ -19,12 +19,11 @@ beyond, int4 loses a little.
 
 Kernels are compiled first, by several processes; caches on disk hand them on.
 
-With --activations fp8 a table of its own: bf16, ours as above, and fp8, which writes x and W out in
-e4m3 and multiplies by PyTorch's row-wise matmul; the same by weights that are in e4m3 already (the
-ceiling of what fp8 can reach); and the parts by themselves, of which writing W out has its share of
-the copy bandwidth. `FP8_MOST` has the times to reach, as shares of bf16's. Prediction, from an
-experiment with a kernel that writes W out at a third of the bandwidth: 0.9 of bf16 at 1,024 rows,
-0.66 to 0.8 at 2,048, 0.56 to 0.67 from 4,096 on.
+With --activations fp8 a table of its own: bf16, ours as above, and fp8 as a compiled model takes it
+(the kernel that reads the tiles, or x and W written out in e4m3 and PyTorch's row-wise matmul, or
+ours as without it); both ways by themselves; the second by weights that are in e4m3 already (the
+ceiling of what fp8 can reach); and its parts, of which writing W out has its share of the copy
+bandwidth. `FP8_MOST` has the times to reach, as shares of bf16's.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from torch import Tensor
 
 from fxint4 import Int4TileTensor
 from fxint4.kernels import triton_fp8
-from fxint4.kernels.select import Choice, MatmulShape, select_kernel
+from fxint4.kernels.select import Choice, MatmulShape, choose_fp8_rows, select_kernel
 from fxint4.kernels.triton_linear import linear
 
 DEVICE = torch.device("cuda")
@@ -176,7 +175,7 @@ FP8_MOST = {
     4096: (0.64, 0.68),
     8192: (0.64, 0.68),
 }
-FP8_ROWS = (256, 512, 768, 1024, 1536, 2048, 4096, 8192)
+FP8_ROWS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192)
 
 
 def measure_fp8(name: str, rows: Sequence[int], speeds: Mapping[str, float]) -> list[Any]:
@@ -191,6 +190,9 @@ def measure_fp8(name: str, rows: Sequence[int], speeds: Mapping[str, float]) -> 
     for m in rows:
         x = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
         quantized, scale_x = triton_fp8.rows_in_e4m3(x)
+        shape = MatmulShape(m, n, k, activations="fp8")
+        choice = select_kernel(shape, DEVICE, "cuda_graph")
+        tiled = Choice("cuda", choose_fp8_rows(shape))
 
         def by_scaled_mm(w: Tensor, x: Tensor = x) -> Tensor:
             return triton_fp8.multiply(*triton_fp8.rows_in_e4m3(x), w, scales.t())
@@ -201,7 +203,12 @@ def measure_fp8(name: str, rows: Sequence[int], speeds: Mapping[str, float]) -> 
                 lambda w=w, x=x: linear(x, *w, GROUP, n, our_choice(len(x), n, k))
                 for w in weight.tiles
             ],
-            "fp8": [lambda w=w, x=x: triton_fp8.linears(x, [w], GROUP, [n]) for w in weight.tiles],
+            "by tiles": [
+                lambda w=w, x=x, tiled=tiled: linear(x, *w, GROUP, n, tiled) for w in weight.tiles
+            ],
+            "written out": [
+                lambda w=w, x=x: triton_fp8.linears(x, [w], GROUP, [n]) for w in weight.tiles
+            ],
             "e4m3 weights": [lambda w=w: by_scaled_mm(w) for w in ceiling],
             "writing W": [
                 lambda w=w: triton_fp8.written_out([w], GROUP, [n], k)[0] for w in weight.tiles
@@ -213,8 +220,11 @@ def measure_fp8(name: str, rows: Sequence[int], speeds: Mapping[str, float]) -> 
             * 8,
         }
         reference = x.float() @ exact.T
-        off = {key: relative_error(made[key][0](), reference) for key in ("ours", "fp8")}
+        kinds = ("ours", "by tiles", "written out")
+        off = {key: relative_error(made[key][0](), reference) for key in kinds}
         times = graph_times_us(made)
+        way = "written out" if choice.kernel == "fp8" else "by tiles" if choice.in_fp8 else "ours"
+        times = {"bf16": times.pop("bf16"), "ours": times.pop("ours"), "fp8": times[way], **times}
         large, small = FP8_MOST.get(m, (None, None))
         most = large if name in LARGE else small
         share = times["fp8"] / times["bf16"]
@@ -223,6 +233,7 @@ def measure_fp8(name: str, rows: Sequence[int], speeds: Mapping[str, float]) -> 
                 "N x K": f"{n}x{k}",
                 "M": m,
                 **times,
+                "kernel": str(choice),
                 "copy share": 1.5 * n * k / speeds["copy_bytes_s"] / (1e-6 * times["writing W"]),
                 "of bf16": share,
                 "of ours": times["fp8"] / times["ours"],

@@ -24,7 +24,7 @@ from test_kernels_cuda import runs
 from test_kernels_stress import BF16, FP16, fitted, has_room, make
 
 from fxint4.kernels import triton_experts as experts
-from fxint4.kernels.cuda import ManyRows
+from fxint4.kernels.cuda import Fp8Rows, ManyRows
 from fxint4.kernels.select import Choice, configurations, cuda_configurations
 
 KINDS = ("triton", "cuda", "experts")
@@ -47,7 +47,9 @@ def launches(part: int, parts: int, kinds: Collection[str] = KINDS) -> int:
         for in_cuda in cuda_configurations()[part::parts] if "cuda" in kinds else ():
             if runs(in_cuda, group):
                 m = 2 * in_cuda.rows - 3 if isinstance(in_cuda, ManyRows) else 5
-                x = torch.randn(m, k, device="cuda").to(dtype)
+                x = torch.randn(m, k, device="cuda").to(
+                    BF16 if isinstance(in_cuda, Fp8Rows) else dtype
+                )
                 made.times(x, Choice("cuda", in_cuda))
                 count += 1
         many = make_experts(5, ns[0], k, group, inner, "cuda")

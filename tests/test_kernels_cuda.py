@@ -39,7 +39,7 @@ import fxint4
 from fxint4.kernels import cuda, nvrtc
 from fxint4.kernels import triton_linear as linear
 from fxint4.kernels.autotune import _choice, _entry, candidates
-from fxint4.kernels.cuda import CudaBlocks, FewRows, ManyRows
+from fxint4.kernels.cuda import CudaBlocks, FewRows, Fp8Rows, ManyRows
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import (
     Choice,
@@ -83,6 +83,7 @@ OPTIONS = [(32, 1, 4, FP16), (64, 2, 2, BF16), (256, 4, 3, FP16)]
 RULE = [
     *map(choose_few_rows, (1024, 4096, 6144, 8192, 28672)),
     *(choose_many_rows(MatmulShape(m, n, 4096)) for m in (64, 512) for n in (4096, 6144, 28672)),
+    *(blocks for blocks in cuda_configurations() if isinstance(blocks, Fp8Rows)),
 ]
 
 
@@ -91,8 +92,13 @@ def cases() -> dict[str, tuple[CudaBlocks, tuple[int, int, int, torch.dtype]]]:
     for blocks in cuda_configurations():
         for options in (USUAL, *(OPTIONS if blocks in RULE else [])):
             group, half_inner, weights, dtype = options
+            if isinstance(blocks, Fp8Rows):
+                dtype = BF16
             named = f"group {group}, {2 * half_inner}, {weights}, {dtype}".replace("torch.", "")
-            made[f"{blocks.name} {' '.join(map(str, blocks.sizes))}, {named}"] = (blocks, options)
+            made[f"{blocks.name} {' '.join(map(str, blocks.sizes))}, {named}"] = (
+                blocks,
+                (group, half_inner, weights, dtype),
+            )
     return made
 
 
@@ -429,6 +435,7 @@ def test_the_report_names_them_for_the_rows_that_they_serve() -> None:
         (Choice("cuda", FewRows(1, 2, 4, 1)), "cuda 8x32, 4 warps along K"),
         (Choice("cuda", ManyRows(128, 2, 1)), "cuda 128x128"),
         (Choice("cuda", ManyRows(64, 1, 2, 2)), "cuda 64x128, 2 splits"),
+        (Choice("cuda", Fp8Rows(128, 2, 2, 2)), "cuda fp8 128x256, 2 splits"),
     ],
 )
 def test_a_choice_as_text_and_as_json(choice: Choice, text: str) -> None:
@@ -867,7 +874,7 @@ SHAPES: list[tuple[list[int], int, int, int, torch.dtype]] = [  # n, k, group, i
     ([200, 300, 8, 500], 1000, 32, 8, BF16),
     ([512, 512], 3072, 256, 2, FP16),
 ]
-CONFIGURATIONS = cuda_configurations()
+CONFIGURATIONS = [blocks for blocks in cuda_configurations() if not isinstance(blocks, Fp8Rows)]
 MANY = [blocks for blocks in CONFIGURATIONS if isinstance(blocks, ManyRows)]
 
 

@@ -268,9 +268,11 @@ class ManyRows(CudaBlocks):
         subtiles: Subtiles of 64 features that a warpgroup multiplies.
         splits: Blocks of a cluster, which share the sum over k.
         blocks_per_sm: Blocks that a multiprocessor must have registers and shared memory for.
+        unit: Steps of 128 columns that splits may not share.
     """
 
     name = "many_rows"
+    unit: ClassVar[int] = 1
     _x_bytes: ClassVar[int] = 2  # of an item
 
     rows: int
@@ -317,10 +319,11 @@ class ManyRows(CudaBlocks):
 
     def fault(self, m: int, k: int) -> str | None:
         """See `CudaBlocks.fault`."""
-        least = STEP * self.splits
+        unit = STEP * self.unit
+        least = STEP if self.splits == 1 else unit * self.splits
         if k >= least:
             return None
-        return f"x has {k} columns: {self.splits} splits of {STEP} columns and more need {least}"
+        return f"x has {k} columns: {self.splits} splits of {unit} columns and more need {least}"
 
     def programs(self, m: int, ns: Sequence[int]) -> int:
         """The grid: blocks for x of m rows and weights of these out features."""
@@ -358,6 +361,7 @@ class Fp8Rows(ManyRows):
     """Blocks of fp8_rows.cu, which multiplies x in e4m3; rows are 64 or 128."""
 
     name = "fp8_rows"
+    unit = 4
     follows = True
     _x_bytes = 1
 

@@ -5,6 +5,7 @@
 
 constexpr int X_ITEM = 2;
 constexpr int PRODUCER_REGISTERS = 40;
+constexpr int UNIT = 1;
 
 #include "ring.cuh"
 

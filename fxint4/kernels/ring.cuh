@@ -16,8 +16,10 @@
 // Constants, defined before this file is included:
 //   X_ITEM              bytes of an item of x
 //   PRODUCER_REGISTERS  of a thread that loads
+//   UNIT                steps that a block may not share with another
 // The launch: SPLITS * ceil(M / ROWS) * (sum over weights of ceil(n / FEATURES)) blocks of THREADS
-// threads and SHARED_BYTES of dynamic shared memory; k_padded is at least SPLITS * STEP. As a
+// threads and SHARED_BYTES of dynamic shared memory; k_padded is at least SPLITS * UNIT * STEP,
+// or any with one split. As a
 // programmatic dependent launch, it reads W before the previous kernel has ended, and waits for the
 // end before it reads x or writes y.
 
@@ -204,9 +206,11 @@ template <typename Buffers>
 __device__ Part<Buffers> part_of(const Weight<Buffers> (&weights)[4], int M, int k_padded) {
     const int rank = blockIdx.x % SPLITS, block = blockIdx.x / SPLITS;
     const int row_blocks = divide_up(M, ROWS), all_steps = divide_up(k_padded, STEP);
-    const int first_step = rank * all_steps / SPLITS;
+    auto first_step_of = [&](int rank) { return rank * all_steps / SPLITS / UNIT * UNIT; };
+    const int first_step = first_step_of(rank);
+    const int end = rank == SPLITS - 1 ? all_steps : first_step_of(rank + 1);
     return {features_of(block / row_blocks, FEATURES, weights), block % row_blocks * ROWS, rank,
-            first_step, (rank + 1) * all_steps / SPLITS - first_step};
+            first_step, end - first_step};
 }
 
 // Begins the ring.
