@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxint4._pytorch.tensors import aten
 from fxint4.kernels.triton_common import Launch, jit, run, tl
+from fxint4.kernels.triton_experts import check as check_experts
 from fxint4.kernels.triton_linear import (
     buffers_of,
     check,
@@ -30,6 +31,7 @@ __all__ = [
     "E4M3",
     "LARGEST",
     "LEAST_SCALE",
+    "grouped_mm",
     "linears",
     "multiply",
     "row_scales_launch_of",
@@ -83,6 +85,44 @@ def written_out(
     return w8, scales
 
 
+def grouped_mm(
+    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, ends: Tensor, group_size: int, n: int
+) -> Tensor:
+    """Multiplies each run of rows by the weight of its expert in fp8, see `linears`.
+
+    Arguments, result and errors are those of `triton_experts.grouped_mm`; K and n are multiples of
+    16. PyTorch's grouped matmul multiplies.
+    """
+    check_experts(x, tiles, scale_and_zero, ends, group_size, n, by_row=False)
+    (rows, k), experts = x.shape, len(tiles)
+    sizes, k_padded, half_inner = sizes_of([tiles.shape[1:]], [n])
+    buffers = buffers_of([(tiles, scale_and_zero)])
+    scales = x.new_empty((experts, n), dtype=torch.float32)
+    launch = row_scales_launch_of(k, sizes, group_size, k_padded, experts)
+    run(launch, {**buffers, "scales_ptr": scales})
+    w8 = x.new_empty((experts, n, k), dtype=E4M3)
+    launch = dequantize_launch_of(k, sizes, k_padded, group_size, half_inner, E4M3, experts)
+    run(launch, {**buffers, "w_ptr": w8, "scales_ptr": scales})
+    x8, scale_x = rows_in_e4m3(x)
+    # PyTorch's reads out of bounds where ends are not as they should be.
+    ends = ends.clamp(0, rows).cummax(0).values.to(torch.int32)
+    y: Tensor = aten._scaled_grouped_mm(
+        x8,
+        w8.transpose(1, 2),
+        scale_x.view(-1),
+        scales,
+        ends,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    step = min(8192, 1 << (n - 1).bit_length())
+    run(
+        Launch(_rest_kernel, rows, {"E": experts, "N": n, "STEP": step}, 4, 1),
+        {"ends_ptr": ends, "y_ptr": y},
+    )
+    return y
+
+
 def multiply(x8: Tensor, scale_x: Tensor, w8: Tensor, scale_w: Tensor) -> Tensor:
     """The product of quantized x ``[M, K]`` and W ``[N, K]``: bf16 ``[M, N]``.
 
@@ -104,26 +144,39 @@ def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return x8, scales
 
 
-def row_scales_launch_of(k: int, weights: Sequence[tuple[int, int]], group_size: int) -> Launch:
+def row_scales_launch_of(
+    k: int,
+    weights: Sequence[tuple[int, int]],
+    group_size: int,
+    k_padded: int = 0,
+    experts: int = 1,
+) -> Launch:
     """The launch of the kernel that finds the scales of W's rows.
 
-    Its tensors are those of `buffers_of` and scales_ptr, fp32 ``[N]``.
+    Its tensors are those of `buffers_of` and scales_ptr, fp32 ``[N]``; all may have a first axis of
+    experts, with one weight for each.
 
     Args:
         k: Columns of W.
         weights: See `triton_linear.launch_of`.
         group_size: Neighbouring k that share a scale and a zero.
+        k_padded: Columns of the tiles, if there are experts.
+        experts: How many.
     """
     features = 32
+    programs = sum(-(-n // features) for n, _ in weights)
     arguments = {
+        "each": programs,
+        "all_groups": k_padded // group_size,
         "groups": -(-k // group_size),
         **weights_arguments(weights),
         "BN": features,
         "STEP": 16,
         "LARGEST": LARGEST,
         "LEAST": LEAST_SCALE,
+        "EXPERTS": experts > 1,
     }
-    return Launch(_row_scales_kernel, sum(-(-n // features) for n, _ in weights), arguments, 4, 1)
+    return Launch(_row_scales_kernel, experts * programs, arguments, 4, 1)
 
 
 @no_type_check
@@ -137,6 +190,8 @@ def _kernel_of_row_scales(
     tiles3_ptr,
     params3_ptr,
     scales_ptr,  # fp32 [N]; N is the sum of the n
+    each,  # programs of an expert
+    all_groups,  # of a weight, if EXPERTS
     groups,
     n0,
     n1,
@@ -151,10 +206,17 @@ def _kernel_of_row_scales(
     STEP: tl.constexpr,
     LARGEST: tl.constexpr,
     LEAST: tl.constexpr,
+    EXPERTS: tl.constexpr,  # whether all tensors have a first axis of them
 ):
     """scales[block] = max over groups of |zero - 8 scale| and |zero + 7 scale|, over LARGEST."""
+    block = tl.program_id(0)
+    if EXPERTS:
+        expert = (block // each).to(tl.int64)
+        block = block % each
+        params0_ptr += expert * all_groups * n_padded0 * 2
+        scales_ptr += expert * n0
     _, params_ptr, n, n_padded, row, n_first = weight_of(
-        tl.program_id(0),
+        block,
         tiles0_ptr,
         params0_ptr,
         tiles1_ptr,
@@ -212,6 +274,23 @@ def _kernel_of_rows(
         tl.store(y_ptr + m * K + k, (x / scale).to(y_ptr.dtype.element_ty), k < K)
 
 
+@no_type_check
+def _kernel_of_rest(
+    ends_ptr,  # int32 [E]
+    y_ptr,  # bf16 [M, N]
+    E,
+    N,
+    STEP: tl.constexpr,
+):
+    """y[m] = 0 from the last end on, which the grouped matmul leaves as it is."""
+    m = tl.program_id(0).to(tl.int64)
+    if m >= tl.load(ends_ptr + E - 1):
+        for first in range(0, N, STEP):
+            n = first + tl.arange(0, STEP)
+            zeros = tl.zeros([STEP], tl.float32).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + m * N + n, zeros, n < N)
+
+
 @jit()
 @no_type_check
 def _larger(a, b):
@@ -227,3 +306,4 @@ def _largest(values):
 
 _row_scales_kernel: Any = jit()(_kernel_of_row_scales)
 _rows_kernel: Any = jit()(_kernel_of_rows)
+_rest_kernel: Any = jit()(_kernel_of_rest)

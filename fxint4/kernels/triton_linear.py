@@ -291,22 +291,26 @@ def dequantize_launch_of(
     group_size: int,
     half_inner: int,
     dtype: torch.dtype,
+    experts: int = 1,
 ) -> Launch:
     """The launch of the kernel that writes weights out.
 
     Its tensors are those of `buffers_of` and w_ptr ``[N, k]``, the weights one below the other; for
     e4m3 also scales_ptr, fp32 ``[N]``, by which each row is divided, which may else be any. The
-    arguments and the errors are those of `launch_of`; dtype may also be e4m3.
+    arguments and the errors are those of `launch_of`; dtype may also be e4m3. All tensors may have
+    a first axis of experts, with one weight for each.
     """
     need_triton()
     scaled = dtype is torch.float8_e4m3fn
     if dtype not in _DTYPES and not scaled:
         raise ValueError(f"dtype is {dtype}, it must be one of {_DTYPES}")
     features, step, warps = 64, 128, 4
+    programs = sum(-(-n // features) for n, _ in weights) * -(-k // step)
     return Launch(
         _dequantize_kernel,
-        sum(-(-n // features) for n, _ in weights) * -(-k // step),
+        experts * programs,
         {
+            "each": programs,
             "K": k,
             "k_padded": k_padded,
             **weights_arguments(weights),
@@ -318,6 +322,7 @@ def dequantize_launch_of(
             "EVEN_N": all(n == n_padded and n % features == 0 for n, n_padded in weights),
             "EVEN_K": k % step == 0 and k_padded % step == 0,
             "SCALED": scaled,
+            "EXPERTS": experts > 1,
             "FAST": fast(_dequantize_kernel),
         },
         warps,
@@ -695,6 +700,7 @@ def _kernel_of_dequantize(
     params3_ptr,
     w_ptr,  # bf16, fp16 or e4m3 [N, K]; N is the sum of the n
     scales_ptr,  # fp32 [N], if SCALED
+    each,  # programs of an expert
     K,
     k_padded,
     n0,
@@ -714,13 +720,22 @@ def _kernel_of_dequantize(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     SCALED: tl.constexpr,
+    EXPERTS: tl.constexpr,  # whether all tensors have a first axis of them
     FAST: tl.constexpr,
 ):
     """w[block] = W[block], over the scales of its rows if SCALED."""
+    block = tl.program_id(0)
+    if EXPERTS:
+        expert = (block // each).to(tl.int64)
+        block = block % each
+        tiles0_ptr += expert * (n_padded0 // 8) * k_padded
+        params0_ptr += expert * (k_padded // GROUP) * n_padded0 * 2
+        w_ptr += expert * n0 * K
+        scales_ptr += expert * n0
     k_blocks = tl.cdiv(K, BK)
-    k = tl.program_id(0) % k_blocks * BK
+    k = block % k_blocks * BK
     tiles_ptr, params_ptr, n, n_padded, row, n_first = weight_of(
-        tl.program_id(0) // k_blocks,
+        block // k_blocks,
         tiles0_ptr,
         params0_ptr,
         tiles1_ptr,
