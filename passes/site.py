@@ -114,10 +114,17 @@ class Site:
     @property
     def fp8_fault(self) -> str:
         """Why the matmul can't be computed in fp8; empty if it can, for enough rows."""
+        if self.fp8_fault_anywhere:
+            return self.fp8_fault_anywhere
         if self.int4 != "tiles":
             return f"device {self.device.type} has no fp8 matmul"
         if not has_fp8(self.device):
             return "an fp8 matmul needs Triton and a GPU of sm_89 or newer"
+        return ""
+
+    @property
+    def fp8_fault_anywhere(self) -> str:
+        """Why no device could compute the matmul in fp8; empty if one could."""
         if self.batch:
             return "experts have none in fp8"
         if self.x_dtype is not torch.bfloat16:

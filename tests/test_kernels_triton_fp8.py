@@ -193,9 +193,9 @@ def test_a_norm_and_the_quantization_of_x_are_one_kernel() -> None:
 @pytest.mark.compiles
 @pytest.mark.by_aten
 def test_reasons_and_refusals() -> None:
-    model = nn.Linear(64, 64).eval()
+    model, x = nn.Linear(64, 64, dtype=torch.bfloat16).eval(), torch.ones(2, 64).bfloat16()
     with torch.no_grad():
-        torch.compile(model, backend="int4tile", options={"activations": "fp8"})(torch.ones(2, 64))
+        torch.compile(model, backend="int4tile", options={"activations": "fp8"})(x)
     [record] = fxint4.last_report().records
     assert "activations stay as they are: device cpu has no fp8 matmul" in record.reason
     with pytest.raises(fxint4.OptionError, match="not to pack_"):

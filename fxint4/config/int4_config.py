@@ -78,7 +78,9 @@ class Int4Config:
         measure: Run the model on its example inputs with its own weights and with quantized ones,
             and report the error of each matmul's output and of the model's. With None only
             `fxint4.explain` does so; with True `fxint4.pack_`, `rewrite` and `package` do too. A
-            backend can't: it has no inputs before the model runs. Not part of any cache key.
+            backend can't: it has no inputs before the model runs. "fp8" measures as if all layers
+            with `activations="fp8"` were computed in fp8 on any device, for any number of rows. Not
+            part of any cache key.
         report: File that always holds the newest state of the report: .json (which
             `fxint4.Report.load` reads), .txt or .html. Its folder must exist. Not part of any cache
             key: two configs that differ in it are equal.
@@ -103,7 +105,7 @@ class Int4Config:
     one_shot_all_reduce: bool = False
     activations: str | None = None
     kernel: str | None = None
-    measure: bool | None = field(default=None, compare=False)
+    measure: bool | str | None = field(default=None, compare=False)
     report: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -146,8 +148,8 @@ class Int4Config:
         for name in ("progress", "fuse_projections", "one_shot_all_reduce"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it takes True or False")
-        if self.measure is not None and not isinstance(self.measure, bool):
-            raise OptionError(f"measure is {self.measure!r}; it takes True, False or None")
+        if not (isinstance(self.measure, bool) or self.measure in (None, *ACTIVATIONS)):
+            raise OptionError(f"measure is {self.measure!r}; it takes True, False, None or 'fp8'")
         _report_file(self.report)
 
     @property

@@ -188,8 +188,8 @@ def _measured(
     """Measure the errors of a program on its example inputs."""
     if program.example_inputs is None:
         raise OptionError(
-            "measure=True needs example inputs, and the program has none: set its example_inputs "
-            "to (args, kwargs), or leave measure out"
+            f"measure={config.measure} needs example inputs, and the program has none: set its "
+            "example_inputs to (args, kwargs), or leave measure out"
         )
     signature = program.graph_signature
     inputs = iter(flat(program.example_inputs))
@@ -202,9 +202,7 @@ def _measured(
         for position, spec in enumerate(signature.output_specs)
         if spec.kind is OutputKind.USER_OUTPUT
     ]
-    return measure_graph(
-        program.graph_module, sites, fake_mode, arguments, outputs, config.progress
-    )
+    return measure_graph(program.graph_module, sites, fake_mode, arguments, outputs, config)
 
 
 def _for_program(entry: Site | Record, only_aten: bool) -> Site | Record:

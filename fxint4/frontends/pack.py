@@ -89,7 +89,9 @@ def pack_(
     _check_model(model, example_args)
     examples = bool(example_args or example_kwargs)
     if config.measure and not examples:
-        raise OptionError("measure=True needs example_args or example_kwargs to run the model on")
+        raise OptionError(
+            f"measure={config.measure} needs example_args or example_kwargs to run the model on"
+        )
     materialize_parametrized(model, config)
     if examples:
         config = with_budget_choices(config, model, example_args, example_kwargs or {})

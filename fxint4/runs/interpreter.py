@@ -5,7 +5,7 @@ Calibration, budgets and measured errors run the graphs of a model this way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -80,7 +80,7 @@ class MatrixOf(Protocol):
 
     def __call__(
         self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
-    ) -> Tensor:
+    ) -> Tensor | Callable[[Activation], Tensor]:
         """The weight to multiply by.
 
         Args:
@@ -89,7 +89,8 @@ class MatrixOf(Protocol):
             activations: What the site multiplies in each call of the run.
 
         Returns:
-            ``[..., N, K]`` in the activations' dtype.
+            ``[..., N, K]`` in the activations' dtype; or a function that makes the product of each
+            activation, where x is not multiplied as it is.
         """
 
 
@@ -195,7 +196,9 @@ class GraphInterpreter:
         ]
         roots = self.roots(site, calls[0])
         matrix = matrix_of(self.planned(site, roots), roots, activations)
-        return [activation.times(matrix) for activation in activations]
+        if isinstance(matrix, Tensor):
+            return [activation.times(matrix) for activation in activations]
+        return [matrix(activation) for activation in activations]
 
 
 def _product(position: int, n: int, x: Tensor, offs: Tensor | None, ids: Tensor | None) -> Tensor:
