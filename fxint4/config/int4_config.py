@@ -68,8 +68,10 @@ class Int4Config:
             be one kernel that reads the other processes' parts, by PyTorch's symmetric memory,
             in place of NCCL's. All processes must ask for it alike.
         activations: "fp8" lets a compiled model multiply many rows in fp8 where that is faster: on
-            a GPU with fp8 (sm_89 and newer), in bf16 models. Weights stay int4 tiles. None never
-            does.
+            a GPU with fp8 (sm_89 and newer), in bf16 models. Weights stay int4 tiles. Weights that
+            are packed in place keep it, and multiply so in eager mode and wherever they are
+            compiled. None never does, or leaves it to weights that were packed before; for those
+            None in `overrides` switches it off.
         kernel: On the GPU, how to multiply for every M: "triton" (unpack weights in registers),
             "dequantize" (write the weight out, then cuBLAS), "aten" (PyTorch's int4 op) or "cuda"
             (kernels in CUDA C++, where there is one for M and K, also outside of CUDA graphs; not

@@ -82,7 +82,6 @@ def pack_(
             The weights before it stay packed; another call packs the rest.
     """
     config, patches = split_options(None, options)
-    config.require_bf16_activations("pack_")
     if patches:
         raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
     target = _checked_device(device)

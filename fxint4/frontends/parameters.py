@@ -196,7 +196,8 @@ def packed_candidate(
             fault = nonfinite_fault(moved)
             if fault:
                 return None, dataclasses.replace(record, reason=fault)
-            packed, sqnr_db = Int4TileTensor.quantized(moved, plan.shape, recipe)
+            of = (plan.shape, recipe, plan.config.activations)
+            packed, sqnr_db = Int4TileTensor.quantized(moved, *of)
             del moved
     except Exception as error:
         raise FoldError(
