@@ -236,7 +236,7 @@ def error_in_fp8(layer: nn.Linear, x: Tensor, quantize: bool = True) -> float:
 FP8: dict[str, Any] = {"activations": "fp8", "measure": "fp8"}
 
 
-@pytest.mark.parametrize("way", ["explain", "pack_"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.compiles
 @pytest.mark.by_aten
 def test_what_fp8_would_cost_is_measured_on_any_device(way: str) -> None:

@@ -159,22 +159,6 @@ class Int4Config:
         """Whether the method looks at activations."""
         return self.method in _CALIBRATED
 
-    def require_bf16_activations(self, function: str) -> None:
-        """Refuse `activations` where nothing multiplies by them.
-
-        Args:
-            function: What was called.
-
-        Raises:
-            OptionError: They are given, for all layers or for some.
-        """
-        asked = [self.activations, *(dict(each).get("activations") for _, each in self.overrides)]
-        if any(asked):
-            raise OptionError(
-                f"activations='fp8' is for compiled models: give it to torch.compile(model, "
-                f"backend='int4tile'), not to {function}"
-            )
-
     # --- a budget: first a calibration chooses by it, then each weight has its choice -------------
 
     @property

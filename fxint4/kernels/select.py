@@ -163,7 +163,7 @@ def select_kernel(
     few = shape.m <= 8 or -(-shape.m // 16) * shape.n * shape.k <= _ATEN_ELEMENTS
     if launcher == "python" and kernel is None and few and shape.dtype is torch.bfloat16:
         return Choice("aten")
-    if shape.activations == "fp8" and kernel is None and launcher != "package":
+    if shape.activations == "fp8" and kernel is None:
         enough = any(shape.m >= m and shape.n * shape.k >= size for m, size in _FP8_ROWS)
         if enough and serves_fp8(shape, gpu_of(device)):
             return Choice("fp8")
