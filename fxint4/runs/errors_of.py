@@ -205,7 +205,9 @@ class _Meter:
                 return matrix
             pre_scale = site.recipe.pre_scale
             if self._use_quantized:
-                return partial(_product_in_fp8, quantized, pre_scale) if fp8 else quantized
+                if not fp8:
+                    return quantized
+                return partial(Activation.times_in_fp8, matrix=quantized, pre_scale=pre_scale)
             sums = self._sums.setdefault(site.record.weight_key, [0.0, 0.0])
             for activation in activations:
                 if fp8:
@@ -262,12 +264,6 @@ def _squares_in_fp8(
         product += _sum_of_squares(y)
         changed += _sum_of_squares(x8 @ w8.t() - y)
     return changed, product
-
-
-def _product_in_fp8(quantized: Tensor, pre_scale: Tensor | None, activation: Activation) -> Tensor:
-    """The product by one quantized weight in fp8, in x's dtype."""
-    x8, w8 = operands(activation.x, quantized, pre_scale)
-    return (x8 @ w8.t()).to(activation.x.dtype)
 
 
 def differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:

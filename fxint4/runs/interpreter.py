@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fxint4.graph.build import Build, copy_graph
 from fxint4.passes.plan import Plans
 from fxint4.passes.site import Site
+from fxint4.quant.fp8 import operands
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["Activation", "GraphInterpreter", "MatrixOf", "own_matrix"]
@@ -73,6 +74,16 @@ class Activation:
         for number, rows, where in self.rows(len(matrix)):
             y[where] = rows @ matrix[number].t()
         return y
+
+    def times_in_fp8(self, matrix: Tensor, pre_scale: Tensor | None = None) -> Tensor:
+        """The product in fp8, in x's dtype; see `fxint4.quant.fp8`.
+
+        Args:
+            matrix: The dequantized weight ``[N, K]``.
+            pre_scale: Its pre-scale ``[K]``.
+        """
+        x8, w8 = operands(self.x, matrix, pre_scale)
+        return (x8 @ w8.t()).to(self.x.dtype)
 
 
 class MatrixOf(Protocol):
