@@ -286,6 +286,18 @@ def test_packed_weights_keep_it() -> None:
 
 
 @compiled_only
+def test_pack_says_which_weights_will_never_be_multiplied_so() -> None:
+    layers = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 40), nn.Linear(64, 64).bfloat16()])
+    layers[1].bfloat16()
+    report = fxint4.pack_(layers, options={"activations": "fp8"})
+    assert [record.reason for record in report.records] == [
+        "activations stay as they are: only bf16 models have them in fp8",
+        "activations stay as they are: fp8 takes sizes that 16 divides, not 40x64",
+        "",
+    ]
+
+
+@compiled_only
 def test_eager_code_tells_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     x, seen = torch.ones(2, 64, dtype=torch.bfloat16), []
 
