@@ -40,5 +40,6 @@ def operands(
     """
     weight = weight.float()
     if pre_scale is not None:
+        pre_scale = pre_scale.to(x.device)
         x, weight = (x * pre_scale).to(x.dtype), weight / pre_scale
     return rows_in_e4m3(x), rows_in_e4m3(weight) if written_out else weight

@@ -198,23 +198,22 @@ class _Meter:
             rounded = self._use_quantized and not fp8  # else all that follows is in fp32
             dtype = activations[0].x.dtype if rounded else torch.float32
             quantized = self._quantized_of(site, roots, dtype)
-            matrix = own_matrix(site, roots, activations)
             if quantized is None and fp8 and isinstance(site.match, PrepackedMatch):
-                quantized = matrix  # packed before, so fp8 is all that changes
-            if quantized is None:
-                return matrix
+                quantized = own_matrix(site, roots, activations)  # fp8 is all that changes
             pre_scale = site.recipe.pre_scale
-            if self._use_quantized:
+            if self._use_quantized and quantized is not None:
                 if not fp8:
                     return quantized
                 return partial(Activation.times_in_fp8, matrix=quantized, pre_scale=pre_scale)
-            sums = self._sums.setdefault(site.record.weight_key, [0.0, 0.0])
-            for activation in activations:
-                if fp8:
-                    changes = _squares_in_fp8(activation, matrix, quantized, pre_scale)
-                else:
-                    changes = _squares(activation, matrix, quantized)
-                sums[:] = (have + more for have, more in zip(sums, changes, strict=True))
+            matrix = own_matrix(site, roots, activations)
+            if quantized is not None:
+                sums = self._sums.setdefault(site.record.weight_key, [0.0, 0.0])
+                for activation in activations:
+                    if fp8:
+                        changes = _squares_in_fp8(activation, matrix, quantized, pre_scale)
+                    else:
+                        changes = _squares(activation, matrix, quantized)
+                    sums[:] = (have + more for have, more in zip(sums, changes, strict=True))
             return matrix
 
     def errors(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Errors:
