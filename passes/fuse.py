@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 
 import torch
@@ -19,7 +19,7 @@ from fxint4.passes.site import Site
 from fxint4.report import Record
 from fxint4.weights.formats import Dense, Format, aten_op, fuses
 
-__all__ = ["matmuls", "pre_scale_numbers", "with_matmuls"]
+__all__ = ["fp8_rule", "matmuls", "pre_scale_numbers", "with_matmuls"]
 
 
 def matmuls(
@@ -106,23 +106,58 @@ def with_matmuls(
     return made
 
 
+def fp8_rule(sites: Sequence[Site], config: Int4Config) -> Callable[[Site, int], bool]:
+    """A function that tells whether a site is computed in fp8 when it multiplies M rows, by rule.
+
+    It takes one of these sites, with the plan of its weight in a call, and M. With `measure` set to
+    "fp8" all those are that are to be in fp8 and that some GPU could compute so.
+
+    Args:
+        sites: The sites of one graph, in the order they run.
+        config: What the user asked for.
+    """
+    if config.measure == "fp8":
+        return lambda site, m: bool(site.config.activations) and not site.fp8_fault_anywhere
+    formats = [None if site.kept else site.int4 for site in sites]
+    shape_of = {
+        sites[position].node: _matmul_shape([sites[each] for each in group], formats[group[0]])
+        for group in matmuls(sites, formats, config)
+        for position in group
+    }
+    policy = Policy(config.kernel)
+
+    def in_fp8(site: Site, m: int) -> bool:
+        shape = shape_of.get(site.node)
+        if shape is None or site.kept or site.activations is None:
+            return False
+        shape = dataclasses.replace(shape, m=m, activations=site.activations)
+        return policy.choose(shape, site.device).kernel == "fp8"
+
+    return in_fp8
+
+
 def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tuple[str, ...]:
     """`Record.kernels` of the matmul of these sites."""
+    if format != "tiles" or sites[0].shape.batch:
+        return ()
+    m, device = sites[0].m, sites[0].device
+    matmul = _matmul_shape(sites, format)
+    if not isinstance(m, int):
+        return _kernels_by_m(matmul, device, policy)
+    matmul = dataclasses.replace(matmul, m=m)
+    return (f"{range_text(m, m)}: {policy.choose(matmul, device)}",)
+
+
+def _matmul_shape(sites: Sequence[Site], format: Format | None) -> MatmulShape:
+    """The sizes of the matmul of these sites, with an m of 1."""
     weights = {site.weight: site.shape for site in sites}
     shape, *_ = shapes = list(weights.values())
-    if format != "tiles" or shape.batch:
-        return ()
-    n, k = sum(shape.n for shape in shapes), sites[0].k
-    by_aten = aten_op(format, sites[0].activation_dtype, len(shapes)) is not None
+    n, k, dtype = sum(shape.n for shape in shapes), sites[0].k, sites[0].activation_dtype
+    by_aten = format is not None and aten_op(format, dtype, len(shapes)) is not None
     if by_aten and sites[0].activations is None:
         n, k = shape.n_padded, shape.k_padded  # the op's operands are padded
-    m = sites[0].m if isinstance(sites[0].m, int) else None
-    dtype, device = sites[0].activation_dtype, sites[0].device
     of = (shape.group_size, shape.inner_k_tiles, dtype, sites[0].activations)
-    matmul = MatmulShape(1 if m is None else m, n, k, *of)
-    if m is None:
-        return _kernels_by_m(matmul, device, policy)
-    return (f"{range_text(m, m)}: {policy.choose(matmul, device)}",)
+    return MatmulShape(1, n, k, *of)
 
 
 @cache

@@ -111,10 +111,12 @@ class PrepackedMatch(Match):
     Attributes:
         scale_and_zero: The node of its scale_and_zero ``[K/group, N, 2]``.
         prepacked: Logical sizes of the weight.
+        activations: What the packed weight has of `Int4Config.activations`.
     """
 
     scale_and_zero: fx.Node = field(kw_only=True)
     prepacked: Prepacked = field(kw_only=True)
+    activations: str | None = field(default=None, kw_only=True)
 
     @property
     def n(self) -> int:

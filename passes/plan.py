@@ -20,6 +20,7 @@ from fxint4.config.int4_config import Int4Config
 from fxint4.config.layer_patterns import first_match
 from fxint4.graph.names import Origin, layer_name, origins_in_call
 from fxint4.passes.adapters import adapter_by_name, is_named
+from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.site import Adapter, Site
 from fxint4.quant.recipe import RTN, WITHOUT_DATA, Recipe
 from fxint4.quant.tile_layout import DTYPES, TileShape
@@ -268,7 +269,8 @@ def _planned(site: Site, roots: Sequence[Tensor], config: Int4Config, gathered: 
     if site.stored is not None:
         record = site.record
         asked = config.overrides_of(record.name, (*record.parameters, *record.aliases))
-        activations = asked.get("activations", config.activations)
+        own = site.match.activations if isinstance(site.match, PrepackedMatch) else None
+        activations = asked.get("activations", config.activations or own)
         config = dataclasses.replace(config, activations=activations)
         decided: Plan | Kept = Plan(config, site.stored)
         key = ""

@@ -13,7 +13,13 @@ from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.report import Record
 from fxint4.weights.expression import Weight
-from fxint4.weights.formats import Format, activation_dtype, has_fp8, rows_multiple
+from fxint4.weights.formats import (
+    Format,
+    activation_dtype,
+    fp8_fault,
+    has_fp8,
+    rows_multiple,
+)
 
 __all__ = ["Adapter", "Site"]
 
@@ -114,17 +120,18 @@ class Site:
     @property
     def fp8_fault(self) -> str:
         """Why the matmul can't be computed in fp8; empty if it can, for enough rows."""
+        if self.fp8_fault_anywhere:
+            return self.fp8_fault_anywhere
         if self.int4 != "tiles":
             return f"device {self.device.type} has no fp8 matmul"
         if not has_fp8(self.device):
             return "an fp8 matmul needs Triton and a GPU of sm_89 or newer"
-        if self.batch:
-            return "experts have none in fp8"
-        if self.x_dtype is not torch.bfloat16:
-            return "only bf16 models have them in fp8"
-        if self.n % 16 or self.k % 16:
-            return f"fp8 takes sizes that 16 divides, not {self.n}x{self.k}"
         return ""
+
+    @property
+    def fp8_fault_anywhere(self) -> str:
+        """Why no device could compute the matmul in fp8; empty if one could."""
+        return fp8_fault(self.n, self.k, self.batch, self.x_dtype)
 
     @property
     def activation_dtype(self) -> torch.dtype:

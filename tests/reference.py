@@ -136,3 +136,15 @@ def _factors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if func is aten._grouped_mm.default or func.name() == "transformers::grouped_mm_fallback":
         return args[:2]
     return ()
+
+
+def in_e4m3(rows: Tensor) -> Tensor:
+    """Rows ``[..., K]`` in float64, rounded to e4m3, each over its largest magnitude / 448.
+
+    e4m3 has 3 bits behind the leading one, and nothing finer than 2^-9.
+    """
+    wide = rows.detach().double()
+    scales = (wide.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
+    exponent = torch.frexp(wide / scales)[1].sub(1).clamp(min=-6)
+    step = torch.exp2(exponent.double() - 3)
+    return (wide / scales / step).round() * step * scales  # halves to even

@@ -92,7 +92,7 @@ BAD_VALUES = [
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
     ("one_shot_all_reduce", 1, "one_shot_all_reduce is 1; it takes True or False"),
     ("activations", "int8", "activations is 'int8'; it takes one of None, 'fp8'"),
-    ("measure", 1, "measure is 1; it takes True, False or None"),
+    ("measure", 1, "measure is 1; it takes True, False, None or 'fp8'"),
     ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
     ("report", True, "report is True; it takes the name of a .json, .txt, .html file"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -21,6 +22,7 @@ from fxint4 import Int4Config, Report
 from fxint4.errors import OptionError
 from fxint4.frontends.export import is_rewritten, rewrite_program
 from fxint4.kernels.policy import Policy
+from fxint4.passes.site import Site
 from fxint4.report import Record
 
 CPU_OP = "aten._weight_int4pack_mm_for_cpu.default"
@@ -320,6 +322,44 @@ def test_experts_say_that_they_need_fxint4() -> None:
     assert "fxint4.bmm.default" in ops(program)
     [record] = report.records
     assert record.reason.endswith("needs fxint4 where the program runs")
+
+
+FP8 = {"activations": "fp8"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fp8_is_asked_for_by_an_op_of_fxint4(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CPU had it; packed weights say themselves what they want."""
+    monkeypatch.setattr(Site, "fp8_fault", property(lambda site: site.fp8_fault_anywhere))
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)).bfloat16().eval()
+    x = torch.randn(4, 64).bfloat16()
+    options: dict[str, Any] = {**FP8, "overrides": {"1": {"activations": None}}}
+    if packed:
+        fxint4.pack_(model, options=options)
+        options = {}
+    program, report = rewritten(model, x, options=options)
+    [node] = program.graph.find_nodes(op="call_function", target=torch.ops.fxint4.linears.default)
+    assert node.kwargs == FP8
+    assert int4_matmuls(program) == 1
+    needs = ["needs fxint4 where the program runs" in record.reason for record in report.records]
+    assert needs == [True, False]
+    with torch.no_grad():
+        expected = (model if packed else packed_copy(model))(x)
+        torch.testing.assert_close(program.module()(x), expected)
+
+
+def packed_copy(model: nn.Module) -> nn.Module:
+    made = copy.deepcopy(model)
+    fxint4.pack_(made)
+    return made
+
+
+def test_where_there_is_no_fp8_a_program_is_as_without_it() -> None:
+    model, x = nn.Linear(64, 96, dtype=torch.bfloat16), torch.randn(4, 64).bfloat16()
+    program, report = rewritten(model, x, options=FP8)
+    assert int4_matmuls(program) == 1
+    [record] = report.records
+    assert record.reason == "activations stay as they are: device cpu has no fp8 matmul"
 
 
 def test_the_report_is_that_of_the_program() -> None:

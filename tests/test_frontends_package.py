@@ -553,6 +553,27 @@ assert not any(name.startswith("fxint4") for name in sys.modules)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [None, 16, 2048])
+def test_a_package_multiplies_many_rows_in_fp8(rows: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4096, 4096), nn.GELU(), nn.Linear(4096, 4096))
+    model = model.to("cuda", torch.bfloat16).eval()
+    example = torch.randn(rows or 64, 4096, device="cuda", dtype=torch.bfloat16)
+    shapes = ({0: Dim.DYNAMIC},) if rows is None else None
+    captured = export(model, (example,), dynamic_shapes=shapes)
+    path = fxint4.package(captured, tmp_path / "model.pt2", {"activations": "fp8"})
+    kernels = fxint4.last_report().records[0].kernels
+    assert any("fp8" in each for each in kernels) == (rows != 16)
+    run, plain = aoti_load_package(path), fxint4.rewrite(captured).module()
+    for count in (2, 16, 1023, 1024, 2048, 5000) if rows is None else (rows,):
+        x = torch.randn(count, 4096, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            wanted, y = plain(x).double(), run(x).double()
+        off = float((y - wanted).norm() / wanted.norm())
+        assert (off < 0.01) if count < 1024 else 0.01 < off < 0.08, count
+
+
+@pytest.mark.gpu
 def test_compiling_holds_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     size = 4096
     layers = [nn.Linear(size, size, bias=False) for _ in range(4)]

@@ -288,6 +288,21 @@ def test_the_report_of_what_was_loaded_packed(folder: Path, tmp_path: Path) -> N
     assert len(of_layer) == 15
 
 
+def test_activations_go_round(folder: Path, tmp_path: Path) -> None:
+    def kept(model: Any) -> list[str | None]:
+        layer = model.model.layers[0]
+        weights = (layer.mlp.up_proj.weight, layer.mlp.down_proj.weight)
+        return [weight.activations for weight in weights]
+
+    options = {"activations": "fp8", "overrides": {"*.down_proj": {"activations": None}}}
+    loaded = load(folder, **options)
+    assert kept(loaded) == ["fp8", None]
+    loaded.save_pretrained(tmp_path / "int4")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "int4")
+    assert kept(again) == ["fp8", None]
+    assert again.config.quantization_config.activations == "fp8"
+
+
 def test_what_the_folder_says(folder: Path, tmp_path: Path) -> None:
     load(folder, skip=["lm_head"], overrides={"*.up_proj": {"group_size": 64}}).save_pretrained(
         tmp_path / "int4"
@@ -304,7 +319,19 @@ def test_what_the_folder_says(folder: Path, tmp_path: Path) -> None:
 
 def test_options_go_round() -> None:
     config = fxint4.Int4TileConfig(
-        64, 4, "mse", None, {"a": {"method": "hqq"}}, None, None, ["a"], ["b"], 12.5, 16, ["c"]
+        64,
+        4,
+        "mse",
+        None,
+        {"a": {"method": "hqq"}},
+        None,
+        None,
+        ["a"],
+        ["b"],
+        12.5,
+        16,
+        ["c"],
+        "fp8",
     )
     again = fxint4.Int4TileConfig.from_dict(json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict()

@@ -254,6 +254,23 @@ def test_experts_of_another_process_count_as_zeros(ours: Any, device: str) -> No
     assert relative_error(y, expected) < 2 * ROUNDING  # by another kernel, perhaps
 
 
+def test_layers_follow_the_activations_of_their_weights(
+    ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, op = [], torch.ops.fxint4.linear
+
+    def linear(*args: Any, activations: str | None = None) -> Any:
+        seen.append(activations)
+        return op(*args)
+
+    monkeypatch.setattr(torch.ops.fxint4, "linear", linear)
+    for activations in ("fp8", None):
+        config = Int4Config(activations=activations)
+        packed = fxint4.Int4TileTensor.from_float(torch.randn(32, 64).bfloat16(), config)
+        assert ours.PackedWeight(packed)(torch.randn(2, 64).bfloat16()).shape == (2, 32)
+    assert seen == ["fp8", None]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("zero_points", [False, True])
 def test_the_kernel(ours: Any, device: str, zero_points: bool) -> None:

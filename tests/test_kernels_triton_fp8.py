@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -21,12 +22,14 @@ from pretended_gpu import generated, packed_specs
 from torch import Tensor, nn
 
 import fxint4
-from fxint4.kernels import triton_fp8
+from fxint4.kernels import select, triton_fp8
+from fxint4.kernels.prepared import prepared
 from fxint4.kernels.select import Gpu, MatmulShape, select_kernel, serves_fp8
 from fxint4.kernels.triton_common import Launch, run
 from fxint4.kernels.triton_linear import buffers_of, dequantize_launch_of, sizes_of
 from fxint4.lowering import graph as lowering
 from fxint4.passes.site import Site
+from fxint4.tensor import quick
 
 gpu = pytest.mark.gpu
 #: Half a step of e4m3, relative to a normal number, and absolute below 2^-6.
@@ -149,7 +152,7 @@ def test_which_matmuls_are_in_fp8() -> None:
     shape = MatmulShape(4096, 4096, 4096)
     assert select_kernel(shape, cpu, "inductor").kernel != "fp8"
     asked = MatmulShape(4096, 4096, 4096, activations="fp8")
-    assert select_kernel(asked, cpu, "package").kernel != "fp8"
+    assert select_kernel(asked, cpu, "package").kernel == "fp8"
     assert select_kernel(asked, cpu, "inductor", "triton").kernel == "triton"
     assert not serves_fp8(asked, Gpu(wgmma=False, fp8=False))
     assert not serves_fp8(MatmulShape(4096, 4104, 4096, activations="fp8"), Gpu())
@@ -192,19 +195,12 @@ def test_a_norm_and_the_quantization_of_x_are_one_kernel() -> None:
 @compiled_only
 @pytest.mark.compiles
 @pytest.mark.by_aten
-def test_reasons_and_refusals() -> None:
-    model = nn.Linear(64, 64).eval()
+def test_reasons() -> None:
+    model, x = nn.Linear(64, 64, dtype=torch.bfloat16).eval(), torch.ones(2, 64).bfloat16()
     with torch.no_grad():
-        torch.compile(model, backend="int4tile", options={"activations": "fp8"})(torch.ones(2, 64))
+        torch.compile(model, backend="int4tile", options={"activations": "fp8"})(x)
     [record] = fxint4.last_report().records
     assert "activations stay as they are: device cpu has no fp8 matmul" in record.reason
-    with pytest.raises(fxint4.OptionError, match="not to pack_"):
-        fxint4.pack_(model, options={"activations": "fp8"})
-    some = {"overrides": {"*": {"activations": "fp8"}}}
-    with pytest.raises(fxint4.OptionError, match="not to pack_"):
-        fxint4.pack_(model, options=some)
-    with pytest.raises(fxint4.OptionError, match="not to Int4TileConfig"):
-        fxint4.Int4TileConfig(**some)
 
 
 class Block(nn.Module):
@@ -260,6 +256,130 @@ def test_overrides_of_packed_layers(wanted: str | None, monkeypatch: pytest.Monk
         x = torch.ones(2, 64, dtype=torch.bfloat16)
         torch.compile(model, backend="int4tile", options=options)(x)
     assert seen == [wanted]
+
+
+# --- packed in place -----------------------------------------------------------------------------
+
+
+def packed(options: dict[str, Any] | None = None) -> nn.Sequential:
+    model = nn.Sequential(Block()).eval()
+    fxint4.pack_(model, options=options or {"activations": "fp8"})
+    return model
+
+
+@compiled_only
+def test_packed_weights_keep_it() -> None:
+    weight: Any = packed()[0].lin.weight
+    experts = torch.stack([weight, weight])
+    alike = [weight, weight.t(), weight[:16], weight[:, :32], weight.detach(), experts[1]]
+    alike += [copy.deepcopy(weight), weight.clone(), weight.to(torch.float32), torch.cat(alike[:1])]
+    assert all(each.activations == "fp8" for each in alike)
+    assert "fp8 activations" in repr(weight)
+    plain: Any = packed({"overrides": {"*": {"activations": None}}, "activations": "fp8"})
+    plain = plain[0].lin.weight
+    assert plain.activations is None
+    assert torch.cat([weight, plain]).activations is None
+    weight.copy_(plain)  # values are copied; how they are multiplied is of the weight
+    assert weight.activations == "fp8"
+    weight.data = plain
+    assert weight.activations is None
+
+
+@compiled_only
+def test_pack_says_which_weights_will_never_be_multiplied_so() -> None:
+    layers = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 40), nn.Linear(64, 64).bfloat16()])
+    layers[1].bfloat16()
+    report = fxint4.pack_(layers, options={"activations": "fp8"})
+    assert [record.reason for record in report.records] == [
+        "activations stay as they are: only bf16 models have them in fp8",
+        "activations stay as they are: fp8 takes sizes that 16 divides, not 40x64",
+        "",
+    ]
+
+
+@compiled_only
+def test_eager_code_tells_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seen = torch.ones(2, 64, dtype=torch.bfloat16), []
+
+    def linear(*args: Any, activations: str | None = None) -> Tensor:
+        seen.append(activations)
+        return op(*args)  # type: ignore[no-any-return]
+
+    op = torch.ops.fxint4.linear
+    models = [packed(), packed({"group_size": 64})]
+    monkeypatch.setattr(torch.ops.fxint4, "linear", linear)
+    with torch.no_grad():
+        made = [model(x) for model in models]
+    assert seen == ["fp8", None]
+    assert made[0].shape == (2, 64)
+
+
+@compiled_only
+def test_prepared_calls_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch that is prepared for a shape of x is none where the rule takes fp8."""
+    monkeypatch.setattr(quick, "_waits_for_host", lambda _: True)
+    plans = quick._made_of(packed()[0].lin.weight).plans  # type: ignore[union-attr]
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(select, "gpu_of", lambda _: Gpu())
+    monkeypatch.setattr(select, "_FP8_ROWS", ((64, 64 * 64),))
+    of_weight = (*plans._w[:5], cuda, *plans._w[6:])  # type: ignore[union-attr]
+    assert prepared((64,), *of_weight) is None
+    assert prepared((63,), *of_weight) is not None
+    assert prepared((64,), *of_weight[:-1], None) is not None
+
+
+@compiled_only
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, "fp8"),
+        ({"activations": "fp8"}, "fp8"),
+        ({"overrides": {"0.lin": {"activations": None}}}, None),
+        ({"overrides": {"0.lin": {"group_size": 64}}}, "fp8"),
+    ],
+)
+def test_compiled_packed_layers_do_what_their_weights_say(
+    options: dict[str, Any], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, model = told(monkeypatch), packed()
+    with torch.no_grad():
+        x = torch.ones(2, 64, dtype=torch.bfloat16)
+        torch.compile(model, backend="int4tile", options=options)(x)
+    assert seen == [wanted]
+
+
+@compiled_only
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_code_of_one_weight_does_not_serve_one_that_says_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, model = told(monkeypatch), packed()
+    model.compile(backend="int4tile")
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(x)
+        weight: Any = model[0].lin.weight
+        model[0].lin.weight = nn.Parameter(weight.like(activations=None), requires_grad=False)
+        model(x)
+    assert seen == ["fp8", None]
+
+
+@gpu
+def test_eager_packed_layers_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4096, 4096)).to("cuda", torch.bfloat16).eval()
+    plain = copy.deepcopy(model)
+    fxint4.pack_(model, options={"activations": "fp8"})
+    fxint4.pack_(plain)
+    with torch.no_grad():
+        for count in (16, 1024):
+            x = rows(count, 4096, "cuda")
+            wanted, y = plain(x), model(x)
+            off = float((y.double() - wanted.double()).norm() / wanted.double().norm())
+            assert (off == 0) if count < 1024 else 0.005 < off < 0.08, count
 
 
 # --- products on a GPU ---------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def run_package(code: str, rows: int) -> list[tuple[Any, ...]]:
 
     Returns:
         For each kernel its name, its grid, and of what it takes all that are no tensors; for cuBLAS
-        "mm" and the number of rows that are in W's memory.
+        "mm", or "_scaled_mm", and the number of rows that are in W's memory.
     """
     [symbol] = set(re.findall(r"^\s*int64_t (s\d+) = ", code, re.MULTILINE))
     values = Values({symbol: rows, "min": min, "max": max, "div_floor_integer": operator.floordiv})
@@ -246,12 +246,14 @@ def run_package(code: str, rows: int) -> list[tuple[Any, ...]]:
                 found.append((launch[1], programs, sizes))
         elif start := re.match(r"\s*if \((std::min.*)\) {", line):
             condition = start[1]
-        elif call := re.search(r"cuda_mm_out\(.*reinterpret_tensor_wrapper\((buf\d+), 2,", line):
-            made = rf"empty_strided\(2, (int_array_\d+), .*&{call[1]}_handle"
+        elif call := re.search(
+            r"cuda_(mm|_scaled_mm)_out\(.*reinterpret_tensor_wrapper\((buf\d+), 2,", line
+        ):
+            made = rf"empty_strided\(2, (int_array_\d+), .*&{call[2]}_handle"
             [size] = re.findall(made, code)
             w_rows, _ = evaluated(arrays[size])
             [there] = evaluated(condition)
-            found += [("mm", w_rows)] if there else []
+            found += [(call[1], w_rows)] if there else []
             assert w_rows == 0 or there
     return found
 
@@ -295,6 +297,34 @@ def test_a_package_runs_the_kernel_that_is_chosen_for_the_number_of_rows(
             varying = ("M", "row_blocks", "whole")
             assert told[:3] == [launch.arguments[argument] for argument in varying], rows
         assert programs == launch.programs, rows
+
+
+@needs_triton
+def test_a_package_multiplies_many_rows_in_fp8() -> None:
+    """x and W are written out in the runs that have enough rows, and take no memory in others."""
+
+    def linears(x: Tensor, *packed: Tensor) -> Tensor:
+        op, buffers = torch.ops.fxint4.linears, (list(packed[0::2]), list(packed[1::2]))
+        return op(x, *buffers, 128, [4096, 1024], activations="fp8")  # type: ignore[no-any-return]
+
+    specs = [((77, 4096), torch.bfloat16), *packed_specs(4096, 4096), *packed_specs(1024, 4096)]
+    code = generated(linears, specs, package=True)
+    assert "fxint4" not in code.replace("fxint4::", "")
+    assert run_package(code, 0) == []
+    for rows in (1, 64, 512):
+        assert [name for name, *_ in run_package(code, rows)] == [INT4]
+    for rows in (1024, 1025, 8192, 2**20):
+        ran = [(name, programs) for name, programs, *_ in run_package(code, rows)]
+        assert ran == [
+            ("_kernel_of_row_scales", (4096 + 1024) // 32),
+            (DEQUANTIZE, 2560),
+            ("_kernel_of_rows", rows),
+            ("_scaled_mm", 4096 + 1024),
+        ]
+    # What row-wise scaled_mm takes: fp32 scales after x and W, bf16 out, fast accumulation.
+    [call] = [line for line in code.splitlines() if "_scaled_mm_out(" in line]
+    assert re.search(r", buf\d+, buf\d+, nullptr, nullptr, &out_dtype, 1\)\);$", call)
+    assert "int32_t out_dtype = cached_torch_dtype_bfloat16;" in code
 
 
 @needs_triton

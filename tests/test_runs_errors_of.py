@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from reference import in_e4m3
 from support import dequantized, module, peak_bytes
 from torch import Tensor, nn
 from torch.export import export
 
 import fxint4
 from fxint4 import Int4Config, OptionError, Report
+from fxint4.kernels import select
+from fxint4.passes.site import Site
 from fxint4.runs import errors_of as measuring
 from fxint4.runs.errors_of import measure
 from fxint4.runs.state_guard import StateGuard
@@ -220,6 +223,85 @@ def test_tied_weights_share_an_error() -> None:
     errors = [each.output_error for each in report.records]
     assert len(errors) == 3
     assert errors[:2] == [pytest.approx(names["q"], rel=FP32)] * 2
+
+
+# --- fp8 ---
+
+
+def error_in_fp8(layer: nn.Linear, x: Tensor, quantize: bool = True) -> float:
+    w = quantized(layer.weight) if quantize else layer.weight.detach().double()
+    return relative(in_e4m3(x) @ in_e4m3(w).T, x.double() @ layer.weight.detach().double().T)
+
+
+FP8: dict[str, Any] = {"activations": "fp8", "measure": "fp8"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_what_fp8_would_cost_is_measured_on_any_device(way: str) -> None:
+    model, x = Layers().eval().bfloat16(), noise(64, 128).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**FP8, "overrides": {"k": {"activations": None}}}.items():
+            patch.setitem(OPTIONS, name, value)
+        made = copy.deepcopy(model)
+        if way == "explain":
+            report = fxint4.explain(made, x, options=OPTIONS)
+        elif way == "rewrite":
+            fxint4.rewrite(export(made, (x,)), OPTIONS)
+            report = fxint4.last_report()
+        else:
+            report = fxint4.pack_(made, (x,), OPTIONS)
+    found, plain = by_name(report), errors_by_hooks(model, x)
+    # pack_ measures with the weight in the dtype that it dequantizes to.
+    assert found["q"] == pytest.approx(error_in_fp8(model.q, x), rel=1e-2)
+    assert found["q"] > plain["q"] * 1.05  # squares add up: 0.10, 0.026 and 0.026
+    assert found["k"] == pytest.approx(plain["k"], rel=FP32 if way != "pack_" else 2.0**-6)
+    alone = packed(model, x).output_error
+    assert report.output_error is not None
+    assert alone is not None
+    assert alone * 1.02 < report.output_error < alone * 1.3
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_a_matmul_in_fp8_is_measured_so_and_one_of_few_rows_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the rule for M and the size of the matmul, as if there was a GPU for it."""
+    monkeypatch.setattr(Site, "fp8_fault", property(lambda site: site.fp8_fault_anywhere))
+    monkeypatch.setattr(select, "_FP8_ROWS", ((48, 128 * 192),))
+    model, x = Layers().eval().bfloat16(), noise(64, 128).bfloat16()
+    options = {**OPTIONS, "activations": "fp8"}
+    found = by_name(fxint4.explain(model, x, options=options))
+    plain = errors_by_hooks(model, x)
+    assert found["q"] == pytest.approx(error_in_fp8(model.q, x), rel=1e-2)
+    assert found["out"] == pytest.approx(plain["out"], rel=2.0**-5)  # 192 * 64 is too small
+    found = by_name(fxint4.explain(model, x[:32], options=options))
+    assert found["q"] == pytest.approx(errors_by_hooks(model, x[:32])["q"], rel=FP32)
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_of_a_packed_model_the_error_of_fp8_alone_is_measured() -> None:
+    model, x = Layers().eval().bfloat16(), noise(64, 128).bfloat16()
+    fxint4.pack_(model, (x,), OPTIONS)
+    assert by_name(fxint4.explain(model, x))["q"] is None
+    found = by_name(fxint4.explain(model, x, options=FP8))
+    dense = nn.Linear(128, 192, bias=False)
+    dense.weight = nn.Parameter(model.q.weight.dequantize())
+    assert found["q"] == pytest.approx(error_in_fp8(dense, x, quantize=False), rel=1e-2)
+    assert found["q"] < 0.05
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize("measure", [True, "fp8"])
+def test_fp32_models_have_no_errors_of_fp8(measure: Any) -> None:
+    model, x = Layers().eval(), noise(64, 128)
+    report = fxint4.explain(model, x, options={**OPTIONS, **FP8, "measure": measure})
+    assert by_name(report) == pytest.approx(errors_by_hooks(model, x), rel=FP32)
+    assert "only bf16 models have them in fp8" in report.records[0].reason
 
 
 E, K, N = 4, 64, 96
@@ -439,7 +521,7 @@ def test_examples_are_needed() -> None:
     program._example_inputs = None
     with pytest.raises(OptionError, match="measure=True needs example inputs, and the program"):
         fxint4.rewrite(program, {"measure": True})
-    with pytest.raises(OptionError, match="measure is 1; it takes True, False or None"):
+    with pytest.raises(OptionError, match="measure is 1; it takes True, False, None or 'fp8'"):
         Int4Config(measure=1)  # type: ignore[arg-type]
 
 

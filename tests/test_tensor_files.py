@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fxint4
-from fxint4 import Int4TileTensor, PackedFormatError
-from fxint4.tensor.files import PARTS, assemble, flatten, read_header
+from fxint4 import Int4Config, Int4TileTensor, PackedFormatError
+from fxint4.tensor.files import PARTS, Header, assemble, flatten, read_header
 
 safe_open = pytest.importorskip("safetensors").safe_open
 
@@ -241,6 +241,29 @@ def test_files_of_versions_1_and_2(scaled: bool, tmp_path: Path) -> None:
     assert loaded.keys() == {"fc.w", "w"}
     assert torch.equal(loaded["w"], weight)
     assert loaded["w"] is loaded["fc.w"]
+
+
+def test_activations_are_kept_and_files_without_them_are_as_before(tmp_path: Path) -> None:
+    plain = Int4TileTensor.from_float(torch.randn(64, 256))
+    fp8 = Int4TileTensor.from_float(torch.randn(64, 256), Int4Config(activations="fp8"))
+    state = {"plain": plain, "fp8": fp8}
+    fxint4.save_file(state, tmp_path / "x")
+    header = json.loads(flatten(state)[1]["fxint4"])
+    assert header["packed"]["plain"] == ["float32", 64, [[0, 256]], 128, [0, 1], False]
+    assert header["packed"]["fp8"] == ["float32", 64, [[0, 256]], 128, [0, 1], False, "fp8"]
+    loaded = fxint4.load_file(tmp_path / "x")
+    assert {name: value.metadata for name, value in loaded.items()} == {
+        name: value.metadata for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize("further", [["int8"], ["fp8", "fp8"], [8]])
+def test_activations_that_there_are_not(further: list[Any]) -> None:
+    weight = Int4TileTensor.from_float(torch.randn(64, 256))
+    described = ["float32", 64, [[0, 256]], 128, [0, 1], False, *further]
+    header = Header({"w": described}, {}, frozenset())
+    with pytest.raises(PackedFormatError, match=r"w is damaged: activations are .*'fp8', or none"):
+        assemble("x", "w", header, weight.buffers)
 
 
 def test_a_weight_named_like_a_part_of_another(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def run(model: nn.Module) -> Tensor:
         lambda: weight(20, 100)[None, :, None],
         lambda: weight(20, 100).expand(2, 20, 100),
         lambda: torch.cat([weight(20, 100), weight(20, 30)], 1),
+        lambda: weight(20, 100).like(activations="fp8"),
         lambda: pre_scaled(20, 100),
         lambda: pre_scaled(3, 24, 256)[1:, 8:, 128:].mT,
         lambda: torch.cat([weight(20, 100), pre_scaled(20, 30)], 1),

@@ -297,16 +297,21 @@ def launch_triton(
         )
 
 
-def matmul_into(y: Any, x: Any, w: Any, active: Any) -> None:
+def matmul_into(
+    y: Any, x: Any, w: Any, active: Any, scales: tuple[Any, Any] | tuple[()] = ()
+) -> None:
     """Write x @ w into y if `active` is 1; do nothing if it is 0.
 
+    Operands that are not read may have any shape.
+
     Args:
-        y: ``[M, N]`` in any float dtype, made by `empty`.
-        x: ``[M, K]`` in y's dtype.
-        w: ``[K, N]`` in y's dtype; may have any shape if it is not read.
+        y: ``[M, N]`` in any float dtype, made by `empty`; in bf16 with scales.
+        x: ``[M, K]`` in y's dtype; in e4m3 with scales.
+        w: ``[K, N]`` in x's dtype.
         active: A size, 0 or 1.
+        scales: Fp32 ``[M, 1]`` and ``[1, N]``, to multiply x's rows and w's columns by.
     """
-    _matmul_into()(y, x, w, active)
+    _matmul_into()(y, x, w, active, scales)
 
 
 @functools.cache
@@ -317,16 +322,19 @@ def _matmul_into() -> Callable[..., Any]:
     from torch._inductor.virtualized import V
 
     class MatmulInto(ir.ExternKernel):
-        def __init__(self, y: Any, x: Any, w: Any, active: Any) -> None:
-            inputs = self.unwrap_storage([self.realize_input(value) for value in (y, x, w)])
+        def __init__(self, y: Any, x: Any, w: Any, active: Any, scales: Sequence[Any]) -> None:
+            given = (y, x, w, *scales)
+            inputs = self.unwrap_storage([self.realize_input(value) for value in given])
+            name = "_scaled_mm" if scales else "mm"
             super().__init__(
                 None,
                 ir.NoneLayout(device=y.get_device()),
                 inputs,
-                python_kernel_name="extern_kernels.mm",
-                cpp_kernel_name="at::mm_out",
+                python_kernel_name=f"extern_kernels.{name}",
+                cpp_kernel_name=f"at::{name}_out",
             )
             self.active = active
+            self.scaled = bool(scales)
             V.graph.mark_buffer_mutated(self.input_name(0))
             self.name = V.graph.register_buffer(self)
             V.graph.register_operation(self)
@@ -347,17 +355,26 @@ def _matmul_into() -> Callable[..., Any]:
             # braces is not visible outside, so this line has a writer of its own.
             self.body: list[str] = []
             self.writer = types.SimpleNamespace(writeline=self.body.append)
+            # bf16 sums with fast accumulation, see `_scaled_mm`.
+            self.further: list[str] = []
+            if node.scaled and V.graph.cpp_wrapper:
+                bf16 = wrapper.codegen_dtype(torch.bfloat16)
+                self.body.append(f"int32_t out_dtype = {bf16};")
+                self.further = ["nullptr", "nullptr", "&out_dtype", "1"]
+            elif node.scaled:
+                self.further = ["out_dtype=torch.bfloat16", "use_fast_accum=True"]
 
         def codegen(self, code: Any) -> None:
             node, wrapper = self.node, self.wrapper
-            y, x, w = (value.codegen_reference(self.writer) for value in node.inputs)
+            y, *operands = (value.codegen_reference(self.writer) for value in node.inputs)
             condition = wrapper.codegen_sizevar(node.active)
             device = node.get_device().type
             code.writeline(f"if ({condition}) {{" if V.graph.cpp_wrapper else f"if {condition}:")
             with code.indent():
                 code.writelines(self.body)
                 kernel = node.get_kernel_name()
-                wrapper._generate_extern_kernel_out_helper(kernel, y, None, [x, w], device)
+                operands += self.further
+                wrapper._generate_extern_kernel_out_helper(kernel, y, None, operands, device)
             if V.graph.cpp_wrapper:
                 code.writeline("}")
 

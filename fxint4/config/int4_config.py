@@ -68,8 +68,10 @@ class Int4Config:
             be one kernel that reads the other processes' parts, by PyTorch's symmetric memory,
             in place of NCCL's. All processes must ask for it alike.
         activations: "fp8" lets a compiled model multiply many rows in fp8 where that is faster: on
-            a GPU with fp8 (sm_89 and newer), in bf16 models. Weights stay int4 tiles. None never
-            does.
+            a GPU with fp8 (sm_89 and newer), in bf16 models. Weights stay int4 tiles. Weights that
+            are packed in place keep it, and multiply so in eager mode and wherever they are
+            compiled. None never does, or leaves it to weights that were packed before; for those
+            None in `overrides` switches it off.
         kernel: On the GPU, how to multiply for every M: "triton" (unpack weights in registers),
             "dequantize" (write the weight out, then cuBLAS), "aten" (PyTorch's int4 op) or "cuda"
             (kernels in CUDA C++, where there is one for M and K, also outside of CUDA graphs; not
@@ -78,7 +80,9 @@ class Int4Config:
         measure: Run the model on its example inputs with its own weights and with quantized ones,
             and report the error of each matmul's output and of the model's. With None only
             `fxint4.explain` does so; with True `fxint4.pack_`, `rewrite` and `package` do too. A
-            backend can't: it has no inputs before the model runs. Not part of any cache key.
+            backend can't: it has no inputs before the model runs. "fp8" measures as if all layers
+            with `activations="fp8"` were computed in fp8 on any device, for any number of rows. Not
+            part of any cache key.
         report: File that always holds the newest state of the report: .json (which
             `fxint4.Report.load` reads), .txt or .html. Its folder must exist. Not part of any cache
             key: two configs that differ in it are equal.
@@ -103,7 +107,7 @@ class Int4Config:
     one_shot_all_reduce: bool = False
     activations: str | None = None
     kernel: str | None = None
-    measure: bool | None = field(default=None, compare=False)
+    measure: bool | str | None = field(default=None, compare=False)
     report: str | os.PathLike[str] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -146,30 +150,14 @@ class Int4Config:
         for name in ("progress", "fuse_projections", "one_shot_all_reduce"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it takes True or False")
-        if self.measure is not None and not isinstance(self.measure, bool):
-            raise OptionError(f"measure is {self.measure!r}; it takes True, False or None")
+        if not (isinstance(self.measure, bool) or self.measure in (None, *ACTIVATIONS)):
+            raise OptionError(f"measure is {self.measure!r}; it takes True, False, None or 'fp8'")
         _report_file(self.report)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the method looks at activations."""
         return self.method in _CALIBRATED
-
-    def require_bf16_activations(self, function: str) -> None:
-        """Refuse `activations` where nothing multiplies by them.
-
-        Args:
-            function: What was called.
-
-        Raises:
-            OptionError: They are given, for all layers or for some.
-        """
-        asked = [self.activations, *(dict(each).get("activations") for _, each in self.overrides)]
-        if any(asked):
-            raise OptionError(
-                f"activations='fp8' is for compiled models: give it to torch.compile(model, "
-                f"backend='int4tile'), not to {function}"
-            )
 
     # --- a budget: first a calibration chooses by it, then each weight has its choice -------------
 

@@ -56,8 +56,9 @@ def rewrite(
 
     The packed weights are buffers of the new program; weights that nothing reads any more are
     removed. The new program uses ATen ops only, so it runs where fxint4 is not installed. Experts
-    are an exception: their ops are fxint4's own (`fxint4.package` compiles them for a GPU without
-    these). `fxint4.last_report()` tells what was done.
+    are an exception, and matmuls with `activations="fp8"` on a GPU that has it: their ops are
+    fxint4's own (`fxint4.package` compiles them for a GPU without these). `fxint4.last_report()`
+    tells what was done.
 
     A program has each weight in one format, packed, for any number of rows. On the CPU a dense
     matmul is faster for many rows; the report says where that holds for the example inputs. CPUs
@@ -84,7 +85,6 @@ def rewrite(
             f"rewrite takes fields of Int4Config, and {next(iter(patches))!r} is an option of "
             "Inductor's: fxint4.package takes these"
         )
-    config.require_bf16_activations("rewrite")
     if is_rewritten(exported_program):
         raise OptionError("the program is rewritten already; rewrite the one that was captured")
     return rewrite_program(exported_program, config, only_aten=True)
@@ -188,8 +188,8 @@ def _measured(
     """Measure the errors of a program on its example inputs."""
     if program.example_inputs is None:
         raise OptionError(
-            "measure=True needs example inputs, and the program has none: set its example_inputs "
-            "to (args, kwargs), or leave measure out"
+            f"measure={config.measure} needs example inputs, and the program has none: set its "
+            "example_inputs to (args, kwargs), or leave measure out"
         )
     signature = program.graph_signature
     inputs = iter(flat(program.example_inputs))
@@ -202,9 +202,7 @@ def _measured(
         for position, spec in enumerate(signature.output_specs)
         if spec.kind is OutputKind.USER_OUTPUT
     ]
-    return measure_graph(
-        program.graph_module, sites, fake_mode, arguments, outputs, config.progress
-    )
+    return measure_graph(program.graph_module, sites, fake_mode, arguments, outputs, config)
 
 
 def _for_program(entry: Site | Record, only_aten: bool) -> Site | Record:
@@ -235,7 +233,7 @@ def _with_program_reasons(
     reasons = [record.reason]
     if isinstance(entry, Site) and record.action == "packed":
         rows = expected_rows(entry)
-        if entry.shape.batch and only_aten:
+        if (entry.shape.batch or entry.activations) and only_aten:
             reasons.append("needs fxint4 where the program runs")
         elif rows is not None and most_rows is not None and rows > most_rows:
             reasons.append(

@@ -82,14 +82,15 @@ def pack_(
             The weights before it stay packed; another call packs the rest.
     """
     config, patches = split_options(None, options)
-    config.require_bf16_activations("pack_")
     if patches:
         raise OptionError(f"pack_ compiles nothing and takes no option {sorted(patches)[0]!r}")
     target = _checked_device(device)
     _check_model(model, example_args)
     examples = bool(example_args or example_kwargs)
     if config.measure and not examples:
-        raise OptionError("measure=True needs example_args or example_kwargs to run the model on")
+        raise OptionError(
+            f"measure={config.measure} needs example_args or example_kwargs to run the model on"
+        )
     materialize_parametrized(model, config)
     if examples:
         config = with_budget_choices(config, model, example_args, example_kwargs or {})

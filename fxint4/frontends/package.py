@@ -72,7 +72,6 @@ def package(
     path = os.fspath(path)
     _check_path(path)
     config, patches = split_options(None, options)
-    config.require_bf16_activations("package")
     if is_rewritten(exported_program):
         program = exported_program
         _check_options(options or {})

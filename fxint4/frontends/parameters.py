@@ -24,6 +24,7 @@ from fxint4.quant.statistics import transposed_key
 from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.report import Record
 from fxint4.tensor import Int4TileTensor
+from fxint4.weights.formats import fp8_fault
 
 __all__ = [
     "decided_candidate",
@@ -196,7 +197,8 @@ def packed_candidate(
             fault = nonfinite_fault(moved)
             if fault:
                 return None, dataclasses.replace(record, reason=fault)
-            packed, sqnr_db = Int4TileTensor.quantized(moved, plan.shape, recipe)
+            of = (plan.shape, recipe, plan.config.activations)
+            packed, sqnr_db = Int4TileTensor.quantized(moved, *of)
             del moved
     except Exception as error:
         raise FoldError(
@@ -209,7 +211,10 @@ def packed_candidate(
     if fault:
         return None, dataclasses.replace(record, reason=fault, sqnr_db=sqnr_db)
     record = dataclasses.replace(record, method=recipe.method, sqnr_db=sqnr_db)
-    return packed, packed_record(record, packed, recipe.remark)
+    *batch, n, k = stored.shape
+    other = packed.activations and fp8_fault(n, k, batch, packed.dtype)
+    remarks = [recipe.remark, f"activations stay as they are: {other}" if other else ""]
+    return packed, packed_record(record, packed, "; ".join(filter(None, remarks)))
 
 
 def packed_record(record: Record, packed: Int4TileTensor, reason: str) -> Record:

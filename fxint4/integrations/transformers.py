@@ -85,6 +85,7 @@ class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: Names of modules to keep as they are, as all quantizers of
             transformers understand them: the start of a module's full name, a regular expression
             for one, or the end of a name.
+        activations: See `fxint4.Int4Config`; kept with the packed weights.
 
     Raises:
         OptionError: An option that there is not, or a value outside its range.
@@ -104,6 +105,7 @@ class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         min_sqnr_db: float | None = None,
         min_features: int = _DEFAULTS.min_features,
         modules_to_not_convert: Sequence[str] | None = None,
+        activations: str | None = _DEFAULTS.activations,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -127,10 +129,10 @@ class Int4TileConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.skip = skip
         self.min_sqnr_db = min_sqnr_db
         self.min_features = min_features
+        self.activations = activations
         self.modules_to_not_convert = modules_to_not_convert
         # Packed weights are loaded without the calibration, so that none is given is no error yet.
         checked = self._int4_config(Calibration({}))
-        checked.require_bf16_activations("Int4TileConfig")
         self.include, self.skip = list(checked.include), list(checked.skip)
 
     def int4_config(self) -> Int4Config:
@@ -200,6 +202,7 @@ _FIELDS = (
     "min_sqnr_db",
     "min_features",
     "modules_to_not_convert",
+    "activations",
 )
 #: What `Int4TileConfig.to_dict` adds to the fields.
 _NO_FIELDS = ("quant_method", "note")

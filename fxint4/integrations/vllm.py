@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -428,10 +429,11 @@ class PackedWeight(nn.Module):
             self.register_parameter(name, nn.Parameter(buffer.contiguous(), requires_grad=False))
         self.pre_scaled = weight.pre_scale is not None
         self.columns, self.group_size, self.n = weight.columns, weight.group_size, weight.n
+        self.activations = weight.activations
 
     def forward(self, x: Tensor) -> Tensor:
         """The product of x ``[..., K]`` and a weight ``[N, K]``: ``[..., N]``."""
-        return self._call(torch.ops.fxint4.linear, x)
+        return self._call(partial(torch.ops.fxint4.linear, activations=self.activations), x)
 
     def grouped(self, x: Tensor, offs: Tensor) -> Tensor:
         """The products of x ``[S, K]``, in order, and weights ``[E, N, K]``: ``[S, N]``.

@@ -37,6 +37,7 @@ def prepared(
     group_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    activations: str | None = None,
 ) -> Prepared | None:
     """A matmul of one shape; weights of one shape share it. None if no Triton kernel does it.
 
@@ -48,9 +49,10 @@ def prepared(
         group_size: Neighbouring k that share a scale and a zero.
         dtype: Of x, bf16 or fp16.
         device: A CUDA device with its index.
+        activations: See `Int4Config.activations`.
     """
     m = math.prod(rows)
-    shape = MatmulShape(m, n, k, group_size, 2 * tiles[-1], dtype)
+    shape = MatmulShape(m, n, k, group_size, 2 * tiles[-1], dtype, activations)
     choice = select_kernel(shape, device, "direct")
     sizes, k_padded, half_inner = triton_linear.sizes_of([tiles], [n])
     of_weight = (sizes, k_padded, group_size, half_inner, dtype)

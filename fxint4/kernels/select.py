@@ -187,7 +187,7 @@ def select_kernel(
     elif in_cuda is None:
         in_cuda = cuda.available(device)
     gpu, replayed = gpu_of(device), launcher == "cuda_graph" or asked
-    if shape.activations == "fp8" and not asked and launcher != "package":
+    if shape.activations == "fp8" and not asked:
         return choose_fp8(shape, gpu, in_cuda, replayed)
     return choose(shape, gpu, in_cuda, replayed)
 

@@ -36,6 +36,7 @@ __all__ = [
     "multiply",
     "row_scales_launch_of",
     "rows_in_e4m3",
+    "rows_launch_of",
     "written_out",
 ]
 
@@ -138,10 +139,15 @@ def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """X in e4m3 ``[M, K]``, and the scale of each row, fp32 ``[M, 1]``."""
     m, k = x.shape
     x8, scales = torch.empty_like(x, dtype=E4M3), x.new_empty((m, 1), dtype=torch.float32)
+    run(rows_launch_of(m, k), {"x_ptr": x, "y_ptr": x8, "scales_ptr": scales})
+    return x8, scales
+
+
+def rows_launch_of(m: Any, k: int) -> Launch:
+    """The launch that makes `rows_in_e4m3` of x ``[m, k]``: x_ptr, y_ptr and scales_ptr."""
     step = min(8192, 1 << (k - 1).bit_length())
     arguments = {"K": k, "STEP": step, "LARGEST": LARGEST, "LEAST": LEAST_SCALE}
-    run(Launch(_rows_kernel, m, arguments, 8, 1), {"x_ptr": x, "y_ptr": x8, "scales_ptr": scales})
-    return x8, scales
+    return Launch(_rows_kernel, m, arguments, 8, 1)
 
 
 def row_scales_launch_of(

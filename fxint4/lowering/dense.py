@@ -9,8 +9,8 @@ the norm that follows. `fxint4.linears` launches CUDA C++ kernels, whose sizes t
 
 If M varies, the same op chooses at run time: one compiled graph serves every M, and a CUDA graph
 holds the kernel of the M that it was captured with. A package, which runs without Python, contains
-the kernels of every M, also dequantizing with cuBLAS: each run launches the kernels of other M with
-no programs, and takes no memory for W.
+the kernels of every M, also dequantizing with cuBLAS and fp8: each run launches the kernels of
+other M with no programs, and takes no memory for W.
 """
 
 from __future__ import annotations
@@ -217,11 +217,7 @@ class _Matmul:
         x8 = inductor.call(aten.div.Tensor, x, scale_x)
         # Else it would have the strides of what x is a copy of.
         x8 = inductor.contiguous(inductor.to_dtype(triton_fp8.E4M3, x8))
-        weights, _, _ = self._sizes
-        scale_w = inductor.empty([1, sum(self.n)], self.x, torch.float32)
-        launch = triton_fp8.row_scales_launch_of(self.k, weights, self.group_size)
-        self._launch(launch, {"scales": scale_w})
-        w = inductor.call(aten.permute.default, self._written_out(scales=scale_w), [1, 0])
+        w, scale_w = self._written_out_in_fp8()
         scaled = (x8, w, scale_x, scale_w, None, None, torch.bfloat16, True)
         return inductor.call_fallback(aten._scaled_mm.default, *scaled)
 
@@ -255,7 +251,15 @@ class _Matmul:
         y = inductor.empty([rows, n], x, x.get_dtype())
         for first, last, choice in by_m(lambda m: self.choice(m, policy)):
             active, blocks = inductor.indicator(rows, first, last), choice.blocks
-            if not isinstance(blocks, Blocks):
+            if choice.kernel == "fp8":
+                w, scale_w = self._written_out_in_fp8(active)
+                # A kernel of its own: what makes x is for all ranges.
+                x8 = inductor.empty([active * rows, self.k], x, triton_fp8.E4M3)
+                scale_x = inductor.empty([active * rows, 1], x, torch.float32)
+                launch = triton_fp8.rows_launch_of(active * rows, self.k)
+                self._launch(launch, {"x": x, "y": x8, "scales": scale_x})
+                inductor.matmul_into(y, x8, w, active, (scale_x, scale_w))
+            elif not isinstance(blocks, Blocks):
                 w = inductor.call(aten.permute.default, self._written_out(active), [1, 0])
                 inductor.matmul_into(y, x, w, active)
             else:
@@ -297,6 +301,16 @@ class _Matmul:
         read = {} if scales is None else {"scales": scales}
         self._launch(replace(launch, programs=active * launch.programs), {"w": w}, read)
         return w
+
+    def _written_out_in_fp8(self, active: Any = 1) -> tuple[Any, Any]:
+        """W in e4m3, ``[K, active * sum(n)]``, and its scales ``[1, active * sum(n)]``."""
+        weights, _, _ = self._sizes
+        scales = inductor.empty([1, active * sum(self.n)], self.x, torch.float32)
+        launch = triton_fp8.row_scales_launch_of(self.k, weights, self.group_size)
+        launch = replace(launch, programs=active * launch.programs)
+        self._launch(launch, {"scales": scales})
+        w = self._written_out(active, scales)
+        return inductor.call(aten.permute.default, w, [1, 0]), scales
 
     def _launch_of(self, m: int, blocks: Blocks, reduce: bool) -> Launch:
         weights, k_padded, half_inner = self._sizes
@@ -351,6 +365,7 @@ class _Matmul:
         others = {f"{name}_ptr": value for name, value in (read or {}).items()}
         buffers = triton_linear.buffers_of(list(zip(self.tiles, self.scale_and_zero, strict=True)))
         unused = dict.fromkeys(launch.tensor_names(), self.scale_and_zero[0])
+        buffers = {name: buffer for name, buffer in buffers.items() if name in unused}
         inductor.launch_triton(
             launch.kernel,
             launch.programs,

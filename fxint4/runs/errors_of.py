@@ -2,7 +2,8 @@
 
 A model runs twice in `fxint4.runs.interpreter`. The first run has the model's own weights: each
 product is compared with that of the same activation and the quantized weight. The second run has
-the quantized weights: its output is compared with that of the first.
+the quantized weights: its output is compared with that of the first. Where a matmul is computed in
+fp8, both have x and the quantized weight as `fxint4.quant.fp8` rounds them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,13 @@ from tqdm import tqdm
 
 from fxint4._pytorch.tensors import flat, real_tensors
 from fxint4.config.int4_config import Int4Config
+from fxint4.passes.fuse import fp8_rule
 from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.plan import sqnr_fault
 from fxint4.passes.site import Site
 from fxint4.quant.blockwise import fake_quantized
+from fxint4.quant.fp8 import operands
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
 from fxint4.runs.state_guard import StateGuard, forked_random_state
@@ -96,6 +100,7 @@ def measure(
     meter = _Meter(quantized_of or _quantized, config.progress)
 
     def runner_of(analysis: Analysis) -> GraphRunner:
+        matrix_of = partial(meter, fp8_rule(analysis.sites, config))
         interpreter = GraphInterpreter(
             analysis.captured, analysis.sites, analysis.fake_mode, analysis.plans
         )
@@ -103,7 +108,7 @@ def measure(
 
         def run(arguments: list[Any]) -> Sequence[Any]:
             guard.keep(arguments[position] for position in written)
-            return interpreter.run([arguments], meter)[0]
+            return interpreter.run([arguments], matrix_of)[0]
 
         return run
 
@@ -125,7 +130,7 @@ def measure_graph(
     fake_mode: Any,
     arguments: Sequence[Any],
     outputs: Sequence[int],
-    progress: bool,
+    config: Int4Config,
 ) -> Errors:
     """Measure what quantizing does to one graph that writes to none of its inputs.
 
@@ -135,14 +140,15 @@ def measure_graph(
         fake_mode: The FakeTensorMode of its values.
         arguments: Its inputs, weights included.
         outputs: Positions of the outputs that are compared.
-        progress: Whether to show a bar.
+        config: What the user asked for.
     """
     interpreter = GraphInterpreter(captured, sites, fake_mode)
-    with _Meter(_quantized, progress) as meter:
+    with _Meter(_quantized, config.progress) as meter:
+        matrix_of = partial(meter, fp8_rule(sites, config))
 
         def run() -> list[Tensor]:
             with real_tensors(), forked_random_state():
-                results = interpreter.run([arguments], meter)[0]
+                results = interpreter.run([arguments], matrix_of)[0]
             return float_tensors([results[position] for position in outputs])
 
         before = run()
@@ -151,7 +157,7 @@ def measure_graph(
 
 
 class _Meter:
-    """The `MatrixOf` of both runs; compares products in the first run.
+    """The `MatrixOf` of both runs, for the `fp8_rule` of a graph; compares products in the first.
 
     Args:
         quantized_of: Quantizes the weights.
@@ -179,20 +185,34 @@ class _Meter:
         self._bar.total = 2 * self._bar.n  # as many matmuls again
 
     def __call__(
-        self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
-    ) -> Tensor:
+        self,
+        in_fp8: Callable[[Site, int], bool],
+        site: Site,
+        roots: Sequence[Tensor],
+        activations: Sequence[Activation],
+    ) -> Tensor | Callable[[Activation], Tensor]:
         self._bar.set_postfix_str(site.record.name, refresh=False)
         self._bar.update()
         with real_tensors():
-            dtype = activations[0].x.dtype if self._use_quantized else torch.float32
+            fp8 = in_fp8(site, len(activations[0].x))
+            rounded = self._use_quantized and not fp8  # else all that follows is in fp32
+            dtype = activations[0].x.dtype if rounded else torch.float32
             quantized = self._quantized_of(site, roots, dtype)
+            if quantized is None and fp8 and isinstance(site.match, PrepackedMatch):
+                quantized = own_matrix(site, roots, activations)  # fp8 is all that changes
+            pre_scale = site.recipe.pre_scale
             if self._use_quantized and quantized is not None:
-                return quantized
+                if not fp8:
+                    return quantized
+                return partial(Activation.times_in_fp8, matrix=quantized, pre_scale=pre_scale)
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:
                 sums = self._sums.setdefault(site.record.weight_key, [0.0, 0.0])
                 for activation in activations:
-                    changes = _squares(activation, matrix, quantized)
+                    if fp8:
+                        changes = _squares_in_fp8(activation, matrix, quantized, pre_scale)
+                    else:
+                        changes = _squares(activation, matrix, quantized)
                     sums[:] = (have + more for have, more in zip(sums, changes, strict=True))
             return matrix
 
@@ -227,6 +247,21 @@ def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple
             w = own[start : start + step].float()
             product += _sum_of_squares(x @ w.t())
             changed += _sum_of_squares(x @ (other[start : start + step] - w).t())
+    return changed, product
+
+
+def _squares_in_fp8(
+    activation: Activation, matrix: Tensor, quantized: Tensor, pre_scale: Tensor | None
+) -> tuple[float, float]:
+    """`_squares` of one weight, where the product by the quantized one is computed in fp8."""
+    x, changed, product = activation.x, 0.0, 0.0
+    step = max(1, _ELEMENTS // max(1, *x.shape))
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        y = x.float() @ matrix[rows].float().t()
+        x8, w8 = operands(x, quantized[rows], pre_scale)
+        product += _sum_of_squares(y)
+        changed += _sum_of_squares(x8 @ w8.t() - y)
     return changed, product
 
 

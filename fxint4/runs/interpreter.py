@@ -5,7 +5,7 @@ Calibration, budgets and measured errors run the graphs of a model this way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fxint4.graph.build import Build, copy_graph
 from fxint4.passes.plan import Plans
 from fxint4.passes.site import Site
+from fxint4.quant.fp8 import operands
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["Activation", "GraphInterpreter", "MatrixOf", "own_matrix"]
@@ -74,13 +75,23 @@ class Activation:
             y[where] = rows @ matrix[number].t()
         return y
 
+    def times_in_fp8(self, matrix: Tensor, pre_scale: Tensor | None = None) -> Tensor:
+        """The product in fp8, in x's dtype; see `fxint4.quant.fp8`.
+
+        Args:
+            matrix: The dequantized weight ``[N, K]``.
+            pre_scale: Its pre-scale ``[K]``.
+        """
+        x8, w8 = operands(self.x, matrix, pre_scale)
+        return (x8 @ w8.t()).to(self.x.dtype)
+
 
 class MatrixOf(Protocol):
     """Returns the weight that a site multiplies by in a run."""
 
     def __call__(
         self, site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
-    ) -> Tensor:
+    ) -> Tensor | Callable[[Activation], Tensor]:
         """The weight to multiply by.
 
         Args:
@@ -89,7 +100,8 @@ class MatrixOf(Protocol):
             activations: What the site multiplies in each call of the run.
 
         Returns:
-            ``[..., N, K]`` in the activations' dtype.
+            ``[..., N, K]`` in the activations' dtype; or a function that makes the product of each
+            activation, where x is not multiplied as it is.
         """
 
 
@@ -195,7 +207,9 @@ class GraphInterpreter:
         ]
         roots = self.roots(site, calls[0])
         matrix = matrix_of(self.planned(site, roots), roots, activations)
-        return [activation.times(matrix) for activation in activations]
+        if isinstance(matrix, Tensor):
+            return [activation.times(matrix) for activation in activations]
+        return [matrix(activation) for activation in activations]
 
 
 def _product(position: int, n: int, x: Tensor, offs: Tensor | None, ids: Tensor | None) -> Tensor:

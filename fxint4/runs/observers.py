@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.passes.activations import same_activation, scales_freely
+from fxint4.passes.fuse import fp8_rule
 from fxint4.passes.pattern import PrepackedMatch
 from fxint4.passes.pipeline import Analysis
 from fxint4.passes.site import Site
@@ -227,6 +229,7 @@ class ObservedGraph:
             analysis.captured, sites, analysis.fake_mode, analysis.plans
         )
         self._observer = observer
+        self._in_fp8 = fp8_rule(sites, observer.config)
         self._group_of: dict[fx.Node, list[Site]] = {}  # sites of one activation, by node of each
         groups: dict[Any, list[Site]] = {}
         for site, shared in zip(sites, same_activation(sites), strict=True):
@@ -250,7 +253,7 @@ class ObservedGraph:
     def run_with(
         self, arguments: Sequence[Any], matrix_of: Callable[[str], Tensor | None]
     ) -> Sequence[Any]:
-        """Run one call with some weights replaced.
+        """Run one call with some weights replaced, and in fp8 where the options say so.
 
         Args:
             arguments: Of the call.
@@ -259,8 +262,10 @@ class ObservedGraph:
 
         def matrix(
             site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
-        ) -> Tensor:
+        ) -> Tensor | Callable[[Activation], Tensor]:
             other = None if site.kept else matrix_of(site.key)
+            if other is not None and self._in_fp8(site, len(activations[0].x)):
+                return partial(Activation.times_in_fp8, matrix=other)
             if other is not None:
                 return other.to(activations[0].x.dtype)
             with real_tensors():

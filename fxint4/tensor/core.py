@@ -32,7 +32,7 @@ from fxint4._pytorch.tensors import (
     share_storage,
     view_like,
 )
-from fxint4.config.int4_config import Int4Config
+from fxint4.config.int4_config import ACTIVATIONS, Int4Config
 from fxint4.errors import (
     PackedFormatError,
     RequantizedWarning,
@@ -237,9 +237,11 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         is_part: Whether stored values outside the logical part belong to another tensor.
         pre_scale: float32 ``[K]``, a factor for each stored column, the same for all rows and
             matrices, 1 in the padding; None for no factors.
+        activations: See `Int4Config.activations`; what compiled code does unless its options say
+            something else, and what eager code does.
 
     Attributes:
-        metadata: All but the buffers: dtype, n, columns, group_size, axes, is_part.
+        metadata: All but the buffers: dtype, n, columns, group_size, axes, is_part, activations.
         method: How the codes were chosen ("rtn", ...), to do the same when values are written to
             the weight; None where it is not known. Files do not hold it, and it is no part of what
             compiled code depends on.
@@ -253,7 +255,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
     group_size: int
     axes: tuple[int, ...]
     is_part: bool
-    metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool]
+    activations: str | None
+    metadata: tuple[torch.dtype, int, Columns, int, tuple[int, ...], bool, str | None]
     method: str | None = None
     _views: _Views | None = None
     #: Cached, because Dynamo's guards ask in every call of compiled code; with the tiles and the
@@ -276,6 +279,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         axes: tuple[int, ...],
         is_part: bool = False,
         pre_scale: Tensor | None = None,
+        activations: str | None = None,
     ) -> Int4TileTensor:
         """Wrap buffers without checking them; `from_tiles` checks."""
         stored = (*tiles.shape[:-4], n, sum(stop - start for start, stop in columns))
@@ -295,6 +299,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         axes: tuple[int, ...],
         is_part: bool = False,
         pre_scale: Tensor | None = None,
+        activations: str | None = None,
     ) -> None:
         self.tiles = tiles
         self.scale_and_zero = scale_and_zero
@@ -304,7 +309,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         self.group_size = group_size
         self.axes = axes
         self.is_part = is_part
-        self.metadata = (self.dtype, n, columns, group_size, axes, is_part)
+        self.activations = activations
+        self.metadata = (self.dtype, n, columns, group_size, axes, is_part, activations)
 
     # --- constructors ----------------------------------------------------------------------------
 
@@ -314,7 +320,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
 
         Args:
             weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides, finite.
-            config: Its group_size, inner_k_tiles and method are read; the defaults if None.
+            config: Its group_size, inner_k_tiles, method and activations are read; the defaults if
+                None.
 
         Raises:
             TypeError: weight is no tensor, or config no `Int4Config`.
@@ -325,7 +332,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         config = config or Int4Config()
         *batch, n, k = weight.shape
         shape = choose_shape(n, k, config.group_size, config.inner_k_tiles, batch=tuple(batch))
-        return cls.quantized(weight, shape, Recipe(config.method))[0]
+        return cls.quantized(weight, shape, Recipe(config.method), config.activations)[0]
 
     @classmethod
     def from_plain(
@@ -607,7 +614,9 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"device='{self.device}', group_size={self.group_size}, "
             f"inner_k_tiles={self.inner_k_tiles}, "
-            f"{'' if self.pre_scale is None else 'pre-scaled, '}{self.packed_bytes} bytes)"
+            f"{'' if self.pre_scale is None else 'pre-scaled, '}"
+            f"{'' if self.activations is None else f'{self.activations} activations, '}"
+            f"{self.packed_bytes} bytes)"
         )
 
     # --- for the views and matmuls ---------------------------------------------------------------
@@ -632,6 +641,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             "dtype": self.dtype,
             "axes": self.axes,
             "is_part": self.is_part,
+            "activations": self.activations,
         }
         values.update(changes)
         if torch.compiler.is_compiling():
@@ -660,7 +670,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
 
     @classmethod
     def quantized(
-        cls, weight: Tensor, shape: TileShape, recipe: Recipe
+        cls, weight: Tensor, shape: TileShape, recipe: Recipe, activations: str | None = None
     ) -> tuple[Int4TileTensor, float]:
         """Quantize a weight without checking it; `from_float` checks.
 
@@ -668,6 +678,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             weight: ``[..., N, K]``, bfloat16, float16 or float32, any strides.
             shape: The packed shape.
             recipe: How codes are chosen, and the pre-scale.
+            activations: See `Int4Config.activations`.
 
         Returns:
             The packed weight, and its signal-to-quantization-noise ratio in dB.
@@ -676,6 +687,8 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             ValueError: The weight holds inf or NaN.
         """
         made = cls.empty(shape, weight.dtype, weight.device)
+        if activations is not None:
+            made = made.like(activations=activations)
         if recipe.pre_scale is not None:
             factors = recipe.pre_scale.to(weight.device)
             made = made.like(pre_scale=padded_pre_scale(factors, shape.k_padded))
@@ -772,7 +785,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
                 f"or into a clone of the part; or {_INSTEAD}"
             )
         if isinstance(other, Int4TileTensor):
-            if other.metadata[1:-1] != self.metadata[1:-1] or other.stored != stored:
+            if other.metadata[1:5] != self.metadata[1:5] or other.stored != stored:
                 raise ValueError(
                     f"cannot copy {other!r} into {self!r}: they are packed differently; copy "
                     "other.dequantize() to quantize it again, or assign the tensor itself"
@@ -869,6 +882,11 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         return runs[0] if len(runs) == 1 else torch.cat(runs, -1)
 
     @property
+    def described(self) -> tuple[Any, ...]:
+        """`metadata` as files hold it: without activations that are None, which older ones lack."""
+        return self.metadata if self.activations is not None else self.metadata[:-1]
+
+    @property
     def plain_group(self) -> int:
         """The group size of `get_plain`: it divides the places where runs start or are joined."""
         places = [start for start, _ in self.columns]
@@ -898,7 +916,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         inner: dict[str, Tensor], metadata: Any, outer_size: Any, outer_stride: Any
     ) -> Int4TileTensor:
         """The inverse of `__tensor_flatten__`."""
-        dtype, n, columns, group_size, axes, is_part, *_ = metadata
+        dtype, n, columns, group_size, axes, is_part, activations, *_ = metadata
         return Int4TileTensor(
             **inner,
             n=n,
@@ -907,6 +925,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
             dtype=dtype,
             axes=axes,
             is_part=is_part,
+            activations=activations,
         )
 
     # `torch.distributed.fsdp.fully_shard` (FSDP2) calls two methods of a tensor subclass. That is
@@ -968,7 +987,7 @@ class Int4TileTensor(Tensor, metaclass=_MadeAsAnother):
         is_parameter = isinstance(self, nn.Parameter)
         # `check` needs contiguous buffers when the file is loaded; those of a part may not be.
         tiles, scale_and_zero, *further = (b.contiguous() for b in self.buffers.values())
-        return _rebuild, (tiles, scale_and_zero, self.metadata, is_parameter, *further)
+        return _rebuild, (tiles, scale_and_zero, self.described, is_parameter, *further)
 
     def requires_grad_(self, mode: bool = True) -> Int4TileTensor:
         """Do nothing: an int4 weight has no gradient.
@@ -1242,7 +1261,10 @@ def checked(
 ) -> Int4TileTensor:
     """Build a weight from untrusted buffers and metadata; PackedFormatError if they are wrong."""
     try:
-        dtype, n, columns, group_size, axes, is_part = metadata
+        dtype, n, columns, group_size, axes, is_part, *further = metadata
+        activations, *more = further or (None,)
+        if more or activations not in (None, *ACTIVATIONS):
+            raise PackedFormatError(f"activations are {further}; they must be 'fp8', or none")
         made = Int4TileTensor(
             tiles,
             scale_and_zero,
@@ -1253,6 +1275,7 @@ def checked(
             tuple(index(axis) for axis in axes),
             bool(is_part),
             pre_scale,
+            activations,
         )
         made.check()
     except PackedFormatError:

@@ -367,7 +367,7 @@ def part_name(name: str, part: str) -> str:
 
 
 def _described(weight: Int4TileTensor) -> list[Any]:
-    dtype, *rest = weight.metadata
+    dtype, *rest = weight.described
     return [str(dtype).removeprefix("torch."), *rest]
 
 

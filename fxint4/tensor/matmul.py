@@ -16,6 +16,7 @@ product takes. A packed weight has no gradient itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,7 +150,8 @@ def _matrix_product(x: Tensor, weight: Int4TileTensor, axes: Sequence[int]) -> T
         ``[..., N]`` or ``[..., K]``.
     """
     if axes[0] > axes[1]:
-        return _over_k(torch.ops.fxint4.linear, x, weight)
+        linear = partial(torch.ops.fxint4.linear, activations=weight.activations)
+        return _over_k(linear, x, weight)
     return _over_n(torch.ops.fxint4.linear_t, x, weight)
 
 

@@ -48,7 +48,8 @@ class _Plans(dict[tuple[Any, ...], "Prepared | None"]):
         #: What a bias is like that can be added as it is.
         self.bias = ((n,), weight.dtype, tiles.device)
         self._x = (k, weight.dtype, tiles.device)
-        self._w = (k, n, tuple(tiles.shape), weight.group_size, weight.dtype, tiles.device)
+        of_tiles = (tuple(tiles.shape), weight.group_size, weight.dtype, tiles.device)
+        self._w = (k, n, *of_tiles, weight.activations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Nothing: a copy of a weight may go to another device."""

@@ -594,6 +594,8 @@ def _cat(weights: Sequence[Tensor], dim: int = 0) -> Any:
             raise ValueError(f"cannot join {shapes} along axis {dim}: other axes differ")
     if len({weight.dtype for weight in packed}) > 1:
         return NotImplemented
+    if len({weight.activations for weight in packed}) > 1:  # what costs no accuracy
+        packed = [weight.like(activations=None) for weight in packed]
     if first.axes[dim] == NEW_AXIS:
         packed = [_with_new_axis_stored(weight, dim) for weight in packed]
     axis = packed[0].axes[dim]
@@ -618,7 +620,11 @@ def _constant_pad_nd(weight: Int4TileTensor, pad: Sequence[int], value: float = 
         zeros = torch.zeros([shape[axis] for axis in _stored_order(weight)], device=weight.device)
         filling = Int4TileTensor.from_float(
             zeros.to(weight.dtype),
-            Int4Config(group_size=weight.group_size, inner_k_tiles=weight.inner_k_tiles),
+            Int4Config(
+                group_size=weight.group_size,
+                inner_k_tiles=weight.inner_k_tiles,
+                activations=weight.activations,
+            ),
         )
         weight = _cat([weight, filling.like(axes=weight.axes)], dim)
     return weight
@@ -739,7 +745,7 @@ def _stored_anew(weight: Int4TileTensor) -> Int4TileTensor | None:
     made = Int4TileTensor.of_codes(
         *plain, group, weight.inner_k_tiles, weight.dtype, weight.plain_pre_scale
     )
-    return made.like(axes=weight.axes)
+    return made.like(axes=weight.axes, activations=weight.activations)
 
 
 def _widened(weight: Int4TileTensor, k_padded: int) -> Int4TileTensor:

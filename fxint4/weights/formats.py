@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "choose_format",
     "device_fault",
     "format_specs",
+    "fp8_fault",
     "fuses",
     "has_fp8",
     "int4_format",
@@ -77,6 +79,24 @@ def device_fault(device: torch.device) -> str | None:
 def has_fp8(device: torch.device) -> bool:
     """Whether a GPU multiplies e4m3, and there is Triton to write it; true for other devices."""
     return triton is not None and gpu_of(device).fp8
+
+
+def fp8_fault(n: int, k: int, batch: Sequence[int], dtype: torch.dtype) -> str:
+    """Why no GPU computes a matmul in fp8; empty if one could.
+
+    Args:
+        n: Out features of the weight.
+        k: In features.
+        batch: Its axes in front of those.
+        dtype: Of the activation.
+    """
+    if batch:
+        return "experts have none in fp8"
+    if dtype is not torch.bfloat16:
+        return "only bf16 models have them in fp8"
+    if n % 16 or k % 16:
+        return f"fp8 takes sizes that 16 divides, not {n}x{k}"
+    return ""
 
 
 def rows_multiple(device: torch.device) -> int:

@@ -18,6 +18,7 @@ Args:
     scale_and_zero: bfloat16 ``[..., K/group_size, N, 2]``.
     group_size: Neighbouring k that share a scale and a zero.
     n: Out features without padding, at most N.
+    activations: See `Int4Config.activations`; the CPU's ops never follow.
 
 Those that end in ``_t`` take x ``[..., n]`` with n at most N, and in the place of n:
 
@@ -53,7 +54,7 @@ __all__: list[str] = []
 
 _WEIGHT = "Tensor tiles, Tensor scale_and_zero"
 _SCHEMAS = (
-    f"linear(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
+    f"linear(Tensor x, {_WEIGHT}, int group_size, int n, *, str? activations=None) -> Tensor",
     f"bmm(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
     f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
     f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
@@ -78,10 +79,16 @@ _library: Any = torch.library.Library("fxint4", "FRAGMENT")  # type: ignore[no-u
 
 
 def _linear_cuda(
-    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    activations: str | None = None,
 ) -> Tensor:
     """The product of ``[..., K]`` and one weight: ``[..., n]``."""
-    return _linears_cuda(x, [tiles], [scale_and_zero], group_size, [n])
+    return _linears_cuda(x, [tiles], [scale_and_zero], group_size, [n], activations=activations)
 
 
 def _linears_cuda(
@@ -147,7 +154,13 @@ def _choice(
 
 
 def _linear_cpu(
-    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, n: int
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    activations: str | None = None,
 ) -> Tensor:
     tiles, scale_and_zero = _cpu_format(tiles, scale_and_zero, group_size, n)
     rows = _rows(x, scale_and_zero.shape[-3] * group_size)
@@ -440,7 +453,7 @@ def _rows(x: Tensor, k_padded: int, dtype: torch.dtype = torch.bfloat16) -> Tens
     return rows.contiguous()
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
+def _fake(x: Tensor, *arguments: Any, activations: str | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], arguments[-1]))
 
 

@@ -49,6 +49,7 @@ class PrepackedMatMul(Pattern):
             ids,
             scale_and_zero=scale_and_zero,
             prepacked=prepacked,
+            activations=node.kwargs.get("activations"),  # type: ignore[arg-type]
         )
 
     def rewrite(self, node: fx.Node, match: Match, multiply: Multiply, build: Build) -> fx.Node:
