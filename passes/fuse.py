@@ -12,10 +12,18 @@ from torch import fx
 from fxint4._pytorch.tensors import real_tensors
 from fxint4.config.int4_config import Int4Config
 from fxint4.kernels.policy import Policy
-from fxint4.kernels.select import MatmulShape, by_m, range_text
+from fxint4.kernels.select import (
+    FP8_EXPERT_ROWS,
+    MatmulShape,
+    by_m,
+    experts_in_fp8,
+    gpu_of,
+    range_text,
+)
 from fxint4.kernels.triton_linear import MOST_WEIGHTS
 from fxint4.passes.activations import activation_of, value_numbers
 from fxint4.passes.site import Site
+from fxint4.quant.fp8 import Rounded
 from fxint4.report import Record
 from fxint4.weights.formats import Dense, Format, aten_op, fuses
 
@@ -106,18 +114,21 @@ def with_matmuls(
     return made
 
 
-def fp8_rule(sites: Sequence[Site], config: Int4Config) -> Callable[[Site, int], bool]:
-    """A function that tells whether a site is computed in fp8 when it multiplies M rows, by rule.
+def fp8_rule(sites: Sequence[Site], config: Int4Config) -> Callable[[Site, int], Rounded | None]:
+    """A function that tells how a site is computed in fp8 when it multiplies M rows, by rule.
 
-    It takes one of these sites, with the plan of its weight in a call, and M. With `measure` set to
-    "fp8" all those are that are to be in fp8 and that some GPU could compute so.
+    It takes one of these sites, with the plan of its weight in a call, and M, of all experts
+    together; it returns None where the site is not computed in fp8. With `measure` set to "fp8" all
+    those are that are to be in fp8 and that some GPU could compute so, with x and W rounded.
 
     Args:
         sites: The sites of one graph, in the order they run.
         config: What the user asked for.
     """
     if config.measure == "fp8":
-        return lambda site, m: bool(site.config.activations) and not site.fp8_fault_anywhere
+        return lambda site, m: (
+            "x and w" if site.config.activations and not site.fp8_fault_anywhere else None
+        )
     formats = [None if site.kept else site.int4 for site in sites]
     shape_of = {
         sites[position].node: _matmul_shape([sites[each] for each in group], formats[group[0]])
@@ -126,20 +137,30 @@ def fp8_rule(sites: Sequence[Site], config: Int4Config) -> Callable[[Site, int],
     }
     policy = Policy(config.kernel)
 
-    def in_fp8(site: Site, m: int) -> bool:
+    def in_fp8(site: Site, m: int) -> Rounded | None:
         shape = shape_of.get(site.node)
         if shape is None or site.kept or site.activations is None:
-            return False
+            return None
+        if site.batch:
+            of_experts = (m, site.batch[0], site.n, site.k, gpu_of(site.device))
+            return "x and w" if experts_in_fp8(*of_experts) else None
         shape = dataclasses.replace(shape, m=m, activations=site.activations)
-        return policy.choose(shape, site.device).kernel == "fp8"
+        choice = policy.choose(shape, site.device)
+        if not choice.in_fp8:
+            return None
+        return "x and w" if choice.kernel == "fp8" else "x"
 
     return in_fp8
 
 
 def _kernels(sites: Sequence[Site], format: Format | None, policy: Policy) -> tuple[str, ...]:
     """`Record.kernels` of the matmul of these sites."""
-    if format != "tiles" or sites[0].shape.batch:
+    if format != "tiles":
         return ()
+    if sites[0].shape.batch:
+        if sites[0].activations is None or policy.package:
+            return ()
+        return (f"M>={FP8_EXPERT_ROWS} for each expert: fp8: dequantize + scaled_grouped_mm",)
     m, device = sites[0].m, sites[0].device
     matmul = _matmul_shape(sites, format)
     if not isinstance(m, int):

@@ -186,7 +186,7 @@ def _rewrite_site(
 
     def multiply(x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None) -> fx.Node:
         if site.shape.batch:
-            return _experts(x, site.shape, packed, offs, ids, build)
+            return _experts(x, site, packed, offs, ids, build)
         return matmul.columns(packed, x, build)
 
     replacement = site.pattern.rewrite(node, match, multiply, build)
@@ -307,22 +307,23 @@ def _views_of(node: fx.Node, value: Tensor, fake_mode: Any) -> dict[fx.Node, Ten
 
 def _experts(
     x: fx.Node,
-    shape: TileShape,
+    site: Site,
     packed: Sequence[fx.Node],
     offs: fx.Node | None,
     ids: fx.Node | None,
     build: Build,
 ) -> fx.Node:
     """Multiply by E packed weights; for x, offs and ids see `Multiply`."""
-    ours, dtype = torch.ops.fxint4, value_of(x).dtype
+    ours, dtype, shape = torch.ops.fxint4, value_of(x).dtype, site.shape
     scaled = _pre_scaled(x, packed, build)
     x = scaled if scaled is x else build(_CAST, scaled, dtype)
-    packed = packed[:2]
+    packed, sizes = packed[:2], (shape.group_size, shape.n)
+    named = {} if site.activations is None else {"activations": site.activations}
     if offs is not None:
-        return build(ours.grouped_mm.default, x, *packed, offs, shape.group_size, shape.n)
+        return build(ours.grouped_mm.default, x, *packed, offs, *sizes, **named)
     if ids is not None:
-        return build(ours.indexed_mm.default, x, *packed, ids, shape.group_size, shape.n)
-    return build(ours.bmm.default, x, *packed, shape.group_size, shape.n)
+        return build(ours.indexed_mm.default, x, *packed, ids, *sizes, **named)
+    return build(ours.bmm.default, x, *packed, *sizes)
 
 
 def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> None:

@@ -124,14 +124,18 @@ class Site:
             return self.fp8_fault_anywhere
         if self.int4 != "tiles":
             return f"device {self.device.type} has no fp8 matmul"
-        if not has_fp8(self.device):
-            return "an fp8 matmul needs Triton and a GPU of sm_89 or newer"
+        experts = bool(self.batch)
+        if not has_fp8(self.device, experts):
+            what, gpus = ("experts need", "sm_90") if experts else ("needs", "sm_89 or newer")
+            return f"an fp8 matmul {'of ' * experts}{what} Triton and a GPU of {gpus}"
         return ""
 
     @property
     def fp8_fault_anywhere(self) -> str:
         """Why no device could compute the matmul in fp8; empty if one could."""
-        return fp8_fault(self.n, self.k, self.batch, self.x_dtype)
+        if self.batch and self.match.offs is None and self.match.ids is None:
+            return "batches have no fp8 matmul, but for those of experts"
+        return fp8_fault(self.n, self.k, self.x_dtype)
 
     @property
     def activation_dtype(self) -> torch.dtype:

@@ -211,8 +211,8 @@ def packed_candidate(
     if fault:
         return None, dataclasses.replace(record, reason=fault, sqnr_db=sqnr_db)
     record = dataclasses.replace(record, method=recipe.method, sqnr_db=sqnr_db)
-    *batch, n, k = stored.shape
-    other = packed.activations and fp8_fault(n, k, batch, packed.dtype)
+    *_, n, k = stored.shape
+    other = packed.activations and fp8_fault(n, k, packed.dtype)
     remarks = [recipe.remark, f"activations stay as they are: {other}" if other else ""]
     return packed, packed_record(record, packed, "; ".join(filter(None, remarks)))
 

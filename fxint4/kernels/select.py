@@ -21,6 +21,7 @@ from fxint4.kernels.devices import PerDevice
 from fxint4.kernels.triton_common import Blocks, triton
 
 __all__ = [
+    "FP8_EXPERT_ROWS",
     "H200",
     "Choice",
     "Gpu",
@@ -35,11 +36,13 @@ __all__ = [
     "choose_many_rows",
     "configurations",
     "cuda_configurations",
+    "experts_in_fp8",
     "fp8_rows_us",
     "gpu_of",
     "many_rows_us",
     "range_text",
     "select_kernel",
+    "serves_experts_in_fp8",
     "serves_fp8",
     "waves",
     "written_out_us",
@@ -129,6 +132,10 @@ _WITH_DENSE = {"dequantize": "dequantize + cuBLAS", "fp8": "fp8: dequantize + sc
 #: W of at least as many elements (benchmarks/README.md, "python gemm.py --activations fp8").
 _FP8_ROWS = ((1024, 4096 * 4096), (512, 100_000_000))
 
+FP8_EXPERT_ROWS = 128
+"""Rows for each expert from which on writing experts out in fp8 is faster (benchmarks/README.md,
+"python experts.py")."""
+
 #: fp8 costs accuracy, and computed times are off by up to a tenth: it has to be faster by as much.
 _WORTH_FP8 = 0.9
 
@@ -196,6 +203,24 @@ def serves_fp8(shape: MatmulShape, gpu: Gpu) -> bool:
     """Whether a matmul can be computed in fp8: PyTorch's takes sizes that 16 divides, into bf16."""
     aligned = shape.n % 16 == 0 and shape.k % 16 == 0
     return triton is not None and gpu.fp8 and aligned and shape.dtype is torch.bfloat16
+
+
+def serves_experts_in_fp8(n: int, k: int, gpu: Gpu) -> bool:
+    """Whether experts can be multiplied in fp8: PyTorch's grouped matmul is for Hopper."""
+    return gpu.wgmma and serves_fp8(MatmulShape(1, n, k), gpu)
+
+
+def experts_in_fp8(rows: int, experts: int, n: int, k: int, gpu: Gpu = H200) -> bool:
+    """Whether E weights ``[n, k]`` are faster in fp8, see `triton_fp8.grouped_mm`.
+
+    Args:
+        rows: Of all experts together.
+        experts: E.
+        n: Out features.
+        k: In features.
+        gpu: Where they are multiplied.
+    """
+    return rows >= FP8_EXPERT_ROWS * experts and serves_experts_in_fp8(n, k, gpu)
 
 
 def choose(

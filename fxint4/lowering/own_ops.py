@@ -58,10 +58,10 @@ def use_own_ops(gm: fx.GraphModule, policy: Policy) -> None:
 
 
 def _with(op: Any) -> Callable[[fx.Node, Policy], None]:
-    """Replaces a node's op by one that takes the same arguments."""
+    """Replaces a node's op by one that takes the same arguments, but for activations."""
 
     def replace(node: fx.Node, policy: Policy) -> None:
-        node.target = op
+        node.target, node.kwargs = op, {}
 
     return replace
 

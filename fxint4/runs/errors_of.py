@@ -27,7 +27,7 @@ from fxint4.passes.pipeline import Analysis
 from fxint4.passes.plan import sqnr_fault
 from fxint4.passes.site import Site
 from fxint4.quant.blockwise import fake_quantized
-from fxint4.quant.fp8 import operands
+from fxint4.quant.fp8 import Rounded, operands
 from fxint4.quant.metrics import nonfinite_fault
 from fxint4.runs.interpreter import Activation, GraphInterpreter, own_matrix
 from fxint4.runs.state_guard import StateGuard, forked_random_state
@@ -186,7 +186,7 @@ class _Meter:
 
     def __call__(
         self,
-        in_fp8: Callable[[Site, int], bool],
+        in_fp8: Callable[[Site, int], Rounded | None],
         site: Site,
         roots: Sequence[Tensor],
         activations: Sequence[Activation],
@@ -204,13 +204,14 @@ class _Meter:
             if self._use_quantized and quantized is not None:
                 if not fp8:
                     return quantized
-                return partial(Activation.times_in_fp8, matrix=quantized, pre_scale=pre_scale)
+                by = {"matrix": quantized, "rounded": fp8, "pre_scale": pre_scale}
+                return partial(Activation.times_in_fp8, **by)
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:
                 sums = self._sums.setdefault(site.record.weight_key, [0.0, 0.0])
                 for activation in activations:
                     if fp8:
-                        changes = _squares_in_fp8(activation, matrix, quantized, pre_scale)
+                        changes = _squares_in_fp8(activation, matrix, quantized, fp8, pre_scale)
                     else:
                         changes = _squares(activation, matrix, quantized)
                     sums[:] = (have + more for have, more in zip(sums, changes, strict=True))
@@ -233,14 +234,8 @@ def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple
         matrix: The weight, ``[..., N, K]``.
         quantized: The quantized weight, ``[..., N, K]`` in fp32.
     """
-    parts = [(activation.x, matrix, quantized)]
-    if matrix.ndim > 2:
-        parts = [
-            (rows, matrix[number], quantized[number])
-            for number, rows, _ in activation.rows(len(matrix))
-        ]
     changed = product = 0.0
-    for rows, own, other in parts:
+    for rows, own, other in _parts(activation, matrix, quantized):
         x = rows.float()
         step = max(1, _ELEMENTS // max(1, *x.shape))
         for start in range(0, len(own), step):
@@ -251,18 +246,33 @@ def _squares(activation: Activation, matrix: Tensor, quantized: Tensor) -> tuple
 
 
 def _squares_in_fp8(
-    activation: Activation, matrix: Tensor, quantized: Tensor, pre_scale: Tensor | None
+    activation: Activation,
+    matrix: Tensor,
+    quantized: Tensor,
+    rounded: Rounded,
+    pre_scale: Tensor | None,
 ) -> tuple[float, float]:
-    """`_squares` of one weight, where the product by the quantized one is computed in fp8."""
-    x, changed, product = activation.x, 0.0, 0.0
-    step = max(1, _ELEMENTS // max(1, *x.shape))
-    for start in range(0, len(matrix), step):
-        rows = slice(start, start + step)
-        y = x.float() @ matrix[rows].float().t()
-        x8, w8 = operands(x, quantized[rows], pre_scale)
-        product += _sum_of_squares(y)
-        changed += _sum_of_squares(x8 @ w8.t() - y)
+    """`_squares` where the product by the quantized weight is computed in fp8."""
+    changed = product = 0.0
+    for x, own, other in _parts(activation, matrix, quantized):
+        step = max(1, _ELEMENTS // max(1, *x.shape))
+        for start in range(0, len(own), step):
+            rows = slice(start, start + step)
+            y = x.float() @ own[rows].float().t()
+            x8, w8 = operands(x, other[rows], pre_scale, rounded)
+            product += _sum_of_squares(y)
+            changed += _sum_of_squares(x8 @ w8.t() - y)
     return changed, product
+
+
+def _parts(
+    activation: Activation, matrix: Tensor, quantized: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The rows of each weight, it and the quantized one."""
+    if matrix.ndim == 2:
+        return [(activation.x, matrix, quantized)]
+    of = activation.rows(len(matrix))
+    return [(rows, matrix[number], quantized[number]) for number, rows, _ in of]
 
 
 def differences(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxint4.graph.build import Build, copy_graph
 from fxint4.passes.plan import Plans
 from fxint4.passes.site import Site
-from fxint4.quant.fp8 import operands
+from fxint4.quant.fp8 import Rounded, operands
 from fxint4.tensor import Int4TileTensor
 
 __all__ = ["Activation", "GraphInterpreter", "MatrixOf", "own_matrix"]
@@ -68,22 +68,33 @@ class Activation:
         Returns:
             y, of the shape of x with N in the place of K.
         """
-        if matrix.ndim == 2:
-            return self.x @ matrix.t()
-        y = self.x.new_zeros((*self.x.shape[:-1], matrix.shape[-2]))
-        for number, rows, where in self.rows(len(matrix)):
-            y[where] = rows @ matrix[number].t()
-        return y
+        return self._by_each(matrix, lambda x, w: x @ w.t())
 
-    def times_in_fp8(self, matrix: Tensor, pre_scale: Tensor | None = None) -> Tensor:
+    def times_in_fp8(
+        self, matrix: Tensor, rounded: Rounded, pre_scale: Tensor | None = None
+    ) -> Tensor:
         """The product in fp8, in x's dtype; see `fxint4.quant.fp8`.
 
         Args:
-            matrix: The dequantized weight ``[N, K]``.
+            matrix: The dequantized weight ``[N, K]``, or E weights ``[E, N, K]``.
+            rounded: What is rounded to e4m3.
             pre_scale: Its pre-scale ``[K]``.
         """
-        x8, w8 = operands(self.x, matrix, pre_scale)
-        return (x8 @ w8.t()).to(self.x.dtype)
+
+        def product(x: Tensor, w: Tensor) -> Tensor:
+            x8, w8 = operands(x, w, pre_scale, rounded)
+            return (x8 @ w8.t()).to(x.dtype)
+
+        return self._by_each(matrix, product)
+
+    def _by_each(self, matrix: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The products of the rows of each weight, in their places."""
+        if matrix.ndim == 2:
+            return product(self.x, matrix)
+        y = self.x.new_zeros((*self.x.shape[:-1], matrix.shape[-2]))
+        for number, rows, where in self.rows(len(matrix)):
+            y[where] = product(rows, matrix[number])
+        return y
 
 
 class MatrixOf(Protocol):

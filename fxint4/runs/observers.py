@@ -264,9 +264,10 @@ class ObservedGraph:
             site: Site, roots: Sequence[Tensor], activations: Sequence[Activation]
         ) -> Tensor | Callable[[Activation], Tensor]:
             other = None if site.kept else matrix_of(site.key)
-            if other is not None and self._in_fp8(site, len(activations[0].x)):
-                return partial(Activation.times_in_fp8, matrix=other)
             if other is not None:
+                rounded = self._in_fp8(site, len(activations[0].x))
+                if rounded is not None:
+                    return partial(Activation.times_in_fp8, matrix=other, rounded=rounded)
                 return other.to(activations[0].x.dtype)
             with real_tensors():
                 return own_matrix(site, roots, activations)

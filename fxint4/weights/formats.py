@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,22 +75,25 @@ def device_fault(device: torch.device) -> str | None:
     return None
 
 
-def has_fp8(device: torch.device) -> bool:
-    """Whether a GPU multiplies e4m3, and there is Triton to write it; true for other devices."""
-    return triton is not None and gpu_of(device).fp8
+def has_fp8(device: torch.device, experts: bool = False) -> bool:
+    """Whether a GPU multiplies e4m3, and there is Triton to write it; true for other devices.
+
+    Args:
+        device: A device.
+        experts: Whether by many weights at a time.
+    """
+    gpu = gpu_of(device)
+    return triton is not None and gpu.fp8 and (gpu.wgmma or not experts)
 
 
-def fp8_fault(n: int, k: int, batch: Sequence[int], dtype: torch.dtype) -> str:
+def fp8_fault(n: int, k: int, dtype: torch.dtype) -> str:
     """Why no GPU computes a matmul in fp8; empty if one could.
 
     Args:
         n: Out features of the weight.
         k: In features.
-        batch: Its axes in front of those.
         dtype: Of the activation.
     """
-    if batch:
-        return "experts have none in fp8"
     if dtype is not torch.bfloat16:
         return "only bf16 models have them in fp8"
     if n % 16 or k % 16:

@@ -44,7 +44,13 @@ from torch.nn import functional as F
 from fxint4._pytorch.tensors import aten
 from fxint4.kernels import triton_experts, triton_fp8, triton_linear
 from fxint4.kernels.cuda import CudaBlocks
-from fxint4.kernels.select import Choice, MatmulShape, select_kernel
+from fxint4.kernels.select import (
+    Choice,
+    MatmulShape,
+    experts_in_fp8,
+    gpu_of,
+    select_kernel,
+)
 from fxint4.quant.primitives import dequantize
 from fxint4.quant.tile_layout import unpack, unpack_scale_and_zero
 from fxint4.weights.cache import weight_cache
@@ -56,8 +62,10 @@ _WEIGHT = "Tensor tiles, Tensor scale_and_zero"
 _SCHEMAS = (
     f"linear(Tensor x, {_WEIGHT}, int group_size, int n, *, str? activations=None) -> Tensor",
     f"bmm(Tensor x, {_WEIGHT}, int group_size, int n) -> Tensor",
-    f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n) -> Tensor",
-    f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n) -> Tensor",
+    f"grouped_mm(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int n, *, "
+    "str? activations=None) -> Tensor",
+    f"indexed_mm(Tensor x, {_WEIGHT}, Tensor ids, int group_size, int n, *, "
+    "str? activations=None) -> Tensor",
     f"linear_t(Tensor x, {_WEIGHT}, int group_size, int k) -> Tensor",
     f"bmm_t(Tensor x, {_WEIGHT}, int group_size, int k) -> Tensor",
     f"grouped_mm_t(Tensor x, {_WEIGHT}, Tensor offs, int group_size, int k) -> Tensor",
@@ -224,13 +232,22 @@ def _bmm_cpu(x: Tensor, tiles: Tensor, scale_and_zero: Tensor, group_size: int, 
 
 
 def _grouped_cuda(
-    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, n: int
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    offs: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    activations: str | None = None,
 ) -> Tensor:
     """Rows ``offs[e-1]`` to ``offs[e]`` of x ``[S, K]`` times weight e: ``[S, n]``.
 
     offs is int32 ``[E]``, as in `torch.nn.functional.grouped_mm`. Rows from offs[-1] on are 0.
     """
-    y = triton_experts.grouped_mm(
+    in_fp8 = activations == "fp8" and x.dtype is torch.bfloat16
+    fp8 = in_fp8 and experts_in_fp8(len(x), len(tiles), n, x.shape[-1], gpu_of(x.device))
+    y = (triton_fp8 if fp8 else triton_experts).grouped_mm(
         _rows(x, x.shape[-1]),
         tiles.contiguous(),
         scale_and_zero.contiguous(),
@@ -242,7 +259,14 @@ def _grouped_cuda(
 
 
 def _grouped_cpu(
-    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, n: int
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    offs: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    activations: str | None = None,
 ) -> Tensor:
     ends = [0, *offs.tolist()]
     spans = [(e, slice(ends[e], ends[e + 1])) for e in range(len(ends) - 1)]
@@ -250,7 +274,14 @@ def _grouped_cpu(
 
 
 def _indexed_cuda(
-    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, ids: Tensor, group_size: int, n: int
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    ids: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    activations: str | None = None,
 ) -> Tensor:
     """Row s of x ``[S, K]`` times weight ``ids[s]``: ``[S, n]``.
 
@@ -263,7 +294,8 @@ def _indexed_cuda(
         offs = torch.searchsorted(
             ordered, torch.arange(len(tiles), device=ids.device, dtype=ids.dtype), right=True
         )
-        y = _grouped_cuda(x[order], tiles, scale_and_zero, offs, group_size, n)
+        of = (x[order], tiles, scale_and_zero, offs, group_size, n)
+        y = _grouped_cuda(*of, activations=activations)
         return torch.empty_like(y).index_copy_(0, order, y)
     y = triton_experts.indexed_mm(
         _rows(x, x.shape[-1]),
@@ -277,7 +309,14 @@ def _indexed_cuda(
 
 
 def _indexed_cpu(
-    x: Tensor, tiles: Tensor, scale_and_zero: Tensor, ids: Tensor, group_size: int, n: int
+    x: Tensor,
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    ids: Tensor,
+    group_size: int,
+    n: int,
+    *,
+    activations: str | None = None,
 ) -> Tensor:
     count = len(tiles)
     ids = torch.where(ids < 0, ids + count, ids)
