@@ -4,6 +4,7 @@ One layer's up projection of a mixture of experts: rows of x, each with its expe
 in a CUDA graph over enough copies of the weights to overflow the L2, in one run:
 
 - int4 grouped: `fxint4.grouped_mm`, rows sorted by expert
+- int4 in fp8: `triton_fp8.grouped_mm`, which writes all experts out in e4m3 (from 512 tokens on)
 - int4 indexed: `fxint4.indexed_mm`, an expert for each row (decode only)
 - bf16 grouped: `torch._grouped_mm`
 - bf16 gathered: `bmm(W[ids], x)`, transformers' batched_mm (decode only)
@@ -24,6 +25,7 @@ from measure import describe, graph_times_us, machine, parser, show, write
 from torch import Tensor
 
 from fxint4 import Int4TileTensor
+from fxint4.kernels import triton_fp8
 
 #: E, N, K: Mixtral-8x7B's gate and up, Qwen3-30B-A3B's gate and up.
 SHAPES = {"mixtral": (8, 28672, 4096, 2), "qwen3-moe": (128, 1536, 2048, 8)}
@@ -55,6 +57,10 @@ def measure(name: str, tokens: int, read_bandwidth: float) -> list[dict[str, Any
         "int4 grouped": [lambda a=a: ours.grouped_mm(x, *a, offs, 128, n) for a in arguments],
         "bf16 grouped": [lambda w=w: torch._grouped_mm(x, w.mT, offs=offs) for w in dense],
     }
+    if tokens >= 512:
+        contenders["int4 in fp8"] = [
+            lambda a=a: triton_fp8.grouped_mm(x, *a, offs, 128, n) for a in arguments
+        ]
     if tokens <= 16:
         contenders["int4 indexed"] = [
             lambda a=a: ours.indexed_mm(x, *a, ids, 128, n) for a in arguments

@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_support import needs_memory, needs_triton, rows
+from kernel_support import HAS_TRITON, make_experts, needs_memory, needs_triton, rows
 from support import assert_within
 from test_kernels_cuda import TARGETS, Weights, needs_nvrtc
 from test_kernels_stress import captured
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxint4.kernels import cuda
+import fxint4
+from fxint4.kernels import cuda, triton_fp8
 from fxint4.kernels.cuda import Fp8Rows, ManyRows
 from fxint4.kernels.select import (
     Choice,
@@ -27,6 +28,7 @@ from fxint4.kernels.select import (
     choose_fp8,
     choose_fp8_rows,
     cuda_configurations,
+    experts_in_fp8,
     select_kernel,
 )
 from fxint4.kernels.triton_linear import linears
@@ -97,6 +99,40 @@ def test_refusals() -> None:
     )
     with pytest.raises(ValueError, match="from bfloat16 alone"):
         Fp8Rows(128, 2, 2).operand(torch.ones(2, 128).half(), 128)
+
+
+def test_experts_are_in_fp8_with_many_rows_each() -> None:
+    of = (14336, 4096)
+    assert experts_in_fp8(8 * 128, 8, *of) == HAS_TRITON
+    assert not experts_in_fp8(8 * 128 - 1, 8, *of)
+    assert not experts_in_fp8(8 * 128, 8, 14330, 4096)
+    assert not experts_in_fp8(8 * 128, 8, *of, gpu=Gpu(wgmma=False))
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 64, 48).bfloat16())
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return torch.nn.functional.grouped_mm(x, self.experts, offs=ends)
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+def test_errors_of_experts() -> None:
+    x, ends = torch.randn(50, 64).bfloat16(), torch.tensor([20, 50])
+    model = Mixture().eval()
+
+    def error(**options: Any) -> float:
+        report = fxint4.explain(model, x, ends.int(), options=options)
+        [found] = [record.output_error for record in report.records]
+        return float(found)
+
+    int4, fp8 = error(), error(activations="fp8", measure="fp8")
+    assert 0.03 < (fp8**2 - int4**2) ** 0.5 < 0.045  # x and W, each by some 2.6 %
+    # A CPU has none, so what runs is measured.
+    assert error(activations="fp8") == int4
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
@@ -245,3 +281,52 @@ def test_more_than_two_to_the_31_elements() -> None:
     y = linears(x, weights.packed, weights.group, weights.ns, Choice("cuda", Fp8Rows(128, 2, 2)))
     assert not y[:-300].any()
     Exact(x[-300:].contiguous(), weights).check(y[-300:])
+
+
+@gpu
+@needs_triton
+@pytest.mark.parametrize(
+    ("count", "n", "k", "group", "inner"), [(3, 256, 1024, 128, 8), (5, 96, 208, 32, 2)]
+)
+def test_experts(count: int, n: int, k: int, group: int, inner: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper alone")
+    made = make_experts(count, n, k, group, inner, "cuda")
+    x = rows(700, k, "cuda")
+    for ends in ([100, 100, 650], [0, 0, 700], [0, 0, 0], [9, 10, 2000]):
+        ends += [ends[-1]] * (count - 3)
+        offs = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        of = (x, made.tiles, made.scale_and_zero, offs, made.shape.group_size, n)
+        y = triton_fp8.grouped_mm(*of)
+        assert torch.equal(y, triton_fp8.grouped_mm(*of))
+        start, exact = 0, torch.zeros(700, n, dtype=torch.float64, device="cuda")
+        for weight, stop in zip(made.weight, ends, strict=True):
+            exact[start:stop] = x[start:stop].double() @ weight.T
+            start = min(stop, 700)
+        assert not y[start:].any()
+        # Both operands are rounded to 4 bits: each to within 2^-4, on average by some 0.026.
+        assert (y.double() - exact).norm() <= 0.05 * exact.norm()
+        assert (y.double() - exact).norm() >= 0.02 * exact.norm()
+
+
+@gpu
+@needs_triton
+def test_experts_of_a_compiled_model() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper alone")
+    torch.compiler.reset()
+    model = Mixture().cuda().eval()
+    fxint4.pack_(model, options={"activations": "fp8"})
+    fp8 = torch.compile(model, backend="int4tile", dynamic=True)
+    plain = torch.compile(
+        model, backend="int4tile", dynamic=True, options={"overrides": {"*": {"activations": None}}}
+    )
+    with torch.no_grad():
+        for each in (3, 128):
+            x = rows(2 * each, 64, "cuda")
+            ends = torch.tensor([each, 2 * each], dtype=torch.int32, device="cuda")
+            wanted, y = plain(x, ends).double(), fp8(x, ends).double()
+            off = float((y - wanted).norm() / wanted.norm())
+            assert (0.02 < off < 0.06) if each == 128 else off < 0.005
+    [kernels] = fxint4.last_report().records[0].kernels
+    assert kernels.startswith("M>=128 for each expert")

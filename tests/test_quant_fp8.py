@@ -43,18 +43,19 @@ def test_codes_are_exact_in_e4m3() -> None:
     assert torch.equal(codes.to(fp8.E4M3).float(), codes)
 
 
-@pytest.mark.parametrize("written_out", [True, False])
-def test_operands(written_out: bool) -> None:
+@pytest.mark.parametrize("rounded", ["x", "x and w"])
+def test_operands(rounded: fp8.Rounded) -> None:
     x, w, factors = noise(16, 64).bfloat16(), noise(32, 64, seed=1), noise(64, seed=2).abs() + 0.5
-    x8, w8 = fp8.operands(x, w, factors, written_out)
+    x8, w8 = fp8.operands(x, w, factors, rounded)
+    both = rounded == "x and w"
     scaled = (x.float() * factors).bfloat16()
     unscaled = w / factors
     assert torch.equal(x8, fp8.rows_in_e4m3(scaled))
-    assert torch.equal(w8, fp8.rows_in_e4m3(unscaled) if written_out else unscaled)
+    assert torch.equal(w8, fp8.rows_in_e4m3(unscaled) if both else unscaled)
     y = x.double() @ w.double().T
     off = float((x8.double() @ w8.double().T - y).norm() / y.norm())
     # Each operand is off by some 2.6 % (evenly spread mantissas, 3 bits).
-    assert off == pytest.approx(0.026 * (math.sqrt(2) if written_out else 1), rel=0.25)
+    assert off == pytest.approx(0.026 * (math.sqrt(2) if both else 1), rel=0.25)
 
 
 def test_the_numbers_are_those_of_the_kernels() -> None:
