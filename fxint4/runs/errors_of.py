@@ -204,8 +204,9 @@ class _Meter:
             if self._use_quantized and quantized is not None:
                 if not fp8:
                     return quantized
-                by = {"matrix": quantized, "rounded": fp8, "pre_scale": pre_scale}
-                return partial(Activation.times_in_fp8, **by)
+                return partial(
+                    Activation.times_in_fp8, matrix=quantized, rounded=fp8, pre_scale=pre_scale
+                )
             matrix = own_matrix(site, roots, activations)
             if quantized is not None:
                 sums = self._sums.setdefault(site.record.weight_key, [0.0, 0.0])

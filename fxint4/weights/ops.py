@@ -247,7 +247,7 @@ def _grouped_cuda(
     """
     in_fp8 = activations == "fp8" and x.dtype is torch.bfloat16
     fp8 = in_fp8 and experts_in_fp8(len(x), len(tiles), n, x.shape[-1], gpu_of(x.device))
-    y = (triton_fp8 if fp8 else triton_experts).grouped_mm(
+    y: Tensor = (triton_fp8 if fp8 else triton_experts).grouped_mm(
         _rows(x, x.shape[-1]),
         tiles.contiguous(),
         scale_and_zero.contiguous(),
