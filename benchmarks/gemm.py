@@ -224,7 +224,7 @@ def measure_fp8(name: str, rows: Sequence[int], speeds: Mapping[str, float]) -> 
         off = {key: relative_error(made[key][0](), reference) for key in kinds}
         times = graph_times_us(made)
         way = "written out" if choice.kernel == "fp8" else "by tiles" if choice.in_fp8 else "ours"
-        times = {"bf16": times.pop("bf16"), "ours": times.pop("ours"), "fp8": times[way], **times}
+        times = {"bf16": times["bf16"], "ours": times["ours"], "fp8": times[way]} | times
         large, small = FP8_MOST.get(m, (None, None))
         most = large if name in LARGE else small
         share = times["fp8"] / times["bf16"]

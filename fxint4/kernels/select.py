@@ -132,7 +132,7 @@ _WITH_DENSE = {"dequantize": "dequantize + cuBLAS", "fp8": "fp8: dequantize + sc
 #: W of at least as many elements (benchmarks/README.md, "python gemm.py --activations fp8").
 _FP8_ROWS = ((1024, 4096 * 4096), (512, 100_000_000))
 
-FP8_EXPERT_ROWS = 128
+FP8_EXPERT_ROWS = 512
 """Rows for each expert from which on writing experts out in fp8 is faster (benchmarks/README.md,
 "python experts.py")."""
 

@@ -37,6 +37,7 @@ __all__ = [
     "check_x",
     "direct",
     "fast",
+    "in_halves",
     "interpreted",
     "jit",
     "load_step",
@@ -381,6 +382,7 @@ def unpack(
     WARPS: tl.constexpr,
     FAST: tl.constexpr,
     dtype: tl.constexpr,  # bf16 or fp16
+    HALVES: tl.constexpr = False,  # whether params are pairs of fp16
 ):
     """The weights in the words: [8 * P, BK], tiles in the order of W, not in that of the load."""
     P: tl.constexpr = words.shape[0]
@@ -398,7 +400,7 @@ def unpack(
     words = tl.reshape(words, (REPEATS, 2, WARPS, GT, T, 8, 4, GJ, J))
     params = tl.reshape(params, (REPEATS, 2, WARPS, GT, 1, 8, 1, GJ, 1))
     if FAST:
-        if dtype == tl.float16:
+        if dtype == tl.float16 and not HALVES:
             params = _half_params(params)
         scale = (params & 0xFFFF) | (params << 16)
         zero = ((params >> 16) & 0xFFFF) | (params & -65536)
@@ -476,13 +478,40 @@ def unpack(
         code = ((words >> (first + second + pair)) & 15).to(tl.float32) - 8.0
         scale = (params << 16).to(tl.float32, bitcast=True)
         zero = (params & -65536).to(tl.float32, bitcast=True)
-        if dtype == tl.float16:
+        if HALVES:
+            scale = (params & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            zero = (params >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        elif dtype == tl.float16:
             scale = tl.clamp(scale, -65504.0, 65504.0).to(tl.float16).to(tl.float32)
             zero = tl.clamp(zero, -65504.0, 65504.0).to(tl.float16).to(tl.float32)
         w = (code * scale + zero).to(dtype)
     # Three axes more: k // 8 % 4 (2 axes) and k % 2. The lane is k % 8 // 2.
     w = tl.permute(w, (0, 2, 1, 5, 3, 4, 7, 8, 9, 10, 6, 11))
     return tl.reshape(w, (8 * P, BK))
+
+
+@jit()
+@no_type_check
+def in_halves(
+    params,  # int32 [P, 8 * GROUPS], see `unpack`
+    factors_ptr,  # fp32 [n]
+    first,  # the first of 8 * P features
+    n,
+    tiles,  # [P]: the place of each tile among those
+    GROUP: tl.constexpr,
+    HALF_INNER: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Pairs of fp16 for `unpack`: parameters over the factor of their feature."""
+    GROUPS: tl.constexpr = (BK + GROUP - 1) // GROUP
+    TILES: tl.constexpr = BK // (32 * HALF_INNER)
+    GJ: tl.constexpr = GROUPS // (TILES if TILES < GROUPS else GROUPS)
+    feature = 8 * tiles[:, None] + (tl.arange(0, 8 * GROUPS) // GJ % 8)[None, :]
+    inverse = 1.0 / tl.load(factors_ptr + first + feature, first + feature < n, 1.0)
+    scale = ((params << 16).to(tl.float32, bitcast=True) * inverse).to(tl.float16)
+    zero = ((params & -65536).to(tl.float32, bitcast=True) * inverse).to(tl.float16)
+    low = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (zero.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @jit()

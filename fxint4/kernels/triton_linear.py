@@ -40,6 +40,7 @@ from fxint4.kernels.triton_common import (
     check_weight,
     check_x,
     fast,
+    in_halves,
     interpreted,
     jit,
     load_step,
@@ -771,12 +772,14 @@ def _kernel_of_dequantize(
         EVEN_N,
         EVEN_K,
     )
-    of_w: tl.constexpr = tl.bfloat16 if SCALED else w_ptr.dtype.element_ty
-    w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, of_w)
-    n_row = (n_first + tl.arange(0, BN))[:, None]
+    of_w: tl.constexpr = tl.float16 if SCALED else w_ptr.dtype.element_ty
     if SCALED:
-        scale = tl.load(scales_ptr + row + n_row, n_row < n, 1.0)
-        w = (w.to(tl.float32) * (1.0 / scale)).to(w_ptr.dtype.element_ty)
+        of_block = tile - n_first // 8
+        scales_ptr += row
+        params = in_halves(params, scales_ptr, n_first, n, of_block, GROUP, HALF_INNER, BK)
+    w = unpack(words, params, GROUP, HALF_INNER, WARPS, FAST, of_w, SCALED)
+    n_row = (n_first + tl.arange(0, BN))[:, None]
+    w = w.to(w_ptr.dtype.element_ty)
     k_column = (k + tl.arange(0, BK))[None, :]
     at = w_ptr + (row + n_row).to(tl.int64) * K + k_column
     if EVEN_N and EVEN_K:

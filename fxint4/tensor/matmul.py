@@ -133,7 +133,8 @@ def _grouped_mm(
             f"offs are {tuple(offs.shape)}; there must be one for each of {right.shape[0]} weights"
         )
     if right.axes == (0, 2, 1):
-        return _over_k(torch.ops.fxint4.grouped_mm, left, right, offs)
+        grouped_mm = partial(torch.ops.fxint4.grouped_mm, activations=right.activations)
+        return _over_k(grouped_mm, left, right, offs)
     return _over_n(torch.ops.fxint4.grouped_mm_t, left, right, offs)
 
 
