@@ -281,7 +281,8 @@ def _multiply(x: Tensor, weight: Tensor, parameters: Tensor | None = None) -> Te
     if parameters is None:
         return (x.to(weight.dtype) @ weight).to(x.dtype)
     group_size = x.shape[1] // parameters.shape[0]
-    y = aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight, group_size, parameters)
+    int4 = aten._weight_int4pack_mm_for_cpu
+    y: Tensor = int4(x.to(torch.bfloat16), weight, group_size, parameters)
     return y.to(x.dtype)
 
 
