@@ -5,7 +5,7 @@ dtype, and a dense copy in fp32 (``x`` cast to fp32, the product cast back), whi
 faster on a CPU without 16-bit instructions. An fp32 weight has the first two. A form that takes
 more bytes has to be faster by more than `_WORTH`.
 
-The int4 op itself in fp32 is no form: it has no vectorized kernel outside of AVX-512, and took 10
+The int4 op itself in fp32 is no form: it has no vectorized kernel outside of AVX-512, and took 3
 to 30 times as long on a CPU with AVX2 (benchmarks/README.md, CPU matmuls). Inductor's template in
 C++ is measured by Inductor, with max-autotune.
 """
