@@ -5,11 +5,12 @@ Rows of the table: dtype of the model, N x K of the weight, M rows of activation
 - inductor, int4tile: microseconds a matmul, the layers of a model compiled by `torch.compile` with
   either backend, static shapes, as a user gets it;
 - ratio: of these two. Above 1.05 the row is marked "slower", after it was measured three times;
-- runs: what int4tile chose for this M: the int4 op or a dequantized dense copy
-  (fxint4/weights/formats.py);
+- runs: what int4tile chose for this M, by measuring it (fxint4/kernels/cpu_rows.py): the int4 op
+  or a dequantized dense copy, in the model's dtype or in fp32;
 - dense, int4 op: the two choices as raw calls of `mm` and of `aten._weight_int4pack_mm_for_cpu`,
-  the latter with the casts to and from bf16 that fp16 and fp32 activations need. The largest M up
-  to which int4 op wins is what `_CPU_ROWS` in fxint4/weights/formats.py holds.
+  the latter with the casts to and from bf16 that fp16 and fp32 activations need. The last table
+  compares the largest M up to which the int4 op wins with the fixed numbers that
+  `measured_rows=False` takes (fxint4/weights/formats.py).
 
 Floor and prediction: for M = 1 both read the weight once, so a weight that does not fit into the
 caches bounds the ratio by bytes: 0.27 for bf16 and fp16, 0.13 for fp32 (group 128). The int4 op
@@ -48,8 +49,8 @@ from fxint4.quant.tile_layout import (
 )
 from fxint4.weights.formats import most_int4_rows
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-SHAPES = ((384, 384), (1536, 384), (4096, 4096), (11008, 4096))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
+SHAPES = ((64, 64), (384, 384), (1536, 384), (2048, 2048), (4096, 4096))
 QUICK_ROWS = (1, 8, 64)
 QUICK_SHAPES = ((384, 384), (4096, 4096))
 CACHE_BYTES = 96 * 2**20
@@ -123,7 +124,9 @@ def cell(
         report = fxint4.last_report()
         assert report is not None
         assert {record.action for record in report.records} == {"packed"}
-        runs = "dense copy" if report.records[0].dense_bytes else "int4 op"
+        record = report.records[0]
+        runs = "dense copy" if record.dense_bytes else "int4 op"
+        runs += " in fp32" * record.reason.endswith("in float32")
         for attempt in range(repeats):
             timings = interleave(contenders, rounds)
             ratio = timings["int4tile"].median / timings["inductor"].median
@@ -179,14 +182,14 @@ def main() -> None:
                         }
                     )
                 results += cells
-                chosen = most_int4_rows(torch.device("cpu"), dtype, shape)
+                chosen = most_int4_rows(torch.device("cpu"), dtype)
                 thresholds.append(
                     {
                         "dtype": name,
                         "NxK": f"{n}x{k}",
                         "int4 op wins up to M": best_rows(cells),
                         "of": max(arguments.m),
-                        "forms.py": "any" if chosen > 2**31 else chosen,
+                        "fixed": "any" if chosen > 2**31 else chosen,
                     }
                 )
                 show([_line(one) for one in cells], "")

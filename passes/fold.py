@@ -17,7 +17,7 @@ from fxint4.passes.plan import packing_fault
 from fxint4.passes.site import Site
 from fxint4.report import Record
 from fxint4.weights.cache import PackedWeight, WeightCache, weight_cache
-from fxint4.weights.formats import Dense, Format, choose_format
+from fxint4.weights.formats import Dense, Format
 
 __all__ = ["fold", "fold_failure", "folded_record"]
 
@@ -64,7 +64,7 @@ def fold(
             if entry.kept:
                 records.append(dataclasses.replace(entry.record, reason=entry.kept))
                 continue
-            format = choose_format(entry.int4, entry.fallback, entry.most_rows, rows(entry))
+            format = entry.format_for(rows(entry))
             roots = [tensors[root] for root in entry.weight.roots]
             packed = weights.find(entry.weight, roots, entry.shape, entry.recipe)
             if not packed.formats:
@@ -120,7 +120,8 @@ def _remarks(site: Site, packed: PackedWeight, dense: Dense | None) -> Iterable[
     if site.config.activations and site.fp8_fault:
         yield f"activations stay as they are: {site.fp8_fault}"
     if dense:
-        yield "runs as a dense copy"
+        other = dense.dtype is not site.dtype
+        yield "runs as a dense copy" + f" in {dense.dtype}".replace("torch.", "") * other
     elif dtype is not site.activation_dtype:
         yield f"activations cast from {str(dtype).removeprefix('torch.')} to bfloat16"
 

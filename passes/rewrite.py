@@ -181,7 +181,7 @@ def _rewrite_site(
     packed = inputs.of(site, format)
     match = site.match.on(copies)
     if matmul is None:
-        _put_dense(node, match, packed[0], build)
+        copies[site.node] = _put_dense(node, match, packed[0], build)
         return
 
     def multiply(x: fx.Node, *, offs: fx.Node | None = None, ids: fx.Node | None = None) -> fx.Node:
@@ -326,11 +326,16 @@ def _experts(
     return build(ours.bmm.default, x, *packed, *sizes)
 
 
-def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> None:
-    """Make a matmul read the dequantized copy in place of the weight."""
+def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> fx.Node:
+    """Make a matmul read the dequantized copy in place of the weight; returns what it becomes.
+
+    A plain matmul may have a copy of another dtype: its operands are then cast to that one, and
+    the product back.
+    """
     if match.weight in node.all_input_nodes:
+        own, dtype = value_of(match.weight).dtype, value_of(dense).dtype
         node.replace_input_with(match.weight, dense)
-        return
+        return node if own is dtype else _computed_in(dtype, node, own, build)
     weight_on_right = node.args[-2] is match.x
     position = len(node.args) - (1 if weight_on_right else 2)
     if match.ids is not None:
@@ -343,6 +348,20 @@ def _put_dense(node: fx.Node, match: Match, dense: fx.Node, build: Build) -> Non
         operand = build(aten.view.default, dense, list(value_of(dense).shape[-2:]))
         operand = build(aten.expand.default, operand, [build.size(match.x, 0), -1, -1])
     node.update_arg(position, operand)
+    return node
+
+
+def _computed_in(dtype: torch.dtype, node: fx.Node, own: torch.dtype, build: Build) -> fx.Node:
+    """Replace mm or addmm by the same in another dtype; the result is cast back to its own."""
+    operands = [
+        build(_CAST, arg, dtype) if value_of(arg).dtype is own else arg  # type: ignore[arg-type]
+        for arg in node.args
+    ]
+    product = build(_CAST, build(node.target, *operands, **node.kwargs), own)
+    product = build.like(product, node)
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
+    return product
 
 
 def _drop_unread(

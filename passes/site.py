@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from fxint4._pytorch import inductor
 from fxint4.config.int4_config import Int4Config
+from fxint4.kernels import cpu_rows
 from fxint4.passes.pattern import Match, Pattern
 from fxint4.quant.recipe import RTN, Recipe
 from fxint4.quant.tile_layout import TileShape, choose_shape
 from fxint4.report import Record
 from fxint4.weights.expression import Weight
 from fxint4.weights.formats import (
+    Dense,
     Format,
     activation_dtype,
+    choose_format,
     fp8_fault,
     has_fp8,
     rows_multiple,
 )
 
 __all__ = ["Adapter", "Site"]
+
+
+#: Axes of the weights of plain matmuls, which are what is measured on the CPU: no experts, no 1x1
+#: convolutions, no weight that is repeated over a batch.
+_MEASURED = ("NK", "KN")
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Site:
         int4: The packed format that the device's int4 op reads.
         fallback: The format for more than `most_rows` rows: a dequantized copy, int4 if its op
             takes any number of rows, or None if the matmul then stays as it is.
-        most_rows: The largest M for the int4 op.
+        most_rows: The largest M for the int4 op, unless that is measured, see `format_for`.
         record: Its record as long as the weight is not folded.
         shape: The packed shape, if the weight is packed.
         config: What the user asked for the weight.
@@ -110,6 +119,26 @@ class Site:
             rows_multiple(self.device),
             self.batch,
         )
+
+    def format_for(self, rows: int | None) -> Format | None:
+        """The format that the matmul reads; None if it is left alone.
+
+        Args:
+            rows: M; None if it is not known before the graph runs.
+        """
+        fallback = self.fallback
+        if self.config.measured_rows and isinstance(fallback, Dense) and fallback.axes in _MEASURED:
+            sizes = (self.shape.n_padded, self.shape.k_padded, self.shape.group_size)
+            rule = cpu_rows.measured_rule(inductor.cache_folder(), self.x_dtype, *sizes)
+            if rule is not None:
+                few = rows is not None and rows < rule.least_rows
+                return choose_format(
+                    self.int4,
+                    replace(fallback, dtype=rule.dense),
+                    0 if few else rule.most_rows,
+                    rows,
+                )
+        return choose_format(self.int4, fallback, self.most_rows, rows)
 
     @property
     def activations(self) -> str | None:

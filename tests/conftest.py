@@ -118,6 +118,15 @@ class _No:
         return getattr(self._check, name)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fixed_rows() -> Iterator[None]:
+    """No test depends on how fast the machine is: the number of rows for the CPU's op is fixed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _torch_is_loaded():
+            patch.setattr("fxint4.kernels.cpu_rows.measured_rule", lambda *_: None)
+        yield
+
+
 def _reset_dynamo() -> None:
     """Forget compiled code, if there can be any; a test that compiles nothing pays nothing."""
     dynamo = sys.modules.get("torch._dynamo")

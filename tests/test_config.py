@@ -91,6 +91,7 @@ BAD_VALUES = [
     ("progress", 1, "progress is 1; it takes True or False"),
     ("fuse_projections", None, "fuse_projections is None; it takes True or False"),
     ("one_shot_all_reduce", 1, "one_shot_all_reduce is 1; it takes True or False"),
+    ("measured_rows", None, "measured_rows is None; it takes True or False"),
     ("activations", "int8", "activations is 'int8'; it takes one of None, 'fp8'"),
     ("measure", 1, "measure is 1; it takes True, False, None or 'fp8'"),
     ("report", "run", "report is 'run'; it takes the name of a .json, .txt, .html file"),
@@ -126,6 +127,7 @@ GOOD_VALUES = [
     ("progress", True),
     ("fuse_projections", False),
     ("one_shot_all_reduce", True),
+    ("measured_rows", False),
     ("activations", "fp8"),
     ("kernel", "aten"),
     ("report", "out/run.HTML"),
@@ -175,6 +177,7 @@ def test_equal_configs_are_one_key_and_each_field_makes_another() -> None:
         "one_shot_all_reduce": True,
         "activations": "fp8",
         "kernel": "triton",
+        "measured_rows": False,
         "method": "mse",
         "calibration": Calibration({}),
         "target_error": 0.1,
@@ -245,7 +248,8 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
             "qqqqqqqqqq",
             "fxint4 knows group_size, inner_k_tiles, method, calibration, overrides, "
             "target_error, max_bytes, include, skip, min_sqnr_db, min_features, progress, "
-            "fuse_projections, one_shot_all_reduce, activations, kernel, measure, report",
+            "fuse_projections, one_shot_all_reduce, activations, kernel, measured_rows, measure, "
+            "report",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from fxint4.kernels import autotune as tuning
 from fxint4.kernels.autotune import candidates, fastest
 from fxint4.kernels.policy import Policy
 from fxint4.kernels.select import Choice, MatmulShape
+from fxint4.kernels.times import file_of
 from fxint4.kernels.triton_common import Blocks
 
 SHAPE = MatmulShape(16, 256, 512)
@@ -47,7 +48,7 @@ def test_the_fastest_is_measured_once(timed: list[Choice], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"m=16": 3}', "[" * 100_000])
 def test_a_damaged_file_is_measured_anew(timed: list[Choice], text: str, tmp_path: Path) -> None:
-    (tmp_path / "fxint4-kernels-gpu.json").write_text(text)
+    file_of(tmp_path, "kernels", "gpu").write_text(text)
     assert fastest(SHAPE, tmp_path).kernel == "triton"
     assert len(timed) == 3
     [file] = tmp_path.iterdir()

@@ -77,6 +77,9 @@ class Int4Config:
             (kernels in CUDA C++, where there is one for M and K, also outside of CUDA graphs; not
             in packages). None takes the fastest: by rule, or with mode="max-autotune" by
             measurement.
+        measured_rows: On the CPU, measure for which numbers of rows the int4 op is faster than a
+            dense copy, and whether that copy is faster in fp32: once on each machine, for each
+            dtype and class of sizes. False takes a fixed number of rows for each dtype.
         measure: Run the model on its example inputs with its own weights and with quantized ones,
             and report the error of each matmul's output and of the model's. With None only
             `fxint4.explain` does so; with True `fxint4.pack_`, `rewrite` and `package` do too. A
@@ -107,6 +110,7 @@ class Int4Config:
     one_shot_all_reduce: bool = False
     activations: str | None = None
     kernel: str | None = None
+    measured_rows: bool = True
     measure: bool | str | None = field(default=None, compare=False)
     report: str | os.PathLike[str] | None = field(default=None, compare=False)
 
@@ -147,7 +151,7 @@ class Int4Config:
             )
         if not _is_number(self.min_features) or self.min_features % 1 != 0:  # inf % 1 is NaN
             raise OptionError(f"min_features is {self.min_features!r}; it takes a whole number")
-        for name in ("progress", "fuse_projections", "one_shot_all_reduce"):
+        for name in ("progress", "fuse_projections", "one_shot_all_reduce", "measured_rows"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it takes True or False")
         if not (isinstance(self.measure, bool) or self.measure in (None, *ACTIVATIONS)):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fxint4.atomic_files import write_whole
 from fxint4.kernels import cuda, nvrtc, triton_fp8, triton_linear
 from fxint4.kernels.select import (
     Choice,
@@ -24,6 +21,7 @@ from fxint4.kernels.select import (
     serves_fp8,
 )
 from fxint4.kernels.source_version import source_version
+from fxint4.kernels.times import file_of, remembered
 from fxint4.kernels.triton_common import Blocks, triton
 
 __all__ = ["candidates", "fastest"]
@@ -47,18 +45,13 @@ def fastest(
         in_cuda: Whether CUDA C++ kernels are among the candidates.
         replayed: Whether the kernel is replayed from a CUDA graph.
     """
-    path = folder / f"fxint4-kernels-{_machine()}.json"
     name = " ".join(f"{field}={value}" for field, value in vars(shape).items())
     name += (" cuda" if in_cuda else "") + (" replayed" if replayed else "")
-    known = _read(path)
-    if name not in known:
-        measured = _measured(shape, in_cuda, replayed)
-        if not measured:  # for example, memory ran out: the next compile measures again
-            return candidates(shape, in_cuda, replayed)[0]
-        known = {**_read(path), name: measured}  # other processes may have written meanwhile
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(known, indent=1))
-    return _choice(min(known[name], key=lambda entry: entry["us"]))
+    path = file_of(folder, "kernels", _machine())
+    measured = remembered(path, name, lambda: _measured(shape, in_cuda, replayed))
+    if not measured:  # for example, memory ran out: the next compile measures again
+        return candidates(shape, in_cuda, replayed)[0]
+    return _choice(min(measured, key=lambda entry: entry["us"]))
 
 
 def candidates(shape: MatmulShape, in_cuda: bool = False, replayed: bool = False) -> list[Choice]:
@@ -138,21 +131,12 @@ def _choice(entry: dict[str, Any]) -> Choice:
     return Choice(kernel, Blocks(**blocks) if blocks else None)
 
 
-def _machine() -> str:
-    """Identifies the GPU and the versions that times depend on, for a file name."""
+def _machine() -> tuple[object, ...]:
+    """The GPU and the versions that times depend on."""
     versions = (
         torch.__version__,
         triton.__version__,
         nvrtc.version(),
         source_version("fxint4.kernels"),
     )
-    facts = (torch.cuda.get_device_properties(), *versions)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):  # no file yet, or a damaged one: measure
-        return {}
-    return found if isinstance(found, dict) else {}
+    return (torch.cuda.get_device_properties(), *versions)

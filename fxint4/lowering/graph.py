@@ -27,7 +27,7 @@ from fxint4.passes.site import Site
 from fxint4.quant.tile_layout import TileShape
 from fxint4.weights.cache import PackedWeight, WeightCache, picker
 from fxint4.weights.expression import PrepackedWeight, Weight
-from fxint4.weights.formats import Format, choose_format
+from fxint4.weights.formats import Format
 from fxint4.weights.identity import WeightIdentity
 
 __all__ = ["Binding", "Int4Graph", "expected_rows"]
@@ -219,7 +219,7 @@ class Int4Graph:
                 sites.append(site)
                 if site.kept:
                     continue
-                format = _format_of(site, rows) or site.int4
+                format = site.format_for(rows(site)) or site.int4
                 found = self._cache.find(site.weight, of_site, site.shape, site.recipe)
                 self._fold(site, found, format, of_site)
                 packed[site.weight] = found
@@ -357,10 +357,6 @@ def _is_direct(weight: Weight) -> bool:
     return isinstance(weight, PrepackedWeight) and len(weight.steps) == len(weight.roots) == 2
 
 
-def _format_of(site: Site, rows: Callable[[Site], int | None]) -> Format | None:
-    return choose_format(site.int4, site.fallback, site.most_rows, rows(site))
-
-
 def _planned_format(
     site: Site, packed: Mapping[Weight, PackedWeight], rows: Callable[[Site], int | None]
 ) -> Format | None:
@@ -368,7 +364,7 @@ def _planned_format(
     found = packed.get(site.weight)
     if found is None or site.kept or packing_fault(found, site.config):
         return None
-    return _format_of(site, rows)
+    return site.format_for(rows(site))
 
 
 def _identity(site: Site) -> WeightIdentity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxint4
+from fxint4.kernels import cpu_rows
+from fxint4.kernels.cpu_rows import RowRule
 from fxint4.passes import find as finding
 
 pytestmark = [pytest.mark.compiles, pytest.mark.by_aten]
@@ -163,6 +166,58 @@ def test_dtypes_with_awkward_k(dtype: torch.dtype, k: int) -> None:
         assert_rounded(y, model, [x], report, {"weight": "NK"})
     check_exact(compiled, model, [x], {"weight": "NK"})
     check_exact(compiled, model, [torch.randn(M, k).to(dtype)], {"weight": "NK"})
+
+
+@pytest.mark.parametrize("name", ["mm-linear", "mm-x-w", "mm-w-x", "addmm-w-x", "addmm-beta-0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dense_copy_in_fp32(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured where 16-bit matmuls are slow."""
+    asked = []
+
+    def measured(folder: Path, *of: object) -> RowRule:
+        asked.append(of)
+        return RowRule(1, 0, torch.float32)
+
+    monkeypatch.setattr(cpu_rows, "measured_rule", measured)
+    [case] = [case for case in CASES if case.name == name]
+    model, inputs = case.model().to(dtype), [x.to(dtype) for x in case.inputs()]
+    y, report = compile_and_report(model, *inputs)
+    [record] = report.records
+    assert (record.action, record.reason) == ("packed", "runs as a dense copy in float32")
+    assert record.dense_bytes == 4 * record.n * record.k
+    assert int4_matmuls(report) == 0
+    assert (y.dtype, y.stride()) == (dtype, model(*inputs).stride())
+    assert_rounded(y, model, inputs, report, case.weights, case.roundings)
+    assert set(asked) == {(dtype, 64, 256, record.group_size)}
+
+
+def test_what_is_measured_decides_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = RowRule(4, 16, torch.float32)
+    monkeypatch.setattr(cpu_rows, "measured_rule", lambda *_: rule)
+    model = nn.Linear(K, N).bfloat16().eval()
+    asked = torch.compile(model, backend="int4tile", dynamic=True)
+    for rows, dense_bytes in ((2, 4 * N * K), (4, 0), (16, 0), (20, 4 * N * K)):
+        x = torch.randn(rows, K).bfloat16()
+        with torch.no_grad():
+            y = asked(x)
+        report = fxint4.last_report()
+        assert_rounded(y, model, [x], report, {"weight": "NK"})
+        torch.compiler.reset()
+        with torch.no_grad():
+            torch.compile(model, backend="int4tile", dynamic=False)(x)
+        assert fxint4.last_report().records[0].dense_bytes == dense_bytes
+
+
+def test_the_option_switches_measuring_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_rows, "measured_rule", lambda *_: pytest.fail("asked"))
+    model, x = nn.Linear(K, N).eval(), torch.randn(65, K)
+    options = {"measured_rows": False}
+    with torch.no_grad():
+        torch.compile(model, backend="int4tile", options=options)(x)
+    [record] = fxint4.last_report().records
+    assert record.reason == "runs as a dense copy"  # the fixed rule: 64 rows in fp32
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
