@@ -32,6 +32,8 @@ from fxint4.kernels.select import (
     select_kernel,
 )
 from fxint4.kernels.triton_linear import linears
+from fxint4.lowering import graph as lowering
+from fxint4.passes.site import Site
 
 gpu = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -133,6 +135,30 @@ def test_errors_of_experts() -> None:
     assert 0.03 < (fp8**2 - int4**2) ** 0.5 < 0.045  # x and W, each by some 2.6 %
     # A CPU has none, so what runs is measured.
     assert error(activations="fp8") == int4
+
+
+@pytest.mark.compiles
+@pytest.mark.by_aten
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_op_of_experts_is_told(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    compiles = lowering.compile_graph
+
+    def compile_graph(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        ours = torch.ops.fxint4.grouped_mm.default
+        seen.extend(n.kwargs.get("activations") for n in gm.graph.nodes if n.target is ours)
+        return compiles(gm, *args, **kwargs)
+
+    monkeypatch.setattr(lowering, "compile_graph", compile_graph)
+    monkeypatch.setattr(Site, "fp8_fault", property(lambda _: ""))  # as if there was a GPU
+    model, options = Mixture().eval(), {"activations": "fp8"}
+    x, ends = torch.randn(50, 64).bfloat16(), torch.tensor([20, 50], dtype=torch.int32)
+    if packed:
+        fxint4.pack_(model, (x, ends), options=options)
+        options = {}
+    with torch.no_grad():
+        torch.compile(model, backend="int4tile", options=options)(x, ends)
+    assert seen == ["fp8"]
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
@@ -315,12 +341,9 @@ def test_experts_of_a_compiled_model() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper alone")
     torch.compiler.reset()
-    model = Mixture().cuda().eval()
-    fxint4.pack_(model, options={"activations": "fp8"})
-    fp8 = torch.compile(model, backend="int4tile", dynamic=True)
-    plain = torch.compile(
-        model, backend="int4tile", dynamic=True, options={"overrides": {"*": {"activations": None}}}
-    )
+    model, by = Mixture().cuda().eval(), {"backend": "int4tile", "dynamic": True}
+    plain = torch.compile(model, **by)
+    fp8 = torch.compile(model, **by, options={"activations": "fp8"})
     with torch.no_grad():
         for each in (3, 512):
             x = rows(2 * each, 64, "cuda")
