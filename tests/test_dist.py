@@ -39,6 +39,14 @@ print(importlib.metadata.distribution("fxint4").locate_file("fxint4"))
 """
 
 
+#: What an sdist has beside the packages.
+FILES = (
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
+    *("constraints.txt", "pyproject.toml"),
+)
+OTHERS = ("benchmarks", "docs", "tests")
+
+
 def files_in(folder: Path) -> set[str]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {str(p.relative_to(folder)) for p in paths if "__pycache__" not in p.parts}
@@ -49,9 +57,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as by `make dist`, from a copy: building writes beside the sources."""
     pytest.importorskip("build")
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
-    for name in ("fxint4", "passes"):
+    for name in ("fxint4", "passes", *OTHERS):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
     built = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
@@ -92,6 +100,8 @@ def test_the_sdist_has_the_sources(dist: Path) -> None:
         found = {name.removeprefix(f"{NAME}/") for name in sdist.getnames()}
     sources = {name.replace("fxint4/passes/", "passes/") for name in expected()}
     assert sources | {"README.md", "pyproject.toml", "PKG-INFO"} <= found
+    others = {f"{folder}/{name}" for folder in OTHERS for name in files_in(ROOT / folder)}
+    assert others | set(FILES) <= found  # what runs its tests is in it, too
 
 
 def test_the_metadata(wheel: zipfile.ZipFile) -> None:
@@ -119,6 +129,7 @@ def test_the_metadata(wheel: zipfile.ZipFile) -> None:
 def test_the_entry_points(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(f"{NAME}.dist-info/entry_points.txt").decode()
     assert re.findall(r"^\[(.*)\]$", text, re.MULTILINE) == [
+        "console_scripts",
         "torch_dynamo_backends",
         "vllm.general_plugins",
     ]
