@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fxint4
 from fxint4.kernels import cuda, triton_fp8
+from fxint4.kernels.autotune import candidates
 from fxint4.kernels.cuda import Fp8Rows, ManyRows
 from fxint4.kernels.select import (
     Choice,
@@ -89,6 +90,18 @@ def test_an_option_is_stronger() -> None:
     taken = select_kernel(shape, cpu, "cuda_graph", in_cuda=True)
     assert taken.in_fp8
     assert str(taken).startswith("cuda fp8 128x")
+
+
+@needs_triton
+def test_all_blocks_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxint4.kernels.autotune.gpu_of", lambda _: Gpu())
+    shape = MatmulShape(256, 28672, 4096, activations="fp8")
+    first, *others = candidates(shape, **GRAPHS)
+    assert first == choose_fp8(shape, **GRAPHS)
+    assert {choice.blocks for choice in (first, *others)} >= set(CONFIGURATIONS)
+    kinds = {type(choice.blocks) for choice in others}
+    assert kinds >= {ManyRows, Fp8Rows}
+    assert not any(c.in_fp8 for c in candidates(replace(shape, activations=None), **GRAPHS))
 
 
 def test_refusals() -> None:

@@ -16,6 +16,7 @@ from fxint4.kernels.select import (
     MatmulShape,
     choose,
     choose_blocks,
+    choose_fp8,
     cuda_configurations,
     gpu_of,
     serves_fp8,
@@ -55,7 +56,7 @@ def fastest(
 
 
 def candidates(shape: MatmulShape, in_cuda: bool = False, replayed: bool = False) -> list[Choice]:
-    """The choices that are worth measuring on the current GPU; the first is that of `choose`.
+    """The choices that are worth measuring on the current GPU; the first is that of the rule.
 
     Args:
         shape: Of the matmul.
@@ -63,11 +64,11 @@ def candidates(shape: MatmulShape, in_cuda: bool = False, replayed: bool = False
         replayed: Whether the kernel is replayed from a CUDA graph.
     """
     m, k, gpu = shape.m, shape.k, gpu_of(torch.device("cuda"))
-    first = choose(shape, gpu, in_cuda, replayed)
-    found = [first]
-    if isinstance(first.blocks, cuda.CudaBlocks):
-        alike = (b for b in cuda_configurations() if b.name == first.blocks.name)
-        found += [Choice("cuda", b) for b in alike if b.fault(m, k) is None]
+    rules = (choose_fp8, choose) if shape.activations == "fp8" else (choose,)
+    found = [rule(shape, gpu, in_cuda, replayed) for rule in rules]
+    names = {each.blocks.name for each in found if isinstance(each.blocks, cuda.CudaBlocks)}
+    alike = (b for b in cuda_configurations() if b.name in names)
+    found += [Choice("cuda", b) for b in alike if b.fault(m, k) is None]
     if triton is None:
         return found
     base = choose_blocks(shape, gpu)
