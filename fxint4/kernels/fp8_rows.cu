@@ -7,13 +7,14 @@
 //   y = scale_x * (sum over groups of 512 * scale * (sum of code * 2^-9 * x8)
 //                                     + (zero - 8 * scale) * (sum of x8))
 //
-// Unless `lasting`, the kernel before the one before may write W: then this one waits before it reads
-// W, too.
-//
 // The inner sum is left to the tensor cores for at most 128 columns, since their fp8 accumulator
 // keeps some 13 bits, and is then added to sums in fp32. The second term is a small product in tf32,
-// once for every 32 groups, when their scales and zeros are in the L2. A word of tiles, eight codes of one feature, becomes two registers of the left
-// operand by masks alone, because x8 is permuted inside each 32 columns.
+// once for every 32 groups, when their scales and zeros are in the L2. A word of tiles, eight codes
+// of one feature, becomes two registers of the left operand by masks alone, because x8 is permuted
+// inside each 32 columns.
+//
+// Unless `lasting`, the kernel before the one that quantizes may write W: then this one waits before
+// it reads W, too.
 
 constexpr int X_ITEM = 1;
 constexpr int PRODUCER_REGISTERS = 24;

@@ -18,10 +18,9 @@
 //   PRODUCER_REGISTERS  of a thread that loads
 //   UNIT                steps that a block may not share with another
 // The launch: SPLITS * ceil(M / ROWS) * (sum over weights of ceil(n / FEATURES)) blocks of THREADS
-// threads and SHARED_BYTES of dynamic shared memory; k_padded is at least SPLITS * UNIT * STEP,
-// or any with one split. As a
-// programmatic dependent launch, it reads W before the previous kernel has ended, and waits for the
-// end before it reads x or writes y.
+// threads and SHARED_BYTES of dynamic shared memory; with several splits k_padded is at least
+// SPLITS * UNIT * STEP. As a programmatic dependent launch, it reads W before the previous kernel has
+// ended, and waits for the end before it reads x or writes y.
 
 #pragma once
 
