@@ -546,6 +546,8 @@ class PretendedDriver:
     CUtensorMapDataType = SimpleNamespace(
         CU_TENSOR_MAP_DATA_TYPE_BFLOAT16="bf16",
         CU_TENSOR_MAP_DATA_TYPE_FLOAT16="fp16",
+        CU_TENSOR_MAP_DATA_TYPE_FLOAT32="fp32",
+        CU_TENSOR_MAP_DATA_TYPE_UINT8="uint8",
         CU_TENSOR_MAP_DATA_TYPE_INT32="int32",
     )
     CUtensorMapSwizzle = SimpleNamespace(
@@ -777,6 +779,28 @@ def test_what_a_launch_for_many_rows_is_given(driver: PretendedDriver) -> None:
     driver.result = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(RuntimeError, match=r"no boxes \(64, 64\) of a matrix \(39, 248\): CUDA_E"):
         blocks.arguments(x[:39], buffers, y, range(8), 256)
+
+
+def test_what_a_launch_in_fp8_is_given(driver: PretendedDriver) -> None:
+    blocks = Fp8Rows(128, 2, 1)
+    x = cuda.QuantizedRows(
+        torch.empty(40, 256).to(torch.float8_e4m3fn), torch.empty(40), torch.empty(40, 4)
+    )
+    tiles = torch.empty(5, 2, 32, 4, dtype=torch.int32)
+    params = [torch.empty(2, 40, 2).bfloat16() for _ in range(4)]
+    y = torch.empty(40, 160).bfloat16()
+    buffers = [buffer for parameters in params for buffer in (tiles, parameters)]
+    for lasting in (False, True):
+        given = cast("Any", blocks.arguments(x, buffers, y, range(8), 256, lasting))
+        assert given.lasting == lasting
+    of_x = ("uint8", x.values.data_ptr(), [256, 40], [256], [128, 128], "swizzled")
+    of_sums = ("fp32", x.sums.data_ptr(), [4, 40], [16], [32, 128], "swizzled")
+    assert driver.maps[:2] == [of_x, of_sums]
+    assert len(driver.maps) == 2 + 1 + 4
+    assert [given.pairs0, given.pairs3] == [params[0].data_ptr(), params[3].data_ptr()]
+    assert [given.x_scales, given.y] == [x.scales.data_ptr(), y.data_ptr()]
+    sizes = [given.n0, given.n3, given.n_padded0, given.n_padded3, given.M, given.k_padded]
+    assert sizes == [0, 3, 4, 7, 40, 256]
 
 
 def test_what_they_cannot_read_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
